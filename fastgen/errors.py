@@ -1,0 +1,18 @@
+"""The one exception for a user's mistake: printed as a single line, exit code 2, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A setting, file or request the user can mend; the message names the key, what was found, what is allowed."""
+
+    def __init__(self, key: str, found: object, allowed: str):
+        self.key, self.found, self.allowed = key, found, allowed
+        super().__init__(f"{key}: {found}; {allowed}" if allowed else f"{key}: {found}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A ' (did you mean ...?)' hint for a misspelt word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
