@@ -87,6 +87,10 @@ class Schedule:
         eps = self.from_x0("eps", D, x_t, t)
         return expand(self.alpha(u), x_t) * D + expand(self.sigma(u), x_t) * eps
 
+    def prior_std(self, t: float) -> float:
+        """Standard deviation of the pure noise that few-step sampling starts from at time t."""
+        return 1.0
+
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:
         """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t."""
         u = other.t_from_lambda(self.log_snr(t))
@@ -200,6 +204,9 @@ class EDM(Schedule):
     def t_from_lambda(self, lam: Tensor) -> Tensor:
         return (-lam.double()).exp()
 
+    def prior_std(self, t: float) -> float:
+        return t
+
     def from_unit(self, u: Tensor) -> Tensor:
         """Karras spacing, eq. 5: uniform in sigma^(1/rho); u = 1 is sigma_max."""
         lo, hi = self.t_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
@@ -231,6 +238,9 @@ class TrigFlow(Schedule):
 
     def t_from_lambda(self, lam: Tensor) -> Tensor:
         return torch.atan((-lam.double()).exp() / self.sigma_data)
+
+    def prior_std(self, t: float) -> float:
+        return self.sigma_data
 
     def from_unit(self, u: Tensor) -> Tensor:
         return u.double() * self.t_max

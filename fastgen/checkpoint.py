@@ -1,0 +1,105 @@
+"""Run folder and checkpoints: safetensors and JSON only, written beside and renamed, so that a kill leaves the last good one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.errors import UserError
+
+
+def open_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
+    """The run folder, empty, resumed or cleared as asked; refuses to touch a used one otherwise."""
+    folder = Path(output_dir)
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume and latest(folder) is None:
+        raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")
+    if used and not (resume or overwrite):
+        raise UserError("output_dir", f"{folder} is not empty", "pass --resume to continue it or --overwrite to start over")
+    if used and overwrite and not resume:
+        if not (folder / "config.yaml").exists():
+            raise UserError("output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if p.suffix != ".tmp" and (p / "state.json").exists()]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def latest(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int) -> Path:
+    """Write checkpoint-<step>; older ones beyond `keep` go only after it is complete."""
+    from safetensors.torch import save_file
+
+    final = folder / "checkpoints" / f"checkpoint-{step}"
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(meta))
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError("checkpoint", f"step {step} could not be saved ({error})", "the last good checkpoint is kept") from None
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, meta) of a checkpoint."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError("--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before") from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], prefix: str) -> tuple[dict[str, Tensor], dict]:
+    """Optimizer state as named tensors and a JSON rest."""
+    tensors, rest = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}/{names[index]}/{key}"] = value
+            else:
+                rest[f"{prefix}/{names[index]}/{key}"] = value
+    return tensors, rest
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: dict, rest: dict) -> None:
+    """Inverse of `optimizer_tensors`."""
+    state: dict[int, dict] = {}
+    index = {n: i for i, n in enumerate(names)}
+    for source in (tensors, rest):
+        for full, value in source.items():
+            if full.startswith(f"{prefix}/"):
+                name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
+                state.setdefault(index[name], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,326 @@
+"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told apart in one line when wrong."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastgen.errors import UserError, suggest
+from fastgen.objectives import REGISTRY
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change, field docstrings are the help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TeacherConfig(Section):
+    """The slow generator to distil."""
+
+    path: str = "assets:teachers/fashion"
+    """diffusers folder, bundled asset (assets:teachers/NAME), exact teacher (analytic:gmm2d-flow) or hub id"""
+    guidance: float = Field(1.0, ge=0)
+    """classifier-free guidance w of the teacher: D_uncond + w (D_cond - D_uncond); 1 is none"""
+    num_steps: int = Field(20, ge=1)
+    """network steps the teacher is sampled with where it is compared"""
+    prediction: Literal["auto", "eps", "v", "x0", "flow", "edm"] = "auto"
+    """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
+    allow_download: bool = False
+    """let a hub id be fetched over the network"""
+    blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
+
+
+class LoraConfig(Section):
+    """Low-rank adapter of one role."""
+
+    rank: int = Field(16, ge=1)
+    """rank of the update"""
+    lora_alpha: float = Field(16, gt=0)
+    """scale numerator; the update is multiplied by lora_alpha / rank"""
+    target_modules: tuple[str, ...] = ()
+    """module-name endings to adapt; empty takes the family's default"""
+
+
+class StudentConfig(Section):
+    """The few-step generator to be."""
+
+    kind: Literal["full", "lora"] = "full"
+    """train a copy of the teacher, or an adapter over the frozen teacher"""
+    num_steps: int = Field(1, ge=1, le=64)
+    """network evaluations per sample; the time list follows the exported scheduler's grid"""
+    timesteps: tuple[float, ...] = ()
+    """explicit time list in the schedule's units, descending; overrides num_steps"""
+    sampler: Literal["renoise", "ode"] = "renoise"
+    """between steps: add fresh noise, or continue along the ODE with the predicted noise"""
+    init: str = ""
+    """export folder or LoRA file to start from; empty starts from the teacher"""
+    lora: LoraConfig = LoraConfig()
+    """adapter settings when kind is lora"""
+
+
+class CriticConfig(Section):
+    """The online fake-score network of distribution-matching methods."""
+
+    kind: Literal["auto", "full", "lora"] = "auto"
+    """auto follows the student: an adapter over the shared base for a LoRA student, else a copy"""
+    lora: LoraConfig = LoraConfig(rank=32, lora_alpha=32)
+    """adapter settings when the critic is a LoRA"""
+
+
+class DataConfig(Section):
+    """Real images and the labels or prompts that go with them."""
+
+    name: str = ""
+    """digits, fashion or tinted (bundled); empty with `images` or `prompts`"""
+    images: str = ""
+    """folder of images, captions in metadata.jsonl (file_name, text) or .txt side-cars"""
+    prompts: str = ""
+    """text file with one prompt a line, for methods that need no images"""
+    limit: int = Field(0, ge=0)
+    """use only the first N examples; 0 means all"""
+    on_bad_image: Literal["skip", "error"] = "skip"
+    """an unreadable image is named, counted and skipped, or stops the run"""
+    cache_dir: str = ""
+    """where encoded latents and prompts are kept between runs; empty keeps them in memory"""
+
+
+class PlayerOptim(Section):
+    """Optimizer of one player."""
+
+    lr: float = Field(1e-4, gt=0)
+    """learning rate"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates"""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon"""
+    weight_decay: float = Field(0.0, ge=0)
+    """decoupled weight decay"""
+    name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
+    """adamw8bit needs bitsandbytes and CUDA"""
+    clip: float = Field(1.0, ge=0)
+    """gradient-norm clip; 0 is off"""
+    warmup_steps: int = Field(0, ge=0)
+    """linear learning-rate warm-up"""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """learning rate after warm-up, over the stage's steps"""
+
+
+class OptimConfig(Section):
+    """One optimizer per player."""
+
+    student: PlayerOptim = PlayerOptim()
+    """the student's"""
+    critic: PlayerOptim = PlayerOptim()
+    """the critic's, discriminator heads included"""
+    disc: PlayerOptim = PlayerOptim()
+    """a discriminator that is a player of its own"""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    max_train_steps: int = Field(300, ge=1)
+    """optimizer windows (of a single-stage run)"""
+    train_batch_size: int = Field(48, ge=1)
+    """samples per process and micro-batch"""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """micro-batches per optimizer window"""
+    seed: int = Field(0, ge=0)
+    """seed of everything random"""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """autocast of network passes; losses and schedules stay in float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations at backward: less memory, more time"""
+    compile: bool = False
+    """torch.compile the networks"""
+    ema_decay: tuple[float, ...] = (0.995,)
+    """averages of the student; the first is validated and exported; empty exports the raw weights"""
+    log_steps: int = Field(10, ge=1)
+    """steps between lines of metrics.jsonl"""
+    validation_steps: int = Field(100, ge=0)
+    """steps between sample grids and cheap metrics; 0 is off"""
+    checkpointing_steps: int = Field(100, ge=0)
+    """steps between checkpoints; 0 keeps only the last"""
+    checkpoints_total_limit: int = Field(2, ge=1)
+    """checkpoints kept"""
+    num_threads: int = Field(0, ge=0)
+    """CPU threads; 0 leaves torch's choice"""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """trackers besides metrics.jsonl, each if installed"""
+
+
+class EvalConfig(Section):
+    """Measuring during and after training."""
+
+    num_samples: int = Field(1000, ge=0)
+    """samples for the final table; 0 skips it"""
+    validation_samples: int = Field(250, ge=0)
+    """samples for the cheap metric during training"""
+    grid: int = Field(40, ge=1)
+    """images in the validation grid"""
+    batch_size: int = Field(100, ge=1)
+    """images per sampling batch"""
+    seed: int = Field(1234, ge=0)
+    """first seed of the samples"""
+    keep: Literal["last", "best"] = "last"
+    """export the last weights, or those with the best cheap metric during training"""
+
+
+class StageConfig(Section):
+    """One stage of a staged run; it starts from the students the stage before left."""
+
+    name: str
+    """label in logs and checkpoints"""
+    objective: Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")]  # noqa: UP007
+    """the method"""
+    max_train_steps: int = Field(100, ge=1)
+    """optimizer windows of this stage"""
+    optim: OptimConfig = OptimConfig()
+    """optimizers of this stage"""
+    num_steps: int | None = None
+    """student steps in this stage; the run's student.num_steps if not set"""
+
+
+class RunConfig(Section):
+    """Everything one run needs. `fastgen-train --help` shows each key."""
+
+    output_dir: str = "runs/fashion_dmd2"
+    """run folder"""
+    teacher: TeacherConfig = TeacherConfig()
+    """the slow generator"""
+    student: StudentConfig = StudentConfig()
+    """the few-step generator to be"""
+    critic: CriticConfig = CriticConfig()
+    """the fake-score network"""
+    objective: Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")]  # noqa: UP007
+    """the method (of a single-stage run)"""
+    data: DataConfig = DataConfig(name="fashion")
+    """real images, labels, prompts"""
+    optim: OptimConfig = OptimConfig()
+    """optimizers (of a single-stage run)"""
+    train: TrainConfig = TrainConfig()
+    """the loop"""
+    eval: EvalConfig = EvalConfig()
+    """measuring"""
+    stages: tuple[StageConfig, ...] = ()
+    """stages run one after another; empty means one stage made of objective, optim and train.max_train_steps"""
+
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """The stages, with the flat form written out."""
+        if self.stages:
+            return self.stages
+        steps = self.train.max_train_steps
+        return (StageConfig(name=self.objective.name, objective=self.objective, optim=self.optim, max_train_steps=steps),)
+
+    @model_validator(mode="after")
+    def _cross_checks(self):
+        times = self.student.timesteps
+        if any(a <= b for a, b in zip(times, times[1:])):
+            raise ValueError("student.timesteps must descend")
+        for stage in self.all_stages():
+            cls = REGISTRY[stage.objective.name]
+            has_data = self.data.name or self.data.images
+            if cls.requires_data(stage.objective) and not has_data:
+                raise ValueError(
+                    f"objective.{stage.objective.name} with these settings needs real data; set data.name or data.images"
+                )
+        return self
+
+
+def merge(base: dict, over: dict) -> dict:
+    """Deep merge; a changed `name` of an objective replaces the section, so that keys of another method do not linger."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        if both and not (key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")):
+            out[key] = merge(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+def _known_keys(model: type[BaseModel], path: tuple) -> list[str]:
+    """Field names allowed at a dotted path, for suggestions."""
+    for part in path:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) else None
+        annotation = getattr(field, "annotation", None)
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return [] if part not in REGISTRY else list(REGISTRY[part].config.model_fields)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _complain(error: ValidationError) -> UserError:
+    """All of pydantic's findings as one line."""
+    found = []
+    for item in error.errors():
+        path = [p for i, p in enumerate(item["loc"]) if not (i and item["loc"][i - 1] == "objective" and p in REGISTRY)]
+        key = ".".join(map(str, path)) or "config"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(RunConfig, item["loc"][:-1])
+            if len(item["loc"]) > 2 and item["loc"][-2] in REGISTRY:
+                known = list(REGISTRY[item["loc"][-2]].config.model_fields)
+            found.append(f"{key}: unknown key{suggest(str(item['loc'][-1]), known)}; allowed: {', '.join(known)}")
+        elif item["type"] == "union_tag_invalid":
+            tag = str(item["ctx"]["tag"]).strip("'")
+            found.append(f"{key}.name: unknown {tag!r}{suggest(tag, REGISTRY)}; allowed: {', '.join(REGISTRY)}")
+        elif item["type"] == "value_error":
+            found.append(str(item["ctx"]["error"]))
+        else:
+            found.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}")
+    return UserError("config", " | ".join(found), "")
+
+
+def validate(values: dict) -> RunConfig:
+    """A RunConfig, or a UserError that names every offending key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _complain(error) from None
+
+
+def read_files(files: list[str]) -> dict:
+    """YAML files deep-merged left to right."""
+    merged: dict = {}
+    for name in files:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError("--config", f"{name} does not exist", "give the path of a YAML file")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise UserError("--config", f"{name} is not valid YAML ({' '.join(str(error).split())})", "") from None
+        if not isinstance(values, dict):
+            raise UserError("--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections")
+        merged = merge(merged, values)
+    return merged
+
+
+def parse(base: RunConfig, argv: list[str]) -> RunConfig:
+    """Apply dotted command-line overrides; unknown flags get tyro's suggestion and exit code 2."""
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    try:
+        return tyro.cli(RunConfig, default=base, args=argv, config=markers)
+    except ValidationError as error:
+        raise _complain(error) from None
+
+
+def dump(cfg: RunConfig) -> str:
+    """YAML that loads back to the same config."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def load(files: list[str], argv: list[str]) -> RunConfig:
+    """Files, then flags."""
+    return parse(validate(read_files(files)), argv)
+
+
+def fail(error: UserError) -> int:
+    """Print a user's mistake as one line; the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,191 @@
+"""Training data: images become x0 once, labels and prompts become condition rows once, batches are picked by index.
+
+The order of samples is a function of (seed, step), so a resumed run continues with the very next batch and no
+iterator state exists.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.backbones import Teacher
+from fastgen.codecs import select
+from fastgen.errors import UserError
+from fastgen.objectives.base import Batch
+from fastgen.rng import Rng
+
+BUNDLED = ("digits", "fashion", "tinted")
+
+
+class Data:
+    """x0 table [N, ...] or None, condition table, and for each sample its condition row."""
+
+    def __init__(self, x0: Tensor | None, cond_table: dict[str, Tensor], rows: Tensor, uncond: dict[str, Tensor], shape):
+        self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def cond(self, index: Tensor) -> dict[str, Tensor]:
+        return select(self.cond_table, self.rows[index])
+
+    def null(self, num: int) -> dict[str, Tensor]:
+        return {k: v.expand(num, *v.shape[1:]) for k, v in self.uncond.items()}
+
+    def batches(self, batch_size: int, start: int, accumulation: int, rng: Rng, device) -> Iterator[list[Batch]]:
+        """Windows of `accumulation` micro-batches from step `start` on, endlessly."""
+        per_micro = batch_size * rng.world
+        k = start
+        while True:
+            window = []
+            for micro in range(accumulation):
+                first = (k * accumulation + micro) * per_micro + rng.rank * batch_size
+                index = torch.tensor([self._shuffled(first + i, rng.seed) for i in range(batch_size)])
+                rng.reset(k, micro, stream=1)
+                noise = rng.randn(batch_size, *self.shape)
+                x0 = None if self.x0 is None else self.x0[index].float().to(device)
+                cond = {n: v.to(device) for n, v in self.cond(index).items()}
+                uncond = {n: v.to(device) for n, v in self.null(batch_size).items()}
+                window.append(Batch(x0, cond, uncond, noise.to(device), index))
+            yield window
+            k += 1
+
+    def _shuffled(self, position: int, seed: int) -> int:
+        """Sample at a position of the endless stream: a fresh permutation every epoch."""
+        epoch, offset = divmod(position, len(self))
+        if getattr(self, "_order_key", None) != (epoch, seed):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            self._order, self._order_key = torch.randperm(len(self), generator=generator), (epoch, seed)
+        return int(self._order[offset])
+
+
+def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[Tensor, list[str] | None]:
+    """Images [N, C, H, W] uint8 and captions of a folder; unreadable files are named and skipped, or fatal."""
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
+    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    captions: dict[str, str] = {}
+    if (folder / "metadata.jsonl").exists():
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
+    images, texts, bad = [], [], []
+    channels, height, width = size
+    for path in names:
+        try:
+            with Image.open(path) as image:
+                fitted = image.convert("L" if channels == 1 else "RGB")
+                scale = max(height / fitted.height, width / fitted.width)
+                fitted = fitted.resize((round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS)
+                left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
+                fitted = fitted.crop((left, top, left + width, top + height))
+        except OSError as error:
+            bad.append(f"{path.name} ({error})")
+            continue
+        array = torch.from_numpy(np.array(fitted))
+        images.append(array[None] if channels == 1 else array.permute(2, 0, 1))
+        side = path.with_suffix(".txt")
+        texts.append(captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None))
+    if bad and on_bad == "error":
+        raise UserError("data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip")
+    if bad:
+        print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
+    if not images:
+        raise UserError("data.images", f"{folder} holds no readable image", "png, jpg or webp files")
+    return torch.stack(images), (None if any(t is None for t in texts) else texts)
+
+
+@torch.no_grad()
+def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
+    """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
+    from safetensors.torch import load_file, save_file
+
+    digest = hashlib.sha256(images.numpy().tobytes()[:10_000_000] + f"{key}{tuple(images.shape)}".encode()).hexdigest()[:16]
+    file = Path(cache_dir) / f"latents-{digest}.safetensors" if cache_dir else None
+    if file is not None and file.exists():
+        return load_file(file)["x0"]
+    out = [codec.encode(chunk.to(device).float() / 127.5 - 1).cpu() for chunk in images.split(500)]
+    x0 = torch.cat(out)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x0": x0}, file)
+    return x0
+
+
+def _text_rows(codec, captions: list[str], device) -> tuple[dict[str, Tensor], Tensor]:
+    """Each distinct caption encoded once, and the row of every sample."""
+    unique = sorted(set(captions))
+    for text in unique:
+        lost = codec.cut(text)
+        if lost:
+            print(f"warning: prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
+    parts = [codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
+    table = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
+    where = {text: i for i, text in enumerate(unique)}
+    return table, torch.tensor([where[t] for t in captions])
+
+
+def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
+    """The data section of a run, in the teacher's own terms."""
+    codec = teacher.codec
+    uncond = {k: v.cpu() for k, v in codec.null(1).items()}
+    if teacher.path.startswith("analytic:"):
+        x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
+        return Data(x0, _label_table(codec), labels, uncond, codec.shape)
+    images = labels = captions = None
+    if cfg.name in BUNDLED:
+        from fastgen.datasets import load_images
+
+        found = load_images(cfg.name, "train")
+        images, labels, captions = found.images, found.labels, found.captions
+    elif cfg.images:
+        sample = codec.decode(torch.zeros(1, *codec.shape, device=device))
+        images, captions = read_folder(Path(cfg.images), tuple(sample.shape[1:]), cfg.on_bad_image)
+    elif cfg.prompts:
+        captions = _read_prompts(Path(cfg.prompts))
+    elif cfg.name:
+        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(BUNDLED)}")
+    if cfg.limit:
+        images, labels, captions = (v[: cfg.limit] if v is not None else None for v in (images, labels, captions))
+    x0 = None
+    if images is not None:
+        _check_size(images, codec, device)
+        x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
+    num = len(images) if images is not None else len(captions or []) or 10_000
+    if hasattr(codec, "prompts"):
+        if captions is None:
+            raise UserError("data", "this text-to-image teacher needs captions and the set has none",
+                            "metadata.jsonl with file_name and text, or .txt side-cars")
+        table, rows = _text_rows(codec, list(captions), device)
+    elif codec.num_classes:
+        rows = torch.arange(num) % codec.num_classes if labels is None else labels
+        codec.labels(rows)
+        table = _label_table(codec)
+    else:
+        table, rows = {}, torch.zeros(num).long()
+    return Data(x0, table, rows, uncond, codec.shape)
+
+
+def _label_table(codec) -> dict[str, Tensor]:
+    return codec.labels(torch.arange(codec.num_classes)) if codec.num_classes else {}
+
+
+def _read_prompts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError("data.prompts", f"{path} does not exist", "a text file with one prompt a line")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise UserError("data.prompts", f"{path} is empty", "one prompt a line")
+    return lines
+
+
+def _check_size(images: Tensor, codec, device) -> None:
+    found = tuple(codec.encode(images[:1].to(device).float() / 127.5 - 1).shape[1:])
+    if found != tuple(codec.shape):
+        raise UserError("data", f"images of shape {tuple(images.shape[1:])} give x0 {found}", f"the teacher takes {codec.shape}")

@@ -1,0 +1,85 @@
+"""The small networks that measure images: attribute classifiers whose features feed the Frechet distance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class FeatureNet(nn.Module):
+    """Three convolutions, one feature vector and a linear head for every attribute; takes images in [0, 1]."""
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        heads: dict[str, int],
+        widths: tuple[int, int, int] = (32, 64, 96),
+        num_features: int = 64,
+    ):
+        super().__init__()
+        widths = tuple(widths)
+        self.config = {
+            "channels": channels,
+            "size": size,
+            "heads": dict(heads),
+            "widths": list(widths),
+            "num_features": num_features,
+        }
+        self.num_features = num_features
+        stages, side, width = [], size, channels
+        for out in widths:
+            layers = [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.SiLU()]
+            if side > 4:
+                layers.append(nn.MaxPool2d(2))
+                side //= 2
+            stages.append(nn.Sequential(*layers))
+            width = out
+        self.stages = nn.ModuleList(stages)
+        self.to_features = nn.Linear(width * side * side, num_features)
+        self.heads = nn.ModuleDict({name: nn.Linear(num_features, k) for name, k in heads.items()})
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Activations after each stage, finest first (for perceptual losses)."""
+        assert images.shape[1:] == (self.config["channels"], *[self.config["size"]] * 2), images.shape
+        x, maps = images * 2 - 1, []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor) -> dict:
+        """Return {"features": [B, num_features], "logits": {head: [B, K]}}."""
+        features = self.to_features(self.maps(images)[-1].flatten(1))
+        return {"features": features, "logits": {name: head(features) for name, head in self.heads.items()}}
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and half-precision model.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> FeatureNet:
+        """Read a saved net in float32, frozen and in eval mode."""
+        folder = Path(folder)
+        net = cls(**json.loads((folder / "config.json").read_text()))
+        net.load_state_dict(load_file(folder / "model.safetensors"))
+        return net.float().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure(net: nn.Module, images: Tensor, batch_size: int = 500) -> dict:
+    """Run a FeatureNet over many images (uint8, or float in [0, 1]) on the device it lives on."""
+    device, parts = next(net.parameters()).device, []
+    for chunk in images.split(batch_size):
+        chunk = chunk.to(device)
+        parts.append(net(chunk.float() / 255 if chunk.dtype == torch.uint8 else chunk.float()))
+    logits = {name: torch.cat([p["logits"][name] for p in parts]) for name in parts[0]["logits"]}
+    return {"features": torch.cat([p["features"] for p in parts]), "logits": logits}

@@ -1,0 +1,141 @@
+"""What every distillation method shares: players, turns, time sampling and the registry.
+
+A method is one class with one generator, `step(batch, k)`. Inside `with self.turn("student"):` that player alone is
+trainable; each `yield loss, logs` hands the loss to the trainer, which runs backward and the optimizer before the
+generator goes on. Values shared between turns are local variables, update ratios are ordinary `if k % r`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fastgen.rng import Rng
+from fastgen.roles import Player, Role, Student
+from fastgen.schedules import Schedule
+
+REGISTRY: dict[str, type["Objective"]] = {}
+
+
+class ObjectiveConfig(BaseModel):
+    """Settings common to all methods."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+
+
+class TimeConfig(BaseModel):
+    """How noise levels are drawn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Literal["uniform", "logit_normal", "log_normal"] = "uniform"
+    """uniform over the schedule's grid; logit_normal of the grid position; log_normal of sigma/alpha (EDM)"""
+    low: float = Field(0.02, ge=0, lt=1)
+    """lowest grid position of the uniform kind"""
+    high: float = Field(0.98, gt=0, le=1)
+    """highest grid position of the uniform kind"""
+    mean: float = 0.0
+    """mean of the (logit- or log-) normal kinds"""
+    std: float = Field(1.0, gt=0)
+    """standard deviation of the (logit- or log-) normal kinds"""
+
+
+@dataclass
+class Batch:
+    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each row."""
+
+    x0: Tensor | None
+    cond: dict[str, Tensor]
+    uncond: dict[str, Tensor]
+    noise: Tensor
+    index: Tensor
+
+
+class Objective:
+    """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `step`; the registry takes it from there."""
+
+    config: type[ObjectiveConfig]
+    needs_data = True
+    """whether `step` reads batch.x0"""
+
+    student: Student
+    teacher: Role
+
+    def __init_subclass__(cls, config: type[ObjectiveConfig], **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.config = config
+        REGISTRY[config.model_fields["name"].default] = cls
+
+    def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
+        self.cfg, self.rng, self.guidance = cfg, rng, guidance
+        self.parts = parts
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.schedule: Schedule = self.student.schedule
+        self.players = {
+            name: Player(name, {p: parts[p] for p in members}) for name, members in self.player_parts(cfg).items()
+        }
+        self.active: str | None = None
+        self.sync = True
+
+    @classmethod
+    def player_parts(cls, cfg) -> dict[str, tuple[str, ...]]:
+        """Players and the parts each one trains; parts are built by `fastgen.build`."""
+        return {"student": ("student",)}
+
+    @classmethod
+    def uses(cls, cfg) -> tuple[str, ...]:
+        """Untrained parts this method needs besides the players', e.g. ("teacher",)."""
+        return ("teacher",)
+
+    @classmethod
+    def requires_data(cls, cfg) -> bool:
+        """Whether these settings read real data."""
+        return cls.needs_data
+
+    @classmethod
+    def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
+        """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a backward."""
+        raise NotImplementedError
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[Player]:
+        """Make one player trainable and every other frozen, until the block ends."""
+        for player in self.players.values():
+            player.requires_grad_(player.name == name)
+        self.active = name
+        try:
+            yield self.players[name]
+        finally:
+            self.active = None
+
+    def step(self, batch: Batch, k: int) -> Iterator[tuple[Tensor, dict]]:
+        """Yield (loss, logs) once per update; k counts optimizer windows from 0 within the stage."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Work done once before the first step of a stage, after weights are loaded. Most methods need none."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors beyond the players' that a resumed run needs."""
+        return {}
+
+    # -- helpers -------------------------------------------------------------------------------------------
+    def sample_t(self, num: int, time: TimeConfig) -> Tensor:
+        """Noise levels [num] in the schedule's own time, float64."""
+        if time.kind == "uniform":
+            return self.schedule.from_unit(time.low + (time.high - time.low) * self.rng.rand(num))
+        normal = time.mean + time.std * self.rng.randn(num).double()
+        if time.kind == "logit_normal":
+            return self.schedule.from_unit(torch.sigmoid(normal).clamp(1e-3, 1 - 1e-6))
+        return self.schedule.t_from_lambda(-normal).clamp(self.schedule.t_min, self.schedule.t_max)
+
+    def generate(self, batch: Batch, last: int | None = None) -> Tensor:
+        """The student's sample for this batch's noise."""
+        return self.student.generate(batch.noise, batch.cond, self.rng.randn_like, last)
