@@ -1,0 +1,105 @@
+"""One run from command line to report: load the config, build the cast, train, measure, export.
+
+  python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from fastgen.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not finite."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags = _flags()
+    known, rest = flags.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if len(rest) < len([a for a in argv if a.startswith("--help") or a == "-h"]) or {"-h", "--help"} & set(argv):
+        flags.print_help()
+        rest.append("--help")
+    from fastgen.config import fail, load
+    from fastgen.paths import config
+
+    try:
+        for module in known.plugin:
+            importlib.import_module(module)
+        cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest)
+        return run(cfg, known)
+    except UserError as error:
+        return fail(error)
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, description=__doc__)
+    flags.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files, merged left to right")
+    flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
+    flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
+    flags.add_argument("--dry_run", action="store_true", help="print what would run, and start nothing")
+    flags.add_argument("--plugin", nargs="+", default=[], metavar="MODULE", help="import objectives from elsewhere first")
+    return flags
+
+
+def run(cfg, known) -> int:
+    """Train one validated config."""
+    import torch
+    from accelerate import Accelerator
+
+    from fastgen import checkpoint, finish
+    from fastgen.build import Cast
+    from fastgen.config import dump
+    from fastgen.data import load_data
+    from fastgen.trainer import NotFinite, Trainer
+
+    _quiet()
+    if known.dry_run:
+        from fastgen.dryrun import describe
+
+        print(describe(cfg))
+        return 0
+    if cfg.train.num_threads:
+        torch.set_num_threads(cfg.train.num_threads)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=cfg.train.mixed_precision,
+        gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
+    )
+    if accelerator.is_main_process:
+        folder = checkpoint.open_run(cfg.output_dir, known.resume, known.overwrite)
+        checkpoint.write_text(folder / "config.yaml", dump(cfg))
+        checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
+    accelerator.wait_for_everyone()
+    folder = Path(cfg.output_dir)
+    cast = Cast(cfg, accelerator.device)
+    data = load_data(cfg.data, cast.teacher, accelerator.device)
+    trainer = Trainer(cfg, cast, data, folder, accelerator, finish.Validator(cfg, cast, folder))
+    try:
+        trainer.fit(checkpoint.latest(folder) if known.resume else None)
+    except NotFinite as error:
+        print(f"error: {error}; the last good checkpoint is {checkpoint.latest(folder)}", file=sys.stderr)
+        return 3
+    if accelerator.is_main_process:
+        finish.finish(trainer)
+    return 0
+
+
+def environment() -> dict:
+    """What a run ran on: versions, command, platform."""
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "fastgen-distill")
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {"command": ["train.py", *sys.argv[1:]], "python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def _quiet() -> None:
+    """Keep libraries' start-up chatter out of the terminal."""
+    for name in ("diffusers", "transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,12 @@
+"""Train a few-step student: python train.py --config configs/recipes/NAME.yaml (accelerate launch works the same).
+
+Without arguments it distils the bundled Fashion-MNIST teacher into one step. The run itself reads top to bottom in
+fastgen/run.py, one training step in fastgen/trainer.py (`_micro_step`), one method in fastgen/objectives/dmd2.py.
+"""
+
+import sys
+
+from fastgen.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())
