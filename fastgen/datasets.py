@@ -45,7 +45,8 @@ def load_images(name: str, split: str = "train") -> Images:
         raise ValueError(f"unknown image set {name!r}: choose one of {', '.join(NAMES)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    with np.load(asset(f"data/{'digits' if name == 'digits' else 'fashion'}.npz"), allow_pickle=False) as file:
+    source = asset("data/digits.npz" if name == "digits" else "data/fashion.npz")
+    with np.load(source, allow_pickle=False) as file:
         grey, labels = file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)
     if name == "digits":
         grey = np.round(grey * (255 / 16)).astype(np.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class FeatureNet(nn.Module):
-    """Three convolutions, one feature vector and a linear head for every attribute; takes images in [0, 1]."""
+    """Three convolutions, a feature vector and a linear head per attribute; takes images in [0, 1]."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class FeatureNet(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureNet:

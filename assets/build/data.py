@@ -47,7 +47,8 @@ def digits() -> None:
     data = load_digits()
     images, labels = data.images.astype(np.uint8), data.target.astype(np.uint8)
     rows = np.arange(len(labels))
-    train, heldout = (np.sort(r) for r in train_test_split(rows, test_size=360, stratify=labels, random_state=0))
+    parts = train_test_split(rows, test_size=360, stratify=labels, random_state=0)
+    train, heldout = (np.sort(part) for part in parts)
     save("digits.npz", (images[train], labels[train]), (images[heldout], labels[heldout]))
 
 

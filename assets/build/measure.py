@@ -1,0 +1,73 @@
+"""Train the measuring net of one image set into assets/measure/<set>."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import ASSETS, frechet, jitter, one_cycle, seconds, write_card
+from torch.nn import functional as F
+
+from fastgen.datasets import NAMES, VOCABULARY, load_images
+from fastgen.nets import FeatureNet, measure
+
+EPOCHS = {"digits": 40, "fashion": 14, "tinted": 7}
+
+
+def targets_of(data):
+    return data.attributes or {"class": data.labels}
+
+
+def train(name: str, seed: int, batch_size: int = 100) -> None:
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    data, heldout = load_images(name, "train"), load_images(name, "heldout")
+    heads = {k: len(v) for k, v in VOCABULARY.items()} if name == "tinted" else {"class": 10}
+    net = FeatureNet(data.images.shape[1], data.images.shape[-1], heads)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
+    steps = EPOCHS[name] * (len(data) // batch_size)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(len(data), generator=generator)
+        rows, order = order[:batch_size], order[batch_size:]
+        images = jitter(data.images[rows].float() / 255, 1 if name == "digits" else 2, generator)
+        if name == "fashion":  # mirrored garments are garments; digits are not
+            flip = torch.rand(batch_size, generator=generator) < 0.5
+            images[flip] = images[flip].flip(-1)
+        logits = net(images)["logits"]
+        loss = sum(
+            F.cross_entropy(logits[key], target[rows], label_smoothing=0.05)
+            for key, target in targets_of(data).items()
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * one_cycle(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 200 == 0:
+            print(name, step, steps, f"{loss.item():.3f}", seconds(), flush=True)
+    folder = ASSETS / "measure" / name
+    net.save(folder)
+    net = FeatureNet.load(folder)
+    seen, unseen = measure(net, data.images), measure(net, heldout.images)
+    accuracy = {
+        key: round((unseen["logits"][key].argmax(1) == target).float().mean().item(), 4)
+        for key, target in targets_of(heldout).items()
+    }
+    floor = frechet(seen["features"], unseen["features"])
+    write_card(
+        folder,
+        heldout_accuracy=accuracy,
+        heldout_images=len(heldout),
+        frechet_train_vs_heldout=round(floor, 3),
+        seed=seed,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    train(args.name, args.seed)
