@@ -1,0 +1,198 @@
+"""Consistency: boundary, solver orders, closed-form fixed point, gradients, and distillation of exact mixtures."""
+
+import pytest
+import torch
+
+from fastgen.objectives.consistency import Consistency, ConsistencyConfig
+from fastgen.roles import Role, Student
+from fastgen.samplers import solver_step
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+
+SCHEDULES = {"edm": EDM(), "flow": Flow(), "vp": VP.scaled_linear()}
+each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+def make(schedule, student_net, teacher=(0.0, 0.5), target=None, **cfg):
+    parts = {"student": Student(student_net, None, schedule.steps(1)), "teacher": gaussian_role(schedule, *teacher)}
+    if target is not None:
+        parts["target"] = Role(target)
+    return Consistency(ConsistencyConfig(**cfg), parts, rng())
+
+
+@each
+def test_p1_boundary_and_clean_end(schedule):
+    """The jump is the identity at t = e inside the grid, and D itself at the clean end."""
+    objective = make(schedule, GaussianNet(schedule, 0.0, 0.5))
+    x, D = torch.randn(2, 6, 3, dtype=torch.float64)
+    t = schedule.from_unit(torch.full((6,), 0.4))
+    torch.testing.assert_close(objective.jump(D, x, t, t), x, rtol=1e-6, atol=1e-7)
+    end = torch.full((6,), schedule.t_min, dtype=torch.float64)
+    torch.testing.assert_close(objective.jump(D, x, t, end), D)
+
+
+@each
+def test_p1_last_interval_targets_the_solver_output_itself(schedule):
+    """With N = 2 and i = 1, r is the end: the target must be x_r, whatever the target network says."""
+    objective = make(schedule, GaussianNet(schedule, 0.0, 0.5), num_scales=2, metric="l2", teacher=(0.0, 0.5))
+    objective.rng.randint = lambda high, num: torch.full((num,), high - 1)
+    seen = {}
+    from fastgen import losses
+
+    original = losses.mse
+    losses.mse = lambda pred, target, w: seen.update(target=target) or original(pred, target, w)
+    try:
+        torch.manual_seed(0)
+        x0 = torch.randn(16, 1, dtype=torch.float64)
+        next(objective.step(batch_of(x0), 0))
+    finally:
+        losses.mse = original
+    objective.rng.reset(0)
+    grid = objective.grid(0)
+    objective2 = make(schedule, GaussianNet(schedule, 9.0, 3.0), num_scales=2, metric="l2")
+    objective2.rng.randint = objective.rng.randint
+    objective2.rng.generator.manual_seed(0)
+    x_t = schedule.noise(x0, objective2.rng.randn_like(x0), grid[1].expand(16))
+    x_r = solver_step(schedule, objective2.denoiser(batch_of(x0)), x_t, grid[1].expand(16), grid[2].expand(16), "euler")
+    torch.testing.assert_close(seen["target"], x_r, rtol=1e-6, atol=1e-7)
+
+
+def test_p1_solver_orders():
+    """Halving the step divides the local error by 4 for Euler and by 8 for Heun (Gaussian data, VE flow map known)."""
+    S, s0 = EDM(), 0.5
+    teacher = gaussian_role(S, 0.0, s0)
+    x, t = torch.full((1, 1), 1.3, dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+
+    def error(h, solver):
+        u = t - h
+        exact = x * ((s0**2 + u**2) / (s0**2 + t**2)).sqrt()
+        return (solver_step(S, lambda y, r: teacher(y, r, {}), x, t, u, solver) - exact).abs().item()
+
+    assert 3.5 < error(0.02, "euler") / error(0.01, "euler") < 4.5
+    assert 7.0 < error(0.02, "heun") / error(0.01, "heun") < 9.0
+
+
+class PerTime(torch.nn.Module):
+    """D(x, t_i) = gain_i x: one free number per grid time."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule, grid):
+        super().__init__()
+        self.schedule, self.grid = schedule, grid
+        self.gain = torch.nn.Parameter(torch.ones(len(grid), dtype=torch.float64))
+
+    def forward(self, x_t, t, cond):
+        i = (self.grid[None] - t[:, None]).abs().argmin(1)
+        return self.gain[i][:, None] * x_t
+
+    raw = forward
+
+
+def test_p1_fixed_point_is_the_product_of_solver_gains():
+    """A linear student learns the teacher's N-step Euler map, not the exact flow."""
+    S, s0, N = EDM(sigma_min=0.02, sigma_max=5.0), 0.5, 6
+    grid = S.from_unit(torch.linspace(1, 0, N + 1, dtype=torch.float64))
+    net = PerTime(S, grid)
+    objective = make(S, net, teacher=(0.0, s0), num_scales=N, metric="l2")
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for k in range(1500):
+        objective.rng.reset(k)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - k / 1500)
+        x0 = s0 * objective.rng.randn(256, 1).double()
+        for loss, _ in objective.step(batch_of(x0), k):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    gains = 1 + (grid[1:] - grid[:-1]) * grid[:-1] / (s0**2 + grid[:-1] ** 2)
+    expected = torch.stack([gains[i:].prod() for i in range(N)])
+    exact = ((s0**2 + grid[-1] ** 2) / (s0**2 + grid[:-1] ** 2)).sqrt()
+    torch.testing.assert_close(net.gain[:-1].detach(), expected, rtol=0.03, atol=0.003)
+    assert (expected - exact).abs().max() > 0.05  # the two are told apart
+
+
+def test_p1_target_carries_no_gradient():
+    S = Flow()
+    student, target = GaussianNet(S, 0.1, 0.6), GaussianNet(S, 0.1, 0.6)
+    objective = make(S, student, target=target, target_decay=0.9)
+    loss, _ = next(objective.step(batch_of(torch.randn(32, 1)), 0))
+    loss.backward()
+    assert student.s.grad.abs() > 0 and target.s.grad is None and target.m.grad is None
+
+
+def test_p1_negative_without_boundary_a_constant_has_no_loss():
+    """Dropping the boundary (target never pinned to x_r) lets a constant student reach zero loss; with it, it cannot."""
+    S = Flow()
+
+    class Constant(torch.nn.Module):
+        prediction, schedule = "x0", S
+
+        def __init__(self):
+            super().__init__()
+            self.c = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x_t, t, cond):
+            return self.c.expand_as(x_t)
+
+        raw = forward
+
+    x0 = torch.randn(256, 1)
+    pinned = make(S, Constant(), num_scales=4, metric="l2")
+    with_boundary = next(pinned.step(batch_of(x0), 0))[0]
+    loose = make(S, Constant(), num_scales=4, metric="l2")
+    loose.rng.randint = lambda high, num: torch.arange(num) % (high - 1)  # never the last interval
+    without = next(loose.step(batch_of(x0), 0))[0]
+    assert without == 0 and with_boundary > 0.01
+
+
+def test_p1_ema_target_moves_by_the_decay():
+    S = Flow()
+    student, target = GaussianNet(S, 1.0, 0.6), GaussianNet(S, 0.0, 0.6)
+    objective = make(S, student, target=target, target_decay=0.9)
+    for loss, _ in objective.step(batch_of(torch.randn(8, 1)), 0):
+        loss.backward()
+    assert target.m.item() == pytest.approx(0.1)
+
+
+def test_p1_training_mode_needs_no_teacher():
+    S = Flow()
+    cfg = ConsistencyConfig(mode="training", num_scales=8)
+    assert Consistency.uses(cfg) == ()
+    objective = Consistency(cfg, {"student": Student(GaussianNet(S, 0.0, 0.5), None, [1.0])}, rng())
+    loss, _ = next(objective.step(batch_of(torch.randn(8, 1)), 0))
+    assert torch.isfinite(loss)
+
+
+def test_scale_curriculum_doubles_up_to_the_end():
+    objective = make(Flow(), GaussianNet(Flow(), 0.0, 0.5), num_scales=40, start_scales=10, curriculum_steps=300)
+    sizes = [len(objective.grid(k)) - 1 for k in (0, 99, 100, 199, 200, 299, 1000)]
+    assert sizes == [10, 10, 20, 20, 40, 40, 40]
+
+
+def test_segments_end_inside_the_grid():
+    """Four segments on eight intervals: each jump ends two intervals on at most."""
+    objective = make(Flow(), GaussianNet(Flow(), 0.0, 0.5), num_scales=8, segments=4)
+    grid = objective.grid(0)
+    i = torch.arange(8)
+    ends = grid[(i * 4 // 8 + 1) * 8 // 4]
+    torch.testing.assert_close(ends, torch.tensor([0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0], dtype=torch.float64))
+
+
+P2 = {
+    "distillation": {"num_scales": 16, "solver": "heun"},
+    "ema target": {"num_scales": 16, "solver": "heun", "target_decay": 0.9},
+    "training": {"mode": "training", "num_scales": 32, "start_scales": 8, "curriculum_steps": 300},
+}
+
+
+@pytest.mark.parametrize("name", P2)
+def test_p2_distils_the_mixture(tmp_path, name):
+    before, after, _, _ = run_mixture(tmp_path, {"name": "consistency", **P2[name]}, steps=500, lr=2e-3)
+    assert after < before * 0.5 and after < 0.06, (before, after)
+
+
+def test_p2_segments_serve_as_many_steps(tmp_path):
+    objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
+    before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3)
+    assert after < 0.03, (before, after)

@@ -1,0 +1,198 @@
+"""DMD2: the identities of its gradient, its turns, and distillation of exact mixtures."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen import losses
+from fastgen.objectives.dmd2 import DMD2, DMD2Config
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import AffineStudent, CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
+
+NO_GAN = {"gan_weight": 0.0, "student_every": 1}
+
+
+def kl(m, s, m_p, s_p, t):
+    """KL between the noised student and teacher Gaussians (EDM)."""
+    q, p = s**2 + t**2, s_p**2 + t**2
+    return 0.5 * (torch.log(p / q) + (q + (m - m_p) ** 2) / p - 1)
+
+
+def test_p1_score_difference_is_the_gradient_of_kl():
+    """E_z,eps [(s_fake - s_real) dx/d(m, s)] equals d KL(q_t || p_t) / d(m, s), by quadrature over z and eps."""
+    S, m, s, m_p, s_p = EDM(), -0.4, 0.6, 0.5, 1.0
+    nodes, weights = (torch.tensor(v) for v in __import__("numpy").polynomial.hermite_e.hermegauss(24))
+    weights = weights / weights.sum()
+    z, eps = torch.meshgrid(nodes, nodes, indexing="ij")
+    w = (weights[:, None] * weights[None]).flatten()
+    for t in (0.3, 1.0, 4.0):
+        tt = torch.full((z.numel(),), t, dtype=torch.float64)
+        x_t = (m + s * z + t * eps).reshape(-1, 1)
+        gap = S.score(gaussian_role(S, m, s)(x_t, tt, {}), x_t, tt) - S.score(gaussian_role(S, m_p, s_p)(x_t, tt, {}), x_t, tt)
+        found = torch.stack([(w * gap[:, 0]).sum(), (w * gap[:, 0] * z.flatten()).sum()])
+        mm, ss = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (m, s))
+        exact = torch.autograd.grad(kl(mm, ss, m_p, s_p, torch.tensor(t, dtype=torch.float64)), (mm, ss))
+        torch.testing.assert_close(found, torch.stack(exact), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [EDM(), Flow(), VP.scaled_linear()], ids=["edm", "flow", "vp"])
+def test_p1_fixed_point(schedule):
+    """Exact critic and student equal to the teacher: no gradient at any noise level."""
+    teacher = gaussian_role(schedule, 0.5, 1.0)
+    x = (0.5 + torch.randn(64, 1, dtype=torch.float64)).requires_grad_()
+    for u in (0.05, 0.5, 0.95):
+        t = schedule.from_unit(torch.full((64,), u))
+        x_t = schedule.noise(x.detach(), torch.randn_like(x), t)
+        losses.distribution_matching(x, teacher(x_t, t, {}), gaussian_role(schedule, 0.5, 1.0)(x_t, t, {})).backward()
+    assert x.grad.abs().max() == 0
+
+
+def descend(fake_of, steps, normalise=True, sign=1.0, lr=0.02):
+    """Gradient descent of an affine generator with an analytic critic; returns (m, s)."""
+    S, n = EDM(), 2048
+    teacher = gaussian_role(S, 0.5, 1.0)
+    m, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (-1.0, 0.3))
+    generator = torch.Generator().manual_seed(0)
+    grid = S.from_unit(torch.arange(20, 1000, 60) / 999)
+    for _ in range(steps):
+        z, eps = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
+        t = grid[torch.randint(len(grid), (n,), generator=generator)]
+        x = m + s * z
+        x_t = S.noise(x.detach(), eps, t)
+        real, fake = teacher(x_t, t, {}), fake_of(S, m.item(), s.item(), x.detach(), x_t, t)
+        gap = sign * (fake - real)
+        if normalise:
+            gap = gap / ((x.detach() - real).abs() + 1e-6)
+        grads = torch.autograd.grad((gap * x).mean(), (m, s))
+        with torch.no_grad():
+            m -= lr * grads[0].clamp(-10, 10)
+            s -= lr * grads[1].clamp(-10, 10)
+    return m.item(), s.item()
+
+
+def exact_critic(S, m, s, x, x_t, t):
+    return gaussian_role(S, m, s)(x_t, t, {})
+
+
+def test_p1_converges_with_an_exact_critic():
+    m, s = descend(exact_critic, 400)
+    assert abs(m - 0.5) < 0.05 and abs(s - 1.0) < 0.05, (m, s)
+
+
+def test_p1_negative_sign_flip_runs_away():
+    m, s = descend(exact_critic, 200, sign=-1.0)
+    assert abs(m - 0.5) > 2, (m, s)
+
+
+def test_p1_negative_without_critic_collapses_to_the_mode():
+    """D_fake := x is score distillation sampling: the mean is right and the spread is gone."""
+    m, s = descend(lambda S, m, s, x, x_t, t: x, 1500, normalise=False, lr=0.05)
+    assert abs(m - 0.5) < 0.05 and abs(s) < 0.15, (m, s)
+
+
+def make(cfg, schedule=None, student=None, steps=1):
+    schedule = schedule or EDM()
+    student = student or AffineStudent(schedule, -1.0, 0.3)
+    critic = CountingRole(GaussianNet(schedule, -1.0, 0.3))
+    return DMD2(DMD2Config(**cfg), {"student": student, "critic": critic, "teacher": gaussian_role(schedule, 0.5, 1.0)}, rng())
+
+
+def test_p1_update_ratio_and_turns():
+    """Twenty steps at ratio 5: four student updates, twenty critic updates, gradients only in one's own turn."""
+    objective = make({"gan_weight": 0.0, "student_every": 5})
+    count = {"student": 0, "critic": 0}
+    for k in range(20):
+        for loss, _ in objective.step(batch_of(torch.randn(8, 1)), k):
+            active = objective.active
+            loss.backward()
+            count[active] += 1
+            for name, player in objective.players.items():
+                grads = [p.grad for p in player.trainable().values()]
+                if name == active:
+                    assert all(g is not None and g.abs() > 0 for g in grads)
+                else:
+                    assert all(g is None for g in grads)
+            for player in objective.players.values():
+                for p in player.trainable().values():
+                    p.grad = None
+    assert count == {"student": 4, "critic": 20}
+
+
+class StepNet(GaussianNet):
+    """Counts calls and keeps the inputs of a several-step student."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
+    def forward(self, x_t, t, cond):
+        self.seen.append((x_t.detach().clone(), t.clone(), torch.is_grad_enabled()))
+        return super().forward(x_t, t, cond)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), VP.scaled_linear()], ids=["flow", "vp"])
+def test_p1_backward_simulation(schedule):
+    """s + 1 calls, all but the last without gradient; at s = 0 the input is the noise itself."""
+    from fastgen.roles import Student
+
+    net = StepNet(schedule, 0.0, 1.0)
+    student = Student(net, None, schedule.steps(4))
+    objective = make(NO_GAN, schedule, student)
+    batch = batch_of(torch.randn(8, 1))
+    for last in range(4):
+        net.seen.clear()
+        objective.generate(batch, last)
+        assert [grad for *_, grad in net.seen] == [False] * last + [True]
+        assert [float(t[0]) for _, t, _ in net.seen] == schedule.steps(4)[: last + 1]
+        torch.testing.assert_close(net.seen[0][0], batch.noise)
+        if last:
+            assert not torch.equal(net.seen[-1][0], batch.noise)
+
+
+def test_p1_without_backward_simulation_the_input_is_noised_data():
+    from fastgen.roles import Student
+
+    schedule = Flow()
+    net = StepNet(schedule, 0.0, 1.0)
+    objective = make(NO_GAN | {"backward_simulation": False}, schedule, Student(net, None, schedule.steps(4)))
+    batch = batch_of(torch.full((8, 1), 3.0))
+    objective.sample(batch, 2)
+    assert len(net.seen) == 1
+    torch.testing.assert_close(net.seen[0][0], 0.5 * batch.x0 + 0.5 * batch.noise)
+
+
+def test_p1_discriminator_learns_the_log_density_ratio():
+    """Optimal logit between N(1, 1) fake and N(0, 1) real is 0.5 - x."""
+    head = nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(head.parameters(), 0.02)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        real, fake = torch.randn(512, 1, generator=generator), 1 + torch.randn(512, 1, generator=generator)
+        loss = losses.gan_discriminator([head(fake)], [head(real)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert math.isclose(head.weight.item(), -1.0, abs_tol=0.15) and math.isclose(head.bias.item(), 0.5, abs_tol=0.15)
+
+
+def test_gan_needs_data_and_score_alone_does_not():
+    assert DMD2.requires_data(DMD2Config(gan_weight=1e-3))
+    assert not DMD2.requires_data(DMD2Config(gan_weight=0))
+    assert DMD2.requires_data(DMD2Config(gan_weight=0, backward_simulation=False))
+
+
+@pytest.mark.parametrize("teacher", ["analytic:gmm2d-flow", "analytic:gmm2d-vp", "analytic:gmm2d-edm"])
+def test_p2_distils_the_mixture(tmp_path, teacher):
+    before, after, samples, _ = run_mixture(tmp_path, {"name": "dmd2", "gan_weight": 0.0, "student_every": 2}, teacher)
+    assert after < 0.02 and after < before / 4, (before, after)
+    angle = torch.atan2(samples[:, 1], samples[:, 0])
+    modes = torch.bincount((angle / (math.pi / 3)).round().long() % 6, minlength=6) / len(samples)
+    assert modes.min() > 0.10, modes
+
+
+def test_p2_with_gan_and_four_steps(tmp_path):
+    objective = {"name": "dmd2", "gan_weight": 0.03, "disc_weight": 0.03, "student_every": 2}
+    before, after, _, _ = run_mixture(tmp_path, objective, num_steps=4, steps=300)
+    assert after < 0.03, (before, after)

@@ -1,0 +1,60 @@
+"""Supervised training: its loss is a native regression, dropout is as stated, and it learns exact denoisers."""
+
+import pytest
+import torch
+
+from fastgen.objectives.sft import SFT, SFTConfig
+from fastgen.roles import Student
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
+
+
+def make(schedule, **cfg):
+    return SFT(SFTConfig(**cfg), {"student": Student(GaussianNet(schedule, 0.3, 0.8), None, schedule.steps(1))}, rng())
+
+
+@pytest.mark.parametrize("kind,schedule", [("eps", VP.scaled_linear()), ("flow", Flow()), ("v", VP.scaled_linear())])
+def test_p1_loss_is_the_native_regression(kind, schedule):
+    objective = make(schedule, weighting=kind, time={"low": 0.1, "high": 0.9})
+    x0 = torch.randn(64, 2, dtype=torch.float64)
+    loss, _ = next(objective.step(batch_of(x0), 0))
+    objective.rng.generator.manual_seed(0)
+    t, eps = objective.sample_t(64, objective.cfg.time), objective.rng.randn_like(x0)
+    x_t = schedule.noise(x0, eps, t)
+    out = schedule.from_x0(kind, objective.student(x_t, t, {}), x_t, t)
+    torch.testing.assert_close(loss, (out - schedule.from_x0(kind, x0, x_t, t)).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_p1_condition_dropout_rate():
+    class Spy(GaussianNet):
+        def forward(self, x_t, t, cond):
+            self.dropped = (cond["class_labels"] == 9).double().mean()
+            return super().forward(x_t, t, cond)
+
+    net = Spy(Flow(), 0.0, 1.0)
+    objective = SFT(SFTConfig(cond_dropout=0.3), {"student": Student(net, None, [1.0])}, rng())
+    batch = batch_of(torch.randn(4000, 1), cond={"class_labels": torch.zeros(4000).long()})
+    batch.uncond = {"class_labels": torch.full((4000,), 9)}
+    next(objective.step(batch, 0))
+    assert 0.27 < net.dropped < 0.33
+
+
+def test_p1_log_normal_times():
+    objective = make(EDM(), time={"kind": "log_normal", "mean": -1.2, "std": 1.2})
+    t = objective.sample_t(20_000, objective.cfg.time).log()
+    assert abs(t.mean() + 1.2) < 0.05 and abs(t.std() - 1.2) < 0.05
+
+
+def test_p2_learns_the_exact_denoiser(tmp_path):
+    """Trained on samples of the mixture, D comes near the closed form at every noise level."""
+    *_, trainer = run_mixture(tmp_path, {"name": "sft", "time": {"low": 0.001, "high": 1.0}}, steps=500, lr=2e-3)
+    mixture, net, S = trainer.cast.teacher.backbone, trainer.cast.parts["student"], trainer.cast.teacher.schedule
+    x0, labels = mixture.sample(2000, torch.Generator().manual_seed(3))
+    for u in (0.2, 0.5, 0.8):
+        t = S.from_unit(torch.full((2000,), u))
+        x_t = S.noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(4)), t)
+        cond = {"class_labels": labels}
+        with torch.no_grad():
+            exact, found = mixture(x_t, t, cond), net(x_t, t, cond)
+        excess = (found - x0).square().mean() - (exact - x0).square().mean()
+        assert excess < 0.15 * (exact - x0).square().mean() + 0.01, (u, float(excess))
