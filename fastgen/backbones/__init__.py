@@ -96,6 +96,17 @@ def load_part(folder: Path, key: str, cls):
         raise UserError(key, f"{folder} cannot be read ({first})", "the file may be truncated; copy it again") from None
 
 
+def component_class(folder: Path) -> type:
+    """The diffusers or transformers class a component's config names."""
+    import diffusers
+    import transformers
+
+    config = _read_json(folder / "config.json", "teacher.path")
+    if "architectures" in config:
+        return getattr(transformers, config["architectures"][0])
+    return getattr(diffusers, config["_class_name"])
+
+
 def family_of(net_class: str) -> Family:
     if net_class not in FAMILIES:
         raise UserError(
@@ -115,14 +126,12 @@ def _label_codec(net, info: dict):
 
 
 def _text_codec(folder: Path, family: Family, net, info: dict):
-    import diffusers
     import transformers
 
     from fastgen.codecs import TextCodec
 
-    index = _read_json(folder / "model_index.json", "teacher.path")
-    vae = load_part(folder / "vae", "teacher.path", getattr(diffusers, index["vae"][1]))
-    text = load_part(folder / "text_encoder", "teacher.path", getattr(transformers, index["text_encoder"][1]))
+    vae = load_part(folder / "vae", "teacher.path", component_class(folder / "vae"))
+    text = load_part(folder / "text_encoder", "teacher.path", component_class(folder / "text_encoder"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     tokenizer.padding_side = "right"
     masked = family.name == "sana"
