@@ -1,0 +1,61 @@
+"""ODE-pair regression: pairs lie on the teacher's trajectory, are reproducible, and teach its map."""
+
+import pytest
+import torch
+
+from fastgen.errors import UserError
+from fastgen.objectives.ode_pairs import ODEPairs, ODEPairsConfig
+from fastgen.roles import Student
+from fastgen.samplers import sample_teacher
+from fastgen.schedules import EDM, Flow
+from tests.objectives.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
+
+
+def make(schedule, steps, **cfg):
+    student = Student(GaussianNet(schedule, 0.0, 1.0), None, schedule.steps(steps))
+    objective = ODEPairs(ODEPairsConfig(**cfg), {"student": student, "teacher": gaussian_role(schedule, 0.5, 0.3)}, rng())
+    objective.prepare()
+    return objective
+
+
+def test_p1_pair_is_the_teachers_own_sample():
+    S = Flow()
+    objective = make(S, 1, teacher_steps=10)
+    batch = batch_of(torch.randn(5, 2))
+    next(objective.step(batch, 0))
+    noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    sample = sample_teacher(objective.teacher, noise, {}, {}, 10)
+    for i in range(5):
+        torch.testing.assert_close(objective.pairs[i][0].float(), noise[i])
+        torch.testing.assert_close(objective.pairs[i][1].float(), sample[i].float(), rtol=1e-5, atol=1e-6)
+
+
+def test_p1_many_steps_approach_the_exact_flow_map():
+    """Gaussian teacher: y = m + s z (EDM from sigma_max, up to the prior's own spread)."""
+    S = EDM()
+    objective = make(S, 1, teacher_steps=80, solver="heun")
+    next(objective.step(batch_of(torch.randn(6, 1)), 0))
+    pairs = torch.stack([objective.pairs[i] for i in range(6)])
+    exact = 0.5 + (pairs[:, 0] - 0.5) * 0.3 / (0.3**2 + 80.0**2) ** 0.5
+    torch.testing.assert_close(pairs[:, 1], exact, rtol=0.02, atol=0.004)
+
+
+def test_p1_pairs_are_made_once():
+    S = Flow()
+    objective = make(S, 2, teacher_steps=4)
+    objective.teacher = CountingRole(GaussianNet(S, 0.5, 0.3))
+    batch = batch_of(torch.randn(5, 2))
+    next(objective.step(batch, 0))
+    first = len(objective.teacher.calls)
+    next(objective.step(batch, 1))
+    assert first == 4 and len(objective.teacher.calls) == 4
+
+
+def test_times_off_the_teachers_grid_are_refused():
+    with pytest.raises(UserError, match="not on the teacher's grid of 5 steps"):
+        make(Flow(), 4, teacher_steps=5)
+
+
+def test_p2_distils_the_mixture(tmp_path):
+    before, after, _, _ = run_mixture(tmp_path, {"name": "ode_pairs"}, steps=400, lr=2e-3)
+    assert after < 0.05 and after < before / 2, (before, after)
