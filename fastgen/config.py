@@ -159,6 +159,8 @@ class EvalConfig(Section):
 
     num_samples: int = Field(1000, ge=0)
     """samples for the final table; 0 skips it"""
+    teacher_samples: int = Field(0, ge=0)
+    """samples of the teacher for the final table; 0 means as many as the student's"""
     validation_samples: int = Field(250, ge=0)
     """samples for the cheap metric during training"""
     grid: int = Field(40, ge=1)

@@ -76,14 +76,15 @@ def run(cfg, known) -> int:
     folder = Path(cfg.output_dir)
     cast = Cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device)
-    trainer = Trainer(cfg, cast, data, folder, accelerator, finish.Validator(cfg, cast, folder))
+    validator = finish.Validator(cfg, cast, data, folder)
+    trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
     try:
         trainer.fit(checkpoint.latest(folder) if known.resume else None)
     except NotFinite as error:
         print(f"error: {error}; the last good checkpoint is {checkpoint.latest(folder)}", file=sys.stderr)
         return 3
     if accelerator.is_main_process:
-        finish.finish(trainer)
+        finish.finish(trainer, validator.judge)
     return 0
 
 

@@ -84,6 +84,8 @@ class Trainer:
         tensors, meta = checkpoint.load(resume) if resume else ({}, {"stage": 0, "k": 0})
         if resume:
             self._check_same(meta)
+        if self.validate and self.cfg.train.validation_steps and not resume:
+            self.validate(self)
         start = time.monotonic()
         bar = tqdm(total=self.total, disable=not self.acc.is_main_process, desc="train", mininterval=1.0)
         try:

@@ -63,6 +63,8 @@ class Objective:
     config: type[ObjectiveConfig]
     needs_data = True
     """whether `step` reads batch.x0"""
+    few_step = True
+    """whether the student becomes a few-step generator; if not, it is sampled by the ODE, like a teacher"""
 
     student: Student
     teacher: Role

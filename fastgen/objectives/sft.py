@@ -32,6 +32,8 @@ class SFTConfig(ObjectiveConfig):
 
 
 class SFT(Objective, config=SFTConfig):
+    few_step = False
+
     @classmethod
     def uses(cls, cfg) -> tuple[str, ...]:
         return ()

@@ -1,0 +1,82 @@
+"""`--dry_run`: what a config would do, told without starting anything."""
+
+import torch
+
+from fastgen.build import Cast
+from fastgen.config import RunConfig, dump
+from fastgen.objectives import REGISTRY
+from fastgen.roles import Role
+
+BYTES = 4  # trained weights, gradients and optimizer states are float32
+
+
+def describe(cfg: RunConfig) -> str:
+    """Resolved config, players, network evaluations per step and a memory estimate, as plain text."""
+    cast = Cast(cfg)
+    lines = [dump(cfg), "players"]
+    for stage in cfg.all_stages():
+        lines += _stage(cfg, cast, stage)
+    return "\n".join([*lines, "", *_memory(cfg, cast), "nothing was started or written"])
+
+
+def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
+    from fastgen.rng import Rng
+
+    objective = cast.stage(stage, Rng(cfg.train.seed))
+    teacher = cast.parts["teacher"].backbone
+    lines = [f"  stage {stage.name}: {stage.objective.name}, {stage.max_train_steps} steps"]
+    lines.append(f"    {'teacher':<10} {_count(teacher, base_only=True):>12,} frozen")
+    for name, player in objective.players.items():
+        trainable = sum(p.numel() for p in player.trainable().values())
+        shared = any(isinstance(p, Role) and p.backbone is teacher for p in player.parts.values())
+        frozen = _count(teacher, base_only=True) if shared else 0
+        where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
+        lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
+    student = cast.parts["student"]
+    calls = REGISTRY[stage.objective.name].evaluations(stage.objective, cfg.teacher.guidance, len(student.times))
+    spelled = ", ".join(f"{n} {v:g}" for n, v in calls.items())
+    lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
+    lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
+    return lines
+
+
+def _count(backbone, base_only: bool = False) -> int:
+    return sum(p.numel() for n, p in backbone.named_parameters() if not (base_only and "lora_" in n))
+
+
+def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
+    """Weights, gradients, Adam's two states and averages exactly; activations from one measured forward pass."""
+    weights = sum(_count(b) for b in cast.backbones()) * BYTES
+    weights += sum(p.numel() for p in cast.teacher.codec.parameters()) * BYTES
+    trained = sum(sum(p.numel() for p in r.trainable().values()) for n, r in cast.parts.items() if n != "teacher" and isinstance(r, Role))
+    heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+    student = sum(p.numel() for p in cast.parts["student"].trainable().values())
+    rows = {
+        "weights (all roles, shared ones once)": weights + heads * BYTES,
+        "gradients": (trained + heads) * BYTES,
+        "Adam states": 2 * (trained + heads) * BYTES,
+        "EMA": len(cfg.train.ema_decay) * student * BYTES,
+        "activations of one training pass (estimate)": _activations(cfg, cast),
+    }
+    total = sum(rows.values())
+    lines = ["memory estimate (MB)"] + [f"  {n:<46}{v / 2**20:>10.1f}" for n, v in rows.items()]
+    return [*lines, f"  {'total':<46}{total / 2**20:>10.1f}"]
+
+
+def _activations(cfg: RunConfig, cast: Cast) -> int:
+    """Bytes autograd keeps for one sample's pass through the student, times the batch (all of it if checkpointing is off)."""
+    codec, student = cast.teacher.codec, cast.parts["student"]
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    for p in student.trainable().values():
+        p.requires_grad_(True)
+    t = torch.full((1,), student.times[0], dtype=torch.float64)
+    own = {p.data_ptr() for b in cast.backbones() for p in b.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = student(torch.zeros(1, *codec.shape), t, codec.null(1))
+    del out
+    return sum(v for k, v in kept.items() if k not in own) * cfg.train.train_batch_size
