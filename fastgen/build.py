@@ -22,6 +22,8 @@ class Cast:
     def __init__(self, cfg: RunConfig, device="cpu"):
         self.cfg, self.device = cfg, device
         self.teacher = self._load()
+        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
+            raise UserError("teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -65,6 +67,10 @@ class Cast:
         else:
             self.parts[name] = Role(base, adapter)
         base.eval()
+        if name == "student" and self.cfg.student.init:
+            from fastgen.export import init_student
+
+            init_student(self.parts[name], self.cfg.student.init)
 
     def _adapter(self, base, name: str, lora: LoraConfig) -> None:
         with torch.random.fork_rng(devices=[]):

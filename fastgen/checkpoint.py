@@ -14,6 +14,8 @@ from fastgen.errors import UserError
 def open_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
     """The run folder, empty, resumed or cleared as asked; refuses to touch a used one otherwise."""
     folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("output_dir", f"{folder} is a file", "give a folder")
     used = folder.is_dir() and any(folder.iterdir())
     if resume and latest(folder) is None:
         raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")

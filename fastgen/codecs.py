@@ -63,6 +63,10 @@ class TextCodec(nn.Module):
         latents = x0.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
         return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    def decode_size(self) -> int:
+        """Height (and width) in pixels of a decoded sample."""
+        return self.decode(torch.zeros(1, *self.shape, device=self.vae.device)).shape[-1]
+
     @property
     def _shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0

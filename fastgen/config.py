@@ -1,10 +1,9 @@
 """The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told apart in one line when wrong."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_origin
 
-import tyro
+import tyro.conf
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,6 +15,15 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change, field docstrings are the help text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wrap(cls, values):
+        """A lone value where a list is meant stands for the list of it."""
+        if not isinstance(values, dict):
+            return values
+        lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
+        return {k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v for k, v in values.items()}
 
 
 class TeacherConfig(Section):
@@ -235,9 +243,13 @@ class RunConfig(Section):
 
 
 def merge(base: dict, over: dict) -> dict:
-    """Deep merge; a changed `name` of an objective replaces the section, so that keys of another method do not linger."""
+    """Deep merge; {"0": ...} over a list reaches its first item; a changed `name` of an objective replaces the section, so that keys of another method do not linger."""
     out = dict(base)
     for key, value in over.items():
+        if isinstance(out.get(key), list) and isinstance(value, dict) and all(k.isdigit() for k in value):
+            items = [merge(v, value[str(i)]) if str(i) in value else v for i, v in enumerate(out[key])]
+            out[key] = items + [v for k, v in value.items() if int(k) >= len(items)]
+            continue
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         if both and not (key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")):
             out[key] = merge(out[key], value)
@@ -303,13 +315,49 @@ def read_files(files: list[str]) -> dict:
     return merged
 
 
-def parse(base: RunConfig, argv: list[str]) -> RunConfig:
-    """Apply dotted command-line overrides; unknown flags get tyro's suggestion and exit code 2."""
-    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    try:
-        return tyro.cli(RunConfig, default=base, args=argv, config=markers)
-    except ValidationError as error:
-        raise _complain(error) from None
+def overrides(argv: list[str]) -> dict:
+    """`--optim.student.lr 1e-4` pairs as a nested dict; - and _ are the same; several values make a list."""
+    nested: dict = {}
+    i = 0
+    while i < len(argv):
+        flag, _, inline = argv[i].partition("=")
+        if not flag.startswith("--"):
+            raise UserError("command line", f"found {argv[i]!r}", "overrides look like --section.key value")
+        i += 1
+        values = [inline] if inline else []
+        while i < len(argv) and not argv[i].startswith("--") and not inline:
+            values.append(argv[i])
+            i += 1
+        if not values:
+            raise UserError(flag, "found no value", "give one, e.g. --train.seed 1")
+        target = nested
+        *path, last = flag[2:].replace("-", "_").split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+        parsed = [_value(v) for v in values]
+        target[last] = parsed[0] if len(parsed) == 1 else parsed
+    return nested
+
+
+def _value(text: str) -> object:
+    """YAML for lists and null; everything else stays text, which the schema converts."""
+    if text.startswith(("[", "{")):
+        return yaml.safe_load(text)
+    return None if text in ("null", "None") else text
+
+
+def help_text(base: RunConfig) -> str:
+    """Every key of this config with its text and value."""
+    import contextlib
+    import io
+
+    import tyro
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        tyro.cli(RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True)
+    return out.getvalue()
 
 
 def dump(cfg: RunConfig) -> str:
@@ -319,10 +367,4 @@ def dump(cfg: RunConfig) -> str:
 
 def load(files: list[str], argv: list[str]) -> RunConfig:
     """Files, then flags."""
-    return parse(validate(read_files(files)), argv)
-
-
-def fail(error: UserError) -> int:
-    """Print a user's mistake as one line; the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return validate(merge(read_files(files), overrides(argv)))

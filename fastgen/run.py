@@ -5,6 +5,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import logging
 import platform
@@ -19,24 +20,39 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not finite."""
     argv = sys.argv[1:] if argv is None else argv
     flags = _flags()
-    known, rest = flags.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if len(rest) < len([a for a in argv if a.startswith("--help") or a == "-h"]) or {"-h", "--help"} & set(argv):
-        flags.print_help()
-        rest.append("--help")
-    from fastgen.config import fail, load
-    from fastgen.paths import config
-
+    known, rest = flags.parse_known_args(argv)
     try:
         for module in known.plugin:
-            importlib.import_module(module)
+            _import_plugin(module)
+        from fastgen.config import help_text, load
+        from fastgen.paths import config
+
         cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest)
+        if known.help:
+            print(flags.format_help() + help_text(cfg))
+            return 0
         return run(cfg, known)
     except UserError as error:
         return fail(error)
 
 
+def fail(error: UserError) -> int:
+    """Print a user's mistake as one line; the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _import_plugin(module: str) -> None:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError("--plugin", f"{module} cannot be imported ({error})", "a module on the Python path") from None
+
+
 def _flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, description=__doc__)
+    flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
     flags.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files, merged left to right")
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
     flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
@@ -65,6 +81,7 @@ def run(cfg, known) -> int:
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     accelerator = Accelerator(
+        log_with=_trackers(cfg.train.report_to) or None, project_dir=cfg.output_dir,
         cpu=not torch.cuda.is_available(), mixed_precision=cfg.train.mixed_precision,
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
     )
@@ -73,6 +90,8 @@ def run(cfg, known) -> int:
         checkpoint.write_text(folder / "config.yaml", dump(cfg))
         checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
     accelerator.wait_for_everyone()
+    if cfg.train.report_to:
+        accelerator.init_trackers("fastgen")
     folder = Path(cfg.output_dir)
     cast = Cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device)
@@ -86,6 +105,14 @@ def run(cfg, known) -> int:
     if accelerator.is_main_process:
         finish.finish(trainer, validator.judge)
     return 0
+
+
+def _trackers(names: tuple[str, ...]) -> list[str]:
+    """Trackers besides metrics.jsonl, each if its library is there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError("train.report_to", f"{name} is not installed", f'pip install "fastgen-distill[{name}]"')
+    return list(names)
 
 
 def environment() -> dict:

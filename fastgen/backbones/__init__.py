@@ -142,7 +142,10 @@ def _text_codec(folder: Path, family: Family, net, info: dict):
 
 def hub_folder(path: str, allow_network: bool) -> Path:
     """A local folder for `path`: itself, a bundled asset, or (only when asked for by name) a hub snapshot."""
-    folder = resolve(path)
+    try:
+        folder = resolve(path)
+    except FileNotFoundError as error:
+        raise UserError("teacher.path", str(error), "see assets/teachers") from None
     if folder.is_dir():
         return folder
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))

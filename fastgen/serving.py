@@ -1,0 +1,102 @@
+"""Which diffusers scheduler serves a few-step student, so that a plain call visits exactly the times it was trained on."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastgen.errors import UserError
+from fastgen.schedules import EDM, VP, Flow, Schedule
+
+VP_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass
+class Serving:
+    """A scheduler, what must be passed besides the number of steps, and whether it can carry the student at all."""
+
+    scheduler: object
+    arguments: dict = field(default_factory=dict)
+    """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
+    needs_loop: bool = False
+    """no diffusers scheduler does these steps; the model card has the loop"""
+
+    def set_timesteps(self, num: int) -> None:
+        """As the card tells users to."""
+        if self.arguments:
+            given = {k: np.array(v) if k == "timesteps" else v for k, v in self.arguments.items()}
+            self.scheduler.set_timesteps(**given)
+        else:
+            self.scheduler.set_timesteps(num)
+
+
+def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_scheduler) -> Serving:
+    """The scheduler for a student's own time list (see the table in each function)."""
+    if isinstance(schedule, VP):
+        return _vp(times, sampler, dict(teacher_scheduler.config))
+    if isinstance(schedule, EDM):
+        return _edm(times, sampler, schedule, dict(teacher_scheduler.config))
+    if isinstance(schedule, Flow):
+        return _flow(times, sampler, schedule)
+    raise UserError("export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow or EDM")
+
+
+def _vp(times: list[float], sampler: str, config: dict) -> Serving:
+    """renoise: LCMScheduler, whose boundary factors differ from (0, 1) by < 2e-5 at any of these times; ode: DDIM, trailing.
+
+    Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is DDIM that accepts them.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+
+    if any(t != round(t) for t in times):
+        raise UserError("student.timesteps", f"found {times}", "whole numbers, which diffusers' schedulers index by")
+    num, total = len(times), config["num_train_timesteps"]
+    kept = {k: config[k] for k in VP_KEYS if k in config}
+    ints = [int(t) for t in times]
+    stride = total // num
+    on_grid = ints == [(num - i) * stride - 1 for i in range(num)]
+    if sampler == "renoise":
+        scheduler = LCMScheduler(**kept, original_inference_steps=num, clip_sample=False)
+        return Serving(scheduler, {} if on_grid else {"timesteps": ints})
+    if on_grid and total % num == 0:
+        return Serving(DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True))
+    scheduler = DPMSolverMultistepScheduler(**kept, solver_order=1, final_sigmas_type="zero", timestep_spacing="trailing")
+    return Serving(scheduler, {"timesteps": ints})
+
+
+def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
+    """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
+
+    diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the result to
+    end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. With a = (1 - u_N) N / (N - 1) the
+    two agree for all k when shift' = a s / (1 + (a - 1) s) and shift_terminal is our last time (both maps are
+    Moebius in k, so three points fix them); u_N depends on shift' itself and is found by iterating.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    cls = FlowMatchLCMScheduler if sampler == "renoise" else FlowMatchEulerDiscreteScheduler
+    num, s = len(times), schedule.shift
+    if num > 1 and np.allclose(times, schedule.steps(num), atol=1e-9):
+        bent, u_min = s, 0.001
+        for _ in range(50):
+            u_min = bent * 0.001 / (1 + (bent - 1) * 0.001)
+            a = (1 - u_min) * num / (num - 1)
+            bent = a * s / (1 + (a - 1) * s)
+        return Serving(cls(shift=bent, shift_terminal=times[-1]))
+    if times == [1.0]:
+        return Serving(cls(shift=s))
+    return Serving(cls(shift=1.0), {"sigmas": list(times)})
+
+
+def _edm(times: list[float], sampler: str, schedule: EDM, config: dict) -> Serving:
+    """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1 in Karras' spacing; re-noising needs a loop."""
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler.from_config(config)
+    if times == schedule.steps(1):
+        return Serving(scheduler)
+    hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
+    ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
+    return Serving(scheduler, {"sigmas": ramp}, needs_loop=sampler == "renoise" and len(times) > 1)

@@ -1,0 +1,8 @@
+"""Sample a few-step student: python sample.py --model runs/quickstart/export --labels 0-9 --out out (see fastgen/sample.py)."""
+
+import sys
+
+from fastgen.sample import main
+
+if __name__ == "__main__":
+    sys.exit(main())
