@@ -137,7 +137,7 @@ class Backbone(nn.Module):
         except ValueError as error:
             leaves = sorted({n.rsplit(".", 1)[-1] for n, m in self.net.named_modules() if isinstance(m, nn.Linear)})
             raise UserError(
-                "student.targets", f"no module of {type(self.net).__name__} matches {list(targets)}",
+                "target_modules", f"no module of {type(self.net).__name__} matches {list(targets)}",
                 f"linear layers here end in {leaves}",
             ) from error
         self.adapter_names += (name,)
