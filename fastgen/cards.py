@@ -1,110 +1,192 @@
-"""Model cards: settings, measured numbers, and a snippet in plain diffusers that works as it stands."""
+"""The model card of an export: settings, measured numbers, and a snippet in plain diffusers that runs as it stands."""
 
 import json
+import shlex
 from pathlib import Path
 
-import yaml
+from fastgen.paths import resolve
 
-from fastgen.backbones import Teacher
-from fastgen.checkpoint import write_text
-from fastgen.roles import Student
-from fastgen.serving import Serving
-
-LABELS = '''import torch
-from diffusers import {scheduler}, UNet2DModel
-
-folder = "{folder}"
-unet = UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-scheduler = {scheduler}.from_pretrained(folder, subfolder="scheduler")
-scheduler.set_timesteps({steps})
-generator = torch.Generator().manual_seed(0)
-labels = torch.arange(10)
-x = torch.randn(10, {shape}, generator=generator) * scheduler.init_noise_sigma
-with torch.no_grad():
-    for t in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(unet(scaled, t, class_labels=labels).sample, t, x, generator=generator).prev_sample
-images = (torch.nn.functional.pixel_shuffle(x, {patch}) / 2 + 0.5).clamp(0, 1)  # [10, C, H, W]
-'''
-RENOISE_EDM = '''import torch
-from diffusers import EDMEulerScheduler, UNet2DModel
-
-folder = "{folder}"
-unet = UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-scheduler = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler")
-times = torch.tensor({times})
-labels = torch.arange(10)
-x = torch.randn(10, {shape}) * times[0]
-with torch.no_grad():
-    for i, t in enumerate(times):
-        out = unet(scheduler.precondition_inputs(x, t), 0.25 * t.log(), class_labels=labels).sample
-        x0 = scheduler.precondition_outputs(x, out, t)
-        x = x0 + times[i + 1] * torch.randn_like(x0) if i + 1 < len(times) else x0
-images = (torch.nn.functional.pixel_shuffle(x, {patch}) / 2 + 0.5).clamp(0, 1)  # [10, C, H, W]
-'''
-TEXT = '''import torch
-from diffusers import {pipeline}{lora_import}
-
-pipe = {pipeline}.from_pretrained("{base}", use_safetensors=True)
-{load}images = pipe(
-    ["a red dress on a grey background"], {steps}, guidance_scale=1.0, output_type="pt",
-    generator=torch.Generator().manual_seed(0), {extra}
-).images  # [1, 3, H, W] in [0, 1]
-'''
+PROMPT = "a red dress on a grey background"
+ROWS = (("teacher", "teacher"), ("untrained_student", "untrained student"), ("student", "student"))
 
 
-def snippet(folder: str, teacher: Teacher, student: Student, serving: Serving, lora_file: str = "", base: str = "") -> str:
-    """Ten lines of plain diffusers that sample this export."""
-    codec, family = teacher.codec, teacher.backbone.family
-    scheduler = type(serving.scheduler).__name__
-    if not hasattr(codec, "prompts"):
-        shape = ", ".join(map(str, codec.shape))
-        if serving.needs_loop:
-            return RENOISE_EDM.format(folder=folder, times=list(student.times), shape=shape, patch=codec.patch)
-        steps = ", ".join(f"{k}={v}" for k, v in serving.arguments.items()) or len(student.times)
-        return LABELS.format(folder=folder, scheduler=scheduler, steps=steps, shape=shape, patch=codec.patch)
-    side = student.backbone.family.name == "sana"
-    size = teacher.codec.decode_size()
-    extra = [f"height={size}", f"width={size}"]
-    if side:
-        extra += ["complex_human_instruction=None", "use_resolution_binning=False", f"max_sequence_length={codec.max_length}"]
-    steps = ", ".join(f"{k}={v}" for k, v in serving.arguments.items()) or f"num_inference_steps={len(student.times)}"
-    load = ""
-    if lora_file:
-        load = (f'pipe.scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")\n'
-                f'pipe.load_lora_weights("{folder}", weight_name="{lora_file}")\n')
-    return TEXT.format(
-        pipeline=family.pipeline, lora_import=f", {scheduler}" if lora_file else "", base=base or folder, load=load,
-        steps=steps, extra=", ".join(extra),
-    )
+def license_of(base: str) -> str:
+    """The licence the teacher's own card names; an export inherits it."""
+    card = resolve(base) / "README.md" if base else None
+    if card is not None and card.is_file() and card.read_text().startswith("---"):
+        for line in card.read_text().split("---")[1].splitlines():
+            if line.startswith("license:"):
+                return line.partition(":")[2].strip()
+    return "other"
 
 
-def write_card(folder: Path, cfg, teacher: Teacher, student: Student, serving: Serving, results: dict) -> None:
-    """README.md of an export."""
-    final = cfg.output_dir + "/export"
-    files = [f.name for f in sorted(folder.glob("*-lora.safetensors"))]
-    labelled = not hasattr(teacher.codec, "prompts")
-    code_folder = f"{final}/merged" if files and labelled else final
-    base = cfg.teacher.path.replace("assets:", "assets/") if files else ""
-    code = snippet(code_folder, teacher, student, serving, "" if labelled or not files else files[0], base)
-    objective = cfg.all_stages()[-1].objective.name
-    task = "unconditional-image-generation" if labelled else "text-to-image"
-    front = {
-        "base_model": cfg.teacher.path, "library_name": "diffusers", "license": "other",
-        "tags": [task, "distillation", "few-step", *(["lora"] if files else [])],
-    }
+def shown_path(base: str) -> str:
+    """A teacher's path as plain diffusers takes it from a checkout."""
+    return base.replace("assets:", "assets/", 1)
+
+
+def _keywords(arguments: dict) -> str:
+    return "".join(f", {k}={v!r}" for k, v in arguments.items())
+
+
+def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
+    """Text-to-image: an ordinary pipeline call."""
+    scheduler = info["scheduler"]["_class_name"]
+    call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
+    if info["arguments"]:
+        del call["num_inference_steps"]
+    call["guidance_scale"] = 1.0 if info["times"] else float(info["guidance"])
+    if family.name == "sana":
+        length = what.get("max_sequence_length", 300)
+        call |= {"max_sequence_length": length, "complex_human_instruction": None, "use_resolution_binning": False}
+    names = sorted([family.pipeline, *([scheduler] if lora else [])])
+    source = repr(shown_path(info["base"])) if lora else '"."'
+    note = "" if lora else "  # this folder"
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
-        f"# {Path(cfg.output_dir).name}", "",
-        f"A {len(student.times)}-step student of `{cfg.teacher.path}`, distilled by `{objective}` with fastgen.", "",
-        f"- steps: {len(student.times)} at times {[round(t, 6) for t in student.times]} ({student.sampler})",
-        f"- scheduler: {type(serving.scheduler).__name__}" + (f", pass {serving.arguments}" if serving.arguments else ""),
-        f"- guidance: {cfg.teacher.guidance} is baked in; sample with guidance_scale 1, negative prompts have no effect",
+        "import torch", f"from diffusers import {', '.join(names)}", "",
+        f"pipe = {family.pipeline}.from_pretrained({source}, torch_dtype=torch.float32){note}",
     ]
-    if files:
-        lines.append(f"- LoRA: `{files[0]}`, alpha equals rank in every reader; load at strength 1")
-    if files and labelled:
-        lines.append("- no pipeline reads a LoRA for this class: `merged/` is the student as a folder, "
-                     "or `fastgen.lora.load_lora_into(unet, file)`")
-    lines += ["", "```python", code.rstrip(), "```", "", "## Measured", "", "```json", json.dumps(results, indent=2), "```", ""]
-    write_text(folder / "README.md", "\n".join(lines))
+    if lora:
+        lines += [
+            f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
+            f'pipe.load_lora_weights(".", weight_name="{lora}")',
+        ]
+    return [
+        *lines, "image = pipe(", f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
+        f"    {_keywords(call)[2:]},", ").images[0]", 'image.save("sample.png")',
+    ]
+
+
+def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) -> list[str]:
+    """UNet2DModel: the loop that its diffusers pipeline lacks (labels, patches, EDM scaling)."""
+    scheduler, classes = info["scheduler"]["_class_name"], what.get("num_classes", 0)
+    edm, w = scheduler.startswith("EDM"), 1.0 if info["times"] else info["guidance"]
+    label = ", class_labels=label" if classes else ""
+    step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
+    if classes and w != 1:
+        step += [step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
+                 f"        out = null + {w} * (out - null)"]
+    step += ["        x = scheduler.step(out, t, x, generator=generator).prev_sample"]
+    loop = ["    for t in scheduler.timesteps:", *step]
+    if info["needs_loop"]:
+        loop = _renoise_loop(info["times"], label)
+    arguments = dict(info["arguments"])
+    given = f"{info['steps']}" if edm or not arguments else ""
+    if edm and arguments:
+        given += f", sigmas=torch.tensor({arguments.pop('sigmas')})"
+    set_steps = [] if info["needs_loop"] else [f"scheduler.set_timesteps({(given + _keywords(arguments)).removeprefix(', ')})"]
+    image = f"torch.pixel_shuffle(x, {what['patch']})" if what.get("patch", 1) > 1 else "x"
+    scale = " * scheduler.config.sigma_max  # not init_noise_sigma, which is sqrt(sigma_max^2 + 1)" if edm else ""
+    return [
+        "import torch", f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}", "from PIL import Image", "",
+        f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
+        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")', *set_steps,
+        "generator = torch.Generator().manual_seed(0)",
+        *(["label = torch.tensor([3])"] if classes else []),
+        f"x = torch.randn(1, {', '.join(map(str, shape))}, generator=generator){scale}",
+        "with torch.no_grad():", *loop,
+        f"pixels = ({image} / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)",
+        "image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())", 'image.save("sample.png")',
+    ]
+
+
+def _renoise_loop(times: list[float], label: str) -> list[str]:
+    """EDM with fresh noise between steps, which no diffusers scheduler does."""
+    return [
+        f"    sigmas = {times}",
+        "    for i, sigma in enumerate(sigmas):",
+        f"        out = net(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma){label}).sample",
+        "        x = scheduler.precondition_outputs(x, out, sigma)",
+        "        if i + 1 < len(sigmas):",
+        "            x = x + sigmas[i + 1] * torch.randn(x.shape, generator=generator)",
+    ]
+
+
+def usage(what: dict, family, info: dict, codec, lora: str = "") -> str:
+    """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
+    import torch
+
+    if hasattr(codec, "prompts"):
+        device = next(codec.parameters()).device
+        size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[-2:])
+        return "\n".join(_pipeline_usage(what, family, info, size, lora))
+    return "\n".join(_label_usage(what, info, codec.shape, "merged" if lora else "."))
+
+
+def _numbers(results: dict) -> list[str]:
+    """The measured rows as a table, with how they were measured."""
+    rows = [(title, results[key]) for key, title in ROWS if isinstance(results.get(key), dict)]
+    by_steps = results.get("student_by_steps") or {}
+    rows += [(f"student, {n} steps", row) for n, row in by_steps.items() if isinstance(row, dict)]
+    columns = list(dict.fromkeys(k for _, row in rows for k, v in row.items() if isinstance(v, (int, float))))
+    if not columns:
+        return ["Not measured."]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, row in rows:
+        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), (int, float)) else "" for c in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    protocol = ", ".join(f"{k} {v}" for k, v in (results.get("protocol") or {}).items() if not isinstance(v, dict))
+    if protocol:
+        lines += ["", f"Measured with: {protocol}."]
+    if "fd_mini" in columns:
+        lines += ["", "fd_mini is a Frechet distance in the features of a small net; it is not comparable with published FIDs."]
+    return lines
+
+
+def _front_matter(info: dict, family, codec, lora: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["diffusers", "fastgen", info["objective"]]
+    tags += ["distillation", "few-step"] if info["times"] else []
+    tags += ["lora"] if lora else []
+    tags += ["text-to-image"] if hasattr(codec, "prompts") else ["unconditional-image-generation"]
+    base = info["base"] and shown_path(info["base"])
+    base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
+    data = ModelCardData(base_model=base or None, library_name="diffusers", license=license_of(info["base"]), tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
+    """README.md of an export."""
+    family, codec, what = teacher.backbone.family, teacher.codec, teacher.info or {}
+    lora, student = files.get("lora", ""), bool(info["times"])
+    settings = {"method": info["objective"], "trained for": f"{info['trained_steps']} steps", "steps": info["steps"]}
+    if student:
+        settings |= {
+            "times": ", ".join(f"{t:g}" for t in info["times"]), "between steps": info["sampler"],
+            "guidance": f"{info['guidance']:g} of the teacher is baked in; call with guidance_scale 1, negative prompts do nothing",
+            "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
+        }
+    else:
+        settings["guidance"] = f"{info['guidance']:g}"
+    settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
+    notes = []
+    if student and info["arguments"]:
+        notes.append(f"The scheduler's plain grid is another one: pass `{_keywords(info['arguments'])[2:]}` as below.")
+    elif student and len(info["times"]) > 1:
+        notes.append(f"The scheduler is configured for exactly {info['steps']} steps; a plain call visits the times above.")
+    if lora:
+        notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
+    if files.get("kohya"):
+        notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
+    if lora and not hasattr(codec, "prompts"):
+        notes.append(
+            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for plain diffusers; "
+            f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
+        )
+    lines = [
+        _front_matter(info, family, codec, lora), "", f"# {name}", "",
+        f"{'A few-step student distilled' if student else 'A generator trained'} with fastgen {info['version']}.", "",
+        "| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in settings.items()), "",
+        *(f"{n}\n" for n in notes), "## Use", "", "```python", usage(what, family, info, codec, lora), "```", "",
+        "## Numbers", "", *_numbers(results), "", "## Training", "", "```sh", shlex.join(command), "```", "",
+        "`config.yaml` of the run folder holds every setting. The licence of the base model applies.", "",
+    ]
+    return "\n".join(lines)
+
+
+def read_command(folder: Path) -> list[str]:
+    """The command that made a run folder."""
+    file = folder / "environment.json"
+    found = json.loads(file.read_text()).get("command") if file.is_file() else None
+    return ["python", *found] if found else ["python", "train.py", "--config", "config.yaml"]

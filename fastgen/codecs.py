@@ -74,6 +74,8 @@ class TextCodec(nn.Module):
     @torch.no_grad()
     def prompts(self, prompts: list[str]) -> Cond:
         """Text states [B, L, C], with the attention mask [B, L] where the family uses one."""
+        if self.masked:  # SanaPipeline does the same before it tokenizes
+            prompts = [p.lower().strip() for p in prompts]
         tokens = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )

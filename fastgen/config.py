@@ -154,6 +154,8 @@ class TrainConfig(Section):
     """steps between sample grids and cheap metrics; 0 is off"""
     checkpointing_steps: int = Field(100, ge=0)
     """steps between checkpoints; 0 keeps only the last"""
+    export_dtype: Literal["no", "fp16", "bf16"] = "no"
+    """precision of exported weights; no is float32 for students, fp16 for teachers made by sft"""
     checkpoints_total_limit: int = Field(2, ge=1)
     """checkpoints kept"""
     num_threads: int = Field(0, ge=0)

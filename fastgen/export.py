@@ -1,9 +1,7 @@
 """What a user ships: an ordinary diffusers folder, or an ordinary LoRA file, that plain diffusers loads without us."""
 
-import copy
 import json
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,190 +9,188 @@ import torch
 from torch import nn
 
 from fastgen import __version__, lora
-from fastgen.backbones import Teacher, load_teacher
+from fastgen.backbones import Teacher, hub_folder
+from fastgen.cards import model_card, read_command
 from fastgen.checkpoint import write_text
-from fastgen.errors import UserError
-from fastgen.paths import resolve
-from fastgen.roles import Role, Student
+from fastgen.lora import load_lora_into
+from fastgen.objectives import REGISTRY
+from fastgen.reload import Loaded, init_student, load_export, sample_command
+from fastgen.roles import Student
 from fastgen.serving import Serving, scheduler_for
 
-FAMILY_PREFIX = {"unet": "unet", "transformer": "transformer"}
-NO_PIPELINE_LOADER = ("unet2d",)
-
-
-@dataclass
-class Loaded:
-    """An export read back: the student, and the bundle (codec, scheduler, info) around it."""
-
-    student: Student | None
-    teacher: Teacher
-    info: dict
+__all__ = [
+    "Loaded", "export_folder", "export_student", "init_student", "load_export", "load_lora_into", "sample_command",
+    "scheduler_for",
+]
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COPIED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder")
 
 
 def export_student(trainer, folder: Path, results: dict) -> Path:
-    """Write the student (its current weights) for plain diffusers; the folder, or the LoRA file of a LoRA student."""
-    from fastgen.cards import write_card
-
-    cfg, cast = trainer.cfg, trainer.cast
-    teacher, student = cast.teacher, cast.parts["student"]
-    few_step = all(type_of(s).few_step for s in cfg.all_stages())
+    """Write the student as it now stands (call inside the EMA swap) beside `folder`, then put it in its place."""
+    teacher, student = trainer.cast.teacher, trainer.cast.parts["student"]
+    folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    if not few_step:
-        net = lora.without_adapters(student.backbone.net) if student.adapter else student.backbone.net
-        write_folder(teacher, net, temporary, teacher.scheduler, teacher.info or {}, torch.float16)
-        write_text(temporary / "card.json", json.dumps(results, indent=2))
-        return _replace(temporary, folder)
-    serving = scheduler_for(student.times, student.sampler, student.schedule, teacher.scheduler)
-    info = describe(cfg, trainer.step, student, serving)
-    result = folder
-    if student.adapter is None:
-        write_folder(teacher, student.backbone.net, temporary, serving.scheduler, {**(teacher.info or {}), **info})
+    temporary.mkdir(parents=True)
+    distilled = all(REGISTRY[s.objective.name].few_step for s in trainer.cfg.all_stages())
+    if distilled:
+        served = scheduler_for(list(student.times), student.sampler, teacher.schedule, teacher.scheduler)
     else:
-        result = folder / write_lora(cfg, teacher, student, serving, temporary, info).name
-    write_card(temporary, cfg, teacher, student, serving, results)
-    _replace(temporary, folder)
-    return result
-
-
-def type_of(stage):
-    """The objective class of a stage."""
-    from fastgen.objectives import REGISTRY
-
-    return REGISTRY[stage.objective.name]
-
-
-def describe(cfg, step: int, student: Student, serving: Serving) -> dict:
-    """What sample.py needs to know, and what a reader wants to: kept in fastgen.json or the LoRA's header."""
-    return {
-        "version": __version__, "objective": cfg.all_stages()[-1].objective.name, "steps": len(student.times),
-        "times": list(student.times), "sampler": student.sampler, "base": cfg.teacher.path,
-        "guidance_baked_in": cfg.teacher.guidance, "guidance_scale": 1.0, "step": step,
-        "scheduler": {**serving.scheduler.config, "_class_name": type(serving.scheduler).__name__},
-        "scheduler_arguments": serving.arguments,
-    }
-
-
-def write_lora(cfg, teacher: Teacher, student: Student, serving: Serving, folder: Path, info: dict) -> Path:
-    """The adapter as a PEFT file (and a kohya twin where tools read one); verified by reading it back."""
-    family = teacher.backbone.family
-    folder.mkdir(parents=True)
-    layers = lora.collect(student.backbone.net, student.adapter)
-    base = Path(cfg.teacher.path.split(":")[-1]).name
-    name = f"{base}-{info['objective']}-{info['steps']}step-lora"
-    header = {
-        "fastgen": json.dumps(info, default=str), "modelspec.sai_model_spec": "1.0.1", "modelspec.title": name,
-        "modelspec.architecture": f"{family.name}/lora",
-        "modelspec.usage_hint": f"{info['steps']} steps, guidance 1.0, {info['scheduler']['_class_name']}",
-    }
-    file = lora.write_peft(folder / f"{name}.safetensors", layers, FAMILY_PREFIX[family.component], header)
-    back, _ = lora.read_lora(file)
-    assert all(torch.equal(a, b) for n in layers for a, b in zip(layers[n], back[n])), "the LoRA file reads back differently"
-    if family.kohya_prefix:
-        lora.write_kohya(folder / f"{name}-kohya.safetensors", layers, family.kohya_prefix, header)
-    serving.scheduler.save_pretrained(folder / "scheduler")
-    if family.name in NO_PIPELINE_LOADER:  # no pipeline reads a LoRA for this class: ship it merged as well
-        merged = lora.without_adapters(student.backbone.net)
-        lora.merge(merged, layers)
-        write_folder(teacher, merged, folder / "merged", serving.scheduler, {**(teacher.info or {}), **info})
-    return file
-
-
-def write_folder(teacher: Teacher, net: nn.Module, folder: Path, scheduler, info: dict, dtype=torch.float32) -> Path:
-    """`net` with a scheduler and the teacher's other parts as a diffusers folder."""
-    family = teacher.backbone.family
-    folder.mkdir(parents=True, exist_ok=True)
-    shipped = copy.deepcopy(net).cpu()
-    for parameter in (*shipped.parameters(), *shipped.buffers()):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    shipped.save_pretrained(folder / family.component, safe_serialization=True)
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": family.pipeline, "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.net_class], "scheduler": ["diffusers", type(scheduler).__name__],
-    }
-    source = resolve(teacher.path) if teacher.path else None
-    for part in ("vae", "text_encoder", "tokenizer"):
-        if source is not None and (source / part).is_dir():
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-            index[part] = _library_class(source / part, part)
-    if family.name == "sd":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    write_text(folder / "model_index.json", json.dumps(index, indent=2))
-    write_text(folder / "fastgen.json", json.dumps(info, indent=2, default=str))
-    return folder
-
-
-def _replace(temporary: Path, folder: Path) -> Path:
+        served = Serving(teacher.scheduler)
+    info = describe(trainer, served, distilled)
+    chosen = trainer.cfg.train.export_dtype
+    dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
+    name, files = export_name(info, trainer.cfg.output_dir), {}
+    if student.adapter is None:
+        export_folder(teacher, student.backbone.net, temporary, served.scheduler, _document(teacher, info), dtype)
+    else:
+        files = _export_lora(teacher, student, temporary, name, served, info, dtype)
+        write_text(temporary / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
+    command = read_command(Path(trainer.folder))
+    write_text(temporary / "README.md", model_card(name, teacher, info, results, command, files))
     shutil.rmtree(folder, ignore_errors=True)
     return temporary.rename(folder)
 
 
+def export_name(info: dict, output_dir: str) -> str:
+    """<base>-<objective>-<N>step, or the run's name where nothing was distilled."""
+    base = Path(info["base"].replace(":", "/")).name
+    if not info["times"]:
+        return base or Path(output_dir).name
+    return f"{base}-{info['objective']}-{info['steps']}step"
+
+
+def describe(trainer, served: Serving, distilled: bool) -> dict:
+    """What a file must say about itself, so that nothing needs to be remembered to sample it."""
+    cfg, student = trainer.cfg, trainer.cast.parts["student"]
+    teacher = trainer.cast.teacher
+    return {
+        "version": __version__,
+        "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
+        "student": "lora" if student.adapter else "full",
+        "steps": len(student.times) if distilled else cfg.teacher.num_steps,
+        "times": [float(t) for t in student.times] if distilled else None,
+        "sampler": student.sampler,
+        "scheduler": _plain(served.scheduler),
+        "arguments": served.arguments,
+        "needs_loop": served.needs_loop,
+        "guidance": cfg.teacher.guidance,
+        "base": cfg.teacher.path if distilled or student.adapter else "",
+        "teacher_steps": cfg.teacher.num_steps,
+        "teacher_scheduler": _plain(teacher.scheduler),
+        "trained_steps": trainer.step,
+    }
+
+
+def _plain(scheduler) -> dict:
+    """A scheduler's config as JSON values."""
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in config.items()}
+
+
+def _document(teacher: Teacher, info: dict) -> dict:
+    """fastgen.json: what the teacher's said (patch, classes, ...), and this export's own description."""
+    return {**(teacher.info or {}), "export": info}
+
+
+def export_folder(teacher: Teacher, net: nn.Module, folder: Path, scheduler, info: dict, dtype=torch.float32) -> Path:
+    """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
+    family = teacher.backbone.family
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_net(net, folder / family.component, dtype)
+    scheduler.save_pretrained(folder / "scheduler")
+    source = hub_folder(teacher.path, False) if teacher.path else None
+    index = {}
+    if source is not None and (source / "model_index.json").is_file():
+        index = json.loads((source / "model_index.json").read_text())
+    index |= {
+        "_class_name": family.pipeline, "_diffusers_version": version("diffusers"),
+        family.component: ["diffusers", family.net_class], "scheduler": ["diffusers", type(scheduler).__name__],
+    }
+    for part in COPIED:
+        if source is not None and (source / part).is_dir():
+            if (source / part).resolve() != (folder / part).resolve():
+                pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
+                shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
+            index.setdefault(part, _library_class(source / part, part))
+    if family.name == "sd":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    write_text(folder / "model_index.json", json.dumps(index, indent=2))
+    write_text(folder / "fastgen.json", json.dumps(info, indent=2))
+    return folder
+
+
+def _save_net(net: nn.Module, folder: Path, dtype) -> None:
+    """save_pretrained in one dtype (it shards large models), without touching the network in use."""
+    before = {p.dtype for p in net.parameters()}
+    if before == {dtype}:
+        net.save_pretrained(folder, safe_serialization=True)
+    else:
+        copied = type(net).from_config(net.config)
+        copied.load_state_dict(net.state_dict())
+        copied.to(dtype).save_pretrained(folder, safe_serialization=True)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner only
+
+
+def _export_lora(teacher: Teacher, student: Student, folder: Path, name: str, served: Serving, info: dict, dtype) -> dict:
+    """LoRA file (with its kohya twin where such tools exist), scheduler, and a merged folder where diffusers has no loader."""
+    family, net = teacher.backbone.family, student.backbone.net
+    layers = lora.collect(net, student.adapter)
+    if not any(b.any() for _, b in layers.values()):
+        print("warning: export: the adapter is still zero; the export equals the teacher")
+    header = _header(name, family, info, layers)
+    file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
+    served.scheduler.save_pretrained(folder / "scheduler")
+    files = {"lora": file.name}
+    if family.kohya_prefix:
+        twin = folder / f"{name}-lora-kohya.safetensors"
+        files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
+    base = lora.without_adapters(net)
+    _verify(base, file, layers, dtype)
+    if not hasattr(teacher.codec, "prompts"):
+        lora.merge(base, layers)
+        export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
+    return files
+
+
+def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
+    """Read the file back: every key must name a layer of the base, every value must be the trained one."""
+    again, _ = lora.read_lora(file)
+    lora.check_keys(base, again)
+    if set(again) != set(layers):
+        raise RuntimeError(f"{file} does not hold the layers it was given")
+    for name, pair in again.items():
+        for read, written in zip(pair, layers[name]):
+            if not torch.equal(read, written.to(dtype).float()):
+                raise RuntimeError(f"{file}: {name} reads back differently")
+
+
+def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str]:
+    """Metadata that hubs and user interfaces show, and ours."""
+    steps, scheduler = info["steps"], info["scheduler"]["_class_name"]
+    kinds = {"epsilon": "epsilon", "v_prediction": "v"}
+    found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": name,
+        "modelspec.architecture": f"{family.net_class}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": kinds.get(info["scheduler"].get("prediction_type", ""), ""),
+        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance 1.0, {scheduler}",
+        "ss_base_model_version": family.name,
+        "ss_network_dim": str(max(a.shape[0] for a, _ in layers.values())),
+        "ss_network_alpha": str(max(a.shape[0] for a, _ in layers.values())),
+        "fastgen": json.dumps(info),
+    }
+    return {k: v for k, v in found.items() if v}
+
+
 def _library_class(folder: Path, part: str) -> list[str]:
     """[library, class] of a component as model_index.json wants it."""
-    if part == "tokenizer":
+    if part.startswith("tokenizer"):
         return ["transformers", json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]]
     config = json.loads((folder / "config.json").read_text())
     if "architectures" in config:
         return ["transformers", config["architectures"][0]]
     return ["diffusers", config["_class_name"]]
-
-
-def load_export(path: str, base: str = "") -> Loaded:
-    """Read an export folder, a LoRA file (over `base`, by default the one its header names) or a teacher folder."""
-    where = Path(path)
-    if where.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise UserError("--model", f"{path} is a pickle", "fastgen reads .safetensors files and folders only")
-    if where.suffix == ".safetensors":
-        if not where.is_file():
-            raise UserError("--model", f"{path} does not exist", "a LoRA file or an export folder")
-        layers, info = lora.read_lora(where, "--model")
-        teacher = load_teacher(base or info.get("base", ""))
-        lora.inject(teacher.backbone.net, layers, "student")
-        teacher.backbone.adapter_names = ("student",)
-        teacher.backbone.set_adapter(None)
-        student = Student(teacher.backbone, "student", info.get("times") or teacher.schedule.steps(1), info.get("sampler", "renoise"))
-        return Loaded(student, teacher, info)
-    files = sorted(where.glob("*-lora.safetensors")) if where.is_dir() else []
-    if files:
-        return load_export(str(files[0]), base)
-    teacher = load_teacher(path)
-    info = teacher.info or {}
-    student = Student(teacher.backbone, None, info["times"], info["sampler"]) if "times" in info else None
-    return Loaded(student, teacher, info)
-
-
-def load_base(loaded: Loaded, base: str = "") -> tuple[Teacher, Role]:
-    """The teacher an export came from, for comparison."""
-    if loaded.student is not None and loaded.student.adapter:
-        return loaded.teacher, Role(loaded.teacher.backbone)
-    teacher = load_teacher(base or loaded.info.get("base", ""))
-    return teacher, Role(teacher.backbone)
-
-
-@torch.no_grad()
-def init_student(student: Student, path: str) -> None:
-    """Start a student from an export: a LoRA file into its adapter, a folder into its copy."""
-    where = Path(path)
-    if student.adapter is not None:
-        file = where if where.suffix == ".safetensors" else next(iter(sorted(where.glob("*-lora.safetensors"))), None)
-        if file is None or not file.is_file():
-            raise UserError("student.init", f"{path} holds no LoRA file", "a LoRA student starts from a LoRA export")
-        lora.put(student.backbone.net, lora.read_lora(file, "student.init")[0], student.adapter, "student.init")
-        return
-    source = load_teacher(path).backbone.net
-    if type(source) is not type(student.backbone.net):
-        raise UserError("student.init", f"{path} holds a {type(source).__name__}", f"expected {type(student.backbone.net).__name__}")
-    student.backbone.net.load_state_dict(source.state_dict())
-
-
-def sample_command(path: Path) -> str:
-    """The exact command that samples an export."""
-    folder = path.parent if path.suffix else path
-    info = json.loads((folder / "fastgen.json").read_text()) if (folder / "fastgen.json").exists() else {}
-    if path.suffix:
-        info = lora.read_lora(path)[1]
-    text = (folder / "text_encoder").is_dir() or "tinted" in str(info.get("base", ""))
-    ask = '--prompt "a red dress on a grey background"' if text else "--labels 0-9"
-    return f"python sample.py --model {path} {ask} --num_images 40 --out out"

@@ -1,6 +1,7 @@
-"""Sample an export: python sample.py --model runs/quickstart/export --labels 0-9 --num_images 40 --out out
+"""Sample an export: python sample.py --model runs/quickstart/export --labels 0-9 --num_images 40 --out samples
 
-The number of steps, their times, the scheduler and guidance come from the export; nothing has to be remembered.
+Steps, times, scheduler and guidance come from the export; nothing has to be remembered. Image i draws all its noise
+from seed + i, so neither the batch size nor the number of images changes a picture.
 """
 
 import argparse
@@ -11,157 +12,277 @@ from pathlib import Path
 
 from fastgen.errors import UserError
 
+DTYPES = ("fp32", "bf16", "fp16")
+
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--model", required=True, help="export folder, LoRA file, or a teacher folder")
-    flags.add_argument("--base", default="", help="base of a LoRA file, if not the one its header names")
-    flags.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    flags.add_argument("--prompts", default="", help="text file, one prompt a line")
-    flags.add_argument("--negative_prompt", default="", help="has no effect on a student with guidance baked in")
-    flags.add_argument("--labels", default="", help="class labels: 3, 0-9 or 1,4,7")
-    flags.add_argument("--num_images", type=int, default=0, help="total, cycling through prompts or labels")
-    flags.add_argument("--steps", type=int, default=0, help="default: as trained")
-    flags.add_argument("--seed", type=int, default=0, help="image i uses seed + i, whatever the batch size")
-    flags.add_argument("--batch_size", type=int, default=50)
-    flags.add_argument("--out", default="out")
-    flags.add_argument("--overwrite", action="store_true", help="write into a folder that has files")
-    flags.add_argument("--compare_teacher", action="store_true", help="also sample the teacher from the same noise")
-    flags.add_argument("--teacher_steps", type=int, default=20)
-    flags.add_argument("--guidance", type=float, default=None, help="of the teacher; default: what the student was trained on")
-    flags.add_argument("--device", default="", help="default: cuda if there is one")
+    flags = argparse.ArgumentParser(
+        "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--model", required=True, help="export folder, LoRA file, run folder, or a teacher's folder")
+    add("--base", default="", help="base of a LoRA file, if not the one its header names")
+    add("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    add("--prompts", default="", metavar="FILE", help="text file, one prompt a line")
+    add("--negative_prompt", default="", help="for teachers; a student with guidance baked in ignores it")
+    add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
+    add("--num_images", type=int, default=0, help="in all, going round the prompts or labels; one each if not given")
+    add("--steps", type=int, default=0, help="default: what the model was trained for")
+    add("--seed", type=int, default=0, help="of the first image")
+    add("--batch_size", type=int, default=50)
+    add("--out", default="samples", help="folder of PNGs, grid.png and samples.json")
+    add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
+    add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below in the grid")
+    add("--teacher_steps", type=int, default=0, help="default: what the run compared with")
+    add("--guidance", type=float, default=None, help="teacher's guidance; default: what the student learned")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the denoiser")
+    add("--device", default="", help="default: cuda if there is one")
     return flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of sample.py; 0, or 2 for a user's mistake."""
+    from fastgen.config import fail
+    from fastgen.run import _quiet
+
     args = _flags().parse_args(argv)
+    _quiet()
     try:
         run(args)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def parse_labels(text: str) -> list[int]:
     """3 | 0-9 | 1,4,7 as a list."""
+    found: list[int] = []
     try:
-        found = []
         for part in text.split(","):
             first, _, last = part.partition("-")
             found += range(int(first), int(last or first) + 1)
-        return found
     except ValueError:
-        raise UserError("--labels", f"found {text!r}", "3, 0-9 or 1,4,7") from None
+        found = []
+    if not found:
+        raise UserError("--labels", f"found {text!r}", "3, 0-9 or 1,4,7")
+    return found
+
+
+def read_prompts(args) -> list[str]:
+    """Prompts of both flags, in order."""
+    texts = list(args.prompt)
+    if args.prompts:
+        if not Path(args.prompts).is_file():
+            raise UserError("--prompts", f"{args.prompts} does not exist", "a text file, one prompt a line")
+        texts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+    return texts
 
 
 def conditions(args, codec) -> tuple[dict, list]:
-    """(condition rows, what each stands for)."""
+    """(one condition row each, what each stands for)."""
     import torch
 
+    texts = read_prompts(args)
     if hasattr(codec, "prompts"):
-        texts = list(args.prompt)
-        if args.prompts:
-            if not Path(args.prompts).is_file():
-                raise UserError("--prompts", f"{args.prompts} does not exist", "a text file, one prompt a line")
-            texts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        if args.labels:
+            raise UserError("--labels", "this model is asked by text", '--prompt "..." or --prompts FILE')
         if not texts:
-            raise UserError("--prompt", "none given", "this model is asked by text: --prompt or --prompts")
+            raise UserError("--prompt", "none given", 'this model is asked by text: --prompt "..." or --prompts FILE')
         for text in texts:
             if lost := codec.cut(text):
-                print(f"warning: prompt longer than {codec.max_length} tokens, cut: {lost!r}", file=sys.stderr)
+                _warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
         return codec.prompts(texts), texts
-    if args.prompt or args.prompts:
+    if texts:
         raise UserError("--prompt", "this model takes class labels, not text", "--labels 0-9")
-    labels = parse_labels(args.labels) if args.labels else list(range(max(codec.num_classes, 1)))
-    return codec.labels(torch.tensor(labels)), labels
+    if not codec.num_classes:
+        if args.labels:
+            raise UserError("--labels", "this model is unconditional", "leave it out")
+        return {}, [""]
+    labels = parse_labels(args.labels) if args.labels else list(range(codec.num_classes))
+    try:
+        return codec.labels(torch.tensor(labels)), [codec.class_names[i] for i in labels if 0 <= i < codec.num_classes]
+    except UserError as error:
+        raise UserError("--labels", error.found, error.allowed) from None
 
 
-def run(args) -> list:
-    """Load, sample, write PNGs, grid and samples.json; returns the images [N, C, H, W]."""
+class Painter:
+    """One contender: a student with its times, or a teacher with its steps and guidance."""
+
+    def __init__(self, loaded, steps: int, guidance: float, null: dict):
+        from fastgen.roles import Student
+
+        self.role, self.codec, self.null = loaded.role, loaded.codec, null
+        self.guidance, self.is_student = guidance, loaded.is_student
+        self.steps = steps or (len(self.role.times) if self.is_student else 20)
+        if self.is_student and self.steps != len(self.role.times):
+            _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
+            times = loaded.teacher.schedule.steps(self.steps)
+            self.role = Student(self.role.backbone, self.role.adapter, times, self.role.sampler)
+
+    @property
+    def name(self) -> str:
+        return f"{'student' if self.is_student else 'teacher'}, {self.steps} step{'s' * (self.steps > 1)}"
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image; guidance takes two a step."""
+        return self.steps * (1 if self.is_student or self.guidance in (0, 1) or not self.null else 2)
+
+    def __call__(self, cond: dict, seeds: list[int], device):
+        """Images [B, C, H, W] in [0, 1]."""
+        from fastgen.samplers import ImageNoise, sample_student, sample_teacher
+
+        if self.is_student:
+            return self.codec.decode(sample_student(self.role, seeds, self.codec.shape, cond, device))
+        noise = ImageNoise(seeds, self.codec.shape, device).first
+        uncond = {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
+        w = self.guidance if self.null else 1.0
+        return self.codec.decode(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
+
+
+def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device="cpu"):
+    """(images of all seeds, image i under condition i modulo their number; seconds per image without the warm-up)."""
     import torch
-
-    from fastgen.backbones.base import Cond  # noqa: F401
-    from fastgen.export import load_base, load_export
-    from fastgen.roles import Role, Student
-
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.overwrite:
-        raise UserError("--out", f"{out} is not empty", "another folder, or --overwrite")
-    loaded = load_export(args.model, args.base)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded.teacher.to(device)
-    codec, student = loaded.teacher.codec, loaded.student
-    cond, names = conditions(args, codec)
-    count = args.num_images or len(names)
-    if args.negative_prompt:
-        print("warning: --negative_prompt has no effect: guidance is baked into the student", file=sys.stderr)
-    contenders = {}
-    if student is not None:
-        if args.steps and args.steps != len(student.times):
-            print(f"warning: trained for {len(student.times)} steps, sampling with {args.steps}", file=sys.stderr)
-            student = Student(student.backbone, student.adapter, student.schedule.steps(args.steps), student.sampler)
-        contenders["student"] = student
-    guidance = args.guidance if args.guidance is not None else loaded.info.get("guidance_baked_in", 1.0)
-    if args.compare_teacher or student is None:
-        if student is None:
-            base, role = loaded.teacher, Role(loaded.teacher.backbone)
-        else:
-            base, role = load_base(loaded, args.base)
-            base.to(device)
-        contenders["teacher"] = (role, args.steps if student is None and args.steps else args.teacher_steps, guidance)
-    made = {n: _sample(c, codec, cond, count, args.seed, args.batch_size, device) for n, c in contenders.items()}
-    _write(out, made, names, args)
-    return made
-
-
-def _sample(contender, codec, cond: dict, count: int, seed: int, batch: int, device):
-    """(images in [0, 1], seconds per image, network evaluations) of a Student or (role, steps, guidance)."""
-    import torch
+    from tqdm.auto import tqdm
 
     from fastgen.codecs import select
-    from fastgen.roles import Student
-    from fastgen.samplers import ImageNoise, sample_student, sample_teacher
 
-    def chunk(index):
-        seeds = [seed + int(i) for i in index]
-        c = {k: v.to(device) for k, v in select(cond, index % len(next(iter(cond.values()), index))).items()}
-        if isinstance(contender, Student):
-            return codec.decode(sample_student(contender, seeds, codec.shape, c, device))
-        role, steps, w = contender
-        uncond = {k: v.to(device) for k, v in codec.null(len(index)).items()}
-        return codec.decode(sample_teacher(role, ImageNoise(seeds, codec.shape, device).first, c, uncond, steps, w))
+    def batch(index):
+        rows = {k: v.to(device) for k, v in select(cond, index % len(next(iter(cond.values())))).items()} if cond else {}
+        return painter(rows, [seeds[i] for i in index.tolist()], device).cpu()
 
-    if isinstance(contender, Student):
-        evaluations = len(contender.times)
-    else:
-        evaluations = contender[1] * (1 if contender[2] in (0, 1) else 2)
+    images = []
     with torch.no_grad():
-        chunk(torch.arange(1))  # warm-up, not timed
+        batch(torch.arange(1))
         start = time.perf_counter()
-        images = torch.cat([chunk(i).cpu() for i in torch.arange(count).split(batch)])
-    return images, (time.perf_counter() - start) / count, evaluations
+        with tqdm(total=len(seeds), desc=painter.name, unit="image", leave=False) as bar:
+            for index in torch.arange(len(seeds)).split(batch_size):
+                images.append(batch(index))
+                bar.update(len(index))
+    return torch.cat(images), (time.perf_counter() - start) / len(seeds)
 
 
-def _write(out: Path, made: dict, names: list, args) -> None:
-    """PNGs by index and seed, one grid (a block of rows per contender), and a record of everything asked."""
+def contenders(args, loaded, device) -> list[Painter]:
+    """The model asked for, then its teacher if compared; warns of flags that cannot act."""
+    guided = not loaded.is_student or args.compare_teacher
+    for flag in ("negative_prompt", "guidance"):
+        if getattr(args, flag) not in ("", None) and not guided:
+            _warn(f"--{flag} has no effect: guidance is baked into the student")
+    guidance = args.guidance if args.guidance is not None else float(loaded.info.get("guidance", 1.0))
+    steps = args.steps or (0 if loaded.is_student else loaded.info.get("steps", 0))
+    found = [loaded]
+    if args.compare_teacher and loaded.is_student:
+        found.append(loaded.reference())
+    painters = []
+    for one in found:
+        one.to(device, _dtype(args.dtype))
+        if args.negative_prompt and hasattr(one.codec, "prompts"):
+            null = one.codec.prompts([args.negative_prompt])
+        else:
+            null = one.codec.null(1)
+        wanted = steps if one is loaded else args.teacher_steps or one.info.get("teacher_steps", 20)
+        painters.append(Painter(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}))
+    return painters
+
+
+def _dtype(name: str):
     import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def run(args) -> dict:
+    """Load, draw, write; the record that samples.json holds."""
+    import torch
+
+    from fastgen.reload import load_export
+
+    for name in ("num_images", "steps", "teacher_steps", "seed"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}", f"found {getattr(args, name)}", "0 or more")
+    if args.batch_size < 1:
+        raise UserError("--batch_size", f"found {args.batch_size}", "1 or more")
+    out = open_folder(Path(args.out), args.overwrite)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_export(args.model, args.base or None)
+    if getattr(loaded.codec, "shape", (0,))[1:] == ():
+        raise UserError("--model", f"{args.model} makes points, not images", "python -m eval measures it")
+    loaded.teacher.to(device)
+    cond, names = conditions(args, loaded.codec)
+    painters = contenders(args, loaded, device)
+    seeds = [args.seed + i for i in range(args.num_images or len(names))]
+    images, record = [], {"arguments": vars(args), "guidance": painters[-1].guidance, "contenders": []}
+    for painter in painters:
+        found, seconds = draw(painter, cond, seeds, args.batch_size, device)
+        images.append(found)
+        record["contenders"].append({"name": painter.name, "nfe": painter.nfe, "seconds_per_image": seconds})
+        print(f"{painter.name:<20} {len(seeds)} images, {seconds:.4g} s each, {painter.nfe} network evaluations each")
+    if len(painters) == 2:
+        ratio = record["contenders"][1]["seconds_per_image"] / record["contenders"][0]["seconds_per_image"]
+        print(f"{'':<20} the student is {ratio:.1f} times as fast")
+    record["images"] = [
+        {"file": f"{i:05d}_{seed}.png", "seed": seed, "asked": names[i % len(names)]} for i, seed in enumerate(seeds)
+    ]
+    write(out, images, [p.name for p in painters], record)
+    print(f"wrote {len(seeds)} images and grid.png to {out}")
+    return record
+
+
+def open_folder(out: Path, overwrite: bool) -> Path:
+    """The output folder; one with files is refused, or rid of an earlier call's samples when asked."""
+    if out.exists() and not out.is_dir():
+        raise UserError("--out", f"{out} is a file", "a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError("--out", f"{out} is not empty", "another folder, or --overwrite")
+        if not (out / "samples.json").is_file():
+            raise UserError("--out", f"{out} was not written by sample.py", "--overwrite replaces samples only")
+        for image in json.loads((out / "samples.json").read_text()).get("images", []):
+            (out / Path(image["file"]).name).unlink(missing_ok=True)
+    return out
+
+
+def to_pil(image):
+    """[C, H, W] in [0, 1] as a PIL image, rounded as diffusers does."""
     from PIL import Image
 
-    from fastgen.finish import save_grid
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def write(out: Path, images: list, titles: list[str], record: dict) -> None:
+    """A PNG per image of the first contender, the grid of all, samples.json."""
+    from fastgen.checkpoint import write_text
 
     out.mkdir(parents=True, exist_ok=True)
-    first = next(iter(made))
-    for i, image in enumerate(made[first][0]):
-        array = (image * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
-        Image.fromarray(array).save(out / f"{i:05d}_{args.seed + i}.png")
-    save_grid(torch.cat([m[0] for m in made.values()]), out / "grid.png")
-    record = {"arguments": vars(args), "asked": names}
-    for name, (images, seconds, evaluations) in made.items():
-        record[name] = {"images": len(images), "nfe": evaluations, "seconds_per_image": seconds}
-        print(f"{name:<8} {len(images)} images, {evaluations} network evaluations, {seconds:.4f} s each")
-    if len(made) == 2:
-        print(f"student is {made['teacher'][1] / made['student'][1]:.1f} times faster; grid: student rows above, teacher below")
-    (out / "samples.json").write_text(json.dumps(record, indent=2))
-    print(f"wrote {out}/grid.png")
+    for image, entry in zip(images[0], record["images"]):
+        to_pil(image).save(out / entry["file"])
+    grid(images, titles).save(out / "grid.png")
+    write_text(out / "samples.json", json.dumps(record, indent=2))
+
+
+def grid(images: list, titles: list[str], columns: int = 10, most: int = 100):
+    """Up to `most` images, each contender's row above the next one's, titled where there are several."""
+    from PIL import Image, ImageDraw
+
+    num = min(len(images[0]), most)
+    columns = min(num, columns)
+    scale = max(1, 64 // images[0].shape[-1])
+    height, width = images[0].shape[-2] * scale + 2, images[0].shape[-1] * scale + 2
+    left = 110 if len(images) > 1 else 0
+    rows = -(-num // columns)
+    canvas = Image.new("RGB", (left + columns * width, rows * len(images) * height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, (found, title) in enumerate(zip(images, titles)):
+        for i in range(num):
+            row, column = divmod(i, columns)
+            tile = to_pil(found[i]).convert("RGB").resize((width - 2, height - 2), Image.Resampling.NEAREST)
+            top = (row * len(images) + k) * height
+            canvas.paste(tile, (left + column * width, top))
+            if left and not column:
+                pen.text((4, top + height // 2 - 6), title, fill="black")
+    return canvas

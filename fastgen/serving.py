@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Flow, Schedule
@@ -24,12 +25,11 @@ class Serving:
     """no diffusers scheduler does these steps; the model card has the loop"""
 
     def set_timesteps(self, num: int) -> None:
-        """As the card tells users to."""
-        if self.arguments:
-            given = {k: np.array(v) if k == "timesteps" else v for k, v in self.arguments.items()}
-            self.scheduler.set_timesteps(**given)
-        else:
-            self.scheduler.set_timesteps(num)
+        """Prepare the scheduler as the model card tells users to."""
+        given = dict(self.arguments)
+        if "sigmas" in given and type(self.scheduler).__name__.startswith("EDM"):
+            given |= {"num_inference_steps": num, "sigmas": torch.tensor(given["sigmas"])}
+        self.scheduler.set_timesteps(**(given or {"num_inference_steps": num}))
 
 
 def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_scheduler) -> Serving:

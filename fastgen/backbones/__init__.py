@@ -181,7 +181,8 @@ def load_teacher(path: str, prediction: str = "auto", blueprint: dict | None = N
     else:
         info_file = folder / "fastgen.json"
         info = _read_json(info_file, "teacher.path") if info_file.exists() else {}
-        scheduler = load_scheduler(_read_json(folder / "scheduler/scheduler_config.json", "teacher.path"))
+        noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
+        scheduler = load_scheduler(noised_by or _read_json(folder / "scheduler/scheduler_config.json", "teacher.path"))
         part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
         family = family_of(_read_json(folder / part / "config.json", "teacher.path").get("_class_name", ""))
         net = load_part(folder / part, "teacher.path", getattr(diffusers, family.net_class))

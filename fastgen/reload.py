@@ -1,0 +1,183 @@
+"""Exports read back: for sample.py, for measuring, and to start the next run from."""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastgen import lora
+from fastgen.backbones import Teacher, load_teacher
+from fastgen.errors import UserError
+from fastgen.paths import PACKAGE, resolve
+from fastgen.roles import Role, Student
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass
+class Loaded:
+    """A generator on disk made ready: `role` is a Student with its time list, or the Role of a teacher."""
+
+    role: Role
+    teacher: Teacher
+    """the network's codec, schedule and scheduler (for a full student these are repeated in its own folder)"""
+    info: dict = field(default_factory=dict)
+    """the export's description; empty for a folder that fastgen did not write"""
+    path: str = ""
+
+    @property
+    def is_student(self) -> bool:
+        return isinstance(self.role, Student)
+
+    @property
+    def codec(self):
+        return self.teacher.codec
+
+    def to(self, device, dtype=torch.float32) -> "Loaded":
+        """Move everything; the denoiser alone takes `dtype`."""
+        self.teacher.to(device)
+        self.role.backbone.to(device)
+        if hasattr(self.role.backbone, "net"):
+            self.role.backbone.net.to(dtype)
+        return self
+
+    def reference(self) -> "Loaded":
+        """The teacher this student was distilled from: adapters off, or the folder the export names."""
+        if self.role.adapter is not None:
+            return Loaded(Role(self.role.backbone), self.teacher, self.info, self.info.get("base", ""))
+        if not self.info.get("base"):
+            raise UserError("--compare_teacher", f"{self.path} does not name a teacher", "only fastgen exports do")
+        return Loaded(*_as_role(load_teacher(self.info["base"])), self.info, self.info["base"])
+
+
+def _as_role(teacher: Teacher) -> tuple[Role, Teacher]:
+    teacher.backbone.requires_grad_(False).eval()
+    return Role(teacher.backbone), teacher
+
+
+def locate(path: str | Path, key: str = "--model") -> Path | None:
+    """The export folder or file behind a path (a run folder stands for its export/); None for a hub id or exact teacher."""
+    text = str(path)
+    if text.startswith("analytic:"):
+        return None
+    try:
+        found = resolve(text)
+    except FileNotFoundError as error:
+        raise UserError(key, str(error), "a bundled asset that exists") from None
+    if found.suffix in PICKLES:
+        raise UserError(key, f"{found} is a pickled checkpoint", "fastgen reads .safetensors files only")
+    if (found / "config.yaml").is_file():
+        if not (found / "export").is_dir():
+            raise UserError(key, f"{found} is a run without an export", "wait for the run to end, or continue it with --resume")
+        return found / "export"
+    if not found.exists():
+        if found.suffix != ".safetensors" and text.count("/") == 1 and not text.startswith(("/", ".")):
+            return None
+        raise UserError(key, f"{found} does not exist", "an export folder, a LoRA file or a teacher folder")
+    return found
+
+
+def load_export(path: str | Path, base: str | None = None, key: str = "--model") -> Loaded:
+    """A student (or teacher) from an export folder, LoRA file, run folder, or any teacher path.
+
+    A LoRA stands on the base its header names unless `base` says another.
+    """
+    found = locate(path, key)
+    if found is None:
+        return Loaded(*_as_role(load_teacher(str(path))), {}, str(path))
+    if found.is_file():
+        return _load_lora(found, base, key)
+    file = found / "fastgen.json"
+    info = _read(file, key).get("export", {}) if file.is_file() else {}
+    if "lora" in info:
+        return _load_lora(found / info["lora"], base, key)
+    if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
+        pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
+        what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
+        raise UserError(key, f"{found} {what}", "an export folder, a LoRA file (.safetensors) or a teacher folder")
+    role, teacher = _as_role(load_teacher(str(found)))
+    if info.get("times"):
+        role = Student(role.backbone, None, list(info["times"]), info["sampler"])
+    return Loaded(role, teacher, info, str(path))
+
+
+def _read(file: Path, key: str) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(key, f"{file} is not valid JSON ({error})", "") from None
+
+
+def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
+    layers, info = lora.read_lora(file, key)
+    base = base or info.get("base")
+    if not base:
+        raise UserError("--base", f"{file} does not name its base", "give the teacher's folder with --base")
+    if "times" not in info:
+        raise UserError(key, f"{file} was not written by fastgen", "its header lacks the steps it was trained for")
+    role, teacher = _as_role(load_teacher(base))
+    backbone = role.backbone
+    if not hasattr(backbone, "net"):
+        raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
+    lora.inject(backbone.net, layers, "student")
+    backbone.adapter_names += ("student",)
+    backbone.set_adapter(None)
+    backbone.requires_grad_(False)
+    role = Role(backbone, "student")
+    if info["times"]:
+        role = Student(backbone, "student", list(info["times"]), info["sampler"])
+    return Loaded(role, teacher, info, str(file))
+
+
+@torch.no_grad()
+def init_student(student: Role, path: str) -> None:
+    """Start a student from an export: weights of a folder, or a LoRA file (into its adapter, or merged into a full copy)."""
+    key = "student.init"
+    found = locate(path, key)
+    if found is None:
+        raise UserError(key, f"{path!r} is not an export on this disk", "an export folder or a LoRA file")
+    document = _read(found / "fastgen.json", key) if (found / "fastgen.json").is_file() else {}
+    file = found if found.is_file() else found / document.get("export", {}).get("lora", "")
+    if not hasattr(student.backbone, "net"):
+        raise UserError(key, f"found {path} for the student of an exact teacher", "leave it empty")
+    if file.is_file():
+        layers, _ = lora.read_lora(file, key)
+        if student.adapter is None:
+            lora.check_keys(student.backbone.net, layers, key)
+            lora.merge(student.backbone.net, layers)
+        else:
+            lora.put(student.backbone.net, layers, student.adapter, key)
+    elif student.adapter is not None:
+        raise UserError(key, f"{path} is a full network and the student a LoRA", "give its LoRA file, or set student.kind full")
+    else:
+        _init_full(student, str(found), key)
+
+
+def _init_full(student: Role, path: str, key: str) -> None:
+    net = student.backbone.net
+    state = load_teacher(path).backbone.net.state_dict()
+    own = net.state_dict()
+    wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
+    if wrong:
+        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "an export of a student of this teacher")
+    net.load_state_dict(state)
+
+
+def sample_command(path: str | Path) -> str:
+    """The shell command that samples an export."""
+    program = "python sample.py" if (PACKAGE.parent / "sample.py").is_file() else "fastgen-sample"
+    folder = locate(path) or Path(path)
+    text = folder.is_dir() and _text_to_image(folder)
+    ask = ' --prompt "a red dress on a grey background"' if text else ""
+    return f"{program} --model {shlex.quote(str(path))}{ask} --num_images 16 --out samples"
+
+
+def _text_to_image(folder: Path) -> bool:
+    if (folder / "tokenizer").is_dir():
+        return True
+    document = json.loads((folder / "fastgen.json").read_text()) if (folder / "fastgen.json").is_file() else {}
+    base = document.get("export", {}).get("base", "")
+    found = locate(base) if base and not base.startswith("analytic:") else None
+    return found is not None and (found / "tokenizer").is_dir()
