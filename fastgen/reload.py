@@ -39,7 +39,7 @@ class Loaded:
         """Move everything; the denoiser alone takes `dtype`."""
         self.teacher.to(device)
         self.role.backbone.to(device)
-        if hasattr(self.role.backbone, "net"):
+        if dtype != torch.float32 and hasattr(self.role.backbone, "net"):
             self.role.backbone.net.to(dtype)
         return self
 

@@ -42,8 +42,7 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of sample.py; 0, or 2 for a user's mistake."""
-    from fastgen.config import fail
-    from fastgen.run import _quiet
+    from fastgen.run import _quiet, fail
 
     args = _flags().parse_args(argv)
     _quiet()
