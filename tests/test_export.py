@@ -321,7 +321,7 @@ def test_export_replaces_an_older_one_whole(tiny, tmp_path):
     assert not (folder / "stale.txt").exists() and not (tmp_path / "export.tmp").exists()
 
 
-def test_half_precision_and_shards(tiny, tmp_path):
+def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
     run.cfg = run.cfg.model_copy(update={"train": run.cfg.train.model_copy(update={"export_dtype": "bf16"})})
     folder = export_student(run, tmp_path / "export", {})
