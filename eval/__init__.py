@@ -1,1 +1,1 @@
-"""Measuring generators: distances between feature sets, the bundled measuring nets, speed, and the leaderboard."""
+"""Measuring generators: distances between feature sets, the bundled measuring nets, speed, leaderboard."""

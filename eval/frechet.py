@@ -1,7 +1,7 @@
 """Distances between two sets of feature vectors [N, d]: pure functions, all in float64.
 
-Frechet:  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), S with 1 / (n - 1)       (Heusel et al. 2017, arXiv 1706.08500)
-MMD:      unbiased, kernel (x.y / d + 1)^3                                     (KID, Binkowski et al. 2018, 1801.01401)
+Frechet:  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), S with 1 / (n - 1)  (Heusel 2017, arXiv 1706.08500)
+MMD:      unbiased, kernel (x.y / d + 1)^3                   (KID, Binkowski 2018, arXiv 1801.01401)
 Recall:   share of real samples inside a k-NN ball of a generated one; precision the reverse   (1904.06991)
 """
 

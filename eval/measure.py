@@ -1,7 +1,7 @@
-"""Scoring images of the bundled sets with the measuring nets in assets/measure; no download, no Inception.
+"""Scoring images of the bundled sets with the nets in assets/measure; no download, no Inception.
 
-fd_mini is the Frechet distance between 64 features of our own small classifier, against all held-out images of the
-set. It orders generators of that set among each other. It is a mini metric: never comparable with an Inception FID.
+fd_mini is the Frechet distance on 64 features of our own small classifier, against all held-out images of a
+set. It orders generators of that set among each other and is never comparable with an Inception FID.
 """
 
 import hashlib
@@ -44,7 +44,9 @@ class Measurer:
     def _check(self, images: Tensor) -> None:
         want = (self.net.config["channels"], self.net.config["size"], self.net.config["size"])
         if tuple(images.shape[1:]) != want:
-            raise UserError("images", f"shape {tuple(images.shape[1:])}", f"the {self.name} measuring net takes {want}")
+            raise UserError(
+                "images", f"shape {tuple(images.shape[1:])}", f"the {self.name} measuring net takes {want}"
+            )
         if len(images) < 2:
             raise UserError("images", f"{len(images)} image", "a distance needs at least two")
 
@@ -54,7 +56,7 @@ class Measurer:
         return measure(self.net, images)["features"]
 
     def compare(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
-        """Scores of images [N, C, H, W] in [0, 1]; attributes are what each was asked to show, -1 where not asked."""
+        """Scores of images [N, C, H, W] in [0, 1]; attributes: what each was asked to show, -1 if nothing."""
         self._check(images)
         _, real, (mean, cov) = _reference(self.name, self.device)
         seen = measure(self.net, images)
@@ -72,15 +74,14 @@ class Measurer:
         return found if score is None else found | {"clip": score}
 
     def _alignment(self, images: Tensor, attributes: dict[str, Tensor]) -> float | None:
-        """Mean image-text cosine x 100 by the bundled two-tower net, where captions follow from the attributes."""
+        """Image-text agreement by the bundled two-tower net, where captions follow from the attributes."""
         keys = ("garment", "colour", "background")
-        if self.name != "tinted" or not all(k in attributes and bool((attributes[k] >= 0).all()) for k in keys):
+        if self.name != "tinted" or any(k not in attributes or (attributes[k] < 0).any() for k in keys):
             return None
-        net = _two_tower(self.device)
-        if net is None:
-            return None
+        from eval.alignment import score
+
         texts = [caption(*ids) for ids in zip(*(attributes[k].tolist() for k in keys))]
-        return alignment(net, images, texts)
+        return score(images, texts, self.device)
 
     def floor(self, num: int) -> dict[str, float]:
         """The same scores for num real training images: what a perfect generator would get at this count."""
@@ -91,7 +92,9 @@ class Measurer:
 
     def describe(self) -> dict[str, str]:
         """What a number must be quoted with."""
-        digest = hashlib.sha256((asset(f"measure/{self.name}") / "model.safetensors").read_bytes()).hexdigest()
+        digest = hashlib.sha256(
+            (asset(f"measure/{self.name}") / "model.safetensors").read_bytes()
+        ).hexdigest()
         return {
             "extractor": f"assets:measure/{self.name}, 64 features, sha256 {digest[:12]}",
             "reference": f"{len(_reference(self.name, self.device)[1])} held-out images of {self.name}",

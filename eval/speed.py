@@ -1,4 +1,4 @@
-"""Seconds per sample of several samplers, side by side in one run so that a busy machine slows all of them alike."""
+"""Seconds per sample of several samplers, side by side so that a busy machine slows all alike."""
 
 import statistics
 import time
@@ -21,8 +21,10 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(calls: dict[str, Callable[[], object]], num_images: int, repeats: int = 3) -> dict[str, float]:
-    """Median seconds per image of each call (each makes num_images), after one warm-up of the cheapest kind each."""
+def interleaved(
+    calls: dict[str, Callable[[], object]], num_images: int, repeats: int = 3
+) -> dict[str, float]:
+    """Median seconds per image of calls that make num_images each; the first round only warms up."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -1,7 +1,7 @@
 """Measures for points [N, D] against an exact Gaussian mixture: what the analytic teachers are judged by.
 
-Energy distance:  2 E|x - y| - E|x - x'| - E|y - y'|           (Szekely & Rizzo 2013), unbiased
-KL:  E_x [log q(x) - log p(x)] with p the mixture and q a kernel density estimate of the samples (leave one out)
+Energy distance:  2 E|x - y| - E|x - x'| - E|y - y'|, unbiased (Szekely & Rizzo 2013)
+KL:  E_x [log q(x) - log p(x)], p the mixture and q a leave-one-out kernel density estimate of the samples
 """
 
 import math
@@ -27,7 +27,9 @@ def gaussian_mmd(a: Tensor, b: Tensor, width: float = 0.5) -> float:
     def total(x: Tensor, y: Tensor) -> Tensor:
         return (-torch.cdist(x, y).square() / (2 * width**2)).exp().sum()
 
-    return float((total(a, a) - n) / (n * (n - 1)) + (total(b, b) - m) / (m * (m - 1)) - 2 * total(a, b) / (n * m))
+    return float(
+        (total(a, a) - n) / (n * (n - 1)) + (total(b, b) - m) / (m * (m - 1)) - 2 * total(a, b) / (n * m)
+    )
 
 
 def component_log_likelihood(x: Tensor, mixture) -> Tensor:
@@ -44,7 +46,7 @@ def mode_histogram(x: Tensor, mixture) -> Tensor:
 
 
 def mode_coverage(x: Tensor, mixture, least: float = 0.2, reach: float = 4.0) -> float:
-    """Share of components that hold at least `least` of their due weight in samples within `reach` standard deviations."""
+    """Share of components holding at least `least` of their weight in samples within `reach` deviations."""
     owner = component_log_likelihood(x, mixture).argmax(1)
     stds = mixture.stds.clamp(min=0.05)
     dim = x.shape[1]
@@ -54,7 +56,7 @@ def mode_coverage(x: Tensor, mixture, least: float = 0.2, reach: float = 4.0) ->
 
 
 def kl_to_mixture(x: Tensor, mixture, width: float = 0.0) -> float:
-    """KL(samples || mixture): exact log p, log q from a leave-one-out kernel estimate (Silverman's width unless given)."""
+    """KL(samples || mixture): log p exact, log q by a leave-one-out kernel estimate."""
     x = x.double()
     n, dim = x.shape
     if not width:  # the tightest direction of the tightest mode decides, not the spread over modes
@@ -62,7 +64,7 @@ def kl_to_mixture(x: Tensor, mixture, width: float = 0.0) -> float:
     log_kernel = -torch.cdist(x, x).square() / (2 * width**2)
     log_kernel.fill_diagonal_(-math.inf)
     log_q = log_kernel.logsumexp(1) - math.log(n - 1) - dim * (math.log(width) + 0.5 * math.log(2 * math.pi))
-    # A sample without neighbours would have log q = -inf: its own kernel is the most that can be said about it.
+    # A sample without neighbours would have log q = -inf: its own kernel stands in.
     log_q = log_q.clamp(min=-math.log(n) - dim * (math.log(width) + 0.5 * math.log(2 * math.pi)))
     return float((log_q - component_log_likelihood(x, mixture).logsumexp(1)).mean())
 
@@ -74,7 +76,9 @@ class ToyMeasurer:
 
     def __init__(self, mixture, num_reference: int = 4000):
         self.mixture = mixture
-        self.reference, self.reference_labels = mixture.sample(num_reference, torch.Generator().manual_seed(2))
+        self.reference, self.reference_labels = mixture.sample(
+            num_reference, torch.Generator().manual_seed(2)
+        )
 
     def compare(self, points: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
         """Energy distance, MMD, KL, modes, and with labels the share that landed in a mode of their label."""
@@ -84,11 +88,15 @@ class ToyMeasurer:
             "mmd": 1000 * gaussian_mmd(points, self.reference),
             "kl": kl_to_mixture(points, self.mixture),
             "modes": mode_coverage(points, self.mixture),
-            "mode_error": float((mode_histogram(points, self.mixture) - self.mixture.weights).abs().sum() / 2),
+            "mode_error": float(
+                (mode_histogram(points, self.mixture) - self.mixture.weights).abs().sum() / 2
+            ),
         }
         if "class" in attributes:
             owner = component_log_likelihood(points, self.mixture).argmax(1)
-            found["agreement"] = float((self.mixture.labels[owner] == attributes["class"].cpu()).double().mean())
+            found["agreement"] = float(
+                (self.mixture.labels[owner] == attributes["class"].cpu()).double().mean()
+            )
         return found
 
     def floor(self, num: int) -> dict[str, float]:
@@ -97,4 +105,4 @@ class ToyMeasurer:
         return self.compare(points, {"class": labels} if self.mixture.num_classes else {})
 
     def describe(self) -> dict[str, str]:
-        return {"extractor": "none (exact law)", "reference": f"{len(self.reference)} exact draws of the mixture"}
+        return {"extractor": "none (exact law)", "reference": f"{len(self.reference)} exact draws"}
