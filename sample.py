@@ -1,4 +1,4 @@
-"""Sample a few-step student: python sample.py --model runs/quickstart/export --labels 0-9 --out out (see fastgen/sample.py)."""
+"""Sample a few-step student: python sample.py --model runs/quickstart/export (see fastgen/sample.py)."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The model card of an export: settings, measured numbers, and a snippet in plain diffusers that runs as it stands."""
+"""The model card of an export: settings, measured numbers, and a snippet in plain diffusers that runs."""
 
 import json
 import shlex
@@ -38,7 +38,8 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     call["guidance_scale"] = 1.0 if info["times"] else float(info["guidance"])
     if family.name == "sana":
         length = what.get("max_sequence_length", 300)
-        call |= {"max_sequence_length": length, "complex_human_instruction": None, "use_resolution_binning": False}
+        call |= {"max_sequence_length": length, "complex_human_instruction": None}
+        call["use_resolution_binning"] = False
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"."'
     note = "" if lora else "  # this folder"
@@ -53,7 +54,7 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
         ]
     return [
         *lines, "image = pipe(", f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
-        f"    {_keywords(call)[2:]},", ").images[0]", 'image.save("sample.png")',
+        *_wrapped([f"{k}={v!r}" for k, v in call.items()]), ").images[0]", 'image.save("sample.png")',
     ]
 
 
@@ -74,11 +75,13 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
     given = f"{info['steps']}" if edm or not arguments else ""
     if edm and arguments:
         given += f", sigmas=torch.tensor({arguments.pop('sigmas')})"
-    set_steps = [] if info["needs_loop"] else [f"scheduler.set_timesteps({(given + _keywords(arguments)).removeprefix(', ')})"]
+    given = (given + _keywords(arguments)).removeprefix(", ")
+    set_steps = [] if info["needs_loop"] else [f"scheduler.set_timesteps({given})"]
     image = f"torch.pixel_shuffle(x, {what['patch']})" if what.get("patch", 1) > 1 else "x"
-    scale = " * scheduler.config.sigma_max  # not init_noise_sigma, which is sqrt(sigma_max^2 + 1)" if edm else ""
+    scale = " * scheduler.config.sigma_max  # init_noise_sigma is slightly more" if edm else ""
     return [
-        "import torch", f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}", "from PIL import Image", "",
+        "import torch", f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",
+        "from PIL import Image", "",
         f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
         f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")', *set_steps,
         "generator = torch.Generator().manual_seed(0)",
@@ -95,7 +98,9 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
     return [
         f"    sigmas = {times}",
         "    for i, sigma in enumerate(sigmas):",
-        f"        out = net(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma){label}).sample",
+        "        scaled = scheduler.precondition_inputs(x, sigma)",
+        "        c_noise = scheduler.precondition_noise(sigma)",
+        f"        out = net(scaled, c_noise{label}).sample",
         "        x = scheduler.precondition_outputs(x, out, sigma)",
         "        if i + 1 < len(sigmas):",
         "            x = x + sigmas[i + 1] * torch.randn(x.shape, generator=generator)",
@@ -125,15 +130,23 @@ def _numbers(results: dict) -> list[str]:
     for title, row in rows:
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), (int, float)) else "" for c in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    protocol = ", ".join(f"{k} {v}" for k, v in (results.get("protocol") or {}).items() if not isinstance(v, dict))
+    protocol = {k: v for k, v in (results.get("protocol") or {}).items() if not isinstance(v, dict)}
+    note = protocol.pop("note", "fd_mini is measured on a small net; not comparable with published FIDs")
     if protocol:
-        lines += ["", f"Measured with: {protocol}."]
+        lines += ["", f"Measured with: {', '.join(f'{k} {v}' for k, v in protocol.items())}."]
     if "fd_mini" in columns:
-        lines += ["", "fd_mini is a Frechet distance in the features of a small net; it is not comparable with published FIDs."]
+        lines += ["", f"{note.removesuffix('.')}."]
     return lines
 
 
-def _front_matter(info: dict, family, codec, lora: str) -> str:
+def _wrapped(items: list[str], width: int = 90) -> list[str]:
+    """Arguments of a call in indented lines."""
+    import textwrap
+
+    return textwrap.wrap(", ".join(items) + ",", width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+
+
+def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["diffusers", "fastgen", info["objective"]]
@@ -142,7 +155,8 @@ def _front_matter(info: dict, family, codec, lora: str) -> str:
     tags += ["text-to-image"] if hasattr(codec, "prompts") else ["unconditional-image-generation"]
     base = info["base"] and shown_path(info["base"])
     base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
-    data = ModelCardData(base_model=base or None, library_name="diffusers", license=license_of(info["base"]), tags=tags)
+    licence = what.get("license") or license_of(info["base"])
+    data = ModelCardData(base_model=base or None, library_name="diffusers", license=licence, tags=tags)
     return f"---\n{data.to_yaml()}\n---"
 
 
@@ -150,11 +164,12 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     """README.md of an export."""
     family, codec, what = teacher.backbone.family, teacher.codec, teacher.info or {}
     lora, student = files.get("lora", ""), bool(info["times"])
-    settings = {"method": info["objective"], "trained for": f"{info['trained_steps']} steps", "steps": info["steps"]}
+    trained = f"{info['trained_steps']} steps"
+    settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]), "between steps": info["sampler"],
-            "guidance": f"{info['guidance']:g} of the teacher is baked in; call with guidance_scale 1, negative prompts do nothing",
+            "guidance": f"{info['guidance']:g}, baked in: guidance_scale 1, negative prompts do nothing",
             "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
         }
     else:
@@ -162,23 +177,26 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
     notes = []
     if student and info["arguments"]:
-        notes.append(f"The scheduler's plain grid is another one: pass `{_keywords(info['arguments'])[2:]}` as below.")
+        given = _keywords(info["arguments"])[2:]
+        notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
     elif student and len(info["times"]) > 1:
-        notes.append(f"The scheduler is configured for exactly {info['steps']} steps; a plain call visits the times above.")
+        notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
     if lora:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
     if lora and not hasattr(codec, "prompts"):
         notes.append(
-            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for plain diffusers; "
+            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
+    first = "A few-step student distilled" if student else "A generator trained"
     lines = [
-        _front_matter(info, family, codec, lora), "", f"# {name}", "",
-        f"{'A few-step student distilled' if student else 'A generator trained'} with fastgen {info['version']}.", "",
+        _front_matter(info, what, codec, lora), "", f"# {name}", "",
+        f"{first} with fastgen {info['version']}.", "",
         "| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in settings.items()), "",
-        *(f"{n}\n" for n in notes), "## Use", "", "```python", usage(what, family, info, codec, lora), "```", "",
+        *(f"{n}\n" for n in notes), "## Use", "",
+        "```python", usage(what, family, info, codec, lora), "```", "",
         "## Numbers", "", *_numbers(results), "", "## Training", "", "```sh", shlex.join(command), "```", "",
         "`config.yaml` of the run folder holds every setting. The licence of the base model applies.", "",
     ]

@@ -1,4 +1,4 @@
-"""What a user ships: an ordinary diffusers folder, or an ordinary LoRA file, that plain diffusers loads without us."""
+"""What a user ships: an ordinary diffusers folder or LoRA file, which plain diffusers loads without us."""
 
 import json
 import shutil
@@ -19,15 +19,18 @@ from fastgen.roles import Student
 from fastgen.serving import Serving, scheduler_for
 
 __all__ = [
-    "Loaded", "export_folder", "export_student", "init_student", "load_export", "load_lora_into", "sample_command",
-    "scheduler_for",
+    "Loaded", "export_folder", "export_student", "init_student", "load_export", "load_lora_into",
+    "sample_command", "scheduler_for",
 ]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-COPIED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder")
+COPIED = (
+    "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
+    "image_encoder",
+)
 
 
 def export_student(trainer, folder: Path, results: dict) -> Path:
-    """Write the student as it now stands (call inside the EMA swap) beside `folder`, then put it in its place."""
+    """Write the student as it stands (call inside the EMA swap), beside `folder` and then in its place."""
     teacher, student = trainer.cast.teacher, trainer.cast.parts["student"]
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -43,7 +46,8 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
     name, files = export_name(info, trainer.cfg.output_dir), {}
     if student.adapter is None:
-        export_folder(teacher, student.backbone.net, temporary, served.scheduler, _document(teacher, info), dtype)
+        document = _document(teacher, info)
+        export_folder(teacher, student.backbone.net, temporary, served.scheduler, document, dtype)
     else:
         files = _export_lora(teacher, student, temporary, name, served, info, dtype)
         write_text(temporary / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
@@ -86,7 +90,8 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
 def _plain(scheduler) -> dict:
     """A scheduler's config as JSON values."""
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in config.items()}
+    kept = {k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}
+    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in kept.items()}
 
 
 def _document(teacher: Teacher, info: dict) -> dict:
@@ -94,7 +99,9 @@ def _document(teacher: Teacher, info: dict) -> dict:
     return {**(teacher.info or {}), "export": info}
 
 
-def export_folder(teacher: Teacher, net: nn.Module, folder: Path, scheduler, info: dict, dtype=torch.float32) -> Path:
+def export_folder(
+    teacher: Teacher, net: nn.Module, folder: Path, scheduler, info: dict, dtype=torch.float32
+) -> Path:
     """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
     family = teacher.backbone.family
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +113,8 @@ def export_folder(teacher: Teacher, net: nn.Module, folder: Path, scheduler, inf
         index = json.loads((source / "model_index.json").read_text())
     index |= {
         "_class_name": family.pipeline, "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.net_class], "scheduler": ["diffusers", type(scheduler).__name__],
+        family.component: ["diffusers", family.net_class],
+        "scheduler": ["diffusers", type(scheduler).__name__],
     }
     for part in COPIED:
         if source is not None and (source / part).is_dir():
@@ -115,7 +123,8 @@ def export_folder(teacher: Teacher, net: nn.Module, folder: Path, scheduler, inf
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
             index.setdefault(part, _library_class(source / part, part))
     if family.name == "sd":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        index["requires_safety_checker"] = False
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder
@@ -129,13 +138,15 @@ def _save_net(net: nn.Module, folder: Path, dtype) -> None:
     else:
         copied = type(net).from_config(net.config)
         copied.load_state_dict(net.state_dict())
-        copied.to(dtype).save_pretrained(folder, safe_serialization=True)
+        nn.Module.to(copied, dtype).save_pretrained(folder, safe_serialization=True)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only
 
 
-def _export_lora(teacher: Teacher, student: Student, folder: Path, name: str, served: Serving, info: dict, dtype) -> dict:
-    """LoRA file (with its kohya twin where such tools exist), scheduler, and a merged folder where diffusers has no loader."""
+def _export_lora(
+    teacher: Teacher, student: Student, folder: Path, name: str, served: Serving, info: dict, dtype
+) -> dict:
+    """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists."""
     family, net = teacher.backbone.family, student.backbone.net
     layers = lora.collect(net, student.adapter)
     if not any(b.any() for _, b in layers.values()):

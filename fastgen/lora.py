@@ -1,7 +1,7 @@
 """LoRA files: written so that any reader gets the strength right, read back into any network.
 
-Layout: `unet.` or `transformer.` + module path + `.lora_A.weight` / `.lora_B.weight` (PEFT names). alpha / rank is
-multiplied into B, so the update is B A whether a reader assumes alpha = rank, reads the metadata, or knows neither.
+Layout: `unet.` or `transformer.` + module path + `.lora_A.weight` / `.lora_B.weight` (PEFT names). alpha /
+rank is multiplied into B, so that a reader gets B A whether it assumes alpha = rank or reads the metadata.
 """
 
 import json
@@ -46,7 +46,8 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
     rank = _rank(layers)
     pattern = {n: r for n, r in ranks.items() if r != rank}
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(layers), rank_pattern=pattern, alpha_pattern=dict(pattern)
+        r=rank, lora_alpha=rank, target_modules=sorted(layers),
+        rank_pattern=pattern, alpha_pattern=dict(pattern),
     ).to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     packed = {f"{prefix}.{k}": v for k, v in plain.items()}
@@ -54,8 +55,8 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
     for name, (a, b) in layers.items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = a.to(dtype)
         tensors[f"{prefix}.{name}.lora_B.weight"] = b.to(dtype)
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(packed, sort_keys=True, default=str), **header}
-    return _save(file, tensors, header)
+    described = json.dumps(packed, sort_keys=True, default=str)
+    return _save(file, tensors, {"format": "pt", "lora_adapter_metadata": described, **header})
 
 
 def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str], dtype=torch.float32) -> Path:
@@ -67,7 +68,8 @@ def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str],
         tensors[f"{key}.lora_up.weight"] = b.to(dtype)
         tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
     rank = str(_rank(layers))
-    return _save(file, tensors, {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, **header})
+    kohya = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    return _save(file, tensors, {**kohya, **header})
 
 
 def _save(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
@@ -91,13 +93,14 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
             metadata = handle.metadata() or {}
             tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(key, f"{file} cannot be read ({error})", "a .safetensors file; it may be truncated") from None
-    names = {k.partition(".")[2].removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")}
+        raise UserError(key, f"{file} cannot be read ({error})", "is it a whole .safetensors file?") from None
+    ending = ".lora_A.weight"
+    names = {k.partition(".")[2].removesuffix(ending) for k in tensors if k.endswith(ending)}
     prefixes = {k.partition(".")[0] for k in tensors if ".lora_" in k}
     if not names or len(prefixes) != 1 or len(tensors) != 2 * len(names):
         raise UserError(
             key, f"{file} is not a LoRA in PEFT layout",
-            "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, take the file without -kohya)",
+            "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, the file without -kohya)",
         )
     prefix = prefixes.pop()
     layers = {n: tuple(tensors[f"{prefix}.{n}.lora_{m}.weight"].float() for m in "AB") for n in sorted(names)}
@@ -114,14 +117,15 @@ def _scale_by_metadata(layers: Layers, prefix: str, packed: dict) -> None:
 
 
 def check_keys(net: nn.Module, layers: Layers, key: str = "lora") -> None:
-    """Every layer exists in the network with fitting shape: readers skip wrong keys without a word, so we do not."""
+    """Every layer exists in the network and fits: other readers skip wrong keys without a word."""
     modules = dict(net.named_modules())
     for name, (a, b) in layers.items():
         module = modules.get(name)
         module = getattr(module, "base_layer", module)
         weight = getattr(module, "weight", None)
         if weight is None:
-            raise UserError(key, f"{type(net).__name__} has no layer {name!r}", "the LoRA belongs to another base")
+            found = f"{type(net).__name__} has no layer {name!r}"
+            raise UserError(key, found, "the LoRA belongs to another base")
         if (b.shape[0], *a.shape[1:]) != tuple(weight.shape):
             raise UserError(
                 key, f"{name} updates {(b.shape[0], *a.shape[1:])} but the base has {tuple(weight.shape)}",
@@ -132,7 +136,7 @@ def check_keys(net: nn.Module, layers: Layers, key: str = "lora") -> None:
 def load_lora_into(net: nn.Module, file: str | Path, adapter: str = "student") -> nn.Module:
     """Inject a LoRA file into a diffusers network whose pipeline has no loader of its own (UNet2DModel).
 
-    net = UNet2DModel.from_pretrained(...); load_lora_into(net, "x-lora.safetensors"); net(...) is the student.
+    net = UNet2DModel.from_pretrained(...); load_lora_into(net, "x-lora.safetensors")
     """
     inject(net, read_lora(Path(file))[0], adapter)
     return net
@@ -161,7 +165,7 @@ def put(net: nn.Module, layers: Layers, adapter: str, key: str = "lora") -> None
     modules = {n: m for n, m in net.named_modules() if adapter in getattr(m, "lora_A", {})}
     missing = sorted(set(layers) - set(modules))
     if missing:
-        raise UserError(key, f"the adapter has no layer {missing[0]!r}", "set student.lora.target_modules to match the file")
+        raise UserError(key, f"the adapter lacks {missing[0]!r}", "set student.lora.target_modules to match")
     for name, module in modules.items():
         a_to, b_to = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         b_to.zero_()
@@ -169,7 +173,8 @@ def put(net: nn.Module, layers: Layers, adapter: str, key: str = "lora") -> None
             continue
         a, b = layers[name]
         if a.shape[0] > a_to.shape[0]:
-            raise UserError(key, f"the file has rank {a.shape[0]}", f"student.lora.rank is {a_to.shape[0]}; raise it")
+            allowed = f"student.lora.rank is {a_to.shape[0]}; raise it"
+            raise UserError(key, f"the file has rank {a.shape[0]}", allowed)
         a_to[: a.shape[0]] = a.to(a_to)
         b_to[:, : b.shape[1]] = (b / module.scaling[adapter]).to(b_to)
 

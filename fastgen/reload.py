@@ -22,7 +22,7 @@ class Loaded:
 
     role: Role
     teacher: Teacher
-    """the network's codec, schedule and scheduler (for a full student these are repeated in its own folder)"""
+    """the network's codec, schedule and scheduler (a full student's folder repeats them)"""
     info: dict = field(default_factory=dict)
     """the export's description; empty for a folder that fastgen did not write"""
     path: str = ""
@@ -40,7 +40,7 @@ class Loaded:
         self.teacher.to(device)
         self.role.backbone.to(device)
         if dtype != torch.float32 and hasattr(self.role.backbone, "net"):
-            self.role.backbone.net.to(dtype)
+            torch.nn.Module.to(self.role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
@@ -48,7 +48,8 @@ class Loaded:
         if self.role.adapter is not None:
             return Loaded(Role(self.role.backbone), self.teacher, self.info, self.info.get("base", ""))
         if not self.info.get("base"):
-            raise UserError("--compare_teacher", f"{self.path} does not name a teacher", "only fastgen exports do")
+            found = f"{self.path} does not name a teacher"
+            raise UserError("--compare_teacher", found, "only fastgen exports do")
         return Loaded(*_as_role(load_teacher(self.info["base"])), self.info, self.info["base"])
 
 
@@ -58,7 +59,7 @@ def _as_role(teacher: Teacher) -> tuple[Role, Teacher]:
 
 
 def locate(path: str | Path, key: str = "--model") -> Path | None:
-    """The export folder or file behind a path (a run folder stands for its export/); None for a hub id or exact teacher."""
+    """The export behind a path (a run folder stands for its export/); None for a hub id or exact teacher."""
     text = str(path)
     if text.startswith("analytic:"):
         return None
@@ -70,7 +71,7 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
         raise UserError(key, f"{found} is a pickled checkpoint", "fastgen reads .safetensors files only")
     if (found / "config.yaml").is_file():
         if not (found / "export").is_dir():
-            raise UserError(key, f"{found} is a run without an export", "wait for the run to end, or continue it with --resume")
+            raise UserError(key, f"{found} is a run without an export", "let it end, or --resume it")
         return found / "export"
     if not found.exists():
         if found.suffix != ".safetensors" and text.count("/") == 1 and not text.startswith(("/", ".")):
@@ -96,7 +97,7 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
         pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
         what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
-        raise UserError(key, f"{found} {what}", "an export folder, a LoRA file (.safetensors) or a teacher folder")
+        raise UserError(key, f"{found} {what}", "an export folder, a LoRA .safetensors or a teacher folder")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
         role = Student(role.backbone, None, list(info["times"]), info["sampler"])
@@ -116,7 +117,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     if not base:
         raise UserError("--base", f"{file} does not name its base", "give the teacher's folder with --base")
     if "times" not in info:
-        raise UserError(key, f"{file} was not written by fastgen", "its header lacks the steps it was trained for")
+        raise UserError(key, f"{file} was not written by fastgen", "its header lacks the steps to take")
     role, teacher = _as_role(load_teacher(base))
     backbone = role.backbone
     if not hasattr(backbone, "net"):
@@ -133,7 +134,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
 
 @torch.no_grad()
 def init_student(student: Role, path: str) -> None:
-    """Start a student from an export: weights of a folder, or a LoRA file (into its adapter, or merged into a full copy)."""
+    """Start a student from an export: a folder's weights, or a LoRA (into an adapter, or merged)."""
     key = "student.init"
     found = locate(path, key)
     if found is None:
@@ -150,7 +151,8 @@ def init_student(student: Role, path: str) -> None:
         else:
             lora.put(student.backbone.net, layers, student.adapter, key)
     elif student.adapter is not None:
-        raise UserError(key, f"{path} is a full network and the student a LoRA", "give its LoRA file, or set student.kind full")
+        found = f"{path} is a full network and the student a LoRA"
+        raise UserError(key, found, "give a LoRA file, or set student.kind full")
     else:
         _init_full(student, str(found), key)
 
@@ -161,7 +163,8 @@ def _init_full(student: Role, path: str, key: str) -> None:
     own = net.state_dict()
     wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:
-        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "an export of a student of this teacher")
+        found = f"{path} is another network ({wrong[0]} differs)"
+        raise UserError(key, found, "an export of a student of this teacher")
     net.load_state_dict(state)
 
 
@@ -177,7 +180,8 @@ def sample_command(path: str | Path) -> str:
 def _text_to_image(folder: Path) -> bool:
     if (folder / "tokenizer").is_dir():
         return True
-    document = json.loads((folder / "fastgen.json").read_text()) if (folder / "fastgen.json").is_file() else {}
+    file = folder / "fastgen.json"
+    document = json.loads(file.read_text()) if file.is_file() else {}
     base = document.get("export", {}).get("base", "")
     found = locate(base) if base and not base.startswith("analytic:") else None
     return found is not None and (found / "tokenizer").is_dir()

@@ -1,7 +1,7 @@
-"""Sample an export: python sample.py --model runs/quickstart/export --labels 0-9 --num_images 40 --out samples
+"""Sample an export: python sample.py --model runs/quickstart/export --labels 0-9 --num_images 40
 
-Steps, times, scheduler and guidance come from the export; nothing has to be remembered. Image i draws all its noise
-from seed + i, so neither the batch size nor the number of images changes a picture.
+Steps, times, scheduler and guidance come from the export; nothing has to be remembered. Image i draws all its
+noise from seed + i, so neither the batch size nor the number of images changes a picture.
 """
 
 import argparse
@@ -17,7 +17,8 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def _flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
-        "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "sample.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = flags.add_argument
     add("--model", required=True, help="export folder, LoRA file, run folder, or a teacher's folder")
@@ -26,13 +27,13 @@ def _flags() -> argparse.ArgumentParser:
     add("--prompts", default="", metavar="FILE", help="text file, one prompt a line")
     add("--negative_prompt", default="", help="for teachers; a student with guidance baked in ignores it")
     add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
-    add("--num_images", type=int, default=0, help="in all, going round the prompts or labels; one each if not given")
+    add("--num_images", type=int, default=0, help="in all, going round prompts or labels; default one each")
     add("--steps", type=int, default=0, help="default: what the model was trained for")
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch_size", type=int, default=50)
     add("--out", default="samples", help="folder of PNGs, grid.png and samples.json")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
-    add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below in the grid")
+    add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below")
     add("--teacher_steps", type=int, default=0, help="default: what the run compared with")
     add("--guidance", type=float, default=None, help="teacher's guidance; default: what the student learned")
     add("--dtype", choices=DTYPES, default="fp32", help="of the denoiser")
@@ -90,7 +91,7 @@ def conditions(args, codec) -> tuple[dict, list]:
         if args.labels:
             raise UserError("--labels", "this model is asked by text", '--prompt "..." or --prompts FILE')
         if not texts:
-            raise UserError("--prompt", "none given", 'this model is asked by text: --prompt "..." or --prompts FILE')
+            raise UserError("--prompt", "none given", 'this model is asked by text: --prompt "..."')
         for text in texts:
             if lost := codec.cut(text):
                 _warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
@@ -103,9 +104,10 @@ def conditions(args, codec) -> tuple[dict, list]:
         return {}, [""]
     labels = parse_labels(args.labels) if args.labels else list(range(codec.num_classes))
     try:
-        return codec.labels(torch.tensor(labels)), [codec.class_names[i] for i in labels if 0 <= i < codec.num_classes]
+        rows = codec.labels(torch.tensor(labels))
     except UserError as error:
         raise UserError("--labels", error.found, error.allowed) from None
+    return rows, [codec.class_names[i] for i in labels]
 
 
 class Painter:
@@ -144,14 +146,16 @@ class Painter:
 
 
 def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device="cpu"):
-    """(images of all seeds, image i under condition i modulo their number; seconds per image without the warm-up)."""
+    """(images, the i-th under condition i modulo their number; seconds per image without the warm-up)."""
     import torch
     from tqdm.auto import tqdm
 
     from fastgen.codecs import select
 
+    num_rows = len(next(iter(cond.values()))) if cond else 1
+
     def batch(index):
-        rows = {k: v.to(device) for k, v in select(cond, index % len(next(iter(cond.values())))).items()} if cond else {}
+        rows = {k: v.to(device) for k, v in select(cond, index % num_rows).items()}
         return painter(rows, [seeds[i] for i in index.tolist()], device).cpu()
 
     images = []
@@ -219,12 +223,13 @@ def run(args) -> dict:
         found, seconds = draw(painter, cond, seeds, args.batch_size, device)
         images.append(found)
         record["contenders"].append({"name": painter.name, "nfe": painter.nfe, "seconds_per_image": seconds})
-        print(f"{painter.name:<20} {len(seeds)} images, {seconds:.4g} s each, {painter.nfe} network evaluations each")
+        print(f"{painter.name:<20} {len(seeds)} images, {seconds:.4g} s and {painter.nfe} network calls each")
     if len(painters) == 2:
         ratio = record["contenders"][1]["seconds_per_image"] / record["contenders"][0]["seconds_per_image"]
         print(f"{'':<20} the student is {ratio:.1f} times as fast")
     record["images"] = [
-        {"file": f"{i:05d}_{seed}.png", "seed": seed, "asked": names[i % len(names)]} for i, seed in enumerate(seeds)
+        {"file": f"{i:05d}_{seed}.png", "seed": seed, "asked": names[i % len(names)]}
+        for i, seed in enumerate(seeds)
     ]
     write(out, images, [p.name for p in painters], record)
     print(f"wrote {len(seeds)} images and grid.png to {out}")
@@ -239,7 +244,8 @@ def open_folder(out: Path, overwrite: bool) -> Path:
         if not overwrite:
             raise UserError("--out", f"{out} is not empty", "another folder, or --overwrite")
         if not (out / "samples.json").is_file():
-            raise UserError("--out", f"{out} was not written by sample.py", "--overwrite replaces samples only")
+            found = f"{out} was not written by sample.py"
+            raise UserError("--out", found, "--overwrite replaces samples only")
         for image in json.loads((out / "samples.json").read_text()).get("images", []):
             (out / Path(image["file"]).name).unlink(missing_ok=True)
     return out

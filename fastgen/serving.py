@@ -1,4 +1,4 @@
-"""Which diffusers scheduler serves a few-step student, so that a plain call visits exactly the times it was trained on."""
+"""Which diffusers scheduler serves a student, so that a plain call visits the times it was trained on."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ VP_KEYS = (
 
 @dataclass
 class Serving:
-    """A scheduler, what must be passed besides the number of steps, and whether it can carry the student at all."""
+    """A scheduler, what must be passed to it, and whether it can carry the student at all."""
 
     scheduler: object
     arguments: dict = field(default_factory=dict)
@@ -44,14 +44,14 @@ def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_
 
 
 def _vp(times: list[float], sampler: str, config: dict) -> Serving:
-    """renoise: LCMScheduler, whose boundary factors differ from (0, 1) by < 2e-5 at any of these times; ode: DDIM, trailing.
+    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing.
 
-    Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is DDIM that accepts them.
+    Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
     if any(t != round(t) for t in times):
-        raise UserError("student.timesteps", f"found {times}", "whole numbers, which diffusers' schedulers index by")
+        raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
     num, total = len(times), config["num_train_timesteps"]
     kept = {k: config[k] for k in VP_KEYS if k in config}
     ints = [int(t) for t in times]
@@ -61,18 +61,20 @@ def _vp(times: list[float], sampler: str, config: dict) -> Serving:
         scheduler = LCMScheduler(**kept, original_inference_steps=num, clip_sample=False)
         return Serving(scheduler, {} if on_grid else {"timesteps": ints})
     if on_grid and total % num == 0:
-        return Serving(DDIMScheduler(**kept, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True))
-    scheduler = DPMSolverMultistepScheduler(**kept, solver_order=1, final_sigmas_type="zero", timestep_spacing="trailing")
+        more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+        return Serving(DDIMScheduler(**kept, **more))
+    more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
+    scheduler = DPMSolverMultistepScheduler(**kept, **more)
     return Serving(scheduler, {"timesteps": ints})
 
 
 def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
     """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
 
-    diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the result to
-    end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. With a = (1 - u_N) N / (N - 1) the
-    two agree for all k when shift' = a s / (1 + (a - 1) s) and shift_terminal is our last time (both maps are
-    Moebius in k, so three points fix them); u_N depends on shift' itself and is found by iterating.
+    diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the
+    result to end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. Both are Moebius
+    maps of k, so they agree everywhere once three points do: with a = (1 - u_N) N / (N - 1), take
+    shift' = a s / (1 + (a - 1) s) and our last time as shift_terminal. u_N depends on shift': iterate.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
@@ -91,7 +93,7 @@ def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
 
 
 def _edm(times: list[float], sampler: str, schedule: EDM, config: dict) -> Serving:
-    """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1 in Karras' spacing; re-noising needs a loop."""
+    """EDMEulerScheduler; its `sigmas` argument is a ramp 0 (noise) to 1. Re-noising needs a loop."""
     from diffusers import EDMEulerScheduler
 
     scheduler = EDMEulerScheduler.from_config(config)

@@ -1,4 +1,4 @@
-"""Sample exports with diffusers alone: python plain_replay.py cases.json images.safetensors. Importing fastgen raises."""
+"""Sample exports with diffusers alone: python plain_replay.py CASES.json OUT.safetensors (no fastgen)."""
 
 import json
 import os
@@ -32,12 +32,14 @@ def pipeline_images(case):
     pipe.set_progress_bar_config(disable=True)
     if case.get("lora"):
         cls = getattr(diffusers, case["scheduler"])
-        pipe.scheduler = cls.from_pretrained(case["folder"], subfolder="scheduler", **case.get("override", {}))
+        override = case.get("override", {})
+        pipe.scheduler = cls.from_pretrained(case["folder"], subfolder="scheduler", **override)
         pipe.load_lora_weights(case["folder"], weight_name=case["lora"])
     elif case.get("override"):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **case["override"])
     images = pipe(
-        case["prompts"], generator=generators(case["seeds"]), guidance_scale=1.0, output_type="pt", **case["call"]
+        case["prompts"], generator=generators(case["seeds"]), guidance_scale=1.0, output_type="pt",
+        **case["call"],
     ).images
     return images.float()
 
@@ -72,7 +74,8 @@ def loop_images(case):
             scheduler.set_timesteps(**call)
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(x, t) if edm else x
-                x = scheduler.step(net(scaled, t, class_labels=labels).sample, t, x, generator=streams).prev_sample
+                out = net(scaled, t, class_labels=labels).sample
+                x = scheduler.step(out, t, x, generator=streams).prev_sample
     x = torch.pixel_shuffle(x, case["patch"]) if case["patch"] > 1 else x
     return (x / 2 + 0.5).clamp(0, 1)
 

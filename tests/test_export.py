@@ -1,4 +1,4 @@
-"""P4: what an export gives in plain diffusers is what the student gave here, for every family, full and LoRA."""
+"""P4: what an export gives in plain diffusers is what the student gave here, in every family."""
 
 import json
 import os
@@ -18,9 +18,8 @@ from fastgen import cards, lora
 from fastgen.build import Cast
 from fastgen.config import validate
 from fastgen.errors import UserError
-from fastgen.export import export_student, load_export, load_lora_into, sample_command, scheduler_for
+from fastgen.export import Loaded, export_student, load_export, load_lora_into, sample_command
 from fastgen.sample import Painter, draw, main
-from fastgen.schedules import EDM, VP, Flow
 from tests.tiny import PROMPTS
 
 HERE = Path(__file__).parent
@@ -65,7 +64,8 @@ def replay_case(name: str, folder: Path, teacher, base: Path) -> dict:
     """What plain_replay.py needs: only facts that stand in the export and its card."""
     document = json.loads((folder / "fastgen.json").read_text())
     info = document["export"]
-    case = {"name": name, "folder": str(folder), "seeds": SEEDS, "scheduler": info["scheduler"]["_class_name"]}
+    scheduler = info["scheduler"]["_class_name"]
+    case = {"name": name, "folder": str(folder), "seeds": SEEDS, "scheduler": scheduler}
     call = info["arguments"] or {"num_inference_steps": info["steps"]}
     if not hasattr(teacher.codec, "prompts"):
         if "lora" in info:
@@ -73,8 +73,8 @@ def replay_case(name: str, folder: Path, teacher, base: Path) -> dict:
         if call.get("sigmas") and case["scheduler"].startswith("EDM"):
             call = {**call, "num_inference_steps": info["steps"]}
         times = info["times"] if info["needs_loop"] else None
-        return {**case, "how": "loop", "labels": LABELS, "shape": teacher.codec.shape, "call": call, "times": times,
-                "patch": document.get("patch", 1)}
+        return {**case, "how": "loop", "labels": LABELS, "shape": teacher.codec.shape, "call": call,
+                "times": times, "patch": document.get("patch", 1)}
     size = teacher.codec.decode_size()
     call = {**call, "height": size, "width": size}
     if teacher.backbone.family.name == "sana":
@@ -93,7 +93,7 @@ def code_of(folder: Path) -> str:
 def replayed(tiny, tmp_path_factory):
     """Every case exported and sampled here, then all of them sampled by one process without fastgen."""
     root = tmp_path_factory.mktemp("exports")
-    found, cases = SimpleNamespace(ours={}, base={}, folder={}, cast={}), []
+    found, cases = SimpleNamespace(ours={}, reloaded={}, base={}, folder={}, cast={}), []
     for name in NAMES:
         family, kind, sampler, steps = name.split("-")
         key = (family, kind)
@@ -104,21 +104,24 @@ def replayed(tiny, tmp_path_factory):
         student.sampler, student.times = sampler, teacher.schedule.steps(int(steps))
         results = {"student": {"nfe": int(steps), "fd_mini": 1.5}, "protocol": {"num_samples": 10}}
         folder = found.folder[name] = export_student(run, root / name / "export", results)
-        loaded = load_export(folder)
         condition = list(PROMPTS) if hasattr(teacher.codec, "prompts") else LABELS
-        found.ours[name] = ours(loaded, condition)
+        found.ours[name] = ours(Loaded(student, teacher), condition)  # the network that was trained, in memory
+        found.reloaded[name] = ours(load_export(folder), condition)
         base = load_export(tiny(family))
         base.role, base.info = type(student)(base.role.backbone, None, student.times, sampler), {}
         found.base[name] = ours(base, condition)
         cases.append(replay_case(name, folder, teacher, tiny(family)))
-        cases.append({"name": f"{name}/card", "how": "snippet", "folder": str(folder), "code": code_of(folder)})
-    wrong = {"sd-lora-renoise-4": {"original_inference_steps": 50}, "sana-full-renoise-4": {"shift": 1.0, "shift_terminal": None},
-             "flow-lora-renoise-4": {"shift": 1.0, "shift_terminal": None}, "vp-full-ode-4": {"timestep_spacing": "leading"}}
+        card = {"name": f"{name}/card", "how": "snippet", "code": code_of(folder)}
+        cases.append({**card, "folder": str(folder)})
+    plain = {"shift": 1.0, "shift_terminal": None}
+    wrong = {"sd-lora-renoise-4": {"original_inference_steps": 50}, "sana-full-renoise-4": plain,
+             "flow-lora-renoise-4": plain, "vp-full-ode-4": {"timestep_spacing": "leading"}}
     by_name = {c["name"]: c for c in cases}
     cases += [{**by_name[n], "name": f"{n}/wrong", "override": o} for n, o in wrong.items()]
     (root / "cases.json").write_text(json.dumps(cases))
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "plain_replay.py"), str(root / "cases.json"), str(root / "images.safetensors")]
+    files = [HERE / "plain_replay.py", root / "cases.json", root / "images.safetensors"]
+    command = [sys.executable, *map(str, files)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found.plain, found.wrong = load_file(root / "images.safetensors"), list(wrong)
@@ -130,6 +133,7 @@ def test_plain_diffusers_gives_the_same_images(replayed, name):
     mine, plain = replayed.ours[name], replayed.plain[name]
     assert mine.shape == plain.shape and mine.std() > 0.05
     assert (mine - plain).abs().max() < 1e-3
+    assert (mine - replayed.reloaded[name]).abs().max() < 1e-4
     assert (mine - replayed.base[name]).abs().max() > 0.05, "the student equals its base: nothing was tested"
 
 
@@ -146,73 +150,16 @@ def test_the_card_s_snippet_draws_what_sample_py_draws(replayed, tmp_path, name)
 def test_another_grid_gives_other_images(replayed):
     """Negative check: the scheduler config matters, so a wrong one must show."""
     for name in replayed.wrong:
-        assert (replayed.plain[name] - replayed.plain[f"{name}/wrong"]).abs().max() > 3e-3, name  # three times the tolerance above
+        gap = (replayed.plain[name] - replayed.plain[f"{name}/wrong"]).abs().max()
+        assert gap > 3e-3, name  # three times the tolerance above
 
 
 def test_export_leaves_the_networks_alone(replayed):
     """The cast exports again and again; its student still draws the last export's images."""
     run = replayed.cast["sd", "lora"]
     again = export_student(run, run.folder / "again", {})
-    assert torch.equal(ours(load_export(again), list(PROMPTS)), replayed.ours["sd-lora-renoise-4"])
+    assert torch.equal(ours(load_export(again), list(PROMPTS)), replayed.reloaded["sd-lora-renoise-4"])
     assert run.cast.parts["student"].backbone.adapter is None
-
-
-SCHEDULES = {"flow": Flow(), "flow3": Flow(3.0), "flow half": Flow(0.5), "vp": VP.scaled_linear()}
-
-
-@pytest.mark.parametrize("sampler", ["renoise", "ode"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_set_timesteps_equals_our_times(schedule, sampler):
-    from diffusers import DDIMScheduler
-
-    theirs = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    S = SCHEDULES[schedule]
-    for num in (1, 2, 4, 8):
-        served = scheduler_for(S.steps(num), sampler, S, theirs)
-        assert served.arguments == {} and not served.needs_loop
-        served.scheduler.set_timesteps(num)
-        scale = 1 if schedule == "vp" else 1000
-        np.testing.assert_allclose(served.scheduler.timesteps.numpy(), np.array(S.steps(num)) * scale, atol=2e-3 * (scale > 1))
-
-
-@pytest.mark.parametrize("times", [[999.0, 600.0, 200.0], [399.0]])
-def test_times_off_the_grid_are_passed_along(times):
-    from diffusers import DDIMScheduler
-
-    for sampler in ("renoise", "ode"):
-        served = scheduler_for(times, sampler, VP.scaled_linear(), DDIMScheduler(beta_schedule="scaled_linear"))
-        assert served.arguments == {"timesteps": [int(t) for t in times]}
-        served.set_timesteps(len(times))
-        assert served.scheduler.timesteps.tolist() == times
-    flow = scheduler_for([1.0, 0.9, 0.3], "renoise", Flow(3.0), None)
-    flow.set_timesteps(3)
-    np.testing.assert_allclose(flow.scheduler.sigmas[:-1], [1.0, 0.9, 0.3], rtol=1e-6)
-
-
-def test_edm_serving():
-    from diffusers import EDMEulerScheduler
-
-    S = EDM()
-    for num in (1, 2, 4):
-        served = scheduler_for(S.steps(num), "ode", S, EDMEulerScheduler())
-        served.set_timesteps(num)
-        np.testing.assert_allclose(served.scheduler.sigmas[:-1], S.steps(num), rtol=1e-5)
-        assert not served.needs_loop
-    assert scheduler_for(S.steps(2), "renoise", S, EDMEulerScheduler()).needs_loop
-    with pytest.raises(UserError, match="student.timesteps"):
-        scheduler_for([999.0, 499.5], "renoise", VP.scaled_linear(), EDMEulerScheduler())
-
-
-def test_lcm_boundary_factors_are_negligible():
-    """LCMScheduler mixes c_skip x_t into x0; at every time we serve, with up to 64 steps, that is below 2e-5."""
-    from diffusers import LCMScheduler
-
-    scheduler, worst = LCMScheduler(), 0.0
-    for num in (1, 2, 4, 8, 64):
-        for t in VP.scaled_linear().steps(num):
-            c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
-            worst = max(worst, float(c_skip), abs(1 - float(c_out)))
-    assert worst < 2e-5
 
 
 def test_lora_file_carries_its_strength(replayed):
@@ -225,7 +172,8 @@ def test_lora_file_carries_its_strength(replayed):
     for path, module in net.named_modules():
         if "student" in getattr(module, "lora_A", {}):
             a, b = layers.pop(path)
-            torch.testing.assert_close(lora.delta(a, b), module.get_delta_weight("student"), rtol=1e-4, atol=1e-6)
+            trained = module.get_delta_weight("student")
+            torch.testing.assert_close(lora.delta(a, b), trained, rtol=1e-4, atol=1e-6)
     assert not layers
     with safe_open(folder / name, "pt") as file:
         header = file.metadata()
@@ -269,16 +217,18 @@ def test_load_lora_into_equals_the_merged_folder(replayed, tiny):
 
     folder = replayed.folder["vp-lora-renoise-1"]
     merged = UNet2DModel.from_pretrained(folder / "merged", subfolder="unet")
-    net = load_lora_into(UNet2DModel.from_pretrained(tiny("vp"), subfolder="unet"), next(folder.glob("*-lora.safetensors")))
+    net = UNet2DModel.from_pretrained(tiny("vp"), subfolder="unet")
+    load_lora_into(net, next(folder.glob("*-lora.safetensors")))
     x, t, c = torch.randn(2, 1, 8, 8), torch.tensor([999.0, 200.0]), torch.tensor([1, 10])
     with torch.no_grad():
         torch.testing.assert_close(net(x, t, c).sample, merged(x, t, c).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_next_run_starts_from_an_export(replayed, tiny):
-    """student.init: a LoRA file (by folder) into an adapter or merged into a copy; a folder into a copy; misfits refused."""
+    """student.init: a LoRA into an adapter or merged into a copy; a folder into a copy; misfits refused."""
     lora_folder, full = replayed.folder["flow-lora-renoise-4"], replayed.folder["flow-full-renoise-4"]
-    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.4]).double(), {"class_labels": torch.tensor([1, 2])}
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.4]).double()
+    cond, near = {"class_labels": torch.tensor([1, 2])}, {"rtol": 1e-4, "atol": 1e-4}
 
     def started(kind, path, **more):
         cast = make_run(tiny("flow"), kind, moved=False, init=str(path), **more).cast
@@ -289,8 +239,8 @@ def test_next_run_starts_from_an_export(replayed, tiny):
         expected = {p: load_export(p).role(x, t, cond) for p in (lora_folder, full)}
     torch.testing.assert_close(started("full", full), expected[full])
     for more in ({}, {"lora": {"rank": RANK + 3, "lora_alpha": 5}}):
-        torch.testing.assert_close(started("lora", lora_folder, **more), expected[lora_folder], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(started("full", lora_folder), expected[lora_folder], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(started("lora", lora_folder, **more), expected[lora_folder], **near)
+    torch.testing.assert_close(started("full", lora_folder), expected[lora_folder], **near)
     for kind, path, more in (("lora", full, {}), ("full", tiny("vp"), {}), ("full", "nowhere/at/all", {}),
                              ("lora", lora_folder, {"lora": {"rank": 2}})):
         with pytest.raises(UserError, match="student"):
@@ -298,7 +248,7 @@ def test_next_run_starts_from_an_export(replayed, tiny):
 
 
 def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
-    """sft: fp16 weights, the teacher's own scheduler, nothing about few steps; load_export makes a teacher of it."""
+    """sft: fp16 weights, the teacher's own scheduler; load_export makes a teacher of it."""
     cfg = validate({
         "output_dir": str(tmp_path), "teacher": {"path": str(tiny("sd")), "guidance": 3.0, "num_steps": 7},
         "objective": {"name": "sft"}, "data": {"name": "tinted"},
@@ -307,7 +257,7 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
     folder = export_student(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.float16}
-    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+    assert '"DDIMScheduler"' in (folder / "scheduler/scheduler_config.json").read_text()
     loaded = load_export(folder)
     assert not loaded.is_student and loaded.info["guidance"] == 3.0 and loaded.info["steps"] == 7
     assert "guidance_scale=3.0" in code_of(folder) and "num_inference_steps=7" in code_of(folder)
@@ -332,13 +282,15 @@ def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
 
 def test_card_holds_settings_numbers_and_command(replayed):
     card = (replayed.folder["sd-lora-renoise-4"] / "README.md").read_text()
-    for piece in ("library_name: diffusers", "- lora", "- text-to-image", "license: other", "| student | 4 | 1.5 |",
-                  "num_samples 10", "999, 749, 499, 249", "guidance_scale=1.0", "not comparable with published"):
+    for piece in ("library_name: diffusers", "- lora", "- text-to-image", "license: other",
+                  "| student | 4 | 1.5 |", "num_samples 10", "999, 749, 499, 249", "guidance_scale=1.0",
+                  "not comparable"):
         assert piece in card, piece
 
 
 def test_sample_command_names_the_export(replayed):
-    for name, ask in (("sd-lora-renoise-4", "--prompt"), ("sana-full-renoise-4", "--prompt"), ("flow-full-renoise-4", "--num")):
+    asked = {"sd-lora-renoise-4": "--prompt", "sana-full-renoise-4": "--prompt", "flow-full-ode-4": "--num"}
+    for name, ask in asked.items():
         command = sample_command(replayed.folder[name])
         assert str(replayed.folder[name]) in command and ask in command
 
@@ -347,7 +299,8 @@ def test_foreign_lora_with_metadata_alpha_is_read_at_its_strength(tmp_path):
     a, b = torch.randn(2, 3), torch.randn(3, 2)
     file = tmp_path / "x.safetensors"
     tensors = {"unet.q.lora_A.weight": a, "unet.q.lora_B.weight": b}
-    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.r": 2})})
+    metadata = json.dumps({"unet.lora_alpha": 8, "unet.r": 2})
+    save_file(tensors, file, metadata={"lora_adapter_metadata": metadata})
     layers, _ = lora.read_lora(file)
     torch.testing.assert_close(lora.delta(*layers["q"]), 4 * b @ a)
     save_file({"lora_unet_q.lora_down.weight": a}, file)

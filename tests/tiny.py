@@ -1,4 +1,4 @@
-"""Tiny random teachers of the real diffusers classes, as folders on disk: built in a second, downloaded never."""
+"""Tiny random teachers of the real diffusers classes, as folders on disk, built in a second."""
 
 import json
 import string
@@ -83,7 +83,8 @@ def sd_folder(folder: Path) -> Path:
     torch.manual_seed(4)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=32, norm_num_groups=4, attention_head_dim=(2, 4),
     )
     perturb_zero_layers(unet)
@@ -95,7 +96,8 @@ def sd_folder(folder: Path) -> Path:
         hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, projection_dim=32,
         vocab_size=515, bos_token_id=0, eos_token_id=2, pad_token_id=2,
     ))
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(**betas, steps_offset=1)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=clip_tokenizer(), unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -126,9 +128,11 @@ def sana_folder(folder: Path, shift: float = 1.0, max_length: int = 48) -> Path:
     perturb_zero_layers(net)
     blocks = {f"{side}_block_types": ("ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")}
     vae = AutoencoderDC(
-        latent_channels=4, attention_head_dim=2, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        latent_channels=4, attention_head_dim=2,
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)), downsample_block_type="conv", upsample_block_type="interpolate", **blocks,
+        decoder_qkv_multiscales=((), (5,)), downsample_block_type="conv", upsample_block_type="interpolate",
+        **blocks,
     )
     tokenizer = gemma_tokenizer()
     text = Gemma2Model(Gemma2Config(

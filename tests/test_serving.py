@@ -1,0 +1,67 @@
+"""The exported scheduler, called with the number of steps alone, visits the student's own times."""
+
+import numpy as np
+import pytest
+
+from fastgen.errors import UserError
+from fastgen.export import scheduler_for
+from fastgen.schedules import EDM, VP, Flow
+
+SCHEDULES = {"flow": Flow(), "flow3": Flow(3.0), "flow half": Flow(0.5), "vp": VP.scaled_linear()}
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "ode"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_set_timesteps_equals_our_times(schedule, sampler):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    S = SCHEDULES[schedule]
+    for num in (1, 2, 4, 8):
+        served = scheduler_for(S.steps(num), sampler, S, theirs)
+        assert served.arguments == {} and not served.needs_loop
+        served.scheduler.set_timesteps(num)
+        scale, atol = (1, 0) if schedule == "vp" else (1000, 2e-3)
+        expected = np.array(S.steps(num)) * scale
+        np.testing.assert_allclose(served.scheduler.timesteps.numpy(), expected, atol=atol)
+
+
+@pytest.mark.parametrize("times", [[999.0, 600.0, 200.0], [399.0]])
+def test_times_off_the_grid_are_passed_along(times):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_schedule="scaled_linear")
+    for sampler in ("renoise", "ode"):
+        served = scheduler_for(times, sampler, VP.scaled_linear(), theirs)
+        assert served.arguments == {"timesteps": [int(t) for t in times]}
+        served.set_timesteps(len(times))
+        assert served.scheduler.timesteps.tolist() == times
+    flow = scheduler_for([1.0, 0.9, 0.3], "renoise", Flow(3.0), None)
+    flow.set_timesteps(3)
+    np.testing.assert_allclose(flow.scheduler.sigmas[:-1], [1.0, 0.9, 0.3], rtol=1e-6)
+
+
+def test_edm_serving():
+    from diffusers import EDMEulerScheduler
+
+    S = EDM()
+    for num in (1, 2, 4):
+        served = scheduler_for(S.steps(num), "ode", S, EDMEulerScheduler())
+        served.set_timesteps(num)
+        np.testing.assert_allclose(served.scheduler.sigmas[:-1], S.steps(num), rtol=1e-5)
+        assert not served.needs_loop
+    assert scheduler_for(S.steps(2), "renoise", S, EDMEulerScheduler()).needs_loop
+    with pytest.raises(UserError, match="student.timesteps"):
+        scheduler_for([999.0, 499.5], "renoise", VP.scaled_linear(), EDMEulerScheduler())
+
+
+def test_lcm_boundary_factors_are_negligible():
+    """LCMScheduler mixes c_skip x_t into x0; at every time we serve, up to 64 steps, that is below 2e-5."""
+    from diffusers import LCMScheduler
+
+    scheduler, worst = LCMScheduler(), 0.0
+    for num in (1, 2, 4, 8, 64):
+        for t in VP.scaled_linear().steps(num):
+            c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+            worst = max(worst, float(c_skip), abs(1 - float(c_out)))
+    assert worst < 2e-5
