@@ -105,7 +105,7 @@ def replayed(tiny, tmp_path_factory):
         results = {"student": {"nfe": int(steps), "fd_mini": 1.5}, "protocol": {"num_samples": 10}}
         folder = found.folder[name] = export_student(run, root / name / "export", results)
         condition = list(PROMPTS) if hasattr(teacher.codec, "prompts") else LABELS
-        found.ours[name] = ours(Loaded(student, teacher), condition)  # the network that was trained, in memory
+        found.ours[name] = ours(Loaded(student, teacher), condition)  # as trained, in memory
         found.reloaded[name] = ours(load_export(folder), condition)
         base = load_export(tiny(family))
         base.role, base.info = type(student)(base.role.backbone, None, student.times, sampler), {}
