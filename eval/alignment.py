@@ -1,6 +1,6 @@
 """Prompt alignment on Tinted Fashion: mean cosine (x 100) of image and caption in the bundled two-tower net.
 
-No student is trained against it. Real held-out images with their own captions reach about 67. It is a small net:
+No student is trained against it. Real held-out images with their own captions reach about 67. It is small:
 its numbers order generators of this one set and are not comparable with any published CLIP score.
 """
 

@@ -171,6 +171,8 @@ class EvalConfig(Section):
     """samples for the final table; 0 skips it"""
     teacher_samples: int = Field(0, ge=0)
     """samples of the teacher for the final table; 0 means as many as the student's"""
+    student_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """step counts at which the student is measured besides its own; a denoiser trained by sft takes 1, 4, 20, 50"""
     validation_samples: int = Field(250, ge=0)
     """samples for the cheap metric during training"""
     grid: int = Field(40, ge=1)

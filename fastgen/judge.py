@@ -1,0 +1,164 @@
+"""Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
+
+import torch
+from torch import Tensor
+
+from fastgen.codecs import select
+from fastgen.objectives import REGISTRY
+from fastgen.roles import Student
+from fastgen.samplers import ImageNoise, sample_student, sample_teacher
+
+
+class Requests:
+    """What is asked of a generator: condition rows, and the attributes a measuring net should find."""
+
+    def __init__(self, teacher, data):
+        codec, self.attributes = teacher.codec, {}
+        self.codec, self.uncond = codec, data.uncond
+        measure = (teacher.info or {}).get("measure")
+        if hasattr(codec, "prompts") and measure == "tinted":
+            from fastgen.datasets import load_images
+
+            held = load_images("tinted", "heldout")
+            unique = sorted(set(held.captions))
+            self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
+            where = {text: i for i, text in enumerate(unique)}
+            self.rows = torch.tensor([where[c] for c in held.captions])
+            self.attributes = held.attributes
+        elif codec.num_classes:
+            self.table = codec.labels(torch.arange(codec.num_classes))
+            self.rows = torch.arange(codec.num_classes)
+            self.attributes = {"class": self.rows}
+        else:
+            self.table, self.rows = data.cond_table, data.rows
+
+    def cond(self, index: Tensor) -> dict[str, Tensor]:
+        return select(self.table, self.rows[index % len(self.rows)])
+
+    def wanted(self, num: int) -> dict[str, Tensor]:
+        index = torch.arange(num) % len(self.rows)
+        return {k: v[index] for k, v in self.attributes.items()}
+
+
+class Judge:
+    """Samples the three contenders on the same requests and seeds, and scores them."""
+
+    def __init__(self, cfg, cast, data):
+        from eval.measure import measurer_for
+        from eval.toy import ToyMeasurer
+
+        self.cfg, self.cast = cfg, cast
+        self.requests = Requests(cast.teacher, data)
+        self.few_step = all(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        analytic = cast.teacher.path.startswith("analytic:")
+        self.measurer = (
+            ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)
+        )
+
+    @torch.no_grad()
+    def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
+        """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
+
+        steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
+        """
+        cfg, codec, device = self.cfg, self.cast.teacher.codec, self.cast.device
+        chunks = []
+        for first in range(0, num, cfg.eval.batch_size):
+            index = torch.arange(first, min(first + cfg.eval.batch_size, num))
+            cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
+            uncond = {
+                k: v.expand(len(index), *v.shape[1:]).to(device) for k, v in self.requests.uncond.items()
+            }
+            seeds = [seed + int(i) for i in index]
+            x0 = self._sample(who, seeds, cond, uncond, steps)
+            chunks.append((codec.decode(x0) if len(codec.shape) > 1 else x0).cpu())
+        return torch.cat(chunks)
+
+    def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
+        cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
+        student = cast.parts["student"]
+        if who == "teacher" or not self.few_step:
+            role = cast.parts["teacher"] if who == "teacher" else student
+            noise = ImageNoise(seeds, shape, device).first
+            num = steps or self.cfg.teacher.num_steps
+            return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
+        times = student.schedule.steps(steps) if steps and steps != len(student.times) else student.times
+        if who == "untrained_student":
+            student = Student(cast.teacher.backbone, None, times, student.sampler)
+        elif times is not student.times:
+            student = Student(student.backbone, student.adapter, times, student.sampler)
+        return sample_student(student, seeds, shape, cond, device)
+
+    def score(self, images: Tensor) -> dict[str, float]:
+        """Metrics of images made for the first len(images) requests."""
+        return (
+            {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(len(images)))
+        )
+
+    def nfe(self, who: str, steps: int = 0) -> int:
+        """Network evaluations per sample."""
+        from eval.speed import nfe
+
+        if who == "teacher" or not self.few_step:
+            return nfe(steps or self.cfg.teacher.num_steps, self.cfg.teacher.guidance)
+        return steps or len(self.cast.parts["student"].times)
+
+
+def measure(cfg, judge: Judge) -> dict:
+    """results.json but for its train section: same requests and seeds for all, timed side by side."""
+    who = ["teacher", "untrained_student", "student"] if judge.few_step else ["student"]
+    num = cfg.eval.num_samples
+    counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
+
+    def row(name: str, steps: int = 0) -> dict:
+        count = counts[name]
+        scores = judge.score(judge.images(name, count, cfg.eval.seed, steps)) if count else {}
+        return {"nfe": judge.nfe(name, steps), **scores}
+
+    speed_batch = min(20, cfg.eval.batch_size)
+    seconds = _times(judge, who, speed_batch)
+    order = [n for n in ("teacher", "student", "untrained_student") if n in who]
+    found = {n: {"nfe": judge.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order}
+    steps = cfg.eval.student_steps or (() if judge.few_step else (1, 4, 20, 50))
+    if steps and num:
+        found["student_by_steps"] = {str(n): row("student", n) for n in steps}
+    if judge.measurer is not None and num:
+        found["floor"] = judge.measurer.floor(num)
+    times = list(judge.cast.parts["student"].times) if judge.few_step else None
+    found["protocol"] = {
+        "num_samples": num,
+        "teacher_samples": counts.get("teacher", 0),
+        "seed": cfg.eval.seed,
+        **(judge.measurer.describe() if judge.measurer else {"extractor": "none"}),
+        "guidance": cfg.teacher.guidance,
+        "teacher_steps": cfg.teacher.num_steps,
+        "student_times": times,
+        "speed_batch": speed_batch,
+        "device": str(judge.cast.device),
+        "threads": torch.get_num_threads(),
+    }
+    return found
+
+
+def _times(judge: Judge, who: list[str], num: int) -> dict[str, float]:
+    from eval.speed import interleaved
+
+    return interleaved({n: lambda n=n: judge.images(n, num, 0) for n in who}, num, repeats=3)
+
+
+def table(results: dict) -> str:
+    """One line each: teacher, untrained student, student (at every step count measured), real images."""
+    wanted = ("fd_mini", "energy_distance", "agreement", "recall", "clip", "nfe", "seconds_per_sample")
+    rows = [
+        (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
+    ]
+    rows += [
+        (f"student, {n} step{'s' * (n != '1')}", row)
+        for n, row in results.get("student_by_steps", {}).items()
+    ]
+    rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    columns = [c for c in wanted if any(c in row for _, row in rows)]
+    lines = [" " * 19 + "".join(f"{c.replace('_per_sample', '/sample'):>16}" for c in columns)]
+    for name, row in rows:
+        lines.append(f"{name:<19}" + "".join(f"{row[c]:>16.4g}" if c in row else " " * 16 for c in columns))
+    return "\n".join(lines)
