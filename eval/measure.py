@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.frechet import evenly, frechet_from, polynomial_mmd, precision_recall, statistics
-from fastgen.datasets import NAMES, caption, load_images
+from fastgen.datasets import NAMES, VOCABULARY, attributes_of, caption, load_images
 from fastgen.errors import UserError
 from fastgen.nets import FeatureNet, measure
 from fastgen.paths import asset
@@ -60,16 +60,8 @@ class Measurer:
         self._check(images)
         _, real, (mean, cov) = _reference(self.name, self.device)
         seen = measure(self.net, images)
-        fake = seen["features"]
-        num = min(len(fake), len(real))
-        precision, recall = precision_recall(evenly(real, num), evenly(fake, num))
-        found = {
-            "fd_mini": frechet_from(*statistics(fake), mean, cov),
-            "mmd": 1000 * polynomial_mmd(fake, real),
-            **agreement(seen["logits"], attributes),
-            "precision": precision,
-            "recall": recall,
-        }
+        distances = compare_features(seen["features"], real, (mean, cov))
+        found = {**distances, **agreement(seen["logits"], attributes)}
         score = self._alignment(images, attributes)
         return found if score is None else found | {"clip": score}
 
@@ -100,6 +92,37 @@ class Measurer:
             "reference": f"{len(_reference(self.name, self.device)[1])} held-out images of {self.name}",
             "note": NOTE,
         }
+
+
+def compare_features(
+    fake: Tensor, real: Tensor, known: tuple[Tensor, Tensor] | None = None
+) -> dict[str, float]:
+    """fd_mini, mmd x 1000, precision and recall of two feature sets; `known` is the statistics of `real`."""
+    num = min(len(fake), len(real))
+    precision, recall = precision_recall(evenly(real, num), evenly(fake, num))
+    return {
+        "fd_mini": frechet_from(*statistics(fake), *(known or statistics(real))),
+        "mmd": 1000 * polynomial_mmd(fake, real),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
+    """What prompts ask for: classes by number or name, or for tinted the attributes that a caption names."""
+    if not lines:
+        return {}
+    if name == "tinted":
+        try:
+            found = [attributes_of(line) for line in lines]
+        except ValueError as error:
+            raise UserError("--prompts", str(error), "name each attribute once") from None
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in VOCABULARY}
+    names = load_images(name, "heldout").class_names
+    wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
+    if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
+        raise UserError("--prompts", f"found {bad[0]!r}", f"0 to {len(names) - 1} or {', '.join(names)}")
+    return {"class": torch.tensor(wanted)}
 
 
 def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,199 @@
+"""Measure runs and image folders, and keep the leaderboard.
+
+python -m eval --run runs/quickstart [--num_samples 5000]     measure an export again, rewrite results.json
+python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
+python -m eval --images a --against b --metrics fid kid --weights inception=FILE
+python -m eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE hps=FILE
+python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
+python -m eval leaderboard [--check]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fastgen.errors import UserError
+
+MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
+METRICS = (*MINI, "fid", "kid", "clip", "hps")
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        "python -m eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("command", nargs="?", default="measure", choices=("measure", "record", "leaderboard"))
+    add("--run", default="", metavar="DIR", help="run folder")
+    add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
+    add("--images", default="", metavar="DIR", help="generated images; grid*.png are passed over")
+    add("--against", default="", help="folder of real images, or digits, fashion, tinted (held-out images)")
+    add("--metrics", nargs="+", default=["fd_mini"], choices=METRICS, metavar="NAME", help=", ".join(METRICS))
+    add("--extractor", default="", help="digits, fashion or tinted: whose net measures two folders")
+    add("--weights", nargs="+", default=[], metavar="NAME=FILE", help="local files for inception, clip, hps")
+    add("--prompts", default="", metavar="FILE", help="what was asked for: a prompt or label a line, in turn")
+    add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
+    add("--device", default="", help="default: cuda if there is one")
+    add("--recipe", default="", help="record: the recipe the run is of")
+    add("--seed", type=int, default=None, help="record: check that the run had this seed")
+    add(
+        "--check",
+        action="store_true",
+        help="leaderboard: change nothing; exit 1 where table and evidence differ",
+    )
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where --check finds something; 2 for a user's mistake."""
+    from fastgen.run import _quiet, fail
+
+    args = _flags().parse_args(argv)
+    _quiet()
+    try:
+        if args.command == "leaderboard":
+            return _leaderboard(args)
+        if args.command == "record":
+            return _record(args)
+        if bool(args.run) == bool(args.images):
+            raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
+        from eval.rerun import remeasure
+
+        found = remeasure(Path(args.run), args.num_samples, args.device) if args.run else measure_folder(args)
+        if not args.run:
+            print(json.dumps(found, indent=2))
+    except UserError as error:
+        return fail(error)
+    return 0
+
+
+def _leaderboard(args) -> int:
+    from eval.leaderboard import README, leaderboard
+
+    problems = leaderboard(args.check)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not args.check:
+        print(f"wrote {README}")
+    return 1 if problems else 0
+
+
+def _record(args) -> int:
+    from eval.evidence import record
+
+    if not (args.run and args.recipe):
+        raise UserError("record", "needs --run DIR and --recipe NAME", "see --help")
+    print(f"wrote {record(args.run, args.recipe, args.seed)}")
+    return 0
+
+
+def _weights(pairs: list[str]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    bad = [k for k in found if k not in ("inception", "clip", "hps") or not found[k]]
+    if bad:
+        raise UserError("--weights", f"found {bad[0]!r}", "inception=FILE, clip=FILE, hps=FILE")
+    return found
+
+
+def measure_folder(args) -> dict:
+    """Every metric asked for, with what it was measured with."""
+    import torch
+
+    from eval.images import image_files
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked, weights = set(args.metrics), _weights(args.weights)
+    if asked & {"clip", "hps"} and not args.prompts:
+        raise UserError(
+            "--prompts", "none given", f"{' and '.join(sorted(asked & {'clip', 'hps'}))} need the prompts"
+        )
+    if asked - {"clip", "hps"} and not args.against:
+        raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
+    found: dict = {"num_images": len(image_files(args.images))}
+    if asked & set(MINI):
+        found |= _mini(args, asked, device)
+    if asked & {"fid", "kid"}:
+        found |= _inception(args, asked, weights, device)
+    if asked & {"clip", "hps"}:
+        found |= _text(args, asked, weights, device)
+    return found
+
+
+def _mini(args, asked: set, device) -> dict:
+    """Metrics of the bundled nets."""
+    from eval.images import read_all, read_lines
+    from eval.measure import NOTE, Measurer, attributes_from, compare_features
+    from fastgen.datasets import NAMES
+
+    name = args.extractor or args.against
+    if name not in NAMES:
+        raise UserError("--extractor", "none given", f"two folders need one of {', '.join(NAMES)}")
+    judge = Measurer(name, device)
+    mode = "L" if judge.net.config["channels"] == 1 else "RGB"
+    images = read_all(args.images, mode).float() / 255
+    if args.against in NAMES:
+        asked_for = read_lines(args.prompts, len(images)) if args.prompts else []
+        scores = judge.compare(images, attributes_from(name, asked_for))
+    else:
+        real = judge.features(read_all(args.against, mode, "--against").float() / 255)
+        scores = compare_features(judge.features(images), real)
+    scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
+    if missing := [m for m in asked & set(MINI) if m not in scores]:
+        raise UserError(
+            "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
+        )
+    kept = {
+        k: v
+        for k, v in scores.items()
+        if k.split("_")[0] == "agreement" and "agreement" in asked or k in asked
+    }
+    return {**kept, "extractor": judge.describe()["extractor"], "note": NOTE}
+
+
+def _inception(args, asked: set, weights: dict, device) -> dict:
+    """FID and KID; a bundled set is named to compare with its held-out images."""
+    from eval import fid
+    from eval.images import batches, digest, image_files, local_file
+    from fastgen.datasets import NAMES, load_images
+
+    file = local_file(weights, "inception", fid.WANTED)
+    net = fid.load_inception(file)
+    fake = fid.features(net, batches(image_files(args.images)), device)
+    if args.against in NAMES:
+        real = fid.features(net, load_images(args.against, "heldout").images.split(64), device)
+    else:
+        real = fid.features(net, batches(image_files(args.against, "--against"), key="--against"), device)
+    scores = fid.compare(fake, real, tuple(asked & {"fid", "kid"}))
+    return {**scores, "num_real": len(real), "inception_sha256": digest(file)}
+
+
+def _text(args, asked: set, weights: dict, device) -> dict:
+    """CLIP score and HPS."""
+    from eval import clip, hps
+    from eval.images import digest, image_files, local_file, read_all, read_lines
+
+    if args.clip not in clip.PRESETS:
+        raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
+    prompts = read_lines(args.prompts, len(image_files(args.images)))
+    images, found = read_all(args.images), {}
+    if "clip" in asked:
+        preset = dict(clip.PRESETS[args.clip])
+        arch = preset.pop("arch")
+        file = local_file(weights, "clip", clip.WANTED.format(arch=arch))
+        model, tokenizer = clip.load_model(arch, file)
+        found["clip"] = clip.clip_score(model.to(device), tokenizer, images, prompts, **preset)
+        found |= {"clip_preset": args.clip, "clip_sha256": digest(file)}
+    if "hps" in asked:
+        file = local_file(weights, "hps", hps.WANTED)
+        model, tokenizer = hps.load_hps(file)
+        found |= {"hps": hps.hps_score(model.to(device), tokenizer, images, prompts), "hps_file": file.name}
+        found["hps_sha256"] = digest(file)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Measure a finished run again from its export, and write results.json and the report anew."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fastgen.checkpoint import write_text
+from fastgen.config import read_files, validate
+from fastgen.errors import UserError
+
+
+class _Players:
+    """What the judge needs of a cast: the teacher, and the student as it was exported."""
+
+    def __init__(self, teacher, parts: dict, device):
+        self.teacher, self.parts, self.device = teacher, parts, device
+
+
+def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
+    """Same protocol as at the end of the run (or another number of samples); prints the table."""
+    from fastgen.data import load_data
+    from fastgen.judge import Judge, measure, table
+    from fastgen.report import write_report
+
+    if not (run / "config.yaml").is_file():
+        raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
+    cfg = validate(read_files([str(run / "config.yaml")]))
+    if cfg.teacher.path.startswith("analytic:"):
+        raise UserError(
+            "--run", f"{run} has no export", "students of exact teachers are measured at the end of the run"
+        )
+    if num_samples:
+        cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
+    cast = _cast(run, cfg, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if (cast.teacher.info or {}).get("measure"):
+        data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
+    else:  # unknown images: the run's own requests
+        data = load_data(cfg.data, cast.teacher, cast.device)
+    results = measure(cfg, Judge(cfg, cast, data))
+    file = run / "results.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    results["protocol"]["weights"] = "export"
+    results["train"] = before.get("train", {})
+    write_text(file, json.dumps(results, indent=2))
+    print(table(results))
+    print(f"wrote {file} and {write_report(run)}")
+    return results
+
+
+def _cast(run: Path, cfg, device) -> _Players:
+    """Teacher and exported student; the two share one network where the student is an adapter."""
+    from fastgen.backbones import load_teacher
+    from fastgen.reload import load_export
+    from fastgen.roles import Role
+
+    exported = load_export(run, key="--run").to(device)
+    parts = {"student": exported.role}
+    if exported.role.adapter is not None:
+        teacher = exported.teacher
+    elif cfg.teacher.blueprint is None and exported.is_student:
+        teacher = load_teacher(cfg.teacher.path, cfg.teacher.prediction).to(device)
+        teacher.backbone.requires_grad_(False).eval()
+    else:
+        teacher = exported.teacher
+    return _Players(teacher, {"teacher": Role(teacher.backbone), **parts}, device)

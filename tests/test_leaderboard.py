@@ -1,0 +1,180 @@
+"""Evidence and the tables built from it: the page follows the files, and notices when either side moves."""
+
+import json
+
+import pytest
+import yaml
+
+from eval import evidence, leaderboard
+from eval.__main__ import main
+from fastgen.config import RunConfig, dump, validate
+from fastgen.errors import UserError
+
+
+def results(fd: float, teacher: float = 3.0) -> dict:
+    return {
+        "teacher": {"nfe": 20, "fd_mini": teacher, "seconds_per_sample": 0.2},
+        "student": {"nfe": 1, "fd_mini": fd, "agreement": 0.91, "recall": 0.5, "seconds_per_sample": 0.01},
+        "untrained_student": {"nfe": 1, "fd_mini": 90.0, "seconds_per_sample": 0.01},
+        "protocol": {"num_samples": 100, "seed": 1},
+        "train": {"seconds": 600.0, "steps": 10, "peak_rss_mb": 1.0},
+    }
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder of a recipe, without the hour it takes."""
+
+    def make(recipe: str, fd: float, **train):
+        cfg = evidence.load_recipe(recipe)
+        cfg = cfg.model_copy(update={"output_dir": "elsewhere", "train": cfg.train.model_copy(update=train)})
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump(cfg))
+        (folder / "results.json").write_text(json.dumps(results(fd)))
+        return folder
+
+    return make
+
+
+# -- the hash
+def test_hash_ignores_place_threads_seed_and_switches_that_are_off():
+    cfg = evidence.load_recipe("digits_dmd2")
+    base = evidence.config_sha256(cfg)
+    values = cfg.model_dump(mode="json")
+
+    def changed(section: str, **new) -> str:
+        return evidence.config_sha256(validate({**values, section: {**values[section], **new}}))
+
+    assert evidence.config_sha256(validate({**values, "output_dir": "x"})) == base
+    assert changed("train", seed=5, num_threads=3) == base
+    assert changed("train", max_train_steps=7) != base
+    assert changed("optim", student={**values["optim"]["student"], "lr": 1.0}) != base
+    assert changed("objective", gan_weight=0.0) != base != changed("eval", num_samples=3)
+    assert evidence._without_off({"a": {"b": 0, "c": None}, "d": [], "e": [0.0, 1]}) == {"e": [0.0, 1]}
+    assert evidence.config_sha256(validate(yaml.safe_load(dump(cfg)))) == base
+
+
+def test_record_writes_the_schema(finished, tmp_path):
+    path = evidence.record(
+        finished("digits_dmd2", 2.5, seed=2, num_threads=1), "digits_dmd2", 2, tmp_path / "r"
+    )
+    assert path == tmp_path / "r" / "digits" / "digits_dmd2-seed2.json"
+    document = json.loads(path.read_text())
+    assert (
+        tuple(document) == evidence.KEYS and document["objective"] == "dmd2" and document["student"] == "full"
+    )
+    assert document["command"] == "python train.py --config configs/recipes/digits_dmd2.yaml --train.seed 2"
+    assert document["config_sha256"] == evidence.config_sha256(evidence.load_recipe("digits_dmd2"))
+    assert document["results"]["student"]["fd_mini"] == 2.5
+    plain = evidence.record(finished("digits_dmd2", 2.5), "digits_dmd2", None, tmp_path / "r")
+    assert plain.name == "digits_dmd2.json"
+
+
+def test_record_refuses_another_run(finished, tmp_path):
+    with pytest.raises(UserError, match="differs from digits_dmd2 in train.max_train_steps"):
+        evidence.record(finished("digits_dmd2", 1.0, max_train_steps=3), "digits_dmd2", None, tmp_path)
+    with pytest.raises(UserError, match="the run's own seed is 1"):
+        evidence.record(finished("digits_dmd2", 1.0, seed=1), "digits_dmd2", 4, tmp_path)
+    with pytest.raises(UserError, match="did you mean 'digits_dmd2'"):
+        evidence.record(finished("digits_dmd2", 1.0), "digit_dmd2", None, tmp_path)
+    with pytest.raises(UserError, match=r"results.json does not exist|config.yaml does not exist"):
+        evidence.record(tmp_path / "none", "digits_dmd2", None, tmp_path)
+
+
+# -- the tables
+def test_tables_follow_the_evidence(finished, tmp_path):
+    store, readme = tmp_path / "store", tmp_path / "README.md"
+    for seed, fd in ((0, 2.0), (1, 3.0)):
+        evidence.record(finished("digits_dmd2", fd, seed=seed), "digits_dmd2", seed, store)
+    readme.write_text("before\n" + leaderboard.SKELETON + "after\n")
+    assert leaderboard.leaderboard(True, readme, store)
+    assert leaderboard.leaderboard(False, readme, store) == []
+    assert leaderboard.leaderboard(True, readme, store) == []
+    text = readme.read_text()
+    assert text.startswith("before\n# Objectives") and text.endswith("after\n")
+    row = next(line for line in text.splitlines() if line.startswith("| `digits_dmd2`"))
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    assert cells[:7] == ["`digits_dmd2`", "dmd2", "full", "1", "2.5 +- 0.71", "3 +- 0 (20)", "0.83 +- 0.24"]
+    assert cells[7:] == ["90 +- 0", "91.0 +- 0", "0.50 +- 0", "", "100", "2", "10"]
+    assert "digits 2 at NFE 1, teacher 3" in text
+
+    file = store / "digits" / "digits_dmd2.json"
+    document = json.loads(file.read_text())
+    document["results"]["student"]["fd_mini"] = 1.9
+    file.write_text(json.dumps(document))
+    assert "differs from the evidence" in leaderboard.leaderboard(True, readme, store)[0]
+    document["results"]["student"]["fd_mini"] = 2.0
+    file.write_text(json.dumps({**document, "config_sha256": "0"}))
+    assert "has changed since; run it again" in leaderboard.leaderboard(True, readme, store)[0]
+    file.write_text(json.dumps({**document, "recipe": "gone"}))
+    assert "no 'gone'" in leaderboard.leaderboard(True, readme, store)[0]
+    del document["seed"]
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="lacks seed"):
+        leaderboard.leaderboard(True, readme, store)
+
+
+def test_a_row_for_every_step_count():
+    found = results(4.0)
+    found["student_by_steps"] = {"1": {"nfe": 1, "fd_mini": 4.0}, "4": {"nfe": 4, "fd_mini": 2.0}}
+    document = {
+        "teacher": "t",
+        "recipe": "r",
+        "objective": "dmd2",
+        "student": "lora",
+        "seed": 0,
+        "results": found,
+    }
+    rows = [line for line in leaderboard.measured([document]).splitlines() if line.startswith("| `r`")]
+    assert [row.split("|")[4].strip() for row in rows] == ["1", "4"]
+    assert [row.split("|")[7].strip() for row in rows] == ["1.33", "0.67"]
+    trained = {**found, "teacher": None}
+    trained.pop("teacher")
+    assert "| 4 |" in leaderboard.measured([{**document, "results": trained}])
+
+
+def test_ladder_reads_the_tests_that_exist(tmp_path):
+    (tmp_path / "objectives").mkdir()
+    own = "import pytest\ndef test_p1_a(): ...\n@pytest.mark.skip\ndef test_p2_b(): ...\n"
+    own += "def helper_p4_x(): ...\n"
+    (tmp_path / "objectives" / "test_dmd2.py").write_text(own)
+    where = leaderboard.proofs("dmd2", tmp_path)
+    assert where == {"P1": "objectives/test_dmd2.py", "P2": "", "P4": ""}
+    (tmp_path / "test_export.py").write_text("def test_p4_dmd2_full(): ...\ndef test_p4_sft(): ...\n")
+    assert leaderboard.proofs("dmd2", tmp_path)["P4"] == "test_export.py"
+    assert leaderboard.proofs("consistency", tmp_path) == {"P1": "", "P2": "", "P4": ""}
+    row = next(line for line in leaderboard.ladder([], tmp_path).splitlines() if "`dmd2`" in line)
+    assert "[2405.14867](https://arxiv.org/abs/2405.14867)" in row
+    assert row.count("[tested](../../tests/") == 2
+
+
+def test_the_repository_is_up_to_date():
+    assert leaderboard.leaderboard(check=True) == []
+
+
+def test_missing_markers_are_named():
+    with pytest.raises(UserError, match="ladder:begin"):
+        leaderboard.render("no markers", [])
+
+
+# -- the command line
+def test_command_line_mistakes(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("0\n")
+    for argv, said in (
+        ([], "either --run DIR or --images DIR"),
+        (["--run", str(tmp_path)], "is not a run folder"),
+        (["--images", str(tmp_path), "--against", "digits"], "holds no images"),
+        (["--images", "none", "--against", "digits"], "is not a folder"),
+        (["--images", str(tmp_path), "--metrics", "clip"], "need the prompts"),
+        (["--images", str(tmp_path)], "--against: none given"),
+        (["--images", "x", "--against", "y", "--weights", "inception="], "--weights: found 'inception'"),
+        (["record", "--run", "x"], "needs --run DIR and --recipe NAME"),
+    ):
+        assert main(argv) == 2, argv
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, (argv, error)
+
+
+def test_defaults_of_a_run_are_hashable():
+    assert len(evidence.config_sha256(RunConfig(objective={"name": "dmd2"}))) == 64
