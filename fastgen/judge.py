@@ -49,7 +49,7 @@ class Judge:
 
         self.cfg, self.cast = cfg, cast
         self.requests = Requests(cast.teacher, data)
-        self.few_step = all(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
         analytic = cast.teacher.path.startswith("analytic:")
         self.measurer = (
             ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)
