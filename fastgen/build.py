@@ -28,7 +28,7 @@ class Cast:
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
-        for name in sorted(names & set(kinds), key=lambda n: kinds[n] != "full"):  # copies before adapters are injected
+        for name in sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full"):  # copies before adapters
             self._make(name, kinds[name], alone="teacher" not in names)
         if cfg.train.gradient_checkpointing:
             for backbone in self.backbones():
@@ -92,8 +92,7 @@ class Cast:
         """The objective of one stage over these parts."""
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
-        if stage.num_steps:
-            self.parts["student"].times = self.teacher.schedule.steps(stage.num_steps)
+        self.parts["student"].times = self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
@@ -117,12 +116,22 @@ def _wanted(stage: StageConfig) -> list[str]:
 
 
 def fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """What may not change between a run and its resumption, by dotted key."""
-    stages = [[s.name, s.max_train_steps, s.objective.model_dump(mode="json")] for s in cfg.all_stages()]
-    keys = {
-        "teacher": cfg.teacher.model_dump(mode="json"), "student": cfg.student.model_dump(mode="json"),
-        "critic": cfg.critic.model_dump(mode="json"), "stages": stages, "data": cfg.data.model_dump(mode="json", exclude={"cache_dir"}),
-        "train.seed": cfg.train.seed, "train.train_batch_size": cfg.train.train_batch_size,
-        "train.gradient_accumulation_steps": cfg.train.gradient_accumulation_steps, "train.ema_decay": cfg.train.ema_decay,
-    }
-    return {k: json.dumps(v, sort_keys=True) for k, v in keys.items()}
+    """What may not change between a run and its resumption, as JSON by dotted key."""
+    values = cfg.model_dump(mode="json")
+    train = ("seed", "train_batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision")
+    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
+    kept["train"] = {k: values["train"][k] for k in train}
+    kept["data"].pop("cache_dir")
+    if cfg.stages:
+        kept["stages"] = {str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])}
+    else:
+        kept["objective"], kept["train"]["max_train_steps"] = values["objective"], values["train"]["max_train_steps"]
+    return dict(_leaves(kept, ""))
+
+
+def _leaves(tree: dict, prefix: str):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

@@ -11,9 +11,11 @@ from torch import Tensor
 from fastgen.errors import UserError
 
 
-def open_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
-    """The run folder, empty, resumed or cleared as asked; refuses to touch a used one otherwise."""
+def check_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
+    """The run folder if it may be used as asked; refuses a used one otherwise. Touches nothing."""
     folder = Path(output_dir)
+    if resume and overwrite:
+        raise UserError("--resume", "found with --overwrite", "give one of them")
     if folder.exists() and not folder.is_dir():
         raise UserError("output_dir", f"{folder} is a file", "give a folder")
     used = folder.is_dir() and any(folder.iterdir())
@@ -21,12 +23,26 @@ def open_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
         raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")
     if used and not (resume or overwrite):
         raise UserError("output_dir", f"{folder} is not empty", "pass --resume to continue it or --overwrite to start over")
-    if used and overwrite and not resume:
-        if not (folder / "config.yaml").exists():
-            raise UserError("output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only")
+    if used and overwrite and not (folder / "config.yaml").exists():
+        raise UserError("output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only")
+    return folder
+
+
+def open_run(folder: Path, overwrite: bool) -> None:
+    """Make (or clear) a run folder that `check_run` let pass."""
+    if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+def check_same(path: Path, now: dict[str, str]) -> None:
+    """Refuse to resume a checkpoint under settings that would make another run of it; says which and how."""
+    before = read_meta(path)["fingerprint"]
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    if changed:
+        told = ", ".join(f"{k} ({before.get(k, 'unset')} -> {now.get(k, 'unset')})" for k in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError("--resume", f"changed since {path.name}: {told}{more}", "keep them, or start a new output_dir")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,8 +55,9 @@ def write_text(path: Path, text: str) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if p.suffix != ".tmp" and (p / "state.json").exists()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    number = lambda p: p.name.removeprefix("checkpoint-")  # noqa: E731
+    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if number(p).isdigit() and (p / "state.json").exists()]
+    return sorted(found, key=lambda p: int(number(p)))
 
 
 def latest(folder: Path) -> Path | None:
@@ -50,6 +67,7 @@ def latest(folder: Path) -> Path | None:
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int) -> Path:
     """Write checkpoint-<step>; older ones beyond `keep` go only after it is complete."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / "checkpoints" / f"checkpoint-{step}"
@@ -62,13 +80,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: 
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError("checkpoint", f"step {step} could not be saved ({error})", "the last good checkpoint is kept") from None
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -78,9 +96,36 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError("--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before") from None
+        return load_file(path / "state.safetensors"), read_meta(path)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+def read_meta(path: Path) -> dict:
+    """state.json of a checkpoint."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError("--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before")
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a stopped run wrote after the checkpoint it resumes from."""
+    path = folder / "metrics.jsonl"
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except ValueError:  # cut off by a kill
+            continue
+        kept.append(line + "\n")
+    if path.exists():
+        write_text(path, "".join(kept))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], prefix: str) -> tuple[dict[str, Tensor], dict]:

@@ -1,20 +1,19 @@
 """The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told apart in one line when wrong."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_origin
 
 import tyro.conf
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastgen.errors import UserError, suggest
 from fastgen.objectives import REGISTRY
+from fastgen.parse import complain, merge, overrides, read_files
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change, field docstrings are the help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -235,7 +234,9 @@ class RunConfig(Section):
     def _cross_checks(self):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
-            raise ValueError("student.timesteps must descend")
+            raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
+            raise ValueError("eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0")
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images
@@ -246,108 +247,12 @@ class RunConfig(Section):
         return self
 
 
-def merge(base: dict, over: dict) -> dict:
-    """Deep merge; {"0": ...} over a list reaches its first item; a changed `name` of an objective replaces the section, so that keys of another method do not linger."""
-    out = dict(base)
-    for key, value in over.items():
-        if isinstance(out.get(key), list) and isinstance(value, dict) and all(k.isdigit() for k in value):
-            items = [merge(v, value[str(i)]) if str(i) in value else v for i, v in enumerate(out[key])]
-            out[key] = items + [v for k, v in value.items() if int(k) >= len(items)]
-            continue
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        if both and not (key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")):
-            out[key] = merge(out[key], value)
-        else:
-            out[key] = value
-    return out
-
-
-def _known_keys(model: type[BaseModel], path: tuple) -> list[str]:
-    """Field names allowed at a dotted path, for suggestions."""
-    for part in path:
-        field = model.model_fields.get(str(part)) if isinstance(model, type) else None
-        annotation = getattr(field, "annotation", None)
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return [] if part not in REGISTRY else list(REGISTRY[part].config.model_fields)
-        model = annotation
-    return list(model.model_fields)
-
-
-def _complain(error: ValidationError) -> UserError:
-    """All of pydantic's findings as one line."""
-    found = []
-    for item in error.errors():
-        path = [p for i, p in enumerate(item["loc"]) if not (i and item["loc"][i - 1] == "objective" and p in REGISTRY)]
-        key = ".".join(map(str, path)) or "config"
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(RunConfig, item["loc"][:-1])
-            if len(item["loc"]) > 2 and item["loc"][-2] in REGISTRY:
-                known = list(REGISTRY[item["loc"][-2]].config.model_fields)
-            found.append(f"{key}: unknown key{suggest(str(item['loc'][-1]), known)}; allowed: {', '.join(known)}")
-        elif item["type"] == "union_tag_invalid":
-            tag = str(item["ctx"]["tag"]).strip("'")
-            found.append(f"{key}.name: unknown {tag!r}{suggest(tag, REGISTRY)}; allowed: {', '.join(REGISTRY)}")
-        elif item["type"] == "value_error":
-            found.append(str(item["ctx"]["error"]))
-        else:
-            found.append(f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}")
-    return UserError("config", " | ".join(found), "")
-
-
 def validate(values: dict) -> RunConfig:
     """A RunConfig, or a UserError that names every offending key."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _complain(error) from None
-
-
-def read_files(files: list[str]) -> dict:
-    """YAML files deep-merged left to right."""
-    merged: dict = {}
-    for name in files:
-        path = Path(name)
-        if not path.is_file():
-            raise UserError("--config", f"{name} does not exist", "give the path of a YAML file")
-        try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError("--config", f"{name} is not valid YAML ({' '.join(str(error).split())})", "") from None
-        if not isinstance(values, dict):
-            raise UserError("--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections")
-        merged = merge(merged, values)
-    return merged
-
-
-def overrides(argv: list[str]) -> dict:
-    """`--optim.student.lr 1e-4` pairs as a nested dict; - and _ are the same; several values make a list."""
-    nested: dict = {}
-    i = 0
-    while i < len(argv):
-        flag, _, inline = argv[i].partition("=")
-        if not flag.startswith("--"):
-            raise UserError("command line", f"found {argv[i]!r}", "overrides look like --section.key value")
-        i += 1
-        values = [inline] if inline else []
-        while i < len(argv) and not argv[i].startswith("--") and not inline:
-            values.append(argv[i])
-            i += 1
-        if not values:
-            raise UserError(flag, "found no value", "give one, e.g. --train.seed 1")
-        target = nested
-        *path, last = flag[2:].replace("-", "_").split(".")
-        for part in path:
-            target = target.setdefault(part, {})
-        parsed = [_value(v) for v in values]
-        target[last] = parsed[0] if len(parsed) == 1 else parsed
-    return nested
-
-
-def _value(text: str) -> object:
-    """YAML for lists and null; everything else stays text, which the schema converts."""
-    if text.startswith(("[", "{")):
-        return yaml.safe_load(text)
-    return None if text in ("null", "None") else text
+        raise complain(error, RunConfig) from None
 
 
 def help_text(base: RunConfig) -> str:
@@ -361,7 +266,9 @@ def help_text(base: RunConfig) -> str:
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
         tyro.cli(RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True)
-    return out.getvalue()
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    first = next(i for i, line in enumerate(lines) if "--output_dir" in line)
+    return "\n".join(["keys", *lines[first:]]) + "\n"
 
 
 def dump(cfg: RunConfig) -> str:
@@ -369,6 +276,13 @@ def dump(cfg: RunConfig) -> str:
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def load(files: list[str], argv: list[str]) -> RunConfig:
-    """Files, then flags."""
-    return validate(merge(read_files(files), overrides(argv)))
+def schema() -> str:
+    """JSON schema of a config file, for editors; kept in assets/config.schema.json."""
+    import json
+
+    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
+
+
+def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:
+    """Files, then flags; `switches` are the flags that are no keys, for suggestions."""
+    return validate(merge(read_files(files), overrides(argv, RunConfig, switches)))

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import json
@@ -15,25 +16,42 @@ from pathlib import Path
 
 from fastgen.errors import UserError
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+class _Flags(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError("command line", message, "see --help")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not finite."""
     argv = sys.argv[1:] if argv is None else argv
     flags = _flags()
-    known, rest = flags.parse_known_args(argv)
     try:
+        known, rest = flags.parse_known_args(argv)
         for module in known.plugin:
             _import_plugin(module)
         from fastgen.config import help_text, load
         from fastgen.paths import config
 
-        cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest)
+        switches = tuple(n.lstrip("-") for a in flags._actions for n in a.option_strings)
+        cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest, switches)
         if known.help:
-            print(flags.format_help() + help_text(cfg))
+            print(flags.format_help() + "\n" + help_text(cfg))
             return 0
         return run(cfg, known)
     except UserError as error:
         return fail(error)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return fail(UserError("output_dir", error, "free some space or choose a folder that can be written"))
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def fail(error: UserError) -> int:
@@ -43,20 +61,29 @@ def fail(error: UserError) -> int:
 
 
 def _import_plugin(module: str) -> None:
-    sys.path.insert(0, str(Path.cwd()))
+    """Import a module by dotted name, or a .py file by path, so that its objectives join the registry."""
+    path = Path(module)
+    folder, name = (path.resolve().parent, path.stem) if module.endswith(".py") else (Path.cwd(), module)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise UserError("--plugin", f"{module} cannot be imported ({error})", "a module on the Python path") from None
+        importlib.import_module(name)
+    except Exception as error:  # whatever somebody's module raises
+        told = f"{module} cannot be imported ({type(error).__name__}: {error})"
+        raise UserError("--plugin", told, "a module on the Python path, or a .py file") from None
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False, description=__doc__)
+    flags = _Flags(
+        "train.py", add_help=False, allow_abbrev=False, usage="train.py [--config YAML ...] [flags] [--section.key VALUE ...]",
+        description="Train one run: load the config, build the cast, train, measure, export. Keys of the config are flags too; "
+        "the list below shows those of the objective and values chosen so far.",
+    )
     flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
     flags.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files, merged left to right")
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
     flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
-    flags.add_argument("--dry_run", action="store_true", help="print what would run, and start nothing")
+    flags.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing")
     flags.add_argument("--plugin", nargs="+", default=[], metavar="MODULE", help="import objectives from elsewhere first")
     return flags
 
@@ -64,55 +91,85 @@ def _flags() -> argparse.ArgumentParser:
 def run(cfg, known) -> int:
     """Train one validated config."""
     import torch
-    from accelerate import Accelerator
 
     from fastgen import checkpoint, finish
-    from fastgen.build import Cast
-    from fastgen.config import dump
+    from fastgen.build import Cast, fingerprint
     from fastgen.data import load_data
     from fastgen.trainer import NotFinite, Trainer
 
     _quiet()
+    _check_libraries(cfg)
     if known.dry_run:
         from fastgen.dryrun import describe
 
         print(describe(cfg))
         return 0
+    folder = checkpoint.check_run(cfg.output_dir, known.resume, known.overwrite)
+    last = checkpoint.latest(folder) if known.resume else None
+    if last:
+        checkpoint.check_same(last, fingerprint(cfg))
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
-    accelerator = Accelerator(
-        log_with=_trackers(cfg.train.report_to) or None, project_dir=cfg.output_dir,
+    accelerator = _accelerator(cfg)
+    cast = Cast(cfg, accelerator.device)
+    data = load_data(cfg.data, cast.teacher, accelerator.device)
+    validator = finish.Validator(cfg, cast, data, folder)
+    _open(cfg, folder, known.overwrite, accelerator)  # nothing is written before everything was found in order
+    trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
+    try:
+        trainer.fit(last)
+    except NotFinite as error:
+        good = checkpoint.latest(folder)
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was made yet"
+        print(f"error: {error}; {kept}", file=sys.stderr)
+        return 3
+    if accelerator.is_main_process:
+        finish.finish(trainer, validator.judge)
+    accelerator.end_training()
+    return 0
+
+
+def _accelerator(cfg):
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(
+        log_with=list(cfg.train.report_to) or None, project_dir=cfg.output_dir,
         cpu=not torch.cuda.is_available(), mixed_precision=cfg.train.mixed_precision,
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
     )
+
+
+def _open(cfg, folder: Path, overwrite: bool, accelerator) -> None:
+    """Write what a run folder starts with, and start the trackers."""
+    from fastgen import checkpoint
+    from fastgen.config import dump
+
     if accelerator.is_main_process:
-        folder = checkpoint.open_run(cfg.output_dir, known.resume, known.overwrite)
+        checkpoint.open_run(folder, overwrite)
         checkpoint.write_text(folder / "config.yaml", dump(cfg))
         checkpoint.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
     accelerator.wait_for_everyone()
     if cfg.train.report_to:
         accelerator.init_trackers("fastgen")
-    folder = Path(cfg.output_dir)
-    cast = Cast(cfg, accelerator.device)
-    data = load_data(cfg.data, cast.teacher, accelerator.device)
-    validator = finish.Validator(cfg, cast, data, folder)
-    trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
-    try:
-        trainer.fit(checkpoint.latest(folder) if known.resume else None)
-    except NotFinite as error:
-        print(f"error: {error}; the last good checkpoint is {checkpoint.latest(folder)}", file=sys.stderr)
-        return 3
-    if accelerator.is_main_process:
-        finish.finish(trainer, validator.judge)
-    return 0
 
 
-def _trackers(names: tuple[str, ...]) -> list[str]:
-    """Trackers besides metrics.jsonl, each if its library is there."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError("train.report_to", f"{name} is not installed", f'pip install "fastgen-distill[{name}]"')
-    return list(names)
+def _check_libraries(cfg) -> None:
+    """Optional libraries and hardware that a config asks for, before anything is loaded."""
+    import torch
+
+    def need(library: str, key: str, extra: str) -> None:
+        if importlib.util.find_spec(library) is None:
+            raise UserError(key, f"{library} is not installed", f'pip install "fastgen-distill[{extra}]"')
+
+    for name in cfg.train.report_to:
+        need(name, "train.report_to", name)
+    for stage in cfg.all_stages():
+        for player, optim in stage.optim:
+            if optim.name == "adamw8bit":
+                need("bitsandbytes", f"optim.{player}.name: adamw8bit", "gpu")
+    if cfg.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision", "found 'fp16' without a GPU", "allowed on a CPU: no, bf16")
 
 
 def environment() -> dict:

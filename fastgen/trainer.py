@@ -82,22 +82,18 @@ class Trainer:
     def fit(self, resume: Path | None = None) -> None:
         """Train every stage, from a checkpoint if given."""
         tensors, meta = checkpoint.load(resume) if resume else ({}, {"stage": 0, "k": 0})
-        if resume:
-            self._check_same(meta)
-        if self.validate and self.cfg.train.validation_steps and not resume:
-            self.validate(self)
         start = time.monotonic()
         bar = tqdm(total=self.total, disable=not self.acc.is_main_process, desc="train", mininterval=1.0)
         try:
-            for index, stage in enumerate(self.cfg.all_stages()):
+            stages = self.cfg.all_stages()
+            for index, stage in enumerate(stages):
                 self._begin(stage)
-                if index < meta["stage"]:
-                    continue
-                k0 = meta["k"] if index == meta["stage"] else 0
-                if resume and index == meta["stage"]:
+                if resume and index == min(meta["stage"], len(stages) - 1):
                     self._restore(tensors, meta)
                     bar.update(self.step)
-                self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
+                if index >= meta["stage"]:
+                    k0 = meta["k"] if index == meta["stage"] else 0
+                    self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
         finally:
             bar.close()
 
@@ -111,10 +107,14 @@ class Trainer:
         }
         for player in self.objective.players.values():
             player.requires_grad_(False)
+            for parameter in player.trainable().values():
+                parameter.grad = None  # nothing left over from whoever made or trained it before
 
     def _stage(self, index: int, stage: StageConfig, k0: int, bar: tqdm, started: float) -> None:
         train = self.cfg.train
         self.objective.prepare()
+        if self.validate and train.validation_steps and not self.step:
+            self.validate(self)
         windows = self.data.batches(train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device)
         for k, window in zip(range(k0, stage.max_train_steps), windows):
             for micro, batch in enumerate(window):
@@ -216,6 +216,8 @@ class Trainer:
         meta = {
             "stage": stage, "k": k, "step": self.step, "seconds": self.seconds, "rest": rest, "best": self.best,
             "fingerprint": fingerprint(self.cfg), "saved_stage": self.objective.cfg.name,
+            "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
+            "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
         checkpoint.save(self.folder, self.step, tensors, meta, self.cfg.train.checkpoints_total_limit)
 
@@ -228,10 +230,9 @@ class Trainer:
         if meta["k"]:
             for name, optimizer in self.optimizers.items():
                 checkpoint.restore_optimizer(optimizer, list(self.params[name]), f"optim/{name}", tensors, meta["rest"])
-        self.step, self.best = meta["step"], meta["best"]
-
-    def _check_same(self, meta: dict) -> None:
-        now = fingerprint(self.cfg)
-        changed = [k for k, v in now.items() if meta["fingerprint"].get(k) != v]
-        if changed:
-            raise UserError("--resume", f"{', '.join(changed)} changed since the checkpoint", "keep it, or start a new output_dir")
+        self.step, self.seconds, self.best = meta["step"], meta["seconds"], meta["best"]
+        self.logs.update(meta["logs"])
+        if self.acc.scaler and meta["scaler"]:
+            self.acc.scaler.load_state_dict(meta["scaler"])
+        if self.acc.is_main_process:
+            checkpoint.rewind_metrics(self.folder, self.step)

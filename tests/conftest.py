@@ -5,6 +5,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import copy  # noqa: E402
+import hashlib  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,6 +20,35 @@ torch.set_num_threads(1)
 def seeded():
     """Every test starts from the same global seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_copies():
+    """An exact teacher's trainable copy is fitted once per (teacher, random state): the same weights, sooner."""
+    from fastgen.backbones.analytic import GaussianMixture
+
+    fit, known = GaussianMixture.trainable_copy, {}
+
+    def remembered(self, steps: int = 600):
+        state = [t.numpy().tobytes() for t in (self.means, self.stds, self.weights, self.labels, torch.get_rng_state())]
+        key = hashlib.sha256(repr((vars(self.schedule), type(self.schedule), steps, state)).encode()).hexdigest()
+        if key not in known:
+            known[key] = fit(self, steps), torch.get_rng_state()
+        net, after = known[key]
+        torch.set_rng_state(after)
+        return copy.deepcopy(net)
+
+    GaussianMixture.trainable_copy = remembered
+    yield
+    GaussianMixture.trainable_copy = fit
+
+
+@pytest.fixture
+def no_finish(monkeypatch):
+    """Leave out the final table, export and report, for tests that look at training only."""
+    from fastgen import finish
+
+    monkeypatch.setattr(finish, "finish", lambda trainer, judge: None)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ class GaussianMixture(nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        optimizer.zero_grad()
         return net
 
     def _data_std(self) -> Tensor:
