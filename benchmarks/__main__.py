@@ -1,7 +1,8 @@
 """Benchmarks, each a ratio of two things timed side by side in one run.
 
   python -m benchmarks overhead   a DMD2 training step over the raw passes and optimizer steps it needs
-  python -m benchmarks memory     teacher + student + critic as adapters over one adapter being trained, >= 100M parameters
+  python -m benchmarks memory     teacher + student + critic as adapters over one adapter being trained,
+    >= 100M parameters
   python -m benchmarks sampling   seconds per image of teacher and student over their ratio of network calls
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
 
@@ -32,11 +33,19 @@ def overhead(rounds: int = 12) -> dict:
     from fastgen.trainer import Trainer
 
     torch.set_num_threads(1)
-    cfg = config.validate({
-        "teacher": {"path": "assets:teachers/fashion"}, "data": {"name": "fashion", "limit": 500},
-        "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.0},
-        "train": {"train_batch_size": 32, "max_train_steps": 10_000, "validation_steps": 0, "checkpointing_steps": 0},
-    })
+    cfg = config.validate(
+        {
+            "teacher": {"path": "assets:teachers/fashion"},
+            "data": {"name": "fashion", "limit": 500},
+            "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.0},
+            "train": {
+                "train_batch_size": 32,
+                "max_train_steps": 10_000,
+                "validation_steps": 0,
+                "checkpointing_steps": 0,
+            },
+        }
+    )
     cast = Cast(cfg)
     data = load_data(cfg.data, cast.teacher)
     trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
@@ -80,12 +89,19 @@ def overhead(rounds: int = 12) -> dict:
             times[name].append(time.process_time() - start)
     ratios = [a / b for a, b in zip(times["framework"], times["raw"])]
     del S
-    return {"ratio": statistics.median(ratios), "framework_seconds": statistics.median(times["framework"]),
-            "raw_seconds": statistics.median(times["raw"]), "rounds": rounds, "clock": "process time, one thread"}
+    return {
+        "ratio": statistics.median(ratios),
+        "framework_seconds": statistics.median(times["framework"]),
+        "raw_seconds": statistics.median(times["raw"]),
+        "rounds": rounds,
+        "clock": "process time, one thread",
+    }
 
 
 def _memory_child(mode: str) -> None:
-    """Peak resident megabytes above the libraries' own, of one LoRA being trained (one) or DMD2 with three roles (three)."""
+    """Peak resident megabytes above the libraries' own, of one LoRA being trained (one) or DMD2 with
+    three roles (three).
+    """
     import tempfile
 
     import psutil
@@ -99,30 +115,68 @@ def _memory_child(mode: str) -> None:
 
     torch.set_num_threads(2)
     net = {
-        "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4,
-        "block_out_channels": [256, 512], "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [256, 512],
+        "layers_per_block": 2,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2,
         "transformer_layers_per_block": 2,
     }
-    blueprint = {"net": net, "scheduler": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear",
-                                           "beta_start": 0.00085, "beta_end": 0.012}}
+    blueprint = {
+        "net": net,
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+        },
+    }
     lora = {"rank": 16, "lora_alpha": 16}
     objective = {"name": "sft"} if mode == "one" else {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
-    cfg = config.validate({
-        "teacher": {"path": "", "blueprint": blueprint}, "student": {"kind": "lora", "lora": lora},
-        "critic": {"kind": "lora", "lora": lora}, "objective": objective, "data": {"name": "fashion"},
-        "train": {"train_batch_size": 4, "max_train_steps": 3, "validation_steps": 0, "checkpointing_steps": 0, "ema_decay": []},
-    })
+    cfg = config.validate(
+        {
+            "teacher": {"path": "", "blueprint": blueprint},
+            "student": {"kind": "lora", "lora": lora},
+            "critic": {"kind": "lora", "lora": lora},
+            "objective": objective,
+            "data": {"name": "fashion"},
+            "train": {
+                "train_batch_size": 4,
+                "max_train_steps": 3,
+                "validation_steps": 0,
+                "checkpointing_steps": 0,
+                "ema_decay": [],
+            },
+        }
+    )
     base = psutil.Process().memory_info().rss
     cast = Cast(cfg)
     cond = {"encoder_hidden_states": torch.randn(4, 16, 768)}
-    data = Data(torch.randn(64, 4, 16, 16), cond, torch.arange(64) % 4, {k: v[:1] for k, v in cond.items()}, (4, 16, 16))
+    data = Data(
+        torch.randn(64, 4, 16, 16),
+        cond,
+        torch.arange(64) % 4,
+        {k: v[:1] for k, v in cond.items()},
+        (4, 16, 16),
+    )
     trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer.total = 10**9  # no final checkpoint in the measured window
     trainer._begin(cfg.all_stages()[0])
     for k, window in zip(range(3), data.batches(4, 0, 1, trainer.rng, "cpu")):
         trainer._micro_step(window[0], k, 0, 3)
-    peak = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1]) * 1024
+    peak = (
+        int(
+            next(
+                x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+            ).split()[1]
+        )
+        * 1024
+    )
     parameters = sum(p.numel() for n, p in cast.teacher.backbone.named_parameters() if "lora_" not in n)
     print(json.dumps({"megabytes": (peak - base) / 2**20, "base_parameters": parameters}))
 
@@ -131,12 +185,21 @@ def memory() -> dict:
     """Peak of teacher + student + critic over one frozen base, against one adapter trained on that base."""
     found = {}
     for mode in ("one", "three"):
-        out = subprocess.run([sys.executable, "-m", "benchmarks", "memory", "--child", mode], capture_output=True, text=True, cwd=ROOT)
+        out = subprocess.run(
+            [sys.executable, "-m", "benchmarks", "memory", "--child", mode],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert out.returncode == 0, out.stderr
         found[mode] = json.loads(out.stdout.strip().splitlines()[-1])
     ratio = found["three"]["megabytes"] / found["one"]["megabytes"]
-    return {"ratio": ratio, "one_adapter_trained_mb": found["one"]["megabytes"],
-            "teacher_student_critic_mb": found["three"]["megabytes"], "base_parameters": found["one"]["base_parameters"]}
+    return {
+        "ratio": ratio,
+        "one_adapter_trained_mb": found["one"]["megabytes"],
+        "teacher_student_critic_mb": found["three"]["megabytes"],
+        "base_parameters": found["one"]["base_parameters"],
+    }
 
 
 def sampling(rounds: int = 5, num: int = 50) -> dict:
@@ -161,14 +224,21 @@ def sampling(rounds: int = 5, num: int = 50) -> dict:
             found.codec.decode(f())
             times[name].append((time.process_time() - start) / num)
     teacher, quick = (statistics.median(times[n][1:]) for n in ("teacher", "student"))
-    return {"speedup": teacher / quick, "nfe_ratio": 20, "share_of_nfe_ratio": teacher / quick / 20,
-            "teacher_seconds_per_image": teacher, "student_seconds_per_image": quick}
+    return {
+        "speedup": teacher / quick,
+        "nfe_ratio": 20,
+        "share_of_nfe_ratio": teacher / quick / 20,
+        "teacher_seconds_per_image": teacher,
+        "student_seconds_per_image": quick,
+    }
 
 
 def startup(rounds: int = 5) -> dict:
     """Wall seconds, medians, each against a bare interpreter in the same run."""
     commands = {
-        "bare": ["-c", ""], "import_torch": ["-c", "import torch"], "import_fastgen": ["-c", "import fastgen"],
+        "bare": ["-c", ""],
+        "import_torch": ["-c", "import torch"],
+        "import_fastgen": ["-c", "import fastgen"],
         "help": ["train.py", "--help"],
     }
     times = {n: [] for n in commands}
@@ -181,7 +251,9 @@ def startup(rounds: int = 5) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=("overhead", "memory", "sampling", "startup"))
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -189,7 +261,10 @@ def main() -> None:
     if args.child:
         return _memory_child(args.child)
     result = globals()[args.name]()
-    record = {"command": f"python -m benchmarks {args.name}", **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}}
+    record = {
+        "command": f"python -m benchmarks {args.name}",
+        **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},
+    }
     print(json.dumps(record, indent=2))
     if args.write:
         path = ROOT / "assets/results/benchmarks" / f"{args.name}.json"

@@ -1,4 +1,6 @@
-"""From a config to the cast of one run: teacher, student, critic, discriminator, target, and the objective that plays them."""
+"""From a config to the cast of one run: teacher, student, critic, discriminator, target, and the
+objective that plays them.
+"""
 
 import copy
 import json
@@ -17,18 +19,24 @@ from fastgen.roles import Role, Student
 
 
 class Cast:
-    """The networks of a run by part name. Parts are made when a stage first asks for them and kept for later stages."""
+    """The networks of a run by part name. Parts are made when a stage first asks for them and kept for
+    later stages.
+    """
 
     def __init__(self, cfg: RunConfig, device="cpu"):
         self.cfg, self.device = cfg, device
         self.teacher = self._load()
         if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError("teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1")
+            raise UserError(
+                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
+            )
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
-        for name in sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full"):  # copies before adapters
+        for name in sorted(
+            (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
+        ):  # copies before adapters
             self._make(name, kinds[name], alone="teacher" not in names)
         if cfg.train.gradient_checkpointing:
             for backbone in self.backbones():
@@ -54,7 +62,9 @@ class Cast:
         adapter = None
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
-                raise UserError(f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full")
+                raise UserError(
+                    f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
+                )
             lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
             adapter = name
             self._adapter(base, name, lora)
@@ -84,7 +94,9 @@ class Cast:
         times = list(s.timesteps) or schedule.steps(s.num_steps)
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
-                "student.timesteps", f"found {times}", f"the teacher's times lie in ({schedule.t_min}, {schedule.t_max}]"
+                "student.timesteps",
+                f"found {times}",
+                f"the teacher's times lie in ({schedule.t_min}, {schedule.t_max}]",
             )
         return times
 
@@ -92,7 +104,9 @@ class Cast:
         """The objective of one stage over these parts."""
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
-        self.parts["student"].times = self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
+        self.parts["student"].times = (
+            self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
+        )
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
@@ -100,19 +114,27 @@ class Cast:
     def _disc(self, objective) -> Discriminator:
         role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps = objective.disc_taps or (role.backbone.family.default_taps(role.backbone.net) if hasattr(role.backbone, "family") else (-1,))
+        taps = objective.disc_taps or (
+            role.backbone.family.default_taps(role.backbone.net)
+            if hasattr(role.backbone, "family")
+            else (-1,)
+        )
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
-            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(self.device)
+            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
+                self.device
+            )
 
 
 def _wanted(stage: StageConfig) -> list[str]:
     """Part names one stage needs, student first."""
     cls = REGISTRY[stage.objective.name]
     players = cls.player_parts(stage.objective)
-    return list(dict.fromkeys([*(p for members in players.values() for p in members), *cls.uses(stage.objective)]))
+    return list(
+        dict.fromkeys([*(p for members in players.values() for p in members), *cls.uses(stage.objective)])
+    )
 
 
 def fingerprint(cfg: RunConfig) -> dict[str, str]:
@@ -123,9 +145,14 @@ def fingerprint(cfg: RunConfig) -> dict[str, str]:
     kept["train"] = {k: values["train"][k] for k in train}
     kept["data"].pop("cache_dir")
     if cfg.stages:
-        kept["stages"] = {str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])}
+        kept["stages"] = {
+            str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])
+        }
     else:
-        kept["objective"], kept["train"]["max_train_steps"] = values["objective"], values["train"]["max_train_steps"]
+        kept["objective"], kept["train"]["max_train_steps"] = (
+            values["objective"],
+            values["train"]["max_train_steps"],
+        )
     return dict(_leaves(kept, ""))
 
 

@@ -44,7 +44,9 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     source = repr(shown_path(info["base"])) if lora else '"."'
     note = "" if lora else "  # this folder"
     lines = [
-        "import torch", f"from diffusers import {', '.join(names)}", "",
+        "import torch",
+        f"from diffusers import {', '.join(names)}",
+        "",
         f"pipe = {family.pipeline}.from_pretrained({source}, torch_dtype=torch.float32){note}",
     ]
     if lora:
@@ -53,8 +55,12 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
             f'pipe.load_lora_weights(".", weight_name="{lora}")',
         ]
     return [
-        *lines, "image = pipe(", f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
-        *_wrapped([f"{k}={v!r}" for k, v in call.items()]), ").images[0]", 'image.save("sample.png")',
+        *lines,
+        "image = pipe(",
+        f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
+        *_wrapped([f"{k}={v!r}" for k, v in call.items()]),
+        ").images[0]",
+        'image.save("sample.png")',
     ]
 
 
@@ -65,8 +71,10 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
     label = ", class_labels=label" if classes else ""
     step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
     if classes and w != 1:
-        step += [step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
-                 f"        out = null + {w} * (out - null)"]
+        step += [
+            step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
+            f"        out = null + {w} * (out - null)",
+        ]
     step += ["        x = scheduler.step(out, t, x, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
     if info["needs_loop"]:
@@ -80,16 +88,21 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
     image = f"torch.pixel_shuffle(x, {what['patch']})" if what.get("patch", 1) > 1 else "x"
     scale = " * scheduler.config.sigma_max  # init_noise_sigma is slightly more" if edm else ""
     return [
-        "import torch", f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",
-        "from PIL import Image", "",
+        "import torch",
+        f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",
+        "from PIL import Image",
+        "",
         f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
-        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")', *set_steps,
+        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        *set_steps,
         "generator = torch.Generator().manual_seed(0)",
         *(["label = torch.tensor([3])"] if classes else []),
         f"x = torch.randn(1, {', '.join(map(str, shape))}, generator=generator){scale}",
-        "with torch.no_grad():", *loop,
+        "with torch.no_grad():",
+        *loop,
         f"pixels = ({image} / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)",
-        "image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())", 'image.save("sample.png")',
+        "image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())",
+        'image.save("sample.png")',
     ]
 
 
@@ -168,7 +181,8 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
         settings |= {
-            "times": ", ".join(f"{t:g}" for t in info["times"]), "between steps": info["sampler"],
+            "times": ", ".join(f"{t:g}" for t in info["times"]),
+            "between steps": info["sampler"],
             "guidance": f"{info['guidance']:g}, baked in: guidance_scale 1, negative prompts do nothing",
             "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
         }
@@ -192,13 +206,35 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         )
     first = "A few-step student distilled" if student else "A generator trained"
     lines = [
-        _front_matter(info, what, codec, lora), "", f"# {name}", "",
-        f"{first} with fastgen {info['version']}.", "",
-        "| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in settings.items()), "",
-        *(f"{n}\n" for n in notes), "## Use", "",
-        "```python", usage(what, family, info, codec, lora), "```", "",
-        "## Numbers", "", *_numbers(results), "", "## Training", "", "```sh", shlex.join(command), "```", "",
-        "`config.yaml` of the run folder holds every setting. The licence of the base model applies.", "",
+        _front_matter(info, what, codec, lora),
+        "",
+        f"# {name}",
+        "",
+        f"{first} with fastgen {info['version']}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in settings.items()),
+        "",
+        *(f"{n}\n" for n in notes),
+        "## Use",
+        "",
+        "```python",
+        usage(what, family, info, codec, lora),
+        "```",
+        "",
+        "## Numbers",
+        "",
+        *_numbers(results),
+        "",
+        "## Training",
+        "",
+        "```sh",
+        shlex.join(command),
+        "```",
+        "",
+        "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
+        "",
     ]
     return "\n".join(lines)
 

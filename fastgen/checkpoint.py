@@ -1,4 +1,6 @@
-"""Run folder and checkpoints: safetensors and JSON only, written beside and renamed, so that a kill leaves the last good one."""
+"""Run folder and checkpoints: safetensors and JSON only, written beside and renamed, so that a kill
+leaves the last good one.
+"""
 
 import json
 import os
@@ -22,9 +24,15 @@ def check_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
     if resume and latest(folder) is None:
         raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")
     if used and not (resume or overwrite):
-        raise UserError("output_dir", f"{folder} is not empty", "pass --resume to continue it or --overwrite to start over")
+        raise UserError(
+            "output_dir",
+            f"{folder} is not empty",
+            "pass --resume to continue it or --overwrite to start over",
+        )
     if used and overwrite and not (folder / "config.yaml").exists():
-        raise UserError("output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only")
+        raise UserError(
+            "output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only"
+        )
     return folder
 
 
@@ -42,7 +50,9 @@ def check_same(path: Path, now: dict[str, str]) -> None:
     if changed:
         told = ", ".join(f"{k} ({before.get(k, 'unset')} -> {now.get(k, 'unset')})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError("--resume", f"changed since {path.name}: {told}{more}", "keep them, or start a new output_dir")
+        raise UserError(
+            "--resume", f"changed since {path.name}: {told}{more}", "keep them, or start a new output_dir"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,7 +66,11 @@ def write_text(path: Path, text: str) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     number = lambda p: p.name.removeprefix("checkpoint-")  # noqa: E731
-    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if number(p).isdigit() and (p / "state.json").exists()]
+    found = [
+        p
+        for p in (folder / "checkpoints").glob("checkpoint-*")
+        if number(p).isdigit() and (p / "state.json").exists()
+    ]
     return sorted(found, key=lambda p: int(number(p)))
 
 
@@ -75,16 +89,24 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors"
+        )
         (temporary / "state.json").write_text(json.dumps(meta))
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError("checkpoint", f"step {step} could not be saved ({error})", "the last good checkpoint is kept") from None
+        raise UserError(
+            "checkpoint", f"step {step} could not be saved ({error})", "the last good checkpoint is kept"
+        ) from None
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -110,7 +132,9 @@ def read_meta(path: Path) -> dict:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError("--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before")
+    return UserError(
+        "--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before"
+    )
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
@@ -128,7 +152,9 @@ def rewind_metrics(folder: Path, step: int) -> None:
         write_text(path, "".join(kept))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], prefix: str) -> tuple[dict[str, Tensor], dict]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str], prefix: str
+) -> tuple[dict[str, Tensor], dict]:
     """Optimizer state as named tensors and a JSON rest."""
     tensors, rest = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
@@ -140,7 +166,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], prefix
     return tensors, rest
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: dict, rest: dict) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: dict, rest: dict
+) -> None:
     """Inverse of `optimizer_tensors`."""
     state: dict[int, dict] = {}
     index = {n: i for i, n in enumerate(names)}

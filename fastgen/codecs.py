@@ -1,6 +1,7 @@
 """Images and conditions on both sides of a denoiser.
 
-A codec turns images [B, C, H, W] in [-1, 1] into the x0 the network works on and back, and labels or prompts into
+A codec turns images [B, C, H, W] in [-1, 1] into the x0 the network works on and back, and labels or
+prompts into
 the `cond` dict the network takes. Nothing else in fastgen knows about autoencoders, tokenizers or label rows.
 """
 
@@ -13,7 +14,9 @@ from fastgen.errors import UserError
 
 
 class LabelCodec(nn.Module):
-    """Pixels, optionally folded patch x patch into channels, with class labels; the last label row is the null class."""
+    """Pixels, optionally folded patch x patch into channels, with class labels; the last label row is the
+    null class.
+    """
 
     def __init__(self, shape: tuple[int, int, int], patch: int = 1, num_classes: int = 0, class_names=None):
         super().__init__()
@@ -33,7 +36,9 @@ class LabelCodec(nn.Module):
             return {}
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise UserError(
-                "labels", f"found {int(labels.min())} to {int(labels.max())}", f"allowed are 0 to {self.num_classes - 1}"
+                "labels",
+                f"found {int(labels.min())} to {int(labels.max())}",
+                f"allowed are 0 to {self.num_classes - 1}",
             )
         return {"class_labels": labels.long()}
 
@@ -46,7 +51,9 @@ class TextCodec(nn.Module):
 
     num_classes = 0
 
-    def __init__(self, shape, vae: nn.Module, tokenizer, text_encoder: nn.Module, max_length: int, masked: bool):
+    def __init__(
+        self, shape, vae: nn.Module, tokenizer, text_encoder: nn.Module, max_length: int, masked: bool
+    ):
         super().__init__()
         self.shape, self.vae, self.text_encoder = shape, vae, text_encoder
         self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked

@@ -1,4 +1,6 @@
-"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told apart in one line when wrong."""
+"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told
+apart in one line when wrong.
+"""
 
 from typing import Annotated, Any, Literal, Union, get_origin
 
@@ -11,7 +13,9 @@ from fastgen.parse import complain, merge, overrides, read_files
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change, field docstrings are the help text."""
+    """Base of every section: unknown keys are errors, values never change, field docstrings are the help
+    text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -22,14 +26,19 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
-        return {k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v for k, v in values.items()}
+        return {
+            k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v
+            for k, v in values.items()
+        }
 
 
 class TeacherConfig(Section):
     """The slow generator to distil."""
 
     path: str = "assets:teachers/fashion"
-    """diffusers folder, bundled asset (assets:teachers/NAME), exact teacher (analytic:gmm2d-flow) or hub id"""
+    """diffusers folder, bundled asset (assets:teachers/NAME), exact teacher (analytic:gmm2d-flow) or hub
+    id
+    """
     guidance: float = Field(1.0, ge=0)
     """classifier-free guidance w of the teacher: D_uncond + w (D_cond - D_uncond); 1 is none"""
     num_steps: int = Field(20, ge=1)
@@ -171,7 +180,9 @@ class EvalConfig(Section):
     teacher_samples: int = Field(0, ge=0)
     """samples of the teacher for the final table; 0 means as many as the student's"""
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """step counts at which the student is measured besides its own; a denoiser trained by sft takes 1, 4, 20, 50"""
+    """step counts at which the student is measured besides its own; a denoiser trained by sft takes 1, 4,
+    20, 50
+    """
     validation_samples: int = Field(250, ge=0)
     """samples for the cheap metric during training"""
     grid: int = Field(40, ge=1)
@@ -210,7 +221,9 @@ class RunConfig(Section):
     """the few-step generator to be"""
     critic: CriticConfig = CriticConfig()
     """the fake-score network"""
-    objective: Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")]  # noqa: UP007
+    objective: (
+        Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")] | None  # noqa: UP007
+    ) = None
     """the method (of a single-stage run)"""
     data: DataConfig = DataConfig(name="fashion")
     """real images, labels, prompts"""
@@ -221,28 +234,45 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     """measuring"""
     stages: tuple[StageConfig, ...] = ()
-    """stages run one after another; empty means one stage made of objective, optim and train.max_train_steps"""
+    """stages run one after another; empty means one stage made of objective, optim and
+    train.max_train_steps
+    """
 
     def all_stages(self) -> tuple[StageConfig, ...]:
         """The stages, with the flat form written out."""
         if self.stages:
             return self.stages
         steps = self.train.max_train_steps
-        return (StageConfig(name=self.objective.name, objective=self.objective, optim=self.optim, max_train_steps=steps),)
+        return (
+            StageConfig(
+                name=self.objective.name, objective=self.objective, optim=self.optim, max_train_steps=steps
+            ),
+        )
 
     @model_validator(mode="after")
     def _cross_checks(self):
+        if not self.stages and self.objective is None:
+            raise ValueError(f"objective: none given; name one of {', '.join(REGISTRY)}, or write stages")
+        flat = {"objective": self.objective is not None, "optim": self.optim != OptimConfig()}
+        flat["train.max_train_steps"] = self.train.max_train_steps != TrainConfig().max_train_steps
+        for key in (k for k, given in flat.items() if self.stages and given):
+            raise ValueError(
+                f"{key}: given beside stages, where it would do nothing; set stages.N.{key.split('.')[-1]}"
+            )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
-            raise ValueError("eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0")
+            raise ValueError(
+                "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
+            )
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images
             if cls.requires_data(stage.objective) and not has_data:
                 raise ValueError(
-                    f"objective.{stage.objective.name} with these settings needs real data; set data.name or data.images"
+                    f"objective.{stage.objective.name} with these settings needs real data; "
+                    "set data.name or data.images"
                 )
         return self
 
@@ -265,7 +295,9 @@ def help_text(base: RunConfig) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        tyro.cli(RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True)
+        tyro.cli(
+            RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True
+        )
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     first = next(i for i, line in enumerate(lines) if "--output_dir" in line)
     return "\n".join(["keys", *lines[first:]]) + "\n"

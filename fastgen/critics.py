@@ -13,7 +13,9 @@ def _norm(channels: int) -> nn.Module:
 
 
 def make_head(channels: int, size: int, width: int = 128) -> nn.Sequential:
-    """One scalar logit [B] from a [B, C, size, size] map: stride-2 convolutions to 4 x 4, one full-size, one 1 x 1 (DMD2 code)."""
+    """One scalar logit [B] from a [B, C, size, size] map: stride-2 convolutions to 4 x 4, one full-size,
+    one 1 x 1 (DMD2 code).
+    """
     layers: list[nn.Module] = []
     while size > 7:
         layers += [nn.Conv2d(channels, width, 4, 2, 1), _norm(width), nn.SiLU()]

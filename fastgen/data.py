@@ -1,4 +1,5 @@
-"""Training data: images become x0 once, labels and prompts become condition rows once, batches are picked by index.
+"""Training data: images become x0 once, labels and prompts become condition rows once, batches are picked
+by index.
 
 The order of samples is a function of (seed, step), so a resumed run continues with the very next batch and no
 iterator state exists.
@@ -25,7 +26,9 @@ BUNDLED = ("digits", "fashion", "tinted")
 class Data:
     """x0 table [N, ...] or None, condition table, and for each sample its condition row."""
 
-    def __init__(self, x0: Tensor | None, cond_table: dict[str, Tensor], rows: Tensor, uncond: dict[str, Tensor], shape):
+    def __init__(
+        self, x0: Tensor | None, cond_table: dict[str, Tensor], rows: Tensor, uncond: dict[str, Tensor], shape
+    ):
         self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
 
     def __len__(self) -> int:
@@ -37,7 +40,9 @@ class Data:
     def null(self, num: int) -> dict[str, Tensor]:
         return {k: v.expand(num, *v.shape[1:]) for k, v in self.uncond.items()}
 
-    def batches(self, batch_size: int, start: int, accumulation: int, rng: Rng, device) -> Iterator[list[Batch]]:
+    def batches(
+        self, batch_size: int, start: int, accumulation: int, rng: Rng, device
+    ) -> Iterator[list[Batch]]:
         """Windows of `accumulation` micro-batches from step `start` on, endlessly."""
         per_micro = batch_size * rng.world
         k = start
@@ -65,7 +70,9 @@ class Data:
 
 
 def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[Tensor, list[str] | None]:
-    """Images [N, C, H, W] uint8 and captions of a folder; unreadable files are named and skipped, or fatal."""
+    """Images [N, C, H, W] uint8 and captions of a folder; unreadable files are named and skipped, or
+    fatal.
+    """
     from PIL import Image
 
     if not folder.is_dir():
@@ -82,7 +89,9 @@ def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[
             with Image.open(path) as image:
                 fitted = image.convert("L" if channels == 1 else "RGB")
                 scale = max(height / fitted.height, width / fitted.width)
-                fitted = fitted.resize((round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS)
+                fitted = fitted.resize(
+                    (round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS
+                )
                 left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
                 fitted = fitted.crop((left, top, left + width, top + height))
         except OSError as error:
@@ -91,9 +100,13 @@ def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[
         array = torch.from_numpy(np.array(fitted))
         images.append(array[None] if channels == 1 else array.permute(2, 0, 1))
         side = path.with_suffix(".txt")
-        texts.append(captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None))
+        texts.append(
+            captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None)
+        )
     if bad and on_bad == "error":
-        raise UserError("data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip")
+        raise UserError(
+            "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
+        )
     if bad:
         print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
     if not images:
@@ -106,7 +119,9 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
     from safetensors.torch import load_file, save_file
 
-    digest = hashlib.sha256(images.numpy().tobytes()[:10_000_000] + f"{key}{tuple(images.shape)}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        images.numpy().tobytes()[:10_000_000] + f"{key}{tuple(images.shape)}".encode()
+    ).hexdigest()[:16]
     file = Path(cache_dir) / f"latents-{digest}.safetensors" if cache_dir else None
     if file is not None and file.exists():
         return load_file(file)["x0"]
@@ -152,7 +167,9 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
     elif cfg.name:
         raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(BUNDLED)}")
     if cfg.limit:
-        images, labels, captions = (v[: cfg.limit] if v is not None else None for v in (images, labels, captions))
+        images, labels, captions = (
+            v[: cfg.limit] if v is not None else None for v in (images, labels, captions)
+        )
     x0 = None
     if images is not None:
         _check_size(images, codec, device)
@@ -160,8 +177,11 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
     num = len(images) if images is not None else len(captions or []) or 10_000
     if hasattr(codec, "prompts"):
         if captions is None:
-            raise UserError("data", "this text-to-image teacher needs captions and the set has none",
-                            "metadata.jsonl with file_name and text, or .txt side-cars")
+            raise UserError(
+                "data",
+                "this text-to-image teacher needs captions and the set has none",
+                "metadata.jsonl with file_name and text, or .txt side-cars",
+            )
         table, rows = _text_rows(codec, list(captions), device)
     elif codec.num_classes:
         rows = torch.arange(num) % codec.num_classes if labels is None else labels
@@ -188,4 +208,8 @@ def _read_prompts(path: Path) -> list[str]:
 def _check_size(images: Tensor, codec, device) -> None:
     found = tuple(codec.encode(images[:1].to(device).float() / 127.5 - 1).shape[1:])
     if found != tuple(codec.shape):
-        raise UserError("data", f"images of shape {tuple(images.shape[1:])} give x0 {found}", f"the teacher takes {codec.shape}")
+        raise UserError(
+            "data",
+            f"images of shape {tuple(images.shape[1:])} give x0 {found}",
+            f"the teacher takes {codec.shape}",
+        )

@@ -33,7 +33,9 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.parts["student"]
-    calls = REGISTRY[stage.objective.name].evaluations(stage.objective, cfg.teacher.guidance, len(student.times))
+    calls = REGISTRY[stage.objective.name].evaluations(
+        stage.objective, cfg.teacher.guidance, len(student.times)
+    )
     spelled = ", ".join(f"{n} {v:g}" for n, v in calls.items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
@@ -45,11 +47,19 @@ def _count(backbone, base_only: bool = False) -> int:
 
 
 def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
-    """Weights, gradients, Adam's two states and averages exactly; activations from one measured forward pass."""
+    """Weights, gradients, Adam's two states and averages exactly; activations from one measured forward
+    pass.
+    """
     weights = sum(_count(b) for b in cast.backbones()) * BYTES
     weights += sum(p.numel() for p in cast.teacher.codec.parameters()) * BYTES
-    trained = sum(sum(p.numel() for p in r.trainable().values()) for n, r in cast.parts.items() if n != "teacher" and isinstance(r, Role))
-    heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+    trained = sum(
+        sum(p.numel() for p in r.trainable().values())
+        for n, r in cast.parts.items()
+        if n != "teacher" and isinstance(r, Role)
+    )
+    heads = sum(
+        p.numel() for m in cast.parts.values() if isinstance(m, torch.nn.Module) for p in m.parameters()
+    )
     student = sum(p.numel() for p in cast.parts["student"].trainable().values())
     rows = {
         "weights (all roles, shared ones once)": weights + heads * BYTES,
@@ -64,7 +74,9 @@ def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
 
 
 def _activations(cfg: RunConfig, cast: Cast) -> int:
-    """Bytes autograd keeps for one sample's pass through the student, times the batch (all of it if checkpointing is off)."""
+    """Bytes autograd keeps for one sample's pass through the student, times the batch (all of it if
+    checkpointing is off).
+    """
     codec, student = cast.teacher.codec, cast.parts["student"]
     kept: dict[int, int] = {}
 

@@ -12,7 +12,9 @@ def ema_update(average: dict[str, Tensor], current: dict[str, Tensor], decay: fl
 
 
 class EMA:
-    """Averages by decay; early steps use (1 + k) / (10 + k) where that is smaller, so that short runs are not stale."""
+    """Averages by decay; early steps use (1 + k) / (10 + k) where that is smaller, so that short runs are
+    not stale.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], decays: tuple[float, ...]):
         self.decays = decays
@@ -32,7 +34,9 @@ class EMA:
 
 
 class swapped:
-    """Context in which parameters hold the averaged values: `with swapped(student.trainable(), ema.averages[d]): ...`."""
+    """Context in which parameters hold the averaged values: `with swapped(student.trainable(),
+    ema.averages[d]): ...`.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], average: dict[str, Tensor]):
         self.parameters, self.average = parameters, average

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A setting, file or request the user can mend; the message names the key, what was found, what is allowed."""
+    """A setting, file or request the user can mend; the message names the key, what was found, what is
+    allowed.
+    """
 
     def __init__(self, key: str, found: object, allowed: str):
         self.key, self.found, self.allowed = key, found, allowed

@@ -19,12 +19,24 @@ from fastgen.roles import Student
 from fastgen.serving import Serving, scheduler_for
 
 __all__ = [
-    "Loaded", "export_folder", "export_student", "init_student", "load_export", "load_lora_into",
-    "sample_command", "scheduler_for",
+    "Loaded",
+    "export_folder",
+    "export_student",
+    "init_student",
+    "load_export",
+    "load_lora_into",
+    "sample_command",
+    "scheduler_for",
 ]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COPIED = (
-    "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
     "image_encoder",
 )
 
@@ -112,7 +124,8 @@ def export_folder(
     if source is not None and (source / "model_index.json").is_file():
         index = json.loads((source / "model_index.json").read_text())
     index |= {
-        "_class_name": family.pipeline, "_diffusers_version": version("diffusers"),
+        "_class_name": family.pipeline,
+        "_diffusers_version": version("diffusers"),
         family.component: ["diffusers", family.net_class],
         "scheduler": ["diffusers", type(scheduler).__name__],
     }

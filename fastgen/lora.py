@@ -46,8 +46,11 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
     rank = _rank(layers)
     pattern = {n: r for n, r in ranks.items() if r != rank}
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(layers),
-        rank_pattern=pattern, alpha_pattern=dict(pattern),
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(layers),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
     ).to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     packed = {f"{prefix}.{k}": v for k, v in plain.items()}
@@ -99,7 +102,8 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
     prefixes = {k.partition(".")[0] for k in tensors if ".lora_" in k}
     if not names or len(prefixes) != 1 or len(tensors) != 2 * len(names):
         raise UserError(
-            key, f"{file} is not a LoRA in PEFT layout",
+            key,
+            f"{file} is not a LoRA in PEFT layout",
             "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, the file without -kohya)",
         )
     prefix = prefixes.pop()
@@ -128,7 +132,8 @@ def check_keys(net: nn.Module, layers: Layers, key: str = "lora") -> None:
             raise UserError(key, found, "the LoRA belongs to another base")
         if (b.shape[0], *a.shape[1:]) != tuple(weight.shape):
             raise UserError(
-                key, f"{name} updates {(b.shape[0], *a.shape[1:])} but the base has {tuple(weight.shape)}",
+                key,
+                f"{name} updates {(b.shape[0], *a.shape[1:])} but the base has {tuple(weight.shape)}",
                 "the LoRA belongs to another base",
             )
 

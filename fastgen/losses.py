@@ -25,7 +25,9 @@ def pseudo_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
 
 
 def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None = None) -> Tensor:
-    """Per-sample sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dim) (iCT, arXiv 2310.14189, Sec. 3.3), over sqrt(dim)."""
+    """Per-sample sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dim) (iCT, arXiv 2310.14189, Sec. 3.3), over
+    sqrt(dim).
+    """
     dim = pred[0].numel()
     norm2 = ((pred - target) ** 2).flatten(1).sum(1)
     loss = ((norm2 + c**2 * dim).sqrt() - c * dim**0.5) / dim**0.5
@@ -33,7 +35,8 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
 
 
 def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of 2311.18828).
+    """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of
+    2311.18828).
 
     x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
     """
@@ -43,7 +46,9 @@ def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x, target)
 
 
-def denoising(schedule: Schedule, D: Tensor, x0: Tensor, t: Tensor, weighting: str = "eps", sigma_data: float = 0.5) -> Tensor:
+def denoising(
+    schedule: Schedule, D: Tensor, x0: Tensor, t: Tensor, weighting: str = "eps", sigma_data: float = 0.5
+) -> Tensor:
     """Denoising score matching w(t) |D - x0|^2, per sample.
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "flow" w = ((alpha + sigma) / sigma)^2;

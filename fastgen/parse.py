@@ -1,4 +1,6 @@
-"""YAML files and dotted flags to nested values, and pydantic's findings to one line that names key, finding and choice."""
+"""YAML files and dotted flags to nested values, and pydantic's findings to one line that names key,
+finding and choice.
+"""
 
 import difflib
 from pathlib import Path
@@ -12,14 +14,22 @@ from fastgen.objectives import REGISTRY
 
 
 def merge(base: dict, over: dict) -> dict:
-    """Deep merge; {"0": ...} over a list reaches its first item; another `name` of an objective replaces the section."""
+    """Deep merge; {"0": ...} over a list reaches its first item; another `name` of an objective replaces
+    the section.
+    """
     out = dict(base)
     for key, value in over.items():
-        if isinstance(out.get(key), list) and isinstance(value, dict) and all(str(k).isdigit() for k in value):
+        if (
+            isinstance(out.get(key), list)
+            and isinstance(value, dict)
+            and all(str(k).isdigit() for k in value)
+        ):
             out[key] = _merge_items(out[key], value)
             continue
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        if both and not (key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")):
+        if both and not (
+            key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")
+        ):
             out[key] = merge(out[key], value)
         else:
             out[key] = value
@@ -43,9 +53,13 @@ def read_files(files: list[str]) -> dict:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise UserError("--config", f"{name} is not valid YAML ({' '.join(str(error).split())})", "") from None
+            raise UserError(
+                "--config", f"{name} is not valid YAML ({' '.join(str(error).split())})", ""
+            ) from None
         if not isinstance(values, dict):
-            raise UserError("--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections")
+            raise UserError(
+                "--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections"
+            )
         merged = merge(merged, values)
     return merged
 
@@ -75,7 +89,9 @@ def _put(nested: dict, path: list[str], value: object, flag: str) -> None:
     for part in path[:-1]:
         nested = nested.setdefault(part, {})
         if not isinstance(nested, dict):
-            raise UserError(flag, f"{part} was given a value of its own", "set the section or its keys, not both")
+            raise UserError(
+                flag, f"{part} was given a value of its own", "set the section or its keys, not both"
+            )
     nested[path[-1]] = value
 
 
@@ -100,7 +116,9 @@ def _value(flag: str, text: str) -> object:
 
 
 def known_keys(model: type[BaseModel], path: tuple) -> list[str]:
-    """Field names allowed at a dotted path, for suggestions; a union of objectives answers with the tag's own fields."""
+    """Field names allowed at a dotted path, for suggestions; a union of objectives answers with the tag's
+    own fields.
+    """
     at: type[BaseModel] | None = model
     for before, part in zip((None, *path), path):
         if before == "objective" and part in REGISTRY:
@@ -143,6 +161,10 @@ def _finding(item: dict, model: type[BaseModel]) -> str:
     found, hint = repr(item["input"]), ""
     if kind == "literal_error":
         choices = item["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        hint = suggest(str(item["input"]), choices) if difflib.get_close_matches(str(item["input"]), choices) else ""
+        hint = (
+            suggest(str(item["input"]), choices)
+            if difflib.get_close_matches(str(item["input"]), choices)
+            else ""
+        )
     found = found if len(found) <= 80 else found[:77] + "..."
     return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}; found {found}{hint}"

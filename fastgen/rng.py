@@ -1,6 +1,8 @@
-"""Random numbers that depend on (seed, step, sample) only: resuming needs no state, and the number of processes does not matter.
+"""Random numbers that depend on (seed, step, sample) only: resuming needs no state, and the number of
+processes does not matter.
 
-Every draw is made for the whole global batch and each process keeps its own rows, so that N processes of batch B see
+Every draw is made for the whole global batch and each process keeps its own rows, so that N processes of
+batch B see
 exactly what one process of batch N B sees.
 """
 
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class Rng:
-    """Per-step random source handed to objectives; `reset` is called by the trainer before every micro-batch."""
+    """Per-step random source handed to objectives; `reset` is called by the trainer before every micro-
+    batch.
+    """
 
     def __init__(self, seed: int = 0, rank: int = 0, world: int = 1, device="cpu"):
         self.seed, self.rank, self.world, self.device = seed, rank, world, torch.device(device)

@@ -1,6 +1,7 @@
 """Networks in their parts: a Role is a backbone as teacher, student, critic or target.
 
-With full copies each role has a backbone of its own. With adapters one frozen backbone plays every part: the teacher
+With full copies each role has a backbone of its own. With adapters one frozen backbone plays every part:
+the teacher
 with adapters off, the others with the adapter of their name on. Objectives cannot tell the difference.
 """
 
@@ -43,13 +44,17 @@ class Role:
         with self._acting() as net:
             return net.raw(x_t, t, cond)
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False):
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
+    ):
         """(feature maps, D or None) from one pass."""
         with self._acting() as net:
             return net.features(x_t, t, cond, taps, score)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor:
-        """D_uncond + w (D_cond - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598), both in one batched pass; w = 1 is D_cond."""
+        """D_uncond + w (D_cond - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598), both in one batched
+        pass; w = 1 is D_cond.
+        """
         if isinstance(w, (int, float)) and w == 1:
             return self(x_t, t, cond)
         if isinstance(w, (int, float)) and w == 0:
@@ -73,7 +78,9 @@ class Role:
 class Student(Role):
     """The role that becomes a few-step generator: it carries the time list it will be sampled with."""
 
-    def __init__(self, backbone: nn.Module, adapter: str | None, times: list[float], sampler: str = "renoise"):
+    def __init__(
+        self, backbone: nn.Module, adapter: str | None, times: list[float], sampler: str = "renoise"
+    ):
         super().__init__(backbone, adapter)
         self.times, self.sampler = times, sampler
 
@@ -82,7 +89,8 @@ class Student(Role):
     ) -> Tensor:
         """Sample x0 [B, ...] from unit noise; gradient flows through the last network call only.
 
-        With `last` < len(times) - 1 the walk stops after that step: backward simulation, the student trained on
+        With `last` < len(times) - 1 the walk stops after that step: backward simulation, the student
+          trained on
         its own intermediate states (DMD2, arXiv 2405.14867, Sec. 4.5).
         """
         last = len(self.times) - 1 if last is None else last
@@ -102,7 +110,9 @@ class Student(Role):
 
 
 class Player:
-    """A named set of parts that one optimizer updates, e.g. critic = fake-score network + discriminator heads."""
+    """A named set of parts that one optimizer updates, e.g. critic = fake-score network + discriminator
+    heads.
+    """
 
     def __init__(self, name: str, parts: dict[str, Role | nn.Module]):
         self.name, self.parts = name, parts

@@ -1,6 +1,6 @@
 """One run from command line to report: load the config, build the cast, train, measure, export.
 
-  python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
+python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
 """
 
 import argparse
@@ -27,7 +27,9 @@ class _Flags(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not finite."""
+    """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not
+    finite.
+    """
     argv = sys.argv[1:] if argv is None else argv
     flags = _flags()
     try:
@@ -75,16 +77,24 @@ def _import_plugin(module: str) -> None:
 
 def _flags() -> argparse.ArgumentParser:
     flags = _Flags(
-        "train.py", add_help=False, allow_abbrev=False, usage="train.py [--config YAML ...] [flags] [--section.key VALUE ...]",
-        description="Train one run: load the config, build the cast, train, measure, export. Keys of the config are flags too; "
+        "train.py",
+        add_help=False,
+        allow_abbrev=False,
+        usage="train.py [--config YAML ...] [flags] [--section.key VALUE ...]",
+        description="Train one run: load the config, build the cast, train, measure, export. "
+        "Keys of the config are flags too; "
         "the list below shows those of the objective and values chosen so far.",
     )
     flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
     flags.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files, merged left to right")
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
     flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
-    flags.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing")
-    flags.add_argument("--plugin", nargs="+", default=[], metavar="MODULE", help="import objectives from elsewhere first")
+    flags.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing"
+    )
+    flags.add_argument(
+        "--plugin", nargs="+", default=[], metavar="MODULE", help="import objectives from elsewhere first"
+    )
     return flags
 
 
@@ -114,7 +124,9 @@ def run(cfg, known) -> int:
     cast = Cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device)
     validator = finish.Validator(cfg, cast, data, folder)
-    _open(cfg, folder, known.overwrite, accelerator)  # nothing is written before everything was found in order
+    _open(
+        cfg, folder, known.overwrite, accelerator
+    )  # nothing is written before everything was found in order
     trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
     try:
         trainer.fit(last)
@@ -134,8 +146,10 @@ def _accelerator(cfg):
     from accelerate import Accelerator
 
     return Accelerator(
-        log_with=list(cfg.train.report_to) or None, project_dir=cfg.output_dir,
-        cpu=not torch.cuda.is_available(), mixed_precision=cfg.train.mixed_precision,
+        log_with=list(cfg.train.report_to) or None,
+        project_dir=cfg.output_dir,
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=cfg.train.mixed_precision,
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
     )
 
@@ -181,7 +195,12 @@ def environment() -> dict:
             found[name] = version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return {"command": ["train.py", *sys.argv[1:]], "python": platform.python_version(), "platform": platform.platform(), **found}
+    return {
+        "command": ["train.py", *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **found,
+    }
 
 
 def _quiet() -> None:

@@ -17,7 +17,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def _flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
-        "sample.py", description=__doc__, allow_abbrev=False,
+        "sample.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = flags.add_argument

@@ -1,4 +1,6 @@
-"""Teacher ODE solvers, and sampling with one generator per image so that batch size never changes a picture."""
+"""Teacher ODE solvers, and sampling with one generator per image so that batch size never changes a
+picture.
+"""
 
 from collections.abc import Callable
 
@@ -13,7 +15,9 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def solver_step(schedule: Schedule, D: Denoiser, x_t: Tensor, t: Tensor, u: Tensor, solver: str) -> Tensor:
-    """One ODE step from t to u: Euler (DDIM), or Heun, its second-order correction in the same exponential form."""
+    """One ODE step from t to u: Euler (DDIM), or Heun, its second-order correction in the same
+    exponential form.
+    """
     first = D(x_t, t)
     x_u = schedule.ode_step(first, x_t, t, u)
     if solver == "euler":
@@ -32,7 +36,9 @@ def teacher_grid(schedule: Schedule, num: int) -> list[float]:
 def sample_teacher(
     role: Role, noise: Tensor, cond: Cond, uncond: Cond, num_steps: int, w: float = 1.0, solver: str = "euler"
 ) -> Tensor:
-    """x0 [B, ...] by the guided teacher's ODE; num_steps network evaluations (x2 with guidance, x2 with Heun)."""
+    """x0 [B, ...] by the guided teacher's ODE; num_steps network evaluations (x2 with guidance, x2 with
+    Heun).
+    """
     schedule = role.schedule
     times = teacher_grid(schedule, num_steps)
     x = noise * schedule.prior_std(times[0])
@@ -64,7 +70,9 @@ class ImageNoise:
 
 
 @torch.no_grad()
-def sample_student(student: Student, seeds: list[int], shape: tuple[int, ...], cond: Cond, device="cpu") -> Tensor:
+def sample_student(
+    student: Student, seeds: list[int], shape: tuple[int, ...], cond: Cond, device="cpu"
+) -> Tensor:
     """x0 [B, ...] by the student's own time list, one seed per image."""
     noise = ImageNoise(seeds, shape, device)
     return student.generate(noise.first, cond, noise)

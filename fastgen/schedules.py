@@ -1,7 +1,9 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, and every conversion between what a network can predict.
 
-A schedule is four formulas (alpha, sigma, their derivatives) and the inverse of the log signal-to-noise ratio;
-all else is derived once in the base class. Time `t` is the schedule's own, shape [B]; coefficients are evaluated
+A schedule is four formulas (alpha, sigma, their derivatives) and the inverse of the log signal-to-noise
+ratio;
+all else is derived once in the base class. Time `t` is the schedule's own, shape [B]; coefficients are
+evaluated
 in float64 and cast to float32 where they meet images of shape [B, ...].
 
 Prediction kinds: "x0"; "eps"; "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512);
@@ -98,7 +100,9 @@ class Schedule:
 
 
 class VP(Schedule):
-    """Variance preserving, from a scheduler's `alphas_cumprod`; t in [0, T-1], log-SNR interpolated linearly."""
+    """Variance preserving, from a scheduler's `alphas_cumprod`; t in [0, T-1], log-SNR interpolated
+    linearly.
+    """
 
     def __init__(self, alphas_cumprod: Tensor):
         bar = alphas_cumprod.double().clamp(1e-8, 1 - 1e-8)
@@ -186,7 +190,9 @@ class Flow(Schedule):
 class EDM(Schedule):
     """Variance exploding in the EDM form: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364)."""
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rho: float = 7.0):
+    def __init__(
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5, rho: float = 7.0
+    ):
         self.t_min, self.t_max, self.sigma_data, self.rho = sigma_min, sigma_max, sigma_data, rho
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -9,7 +9,12 @@ from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Flow, Schedule
 
 VP_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
     "rescale_betas_zero_snr",
 )
 

@@ -32,14 +32,18 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise UserError("optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"') from None
+            raise UserError(
+                "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
+            ) from None
         return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     cls = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[cfg.name]
     return cls(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
 
 
 def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
-    """Learning-rate multiplier at step k of a stage: linear warm-up, then constant, cosine or linear to zero."""
+    """Learning-rate multiplier at step k of a stage: linear warm-up, then constant, cosine or linear to
+    zero.
+    """
     if k < cfg.warmup_steps:
         return (k + 1) / cfg.warmup_steps
     done = (k - cfg.warmup_steps) / max(total - cfg.warmup_steps, 1)
@@ -64,12 +68,18 @@ def average_gradients(parameters: list[Tensor]) -> None:
 
 
 class Trainer:
-    """Runs the stages of a config over a cast and its data. Hooks are two plain functions: `validate` and `on_log`."""
+    """Runs the stages of a config over a cast and its data. Hooks are two plain functions: `validate` and
+    `on_log`.
+    """
 
-    def __init__(self, cfg: RunConfig, cast: Cast, data: Data, folder: Path, accelerator: Accelerator, validate=None):
+    def __init__(
+        self, cfg: RunConfig, cast: Cast, data: Data, folder: Path, accelerator: Accelerator, validate=None
+    ):
         self.cfg, self.cast, self.data, self.folder, self.acc = cfg, cast, data, folder, accelerator
         self.validate = validate
-        self.rng = Rng(cfg.train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        self.rng = Rng(
+            cfg.train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device
+        )
         self.step = 0  # windows over all stages
         self.seconds = 0.0
         self.total = sum(s.max_train_steps for s in cfg.all_stages())
@@ -103,7 +113,8 @@ class Trainer:
         self.params = {n: p.trainable() for n, p in self.objective.players.items()}
         self.optim_cfg = {n: getattr(stage.optim, n) for n in self.params}
         self.optimizers = {
-            n: self.acc.prepare(make_optimizer(list(p.values()), self.optim_cfg[n])) for n, p in self.params.items()
+            n: self.acc.prepare(make_optimizer(list(p.values()), self.optim_cfg[n]))
+            for n, p in self.params.items()
         }
         for player in self.objective.players.values():
             player.requires_grad_(False)
@@ -115,7 +126,9 @@ class Trainer:
         self.objective.prepare()
         if self.validate and train.validation_steps and not self.step:
             self.validate(self)
-        windows = self.data.batches(train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device)
+        windows = self.data.batches(
+            train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device
+        )
         for k, window in zip(range(k0, stage.max_train_steps), windows):
             for micro, batch in enumerate(window):
                 self._micro_step(batch, k, micro, stage.max_train_steps)
@@ -125,7 +138,11 @@ class Trainer:
             self.seconds = time.monotonic() - started
             self._log(stage, k, bar)
             last = k + 1 == stage.max_train_steps
-            if self.validate and train.validation_steps and (self.step % train.validation_steps == 0 or self.step == self.total):
+            if (
+                self.validate
+                and train.validation_steps
+                and (self.step % train.validation_steps == 0 or self.step == self.total)
+            ):
                 self.validate(self)
             if last or (train.checkpointing_steps and self.step % train.checkpointing_steps == 0):
                 following = (index + 1, 0) if last else (index, k + 1)
@@ -214,8 +231,14 @@ class Trainer:
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
             tensors, rest = tensors | more, rest | other
         meta = {
-            "stage": stage, "k": k, "step": self.step, "seconds": self.seconds, "rest": rest, "best": self.best,
-            "fingerprint": fingerprint(self.cfg), "saved_stage": self.objective.cfg.name,
+            "stage": stage,
+            "k": k,
+            "step": self.step,
+            "seconds": self.seconds,
+            "rest": rest,
+            "best": self.best,
+            "fingerprint": fingerprint(self.cfg),
+            "saved_stage": self.objective.cfg.name,
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
@@ -223,13 +246,17 @@ class Trainer:
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Put a checkpoint into the current stage; parts of a finished stage are taken over, its optimizers are not."""
+        """Put a checkpoint into the current stage; parts of a finished stage are taken over, its
+        optimizers are not.
+        """
         for name, parameter in self._tensors().items():
             if name in tensors:
                 parameter.copy_(tensors[name])
         if meta["k"]:
             for name, optimizer in self.optimizers.items():
-                checkpoint.restore_optimizer(optimizer, list(self.params[name]), f"optim/{name}", tensors, meta["rest"])
+                checkpoint.restore_optimizer(
+                    optimizer, list(self.params[name]), f"optim/{name}", tensors, meta["rest"]
+                )
         self.step, self.seconds, self.best = meta["step"], meta["seconds"], meta["best"]
         self.logs.update(meta["logs"])
         if self.acc.scaler and meta["scaler"]:

@@ -24,14 +24,21 @@ def seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered_copies():
-    """An exact teacher's trainable copy is fitted once per (teacher, random state): the same weights, sooner."""
+    """An exact teacher's trainable copy is fitted once per (teacher, random state): the same weights,
+    sooner.
+    """
     from fastgen.backbones.analytic import GaussianMixture
 
     fit, known = GaussianMixture.trainable_copy, {}
 
     def remembered(self, steps: int = 600):
-        state = [t.numpy().tobytes() for t in (self.means, self.stds, self.weights, self.labels, torch.get_rng_state())]
-        key = hashlib.sha256(repr((vars(self.schedule), type(self.schedule), steps, state)).encode()).hexdigest()
+        state = [
+            t.numpy().tobytes()
+            for t in (self.means, self.stds, self.weights, self.labels, torch.get_rng_state())
+        ]
+        key = hashlib.sha256(
+            repr((vars(self.schedule), type(self.schedule), steps, state)).encode()
+        ).hexdigest()
         if key not in known:
             known[key] = fit(self, steps), torch.get_rng_state()
         net, after = known[key]

@@ -38,7 +38,10 @@ def pipeline_images(case):
     elif case.get("override"):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **case["override"])
     images = pipe(
-        case["prompts"], generator=generators(case["seeds"]), guidance_scale=1.0, output_type="pt",
+        case["prompts"],
+        generator=generators(case["seeds"]),
+        guidance_scale=1.0,
+        output_type="pt",
         **case["call"],
     ).images
     return images.float()

@@ -1,7 +1,10 @@
-"""Every mistake a user can make: one line on stderr naming the key, exit code 2, no traceback, nothing overwritten."""
+"""Every mistake a user can make: one line on stderr naming the key, exit code 2, no traceback, nothing
+overwritten.
+"""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +12,31 @@ import yaml
 
 from fastgen.run import main
 
-TOY = ["--teacher.path", "analytic:gmm2d-flow", "--train.max_train_steps", "2", "--train.validation_steps", "0",
-       "--eval.num_samples", "0", "--objective.gan_weight", "0"]
+TOY = [
+    "--teacher.path",
+    "analytic:gmm2d-flow",
+    "--train.max_train_steps",
+    "2",
+    "--train.validation_steps",
+    "0",
+    "--eval.num_samples",
+    "0",
+    "--objective.gan_weight",
+    "0",
+]
+
+
+BASE = str(Path(__file__).parent / "flat.yaml")
+
+
+def started(argv):
+    """Arguments over a flat one-stage config, unless they name their own."""
+    return [*map(str, argv), *([] if "--config" in argv else ["--config", BASE])]
 
 
 def say(capsys, argv):
     """(exit code, stderr) of a run."""
-    code = main(list(map(str, argv)))
+    code = main(started(argv))
     return code, capsys.readouterr().err
 
 
@@ -23,39 +44,76 @@ def say(capsys, argv):
 SIMPLE = {
     "misspelt section": (["--optm.student.lr", "1"], ["optm", "did you mean 'optim'"]),
     "misspelt key": (["--optim.studnt.lr", "1"], ["optim.studnt", "did you mean 'student'"]),
-    "misspelt objective key": (["--objective.gan_wieght", "1"], ["objective.gan_wieght", "did you mean 'gan_weight'"]),
+    "misspelt objective key": (
+        ["--objective.gan_wieght", "1"],
+        ["objective.gan_wieght", "did you mean 'gan_weight'"],
+    ),
     "wrong type": (["--optim.student.lr", "fast"], ["optim.student.lr", "'fast'"]),
     "out of range": (["--train.seed", "-1"], ["train.seed", "greater than or equal to 0", "-1"]),
-    "critic ratio 0": (["--objective.student_every", "0"], ["objective.student_every", "greater than or equal to 1"]),
+    "critic ratio 0": (
+        ["--objective.student_every", "0"],
+        ["objective.student_every", "greater than or equal to 1"],
+    ),
     "bad choice": (["--student.kind", "loora"], ["student.kind", "'full' or 'lora'", "loora"]),
-    "unknown objective": (["--objective.name", "dmd3"], ["objective.name", "dmd3", "did you mean 'dmd2'", "consistency"]),
+    "unknown objective": (
+        ["--objective.name", "dmd3"],
+        ["objective.name", "dmd3", "did you mean 'dmd2'", "consistency"],
+    ),
     "flag without value": (["--train.seed"], ["--train.seed", "no value"]),
     "stray word": (["train.seed", "3"], ["train.seed", "--section.key value"]),
     "config missing": (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml does not exist"]),
     "plugin missing": (["--plugin", "no_such_plugin"], ["--plugin", "no_such_plugin"]),
     "teacher missing": (["--teacher.path", "{tmp}/nothing"], ["teacher.path", "is not a folder"]),
-    "hub id offline": (["--teacher.path", "someone/model"], ["teacher.path", "someone/model", "allow_download"]),
+    "hub id offline": (
+        ["--teacher.path", "someone/model"],
+        ["teacher.path", "someone/model", "allow_download"],
+    ),
     "unknown bundled teacher": (["--teacher.path", "assets:teachers/nope"], ["teachers/nope"]),
     "unknown analytic teacher": (["--teacher.path", "analytic:gmm3d"], ["gmm3d", "did you mean"]),
-    "unknown analytic schedule": (["--teacher.path", "analytic:gmm2d-cosine"], ["cosine", "flow, vp, edm, trig"]),
+    "unknown analytic schedule": (
+        ["--teacher.path", "analytic:gmm2d-cosine"],
+        ["cosine", "flow, vp, edm, trig"],
+    ),
     "unknown data set": (["--data.name", "mnist"], ["data.name", "mnist", "digits, fashion, tinted"]),
     "GAN without data": (["--data.name", ""], ["needs real data", "data.name"]),
     "ascending timesteps": (["--student.timesteps", "0.5", "1.0"], ["student.timesteps", "descend"]),
-    "timesteps off the schedule": (["--student.timesteps", "999"], ["student.timesteps", "999", "(0.0, 1.0]"]),
+    "timesteps off the schedule": (
+        ["--student.timesteps", "999"],
+        ["student.timesteps", "999", "(0.0, 1.0]"],
+    ),
     "LoRA on an analytic teacher": (
-        ["--teacher.path", "analytic:gmm2d-flow", "--student.kind", "lora"], ["student.kind", "analytic", "full"]),
+        ["--teacher.path", "analytic:gmm2d-flow", "--student.kind", "lora"],
+        ["student.kind", "analytic", "full"],
+    ),
     "LoRA targets match nothing": (
-        ["--student.kind", "lora", "--student.lora.target_modules", "to_nothing"], ["target_modules", "to_nothing", "to_q"]),
+        ["--student.kind", "lora", "--student.lora.target_modules", "to_nothing"],
+        ["target_modules", "to_nothing", "to_q"],
+    ),
     "guidance of an unconditional teacher": (
         ["--teacher.path", "analytic:gmm8d-flow", "--teacher.guidance", "3", "--objective.gan_weight", "0"],
-        ["teacher.guidance", "unconditional"]),
+        ["teacher.guidance", "unconditional"],
+    ),
     "prediction disagrees": (["--teacher.prediction", "eps"], ["teacher.prediction", "'eps'", "'flow'"]),
-    "8-bit without bitsandbytes": ([*TOY, "--optim.student.name", "adamw8bit"], ["adamw8bit", "bitsandbytes", "pip install"]),
-    "tracker not installed": ([*TOY, "--train.report_to", "trackio"], ["train.report_to", "trackio", "pip install"]),
-    "images folder missing": (["--data.name", "", "--data.images", "{tmp}/nothing"], ["data.images", "is not a folder"]),
-    "images folder empty": (["--data.name", "", "--data.images", "{tmp}/empty"], ["data.images", "no readable image"]),
+    "8-bit without bitsandbytes": (
+        [*TOY, "--optim.student.name", "adamw8bit"],
+        ["adamw8bit", "bitsandbytes", "pip install"],
+    ),
+    "tracker not installed": (
+        [*TOY, "--train.report_to", "trackio"],
+        ["train.report_to", "trackio", "pip install"],
+    ),
+    "images folder missing": (
+        ["--data.name", "", "--data.images", "{tmp}/nothing"],
+        ["data.images", "is not a folder"],
+    ),
+    "images folder empty": (
+        ["--data.name", "", "--data.images", "{tmp}/empty"],
+        ["data.images", "no readable image"],
+    ),
     "prompts missing": (
-        ["--data.name", "", "--data.prompts", "{tmp}/no.txt", "--objective.gan_weight", "0"], ["data.prompts", "does not exist"]),
+        ["--data.name", "", "--data.prompts", "{tmp}/no.txt", "--objective.gan_weight", "0"],
+        ["data.prompts", "does not exist"],
+    ),
     "images of another size": (["--data.name", "digits"], ["data", "(1, 8, 8)"]),
     "resume without checkpoint": ([*TOY, "--resume"], ["--resume", "no complete checkpoint"]),
 }
@@ -109,11 +167,19 @@ def break_folder(how, folder):
         scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "velocity"}))
 
 
-@pytest.mark.parametrize("how,wanted", {
-    "truncated": "cannot be read", "no weights": "has no weights", "pickle": "only pickled weights",
-    "no scheduler": "scheduler_config.json does not exist", "scheduler not JSON": "not valid JSON",
-    "scheduler unknown": "NoScheduler", "network unknown": "did you mean 'UNet2DModel'", "prediction unknown": "velocity",
-}.items())
+@pytest.mark.parametrize(
+    "how,wanted",
+    {
+        "truncated": "cannot be read",
+        "no weights": "has no weights",
+        "pickle": "only pickled weights",
+        "no scheduler": "scheduler_config.json does not exist",
+        "scheduler not JSON": "not valid JSON",
+        "scheduler unknown": "NoScheduler",
+        "network unknown": "did you mean 'UNet2DModel'",
+        "prediction unknown": "velocity",
+    }.items(),
+)
 def test_broken_teacher_folder(how, wanted, tiny, tmp_path, capsys):
     folder = copy_of(tiny("flow"), tmp_path / "teacher")
     break_folder(how, folder)
@@ -121,7 +187,10 @@ def test_broken_teacher_folder(how, wanted, tiny, tmp_path, capsys):
     assert code == 2 and wanted in err and "Traceback" not in err, err
 
 
-@pytest.mark.parametrize("text,wanted", [("a: [", "not valid YAML"), ("- 1", "holds a list"), ("train: {sed: 1}", "did you mean 'seed'")])
+@pytest.mark.parametrize(
+    "text,wanted",
+    [("a: [", "not valid YAML"), ("- 1", "holds a list"), ("train: {sed: 1}", "did you mean 'seed'")],
+)
 def test_bad_config_file(text, wanted, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(text)
     code, err = say(capsys, ["--config", tmp_path / "a.yaml", "--output_dir", tmp_path / "run"])
@@ -133,14 +202,14 @@ def toy(tmp_path, *more):
 
 
 def test_used_run_folder_is_left_alone(tmp_path, capsys):
-    assert main(list(map(str, toy(tmp_path)))) == 0
+    assert main(started(toy(tmp_path))) == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     code, err = say(capsys, toy(tmp_path))
     assert code == 2 and "output_dir" in err and "--resume" in err and "--overwrite" in err
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     code, err = say(capsys, toy(tmp_path, "--resume", "--optim.student.lr", "1", "--train.seed", "7"))
     assert code == 2 and "train.seed" in err and "changed" in err
-    assert main(list(map(str, toy(tmp_path, "--overwrite")))) == 0
+    assert main(started(toy(tmp_path, "--overwrite"))) == 0
 
 
 def test_overwrite_clears_run_folders_only(tmp_path, capsys):
@@ -198,12 +267,32 @@ def test_nan_stops_the_run_naming_player_term_and_step(tmp_path):
     from pathlib import Path
 
     (tmp_path / "broken_plugin.py").write_text(PLUGIN)
-    base = {"teacher": {"path": "analytic:gmm2d-flow"}, "objective": {"name": "broken"}, "data": {"name": ""},
-            "train": {"max_train_steps": 5, "checkpointing_steps": 1, "validation_steps": 0}, "eval": {"num_samples": 0}}
+    base = {
+        "teacher": {"path": "analytic:gmm2d-flow"},
+        "objective": {"name": "broken"},
+        "data": {"name": ""},
+        "train": {"max_train_steps": 5, "checkpointing_steps": 1, "validation_steps": 0},
+        "eval": {"num_samples": 0},
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
     root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, str(root / "train.py"), "--plugin", "broken_plugin", "--config", "run.yaml", "--output_dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=__import__("os").environ | {"PYTHONPATH": str(root)})
+    command = [
+        sys.executable,
+        str(root / "train.py"),
+        "--plugin",
+        "broken_plugin",
+        "--config",
+        "run.yaml",
+        "--output_dir",
+        "run",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=__import__("os").environ | {"PYTHONPATH": str(root)},
+    )
     assert done.returncode == 3, done.stderr
     line = next(x for x in done.stderr.splitlines() if x.startswith("error:"))
     assert "step 2" in line and "student" in line and "saturation" in line and "checkpoint-2" in line, line
@@ -224,9 +313,25 @@ def text_set(folder, captions=True, broken=False):
 
 
 def text_run(tiny, tmp_path, images, *more):
-    return ["--teacher.path", tiny("sd"), "--data.name", "", "--data.images", images, "--output_dir", tmp_path / "run",
-            "--train.max_train_steps", 1, "--train.train_batch_size", 2, "--train.validation_steps", 0,
-            "--eval.num_samples", 0, *more]
+    return [
+        "--teacher.path",
+        tiny("sd"),
+        "--data.name",
+        "",
+        "--data.images",
+        images,
+        "--output_dir",
+        tmp_path / "run",
+        "--train.max_train_steps",
+        1,
+        "--train.train_batch_size",
+        2,
+        "--train.validation_steps",
+        0,
+        "--eval.num_samples",
+        0,
+        *more,
+    ]
 
 
 def test_text_to_image_without_captions(tiny, tmp_path, capsys):

@@ -36,12 +36,16 @@ NAMES = [
 
 def make_run(folder: Path, kind: str = "full", out: Path = Path("out"), moved: bool = True, **student):
     """A trainer as the exporter sees it: a cast whose student was moved well away from its teacher."""
-    cfg = validate({
-        "output_dir": str(out), "teacher": {"path": str(folder), "num_steps": 6},
-        "objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"name": ""},
-        "student": {"kind": kind, "lora": {"rank": RANK, "lora_alpha": ALPHA}, **student},
-        "critic": {"lora": {"rank": 2, "lora_alpha": 2}},
-    })
+    cfg = validate(
+        {
+            "output_dir": str(out),
+            "teacher": {"path": str(folder), "num_steps": 6},
+            "objective": {"name": "dmd2", "gan_weight": 0.0},
+            "data": {"name": ""},
+            "student": {"kind": kind, "lora": {"rank": RANK, "lora_alpha": ALPHA}, **student},
+            "critic": {"lora": {"rank": 2, "lora_alpha": 2}},
+        }
+    )
     cast = Cast(cfg)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -73,16 +77,32 @@ def replay_case(name: str, folder: Path, teacher, base: Path) -> dict:
         if call.get("sigmas") and case["scheduler"].startswith("EDM"):
             call = {**call, "num_inference_steps": info["steps"]}
         times = info["times"] if info["needs_loop"] else None
-        return {**case, "how": "loop", "labels": LABELS, "shape": teacher.codec.shape, "call": call,
-                "times": times, "patch": document.get("patch", 1)}
+        return {
+            **case,
+            "how": "loop",
+            "labels": LABELS,
+            "shape": teacher.codec.shape,
+            "call": call,
+            "times": times,
+            "patch": document.get("patch", 1),
+        }
     size = teacher.codec.decode_size()
     call = {**call, "height": size, "width": size}
     if teacher.backbone.family.name == "sana":
-        call |= {"max_sequence_length": document["max_sequence_length"], "complex_human_instruction": None,
-                 "use_resolution_binning": False}
+        call |= {
+            "max_sequence_length": document["max_sequence_length"],
+            "complex_human_instruction": None,
+            "use_resolution_binning": False,
+        }
     where = {"base": str(base), "lora": info["lora"]} if "lora" in info else {}
-    return {**case, "how": "pipeline", "pipeline": teacher.backbone.family.pipeline, "prompts": list(PROMPTS),
-            "call": call, **where}
+    return {
+        **case,
+        "how": "pipeline",
+        "pipeline": teacher.backbone.family.pipeline,
+        "prompts": list(PROMPTS),
+        "call": call,
+        **where,
+    }
 
 
 def code_of(folder: Path) -> str:
@@ -114,8 +134,12 @@ def replayed(tiny, tmp_path_factory):
         card = {"name": f"{name}/card", "how": "snippet", "code": code_of(folder)}
         cases.append({**card, "folder": str(folder)})
     plain = {"shift": 1.0, "shift_terminal": None}
-    wrong = {"sd-lora-renoise-4": {"original_inference_steps": 50}, "sana-full-renoise-4": plain,
-             "flow-lora-renoise-4": plain, "vp-full-ode-4": {"timestep_spacing": "leading"}}
+    wrong = {
+        "sd-lora-renoise-4": {"original_inference_steps": 50},
+        "sana-full-renoise-4": plain,
+        "flow-lora-renoise-4": plain,
+        "vp-full-ode-4": {"timestep_spacing": "leading"},
+    }
     by_name = {c["name"]: c for c in cases}
     cases += [{**by_name[n], "name": f"{n}/wrong", "override": o} for n, o in wrong.items()]
     (root / "cases.json").write_text(json.dumps(cases))
@@ -241,18 +265,26 @@ def test_next_run_starts_from_an_export(replayed, tiny):
     for more in ({}, {"lora": {"rank": RANK + 3, "lora_alpha": 5}}):
         torch.testing.assert_close(started("lora", lora_folder, **more), expected[lora_folder], **near)
     torch.testing.assert_close(started("full", lora_folder), expected[lora_folder], **near)
-    for kind, path, more in (("lora", full, {}), ("full", tiny("vp"), {}), ("full", "nowhere/at/all", {}),
-                             ("lora", lora_folder, {"lora": {"rank": 2}})):
+    for kind, path, more in (
+        ("lora", full, {}),
+        ("full", tiny("vp"), {}),
+        ("full", "nowhere/at/all", {}),
+        ("lora", lora_folder, {"lora": {"rank": 2}}),
+    ):
         with pytest.raises(UserError, match="student"):
             started(kind, path, **more)
 
 
 def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
     """sft: fp16 weights, the teacher's own scheduler; load_export makes a teacher of it."""
-    cfg = validate({
-        "output_dir": str(tmp_path), "teacher": {"path": str(tiny("sd")), "guidance": 3.0, "num_steps": 7},
-        "objective": {"name": "sft"}, "data": {"name": "tinted"},
-    })
+    cfg = validate(
+        {
+            "output_dir": str(tmp_path),
+            "teacher": {"path": str(tiny("sd")), "guidance": 3.0, "num_steps": 7},
+            "objective": {"name": "sft"},
+            "data": {"name": "tinted"},
+        }
+    )
     run = SimpleNamespace(cast=Cast(cfg), cfg=cfg, step=5, folder=tmp_path)
     folder = export_student(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
@@ -282,9 +314,17 @@ def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
 
 def test_card_holds_settings_numbers_and_command(replayed):
     card = (replayed.folder["sd-lora-renoise-4"] / "README.md").read_text()
-    for piece in ("library_name: diffusers", "- lora", "- text-to-image", "license: other",
-                  "| student | 4 | 1.5 |", "num_samples 10", "999, 749, 499, 249", "guidance_scale=1.0",
-                  "not comparable"):
+    for piece in (
+        "library_name: diffusers",
+        "- lora",
+        "- text-to-image",
+        "license: other",
+        "| student | 4 | 1.5 |",
+        "num_samples 10",
+        "999, 749, 499, 249",
+        "guidance_scale=1.0",
+        "not comparable",
+    ):
         assert piece in card, piece
 
 

@@ -17,7 +17,9 @@ def test_distribution_matching_gradient_is_the_normalised_difference():
 
 
 def test_distribution_matching_scale_invariance():
-    """Scaling D_real - D_fake and x - D_real together leaves the gradient unchanged; scaling only one does not."""
+    """Scaling D_real - D_fake and x - D_real together leaves the gradient unchanged; scaling only one
+    does not.
+    """
     real = torch.randn(4, 6)
     gap, way = torch.randn(4, 6), torch.randn(4, 6)
 
@@ -63,6 +65,10 @@ def test_huber_limits():
     d = pred - target
     torch.testing.assert_close(losses.pseudo_huber(pred, target, 1e-6), d.abs().mean(), rtol=1e-4, atol=1e-5)
     big, pred, target = 1e4, pred.double(), target.double()
-    torch.testing.assert_close(losses.pseudo_huber(pred, target, big) * 2 * big, (d.double() ** 2).mean(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        losses.pseudo_huber(pred, target, big) * 2 * big, (d.double() ** 2).mean(), rtol=1e-3, atol=1e-5
+    )
     expected = (d.square().sum(1).sqrt() / 50**0.5).mean()
-    torch.testing.assert_close(losses.sample_huber(pred, target, 1e-6), expected.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses.sample_huber(pred, target, 1e-6), expected.double(), rtol=1e-4, atol=1e-5
+    )

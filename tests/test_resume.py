@@ -1,4 +1,6 @@
-"""Stopping and resuming is bit-exact, at any step, for every kind of state; a kill while saving costs nothing."""
+"""Stopping and resuming is bit-exact, at any step, for every kind of state; a kill while saving costs
+nothing.
+"""
 
 import json
 import os
@@ -14,8 +16,15 @@ from fastgen.run import main
 
 BASE = {
     "teacher": {"path": "analytic:gmm2d-flow", "guidance": 1.5},
-    "train": {"max_train_steps": 6, "train_batch_size": 16, "checkpointing_steps": 1, "checkpoints_total_limit": 20,
-              "log_steps": 1, "validation_steps": 2, "ema_decay": [0.9, 0.99]},
+    "train": {
+        "max_train_steps": 6,
+        "train_batch_size": 16,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 20,
+        "log_steps": 1,
+        "validation_steps": 2,
+        "ema_decay": [0.9, 0.99],
+    },
     "eval": {"num_samples": 0, "validation_samples": 20, "grid": 4},
 }
 DMD2 = {"name": "dmd2", "student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1}
@@ -27,11 +36,21 @@ RUNS = {
     "consistency with target": {"objective": CM, "optim": FAST},
     "accumulation": {"objective": DMD2, "train": BASE["train"] | {"gradient_accumulation_steps": 2}},
     "pairs": {"objective": {"name": "ode_pairs", "teacher_steps": 4}},
-    "two stages": {"objective": CM, "stages": [
-        {"name": "warm", "objective": CM, "max_train_steps": 3}, {"name": "match", "objective": DMD2, "max_train_steps": 3}]},
-    "three stages": {"objective": CM, "stages": [
-        {"name": "a", "objective": DMD2, "max_train_steps": 2}, {"name": "b", "objective": CM, "max_train_steps": 2},
-        {"name": "c", "objective": DMD2, "max_train_steps": 2}]},
+    "two stages": {
+        "objective": CM,
+        "stages": [
+            {"name": "warm", "objective": CM, "max_train_steps": 3},
+            {"name": "match", "objective": DMD2, "max_train_steps": 3},
+        ],
+    },
+    "three stages": {
+        "objective": CM,
+        "stages": [
+            {"name": "a", "objective": DMD2, "max_train_steps": 2},
+            {"name": "b", "objective": CM, "max_train_steps": 2},
+            {"name": "c", "objective": DMD2, "max_train_steps": 2},
+        ],
+    },
 }
 
 
@@ -87,8 +106,10 @@ def test_resume_is_bit_exact(name, at, tmp_path, monkeypatch, no_finish):
 
 def test_lora_resume_is_bit_exact(tiny, tmp_path, monkeypatch, no_finish):
     values = {
-        "teacher": {"path": str(tiny("flow"))}, "student": {"kind": "lora", "lora": {"rank": 2, "lora_alpha": 8}},
-        "data": {"images": str(pictures(tmp_path))}, "objective": DMD2,
+        "teacher": {"path": str(tiny("flow"))},
+        "student": {"kind": "lora", "lora": {"rank": 2, "lora_alpha": 8}},
+        "data": {"images": str(pictures(tmp_path))},
+        "objective": DMD2,
         "train": BASE["train"] | {"train_batch_size": 2, "validation_steps": 0},
     }
     arguments = write(tmp_path, values)
@@ -99,7 +120,9 @@ def test_lora_resume_is_bit_exact(tiny, tmp_path, monkeypatch, no_finish):
     assert main([*arguments, str(tmp_path / "cut"), "--resume"]) == 0
     whole, cut = state(tmp_path / "whole", 6), state(tmp_path / "cut", 6)
     assert any("lora_A.student" in k for k in whole) and any("lora_A.critic" in k for k in whole)
-    assert not any("conv1.base_layer.weight" in k for k in whole), "the frozen base has no place in a checkpoint"
+    assert not any("conv1.base_layer.weight" in k for k in whole), (
+        "the frozen base has no place in a checkpoint"
+    )
     for key in whole:
         assert torch.equal(whole[key], cut[key]), key
 
@@ -143,7 +166,9 @@ def kill_in_save(point, number):
 
 @pytest.mark.parametrize("point", ["before", "half", "after", "rename"])
 def test_kill_while_saving_leaves_a_checkpoint_that_resumes(point, tmp_path, no_finish):
-    values = RUNS["consistency with target"] | {"train": BASE["train"] | {"validation_steps": 0, "log_steps": 2}}
+    values = RUNS["consistency with target"] | {
+        "train": BASE["train"] | {"validation_steps": 0, "log_steps": 2}
+    }
     arguments, run = write(tmp_path, values), tmp_path / "run"
     child = os.fork()
     if not child:
@@ -161,7 +186,9 @@ def test_kill_while_saving_leaves_a_checkpoint_that_resumes(point, tmp_path, no_
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, no_finish):
-    values = RUNS["consistency with target"] | {"train": BASE["train"] | {"checkpoints_total_limit": 2, "validation_steps": 0}}
+    values = RUNS["consistency with target"] | {
+        "train": BASE["train"] | {"checkpoints_total_limit": 2, "validation_steps": 0}
+    }
     assert main([*write(tmp_path, values), str(tmp_path / "run")]) == 0
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
     files = {p.suffix for p in (tmp_path / "run/checkpoints").rglob("*") if p.is_file()}

@@ -61,8 +61,20 @@ def test_a_picture_depends_on_its_own_seed_only(exports, tmp_path, capsys):
 def test_compare_teacher(exports, tmp_path, capsys):
     """A LoRA's teacher is its own base with the adapter off; guidance doubles the evaluations."""
     code, out, _ = call(
-        capsys, "--model", exports["sd"], "--prompt", "a red dress", "--prompt", "a blue boot",
-        "--compare_teacher", "--teacher_steps", 3, "--guidance", 2.5, "--out", tmp_path / "lora",
+        capsys,
+        "--model",
+        exports["sd"],
+        "--prompt",
+        "a red dress",
+        "--prompt",
+        "a blue boot",
+        "--compare_teacher",
+        "--teacher_steps",
+        3,
+        "--guidance",
+        2.5,
+        "--out",
+        tmp_path / "lora",
     )
     assert code == 0 and all(p in out for p in ("teacher, 3 steps", "6 network calls", "times as fast"))
     grid = np.array(Image.open(tmp_path / "lora/grid.png"))

@@ -7,7 +7,13 @@ import torch
 
 from fastgen.schedules import EDM, KINDS, VP, Flow, TrigFlow
 
-SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "flow3": Flow(3.0), "edm": EDM(), "trig": TrigFlow(0.5)}
+SCHEDULES = {
+    "vp": VP.scaled_linear(),
+    "flow": Flow(),
+    "flow3": Flow(3.0),
+    "edm": EDM(),
+    "trig": TrigFlow(0.5),
+}
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
@@ -67,8 +73,12 @@ def test_map_to_keeps_the_signal_to_noise_ratio(schedule, other):
     mapped, scale = schedule.map_to(other, t)
     inside = (mapped > other.t_min) & (mapped < other.t_max)
     assert inside.sum() >= 3
-    torch.testing.assert_close((schedule.alpha(t) * scale)[inside], other.alpha(mapped)[inside], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close((schedule.sigma(t) * scale)[inside], other.sigma(mapped)[inside], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        (schedule.alpha(t) * scale)[inside], other.alpha(mapped)[inside], rtol=1e-6, atol=1e-9
+    )
+    torch.testing.assert_close(
+        (schedule.sigma(t) * scale)[inside], other.sigma(mapped)[inside], rtol=1e-6, atol=1e-9
+    )
 
 
 @each
@@ -76,7 +86,9 @@ def test_ode_step_is_exact_for_a_point_mass_and_identity_in_place(schedule):
     t = times(schedule)
     x0, eps = torch.randn(2, len(t), 3, dtype=torch.float64)
     x_t, u = schedule.noise(x0, eps, t), schedule.from_unit(torch.full((len(t),), 0.03, dtype=torch.float64))
-    torch.testing.assert_close(schedule.ode_step(x0, x_t, t, u), schedule.noise(x0, eps, u), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        schedule.ode_step(x0, x_t, t, u), schedule.noise(x0, eps, u), rtol=1e-6, atol=1e-7
+    )
     torch.testing.assert_close(schedule.ode_step(torch.randn_like(x0), x_t, t, t), x_t, rtol=1e-6, atol=1e-7)
 
 

@@ -15,9 +15,16 @@ def _unet2d(channels: int, size: int):
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(8, 16),
-        layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8, num_class_embeds=11,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=11,
     )
 
 
@@ -26,7 +33,9 @@ def _label_folder(folder: Path, net, scheduler, info: dict) -> Path:
     net.save_pretrained(folder / "unet")
     scheduler.save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "DDPMPipeline", "_diffusers_version": "0.42.1", "unet": ["diffusers", "UNet2DModel"],
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.42.1",
+        "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -70,8 +79,13 @@ def clip_tokenizer(max_length: int = 77):
     tokens = ["<|startoftext|>", "!!", "<|endoftext|>", *characters, *(c + "</w>" for c in characters)]
     end = "<|endoftext|>"
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=max_length,
-        bos_token="<|startoftext|>", eos_token=end, unk_token=end, pad_token=end,
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        model_max_length=max_length,
+        bos_token="<|startoftext|>",
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
     )
 
 
@@ -82,25 +96,51 @@ def sd_folder(folder: Path) -> Path:
 
     torch.manual_seed(4)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, norm_num_groups=4, attention_head_dim=(2, 4),
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        attention_head_dim=(2, 4),
     )
     perturb_zero_layers(unet)
     vae = AutoencoderKL(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    text = CLIPTextModel(CLIPTextConfig(
-        hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, projection_dim=32,
-        vocab_size=515, bos_token_id=0, eos_token_id=2, pad_token_id=2,
-    ))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            projection_dim=32,
+            vocab_size=515,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+    )
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = DDIMScheduler(**betas, steps_offset=1)
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=clip_tokenizer(), unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 
@@ -121,24 +161,46 @@ def sana_folder(folder: Path, shift: float = 1.0, max_length: int = 48) -> Path:
 
     torch.manual_seed(5)
     net = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
-        sample_size=16, patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=16,
+        patch_size=1,
     )
     perturb_zero_layers(net)
     blocks = {f"{side}_block_types": ("ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")}
     vae = AutoencoderDC(
-        latent_channels=4, attention_head_dim=2,
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)), downsample_block_type="conv", upsample_block_type="interpolate",
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
         **blocks,
     )
     tokenizer = gemma_tokenizer()
-    text = Gemma2Model(Gemma2Config(
-        hidden_size=8, head_dim=4, intermediate_size=8, num_attention_heads=2, num_key_value_heads=2,
-        num_hidden_layers=2, sliding_window=2, vocab_size=len(tokenizer),
-    ))
+    text = Gemma2Model(
+        Gemma2Config(
+            hidden_size=8,
+            head_dim=4,
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            sliding_window=2,
+            vocab_size=len(tokenizer),
+        )
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipe = SanaPipeline(tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=net, scheduler=scheduler)
     pipe.save_pretrained(folder)

@@ -43,19 +43,31 @@ def schedule_of(scheduler, prediction: str = "auto") -> tuple[Schedule, str]:
     config = scheduler.config
     kind = config.get("prediction_type", "flow_prediction")
     if type(scheduler).__name__.startswith("EDM"):
-        schedule, found = EDM(config.sigma_min, config.sigma_max, config.sigma_data, config.get("rho", 7.0)), "edm"
+        schedule, found = (
+            EDM(config.sigma_min, config.sigma_max, config.sigma_data, config.get("rho", 7.0)),
+            "edm",
+        )
     elif type(scheduler).__name__.startswith("FlowMatch") or kind == "flow_prediction":
-        shift = config.get("flow_shift") if kind == "flow_prediction" and "flow_shift" in config else config.get("shift")
+        shift = (
+            config.get("flow_shift")
+            if kind == "flow_prediction" and "flow_shift" in config
+            else config.get("shift")
+        )
         schedule, found = Flow(shift or 1.0), "flow"
     elif hasattr(scheduler, "alphas_cumprod"):
         if kind not in PREDICTIONS:
-            raise UserError("scheduler.prediction_type", f"found {kind!r}", f"allowed: {', '.join(PREDICTIONS)}")
+            raise UserError(
+                "scheduler.prediction_type", f"found {kind!r}", f"allowed: {', '.join(PREDICTIONS)}"
+            )
         schedule, found = VP(scheduler.alphas_cumprod), PREDICTIONS[kind]
     else:
-        raise UserError("scheduler", f"{type(scheduler).__name__} has no noise schedule that fastgen knows", "")
+        raise UserError(
+            "scheduler", f"{type(scheduler).__name__} has no noise schedule that fastgen knows", ""
+        )
     if prediction not in ("auto", found):
         raise UserError(
-            "teacher.prediction", f"{prediction!r} disagrees with {type(scheduler).__name__}",
+            "teacher.prediction",
+            f"{prediction!r} disagrees with {type(scheduler).__name__}",
             f"whose config says {found!r}; use 'auto' or mend scheduler_config.json",
         )
     return schedule, found
@@ -67,7 +79,9 @@ def load_scheduler(config: dict):
 
     cls = getattr(diffusers, config.get("_class_name", ""), None)
     if cls is None:
-        raise UserError("scheduler._class_name", f"found {config.get('_class_name')!r}", "a diffusers scheduler class")
+        raise UserError(
+            "scheduler._class_name", f"found {config.get('_class_name')!r}", "a diffusers scheduler class"
+        )
     return cls.from_config(config)
 
 
@@ -87,13 +101,19 @@ def load_part(folder: Path, key: str, cls):
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
     if not any(f.endswith(".safetensors") for f in files):
         pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        found = f"{folder} holds only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
+        found = (
+            f"{folder} holds only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
+        )
         raise UserError(key, found, "fastgen reads .safetensors files only")
     try:
-        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+        return cls.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(key, f"{folder} cannot be read ({first})", "the file may be truncated; copy it again") from None
+        raise UserError(
+            key, f"{folder} cannot be read ({first})", "the file may be truncated; copy it again"
+        ) from None
 
 
 def component_class(folder: Path) -> type:
@@ -110,7 +130,9 @@ def component_class(folder: Path) -> type:
 def family_of(net_class: str) -> Family:
     if net_class not in FAMILIES:
         raise UserError(
-            "teacher.path", f"no family for {net_class!r}{suggest(net_class, FAMILIES)}", f"known: {', '.join(FAMILIES)}"
+            "teacher.path",
+            f"no family for {net_class!r}{suggest(net_class, FAMILIES)}",
+            f"known: {', '.join(FAMILIES)}",
         )
     return FAMILIES[net_class]
 
@@ -150,21 +172,32 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         return folder
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))
     if not looks_like_id:
-        raise UserError("teacher.path", f"{path!r} is not a folder", "a diffusers folder, assets:teachers/NAME or a hub id")
+        raise UserError(
+            "teacher.path",
+            f"{path!r} is not a folder",
+            "a diffusers folder, assets:teachers/NAME or a hub id",
+        )
     from huggingface_hub import snapshot_download
 
     try:
         skip = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*"]
         return Path(snapshot_download(path, ignore_patterns=skip, local_files_only=not allow_network))
     except Exception as error:
-        hint = "set teacher.allow_download true to fetch it" if not allow_network else str(error).splitlines()[0]
-        raise UserError("teacher.path", f"{path!r} is neither a folder nor in the local hub cache", hint) from None
+        hint = (
+            "set teacher.allow_download true to fetch it" if not allow_network else str(error).splitlines()[0]
+        )
+        raise UserError(
+            "teacher.path", f"{path!r} is neither a folder nor in the local hub cache", hint
+        ) from None
 
 
-def load_teacher(path: str, prediction: str = "auto", blueprint: dict | None = None, allow_download: bool = False) -> Teacher:
+def load_teacher(
+    path: str, prediction: str = "auto", blueprint: dict | None = None, allow_download: bool = False
+) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 
-    With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained from its
+    With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained
+      from its
     diffusers config, and `path` (if any) supplies the autoencoder and text encoder.
     """
     import diffusers
@@ -181,8 +214,12 @@ def load_teacher(path: str, prediction: str = "auto", blueprint: dict | None = N
     else:
         info_file = folder / "fastgen.json"
         info = _read_json(info_file, "teacher.path") if info_file.exists() else {}
-        noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
-        scheduler = load_scheduler(noised_by or _read_json(folder / "scheduler/scheduler_config.json", "teacher.path"))
+        noised_by = info.get("export", {}).get(
+            "teacher_scheduler"
+        )  # a student's own serves its few steps only
+        scheduler = load_scheduler(
+            noised_by or _read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
+        )
         part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
         family = family_of(_read_json(folder / part / "config.json", "teacher.path").get("_class_name", ""))
         net = load_part(folder / part, "teacher.path", getattr(diffusers, family.net_class))

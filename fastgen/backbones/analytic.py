@@ -3,9 +3,11 @@
 For a Gaussian mixture sum_k w_k N(mu_k, s_k^2 I) noised to x_t = alpha x0 + sigma eps, component k becomes
 N(alpha mu_k, V_k I) with V_k = alpha^2 s_k^2 + sigma^2, and
 
-  D(x, t) = sum_k r_k(x) [ mu_k + (alpha s_k^2 / V_k) (x - alpha mu_k) ],   r_k = softmax_k log w_k N(x; alpha mu_k, V_k)
+  D(x, t) = sum_k r_k(x) [ mu_k + (alpha s_k^2 / V_k) (x - alpha mu_k) ],   r_k = softmax_k log w_k N(x;
+    alpha mu_k, V_k)
 
-s_k = 0 gives point masses, one component a linear-Gaussian teacher. A label restricts the sum to its components.
+s_k = 0 gives point masses, one component a linear-Gaussian teacher. A label restricts the sum to its
+components.
 """
 
 import math
@@ -15,15 +17,19 @@ from torch import Tensor, nn
 
 from fastgen.backbones.base import Cond
 from fastgen.errors import UserError, suggest
-from fastgen.schedules import VP, EDM, Flow, Schedule, TrigFlow, expand
+from fastgen.schedules import EDM, VP, Flow, Schedule, TrigFlow, expand
 
 
 class GaussianMixture(nn.Module):
-    """D of a mixture in any dimension; images are [B, D]. labels[k] is the class of component k; null class = num_classes."""
+    """D of a mixture in any dimension; images are [B, D]. labels[k] is the class of component k; null
+    class = num_classes.
+    """
 
     prediction = "x0"
 
-    def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, schedule: Schedule, labels: Tensor | None = None):
+    def __init__(
+        self, means: Tensor, stds: Tensor, weights: Tensor, schedule: Schedule, labels: Tensor | None = None
+    ):
         super().__init__()
         self.schedule = schedule
         for name, value in (("means", means), ("stds", stds), ("weights", weights / weights.sum())):
@@ -80,15 +86,22 @@ class GaussianMixture(nn.Module):
 
     def _data_std(self) -> Tensor:
         mean = (self.weights[:, None] * self.means).sum(0)
-        return ((self.weights[:, None] * (self.means - mean) ** 2).sum(0).mean() + (self.weights * self.stds**2).sum()).sqrt()
+        return (
+            (self.weights[:, None] * (self.means - mean) ** 2).sum(0).mean()
+            + (self.weights * self.stds**2).sum()
+        ).sqrt()
 
 
 class MLPDenoiser(nn.Module):
-    """A small residual MLP in the preconditioned form D = c_skip x + c_out F(c_in x, log-SNR, label) on [B, D] data."""
+    """A small residual MLP in the preconditioned form D = c_skip x + c_out F(c_in x, log-SNR, label) on
+    [B, D] data.
+    """
 
     prediction = "x0"
 
-    def __init__(self, dim: int, schedule: Schedule, num_classes: int = 0, data_std: float = 1.0, width: int = 128):
+    def __init__(
+        self, dim: int, schedule: Schedule, num_classes: int = 0, data_std: float = 1.0, width: int = 128
+    ):
         super().__init__()
         self.schedule, self.data_std, self.num_classes = schedule, data_std, num_classes
         self.inp = nn.Linear(dim, width)
@@ -109,7 +122,9 @@ class MLPDenoiser(nn.Module):
     def _coefficients(self, x_t: Tensor, t: Tensor):
         a, s, sd = self.schedule.alpha(t), self.schedule.sigma(t), self.data_std
         total = a**2 * sd**2 + s**2
-        return (expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())), torch.atan2(s, a * sd)
+        return (
+            expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())
+        ), torch.atan2(s, a * sd)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
@@ -141,9 +156,16 @@ def _fixed(name: str):
     if name == "points":
         return torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), torch.zeros(2), torch.tensor([0.3, 0.7]), None
     if name == "gmm8d":
-        return torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.full((5,), 0.3), torch.ones(5), None
+        return (
+            torch.randn(5, 8, generator=torch.Generator().manual_seed(0)),
+            torch.full((5,), 0.3),
+            torch.ones(5),
+            None,
+        )
     known = ("gmm2d", "gaussian", "points", "gmm8d")
-    raise UserError("teacher.path", f"no analytic teacher {name!r}{suggest(name, known)}", f"known: {', '.join(known)}")
+    raise UserError(
+        "teacher.path", f"no analytic teacher {name!r}{suggest(name, known)}", f"known: {', '.join(known)}"
+    )
 
 
 def load_analytic(spec: str):
@@ -154,7 +176,9 @@ def load_analytic(spec: str):
     name, _, kind = spec.partition("-")
     schedules = {"": Flow, "flow": Flow, "vp": VP.scaled_linear, "edm": EDM, "trig": TrigFlow}
     if kind not in schedules:
-        raise UserError("teacher.path", f"schedule {kind!r}", f"allowed: {', '.join(k for k in schedules if k)}")
+        raise UserError(
+            "teacher.path", f"schedule {kind!r}", f"allowed: {', '.join(k for k in schedules if k)}"
+        )
     means, stds, weights, labels = _fixed(name)
     mixture = GaussianMixture(means, stds, weights, schedules[kind](), labels)
     codec = LabelCodec((means.shape[1],), num_classes=mixture.num_classes)

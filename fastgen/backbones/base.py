@@ -6,7 +6,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,9 @@ Cond = dict[str, Tensor]
 
 
 class Family:
-    """What one diffusers class does differently. Subclasses set the attributes and, where needed, the methods."""
+    """What one diffusers class does differently. Subclasses set the attributes and, where needed, the
+    methods.
+    """
 
     name: str
     net_class: str
@@ -96,8 +97,11 @@ class Backbone(nn.Module):
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
 
     # -- features ------------------------------------------------------------------------------------------
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False):
-        """Feature maps [B, C, h, w] at the chosen taps; with score=True also D, else the pass stops at the last tap.
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
+    ):
+        """Feature maps [B, C, h, w] at the chosen taps; with score=True also D, else the pass stops at the
+        last tap.
 
         Returns (features, D or None); one network pass serves both.
         """
@@ -130,21 +134,30 @@ class Backbone(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets), lora_dropout=0.0
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+            lora_dropout=0.0,
         )
         try:
             inject_adapter_in_model(config, self.net, adapter_name=name)
         except ValueError as error:
-            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in self.net.named_modules() if isinstance(m, nn.Linear)})
+            leaves = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in self.net.named_modules() if isinstance(m, nn.Linear)}
+            )
             raise UserError(
-                "target_modules", f"no module of {type(self.net).__name__} matches {list(targets)}",
+                "target_modules",
+                f"no module of {type(self.net).__name__} matches {list(targets)}",
                 f"linear layers here end in {leaves}",
             ) from error
         self.adapter_names += (name,)
         self.set_adapter(None)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make one adapter (or none) act from now on; leaves requires_grad alone, unlike peft's own switch."""
+        """Make one adapter (or none) act from now on; leaves requires_grad alone, unlike peft's own
+        switch.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.adapter = name

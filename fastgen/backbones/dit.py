@@ -7,7 +7,9 @@ from fastgen.backbones.base import Cond, Family
 
 
 class Sana(Family):
-    """SanaTransformer2DModel: flow, Gemma states with a mask; time is 1000 t times the config's timestep_scale."""
+    """SanaTransformer2DModel: flow, Gemma states with a mask; time is 1000 t times the config's
+    timestep_scale.
+    """
 
     name, net_class, pipeline, component = "sana", "SanaTransformer2DModel", "SanaPipeline", "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
@@ -38,7 +40,9 @@ class Sana(Family):
 
 
 def perturb_zero_layers(net: nn.Module, std: float = 0.02) -> None:
-    """Give zero-initialised layers small random weights, so that an untrained network's output depends on its input."""
+    """Give zero-initialised layers small random weights, so that an untrained network's output depends on
+    its input.
+    """
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.ndim > 1 and not parameter.any():

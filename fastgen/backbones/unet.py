@@ -1,4 +1,6 @@
-"""UNet families: pixel or latent UNet2DModel (class labels), and the text-conditioned UNet of Stable Diffusion."""
+"""UNet families: pixel or latent UNet2DModel (class labels), and the text-conditioned UNet of Stable
+Diffusion.
+"""
 
 from torch import Tensor, nn
 

@@ -1,7 +1,9 @@
 """What every distillation method shares: players, turns, time sampling and the registry.
 
-A method is one class with one generator, `step(batch, k)`. Inside `with self.turn("student"):` that player alone is
-trainable; each `yield loss, logs` hands the loss to the trainer, which runs backward and the optimizer before the
+A method is one class with one generator, `step(batch, k)`. Inside `with self.turn("student"):` that player
+alone is
+trainable; each `yield loss, logs` hands the loss to the trainer, which runs backward and the optimizer
+before the
 generator goes on. Values shared between turns are local variables, update ratios are ordinary `if k % r`.
 """
 
@@ -48,7 +50,9 @@ class TimeConfig(BaseModel):
 
 @dataclass
 class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each row."""
+    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each
+    row.
+    """
 
     x0: Tensor | None
     cond: dict[str, Tensor]
@@ -58,7 +62,9 @@ class Batch:
 
 
 class Objective:
-    """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `step`; the registry takes it from there."""
+    """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `step`; the registry takes it
+    from there.
+    """
 
     config: type[ObjectiveConfig]
     needs_data = True
@@ -81,7 +87,8 @@ class Objective:
             setattr(self, name, part)
         self.schedule: Schedule = self.student.schedule
         self.players = {
-            name: Player(name, {p: parts[p] for p in members}) for name, members in self.player_parts(cfg).items()
+            name: Player(name, {p: parts[p] for p in members})
+            for name, members in self.player_parts(cfg).items()
         }
         self.active: str | None = None
         self.sync = True
@@ -103,7 +110,9 @@ class Objective:
 
     @classmethod
     def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
-        """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a backward."""
+        """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a
+        backward.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -122,7 +131,9 @@ class Objective:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Work done once before the first step of a stage, after weights are loaded. Most methods need none."""
+        """Work done once before the first step of a stage, after weights are loaded. Most methods need
+        none.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Tensors beyond the players' that a resumed run needs."""

@@ -1,19 +1,24 @@
 """Consistency distillation and training, one or several segments.
 
-Papers: Song et al. 2023, arXiv 2303.01469 (CD, CT; Alg. 2 and 3); Heek et al. 2024, arXiv 2403.06807 (multistep);
+Papers: Song et al. 2023, arXiv 2303.01469 (CD, CT; Alg. 2 and 3); Heek et al. 2024, arXiv 2403.06807
+(multistep);
 Song & Dhariwal 2023, arXiv 2310.14189 (pseudo-Huber, 1/(t - r) weight).
 
   grid t_0 > t_1 > ... > t_N;  i ~ U{0 .. N-1};  t = t_i, r = t_{i+1};  e = end of the segment holding t
   x_t = alpha x0 + sigma eps
   x_r = one ODE step of the teacher from t to r, Euler or Heun          CT: D_real := x0
-  pred   = J(D_theta(x_t, t), x_t, t, e)                                J: DDIM jump to e, the identity at t = e
+  pred   = J(D_theta(x_t, t), x_t, t, e)                                J: DDIM jump to e, the identity at
+    t = e
   target = sg J(D_theta-(x_r, r), x_r, r, e),  and x_r itself when r = e
   loss = w(t) d(pred, target);   theta- <- mu theta- + (1 - mu) theta
 
 Differs
-- boundary condition: c_skip, c_out of the papers are replaced by the DDIM jump J, exact for every schedule; the student
-  stays in its native parameterization, so its export needs no special network. At the clean end J is D itself.
-- theta- is the student under no_grad unless target_decay is set (2310.14189, Sec. 3.2); CD of 2303.01469 used 0.95.
+- boundary condition: c_skip, c_out of the papers are replaced by the DDIM jump J, exact for every schedule;
+  the student
+  stays in its native parameterization, so its export needs no special network. At the clean end J is D
+    itself.
+- theta- is the student under no_grad unless target_decay is set (2310.14189, Sec. 3.2); CD of 2303.01469
+  used 0.95.
 - random states are not shared by pred and target: the networks run in eval mode, without dropout.
 """
 
@@ -59,7 +64,10 @@ class ConsistencyConfig(ObjectiveConfig):
 class Consistency(Objective, config=ConsistencyConfig):
     @classmethod
     def uses(cls, cfg):
-        return (*(("teacher",) if cfg.mode == "distillation" else ()), *(("target",) if cfg.target_decay else ()))
+        return (
+            *(("teacher",) if cfg.mode == "distillation" else ()),
+            *(("target",) if cfg.target_decay else ()),
+        )
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
@@ -73,14 +81,14 @@ class Consistency(Objective, config=ConsistencyConfig):
         num = len(grid) - 1
         i = self.rng.randint(num, len(x0))
         t, r = grid[i], grid[i + 1]
-        e = grid[(i * cfg.segments // num + 1) * num // cfg.segments]                       # end of the segment
+        e = grid[(i * cfg.segments // num + 1) * num // cfg.segments]  # end of the segment
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 x_r = solver_step(S, self.denoiser(batch), x_t, t, r, cfg.solver)
                 target_net = self.target if cfg.target_decay else self.student
                 target = self.jump(target_net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
-                target = torch.where(expand(r == e, x_r).bool(), x_r, target)               # boundary: x_r at the end
+                target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary: x_r at the end
             pred = self.jump(self.student(x_t, t, batch.cond), x_t, t, e)
             weight = None if cfg.weighting == "uniform" else torch.full((len(x0),), float(num)).to(x0)
             if cfg.metric == "l2":

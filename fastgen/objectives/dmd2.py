@@ -12,9 +12,12 @@ Paper: Yin et al. 2024, arXiv 2405.14867 (DMD: arXiv 2311.18828). One step or se
                         + disc_weight [softplus(Disc(x_t')) + softplus(-Disc(x0_t'))]
 
 Differs
-- paper: generator and critic steps alternate; authors' code, and this: the critic moves on every step, reusing the sample.
-- authors: heads on the critic's bottleneck, own noise level t' per use. `gan_time: null` here reuses t and the pass of the
-  score (cheaper, as good on the bundled data); give gan_time for the authors' form, disc_features teacher for frozen features.
+- paper: generator and critic steps alternate; authors' code, and this: the critic moves on every step,
+  reusing the sample.
+- authors: heads on the critic's bottleneck, own noise level t' per use. `gan_time: null` here reuses t and
+  the pass of the
+  score (cheaper, as good on the bundled data); give gan_time for the authors' form, disc_features teacher
+    for frozen features.
 - authors keep no EMA of the student; the trainer here keeps one unless told otherwise.
 """
 
@@ -63,12 +66,19 @@ class DMD2(Objective, config=DMD2Config):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         walk = (num_steps - 1) / 2 if cfg.backward_simulation else 0
-        gan, own = cfg.gan_weight > 0, cfg.gan_weight > 0 and (cfg.gan_time is not None or cfg.disc_features == "teacher")
+        gan, own = (
+            cfg.gan_weight > 0,
+            cfg.gan_weight > 0 and (cfg.gan_time is not None or cfg.disc_features == "teacher"),
+        )
         r = 1 / cfg.student_every
         features = (gan + own) + r * own
         calls = {
-            "student": walk + (1 - r), "student+grad": r, "teacher": r * (1 if guidance == 1 else 2),
-            "critic": r * (not gan or own), "critic+grad": 1 + r * (gan and not own), "features+grad": features,
+            "student": walk + (1 - r),
+            "student+grad": r,
+            "teacher": r * (1 if guidance == 1 else 2),
+            "critic": r * (not gan or own),
+            "critic+grad": 1 + r * (gan and not own),
+            "features+grad": features,
         }
         return {name: round(n, 3) for name, n in calls.items() if n}
 
@@ -77,16 +87,21 @@ class DMD2(Objective, config=DMD2Config):
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
             with self.turn("student"):
-                x = self.sample(batch, last)                                            # x = G(z, c)
+                x = self.sample(batch, last)  # x = G(z, c)
                 t, eps = self.sample_t(len(x), cfg.time), self.rng.randn_like(x)
-                x_t = S.noise(x, eps, t)                                                # x_t = alpha x + sigma eps
+                x_t = S.noise(x, eps, t)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)     # D_real^w
-                logits, fake = self.judge(self.critic, x, x_t, t, batch.cond)           # D_fake
-                loss = dm = losses.distribution_matching(x, real, fake.detach())        # grad of eq. 7-8
-                logs = {"dm": dm, "real_fake_gap": (real - fake).abs().mean(), "x_mean": x.mean(), "x_std": x.std()}
+                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
+                logits, fake = self.judge(self.critic, x, x_t, t, batch.cond)  # D_fake
+                loss = dm = losses.distribution_matching(x, real, fake.detach())  # grad of eq. 7-8
+                logs = {
+                    "dm": dm,
+                    "real_fake_gap": (real - fake).abs().mean(),
+                    "x_mean": x.mean(),
+                    "x_std": x.std(),
+                }
                 if cfg.gan_weight:
-                    logs["gan"] = losses.gan_generator(logits)                          # softplus(-Disc(x_t'))
+                    logs["gan"] = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
                     loss = dm + cfg.gan_weight * logs["gan"]
                 yield loss, logs
             x = x.detach()
@@ -96,19 +111,21 @@ class DMD2(Objective, config=DMD2Config):
         with self.turn("critic"):
             t, eps = self.sample_t(len(x), cfg.critic_time), self.rng.randn_like(x)
             logits, fake = self.judge(self.critic, x, S.noise(x, eps, t), t, batch.cond)
-            loss = losses.denoising(S, fake, x, t, self.critic.backbone.prediction)     # w(t) |D_fake - x|^2
+            loss = losses.denoising(S, fake, x, t, self.critic.backbone.prediction)  # w(t) |D_fake - x|^2
             logs = {"denoising": loss}
             if cfg.gan_weight:
                 t_real = t if cfg.gan_time is None else self.sample_t(len(x), cfg.gan_time)
                 real_t = S.noise(batch.x0, self.rng.randn_like(x), t_real)
                 real_logits = self.disc(real_t, t_real, batch.cond)
-                disc = losses.gan_discriminator(logits, real_logits)                    # softplus pair
+                disc = losses.gan_discriminator(logits, real_logits)  # softplus pair
                 loss = loss + cfg.disc_weight * disc
                 logs |= {"disc": disc, "logit_fake": logits[0].mean(), "logit_real": real_logits[0].mean()}
             yield loss, logs
 
     def sample(self, batch, last):
-        """The student's sample at step `last` of its list, reached through its own states or from noised data."""
+        """The student's sample at step `last` of its list, reached through its own states or from noised
+        data.
+        """
         if self.cfg.backward_simulation or last == 0:
             return self.generate(batch, last)
         t = self.student._time(last, batch.noise)

@@ -1,14 +1,19 @@
-"""Regression on teacher ODE pairs (noise, sample): knowledge distillation, and the warm start of one-step DMD2.
+"""Regression on teacher ODE pairs (noise, sample): knowledge distillation, and the warm start of one-step
+DMD2.
 
-Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, arXiv 2405.14867 (Sec. 4.2, SDXL one step).
+Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, arXiv 2405.14867 (Sec. 4.2,
+SDXL one step).
 
-  for each condition c of the data, once:  z ~ N(0, I);  states x_t of the guided teacher's ODE from z, end point y
+  for each condition c of the data, once:  z ~ N(0, I);  states x_t of the guided teacher's ODE from z,
+    end point y
   step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: t = T, x_T = z
 
 Differs
-- DMD2 compares decoded images by LPIPS; no perceptual network is bundled, so d is a pseudo-Huber or square on x0 itself.
+- DMD2 compares decoded images by LPIPS; no perceptual network is bundled, so d is a pseudo-Huber or square
+  on x0 itself.
 - several steps: each time of the student's list is warmed up from the teacher's own state at that time.
-- pairs are made when a condition is first met and kept in memory (`data.limit` says how many); the noise of a pair
+- pairs are made when a condition is first met and kept in memory (`data.limit` says how many); the noise of
+  a pair
   depends on the run's seed and the data index only, so a resumed run makes the same ones.
 """
 
@@ -46,11 +51,18 @@ class ODEPairs(Objective, config=ODEPairsConfig):
     def prepare(self):
         self.pairs: dict[int, torch.Tensor] = {}
         self.grid = teacher_grid(self.schedule, self.cfg.teacher_steps)
-        self.where = [min(range(len(self.grid) - 1), key=lambda j: abs(self.grid[j] - t)) for t in self.student.times]
-        off = [t for t, j in zip(self.student.times, self.where) if abs(self.grid[j] - t) > 1e-6 * self.schedule.t_max]
+        self.where = [
+            min(range(len(self.grid) - 1), key=lambda j: abs(self.grid[j] - t)) for t in self.student.times
+        ]
+        off = [
+            t
+            for t, j in zip(self.student.times, self.where)
+            if abs(self.grid[j] - t) > 1e-6 * self.schedule.t_max
+        ]
         if off:
             raise UserError(
-                "student.timesteps", f"{off} are not on the teacher's grid of {self.cfg.teacher_steps} steps",
+                "student.timesteps",
+                f"{off} are not on the teacher's grid of {self.cfg.teacher_steps} steps",
                 "make objective.teacher_steps a multiple of student.num_steps",
             )
 
@@ -58,11 +70,11 @@ class ODEPairs(Objective, config=ODEPairsConfig):
         num, times = len(batch.index), torch.tensor(self.student.times, dtype=torch.float64)
         self.make_missing(batch)
         i = self.rng.randint(len(times), num)
-        rows = [self.pairs[int(n)] for n in batch.index]                                # [len(times) + 1, ...] each
+        rows = [self.pairs[int(n)] for n in batch.index]  # [len(times) + 1, ...] each
         x_t = torch.stack([row[j] for row, j in zip(rows, i.tolist())]).to(batch.noise)
         y = torch.stack([row[-1] for row in rows]).to(batch.noise)
         with self.turn("student"):
-            x = self.student(x_t, times.to(i.device)[i], batch.cond)                    # D_theta(x_t, t, c)
+            x = self.student(x_t, times.to(i.device)[i], batch.cond)  # D_theta(x_t, t, c)
             if self.cfg.metric == "l2":
                 loss = losses.mse(x, y)
             else:
@@ -76,18 +88,27 @@ class ODEPairs(Objective, config=ODEPairsConfig):
         if not todo:
             return
         seeds = [self.rng.seed * 1_000_003 + int(batch.index[r]) for r in todo]
-        noise = [torch.randn(batch.noise.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        noise = [
+            torch.randn(batch.noise.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
+        ]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
         x = torch.stack(noise).to(batch.noise) * self.schedule.prior_std(self.grid[0])
         states = []
         for j, t in enumerate(self.grid[:-1]):
-            t, u = (torch.full((len(x),), v, dtype=torch.float64, device=x.device) for v in (t, self.grid[j + 1]))
+            t, u = (
+                torch.full((len(x),), v, dtype=torch.float64, device=x.device) for v in (t, self.grid[j + 1])
+            )
             states.append(x)
             if j == len(self.grid) - 2:
-                x = self.teacher.guided(x, t, cond, uncond, self.guidance)              # last step: D itself
+                x = self.teacher.guided(x, t, cond, uncond, self.guidance)  # last step: D itself
             else:
                 x = solver_step(
-                    self.schedule, lambda a, b: self.teacher.guided(a, b, cond, uncond, self.guidance), x, t, u, self.cfg.solver
+                    self.schedule,
+                    lambda a, b: self.teacher.guided(a, b, cond, uncond, self.guidance),
+                    x,
+                    t,
+                    u,
+                    self.cfg.solver,
                 )
-        kept = torch.stack([*(states[j] for j in self.where), x], 1).cpu()              # [B, len(times) + 1, ...]
+        kept = torch.stack([*(states[j] for j in self.where), x], 1).cpu()  # [B, len(times) + 1, ...]
         self.pairs |= {int(batch.index[r]): row for r, row in zip(todo, kept)}

@@ -1,13 +1,15 @@
 """Supervised training of a denoiser: how the bundled teachers are made, and fine-tuning of any other.
 
-Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02747 (flow); Karras et al. 2022,
+Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02747 (flow); Karras et al.
+2022,
 arXiv 2206.00364 (EDM); label dropout for guidance: Ho & Salimans 2022, arXiv 2207.12598, Alg. 1.
 
   x0, c ~ data;  c <- null with probability p
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
   loss = w(t) |D(x_t, t, c) - x0|^2
 
-Differs: nothing; the weight is the one that makes the loss a plain regression of the network's native prediction.
+Differs: nothing; the weight is the one that makes the loss a plain regression of the network's native
+prediction.
 """
 
 from typing import Literal
@@ -48,10 +50,12 @@ class SFT(Objective, config=SFTConfig):
             t, eps = self.sample_t(num, self.cfg.time), self.rng.randn_like(batch.x0)
             drop = self.rng.rand(num) < self.cfg.cond_dropout
             cond = {n: torch.where(_like(drop, c), batch.uncond[n], c) for n, c in batch.cond.items()}
-            x_t = self.schedule.noise(batch.x0, eps, t)                                     # x_t = alpha x0 + sigma eps
+            x_t = self.schedule.noise(batch.x0, eps, t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
-            weighting = self.student.backbone.prediction if self.cfg.weighting == "auto" else self.cfg.weighting
-            yield losses.denoising(self.schedule, D, batch.x0, t, weighting), {}            # w(t) |D - x0|^2
+            weighting = (
+                self.student.backbone.prediction if self.cfg.weighting == "auto" else self.cfg.weighting
+            )
+            yield losses.denoising(self.schedule, D, batch.x0, t, weighting), {}  # w(t) |D - x0|^2
 
 
 def _like(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

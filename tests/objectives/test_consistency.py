@@ -1,4 +1,6 @@
-"""Consistency: boundary, solver orders, closed-form fixed point, gradients, and distillation of exact mixtures."""
+"""Consistency: boundary, solver orders, closed-form fixed point, gradients, and distillation of exact
+mixtures.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.key
 
 
 def make(schedule, student_net, teacher=(0.0, 0.5), target=None, **cfg):
-    parts = {"student": Student(student_net, None, schedule.steps(1)), "teacher": gaussian_role(schedule, *teacher)}
+    parts = {
+        "student": Student(student_net, None, schedule.steps(1)),
+        "teacher": gaussian_role(schedule, *teacher),
+    }
     if target is not None:
         parts["target"] = Role(target)
     return Consistency(ConsistencyConfig(**cfg), parts, rng())
@@ -53,12 +58,16 @@ def test_p1_last_interval_targets_the_solver_output_itself(schedule):
     objective2.rng.randint = objective.rng.randint
     objective2.rng.generator.manual_seed(0)
     x_t = schedule.noise(x0, objective2.rng.randn_like(x0), grid[1].expand(16))
-    x_r = solver_step(schedule, objective2.denoiser(batch_of(x0)), x_t, grid[1].expand(16), grid[2].expand(16), "euler")
+    x_r = solver_step(
+        schedule, objective2.denoiser(batch_of(x0)), x_t, grid[1].expand(16), grid[2].expand(16), "euler"
+    )
     torch.testing.assert_close(seen["target"], x_r, rtol=1e-6, atol=1e-7)
 
 
 def test_p1_solver_orders():
-    """Halving the step divides the local error by 4 for Euler and by 8 for Heun (Gaussian data, VE flow map known)."""
+    """Halving the step divides the local error by 4 for Euler and by 8 for Heun (Gaussian data, VE flow
+    map known).
+    """
     S, s0 = EDM(), 0.5
     teacher = gaussian_role(S, 0.0, s0)
     x, t = torch.full((1, 1), 1.3, dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
@@ -122,7 +131,9 @@ def test_p1_target_carries_no_gradient():
 
 
 def test_p1_negative_without_boundary_a_constant_has_no_loss():
-    """Dropping the boundary (target never pinned to x_r) lets a constant student reach zero loss; with it, it cannot."""
+    """Dropping the boundary (target never pinned to x_r) lets a constant student reach zero loss; with
+    it, it cannot.
+    """
     S = Flow()
 
     class Constant(torch.nn.Module):
@@ -165,7 +176,9 @@ def test_p1_training_mode_needs_no_teacher():
 
 
 def test_scale_curriculum_doubles_up_to_the_end():
-    objective = make(Flow(), GaussianNet(Flow(), 0.0, 0.5), num_scales=40, start_scales=10, curriculum_steps=300)
+    objective = make(
+        Flow(), GaussianNet(Flow(), 0.0, 0.5), num_scales=40, start_scales=10, curriculum_steps=300
+    )
     sizes = [len(objective.grid(k)) - 1 for k in (0, 99, 100, 199, 200, 299, 1000)]
     assert sizes == [10, 10, 20, 20, 40, 40, 40]
 
@@ -176,7 +189,9 @@ def test_segments_end_inside_the_grid():
     grid = objective.grid(0)
     i = torch.arange(8)
     ends = grid[(i * 4 // 8 + 1) * 8 // 4]
-    torch.testing.assert_close(ends, torch.tensor([0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(
+        ends, torch.tensor([0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0], dtype=torch.float64)
+    )
 
 
 P2 = {

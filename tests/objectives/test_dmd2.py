@@ -9,7 +9,15 @@ from torch import nn
 from fastgen import losses
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import AffineStudent, CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.objectives.toys import (
+    AffineStudent,
+    CountingRole,
+    GaussianNet,
+    batch_of,
+    gaussian_role,
+    rng,
+    run_mixture,
+)
 
 NO_GAN = {"gan_weight": 0.0, "student_every": 1}
 
@@ -21,7 +29,9 @@ def kl(m, s, m_p, s_p, t):
 
 
 def test_p1_score_difference_is_the_gradient_of_kl():
-    """E_z,eps [(s_fake - s_real) dx/d(m, s)] equals d KL(q_t || p_t) / d(m, s), by quadrature over z and eps."""
+    """E_z,eps [(s_fake - s_real) dx/d(m, s)] equals d KL(q_t || p_t) / d(m, s), by quadrature over z and
+    eps.
+    """
     S, m, s, m_p, s_p = EDM(), -0.4, 0.6, 0.5, 1.0
     nodes, weights = (torch.tensor(v) for v in __import__("numpy").polynomial.hermite_e.hermegauss(24))
     weights = weights / weights.sum()
@@ -30,7 +40,9 @@ def test_p1_score_difference_is_the_gradient_of_kl():
     for t in (0.3, 1.0, 4.0):
         tt = torch.full((z.numel(),), t, dtype=torch.float64)
         x_t = (m + s * z + t * eps).reshape(-1, 1)
-        gap = S.score(gaussian_role(S, m, s)(x_t, tt, {}), x_t, tt) - S.score(gaussian_role(S, m_p, s_p)(x_t, tt, {}), x_t, tt)
+        gap = S.score(gaussian_role(S, m, s)(x_t, tt, {}), x_t, tt) - S.score(
+            gaussian_role(S, m_p, s_p)(x_t, tt, {}), x_t, tt
+        )
         found = torch.stack([(w * gap[:, 0]).sum(), (w * gap[:, 0] * z.flatten()).sum()])
         mm, ss = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (m, s))
         exact = torch.autograd.grad(kl(mm, ss, m_p, s_p, torch.tensor(t, dtype=torch.float64)), (mm, ss))
@@ -45,7 +57,9 @@ def test_p1_fixed_point(schedule):
     for u in (0.05, 0.5, 0.95):
         t = schedule.from_unit(torch.full((64,), u))
         x_t = schedule.noise(x.detach(), torch.randn_like(x), t)
-        losses.distribution_matching(x, teacher(x_t, t, {}), gaussian_role(schedule, 0.5, 1.0)(x_t, t, {})).backward()
+        losses.distribution_matching(
+            x, teacher(x_t, t, {}), gaussian_role(schedule, 0.5, 1.0)(x_t, t, {})
+        ).backward()
     assert x.grad.abs().max() == 0
 
 
@@ -96,11 +110,17 @@ def make(cfg, schedule=None, student=None, steps=1):
     schedule = schedule or EDM()
     student = student or AffineStudent(schedule, -1.0, 0.3)
     critic = CountingRole(GaussianNet(schedule, -1.0, 0.3))
-    return DMD2(DMD2Config(**cfg), {"student": student, "critic": critic, "teacher": gaussian_role(schedule, 0.5, 1.0)}, rng())
+    return DMD2(
+        DMD2Config(**cfg),
+        {"student": student, "critic": critic, "teacher": gaussian_role(schedule, 0.5, 1.0)},
+        rng(),
+    )
 
 
 def test_p1_update_ratio_and_turns():
-    """Twenty steps at ratio 5: four student updates, twenty critic updates, gradients only in one's own turn."""
+    """Twenty steps at ratio 5: four student updates, twenty critic updates, gradients only in one's own
+    turn.
+    """
     objective = make({"gan_weight": 0.0, "student_every": 5})
     count = {"student": 0, "critic": 0}
     for k in range(20):
@@ -174,7 +194,9 @@ def test_p1_discriminator_learns_the_log_density_ratio():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert math.isclose(head.weight.item(), -1.0, abs_tol=0.15) and math.isclose(head.bias.item(), 0.5, abs_tol=0.15)
+    assert math.isclose(head.weight.item(), -1.0, abs_tol=0.15) and math.isclose(
+        head.bias.item(), 0.5, abs_tol=0.15
+    )
 
 
 def test_gan_needs_data_and_score_alone_does_not():
@@ -185,7 +207,9 @@ def test_gan_needs_data_and_score_alone_does_not():
 
 @pytest.mark.parametrize("teacher", ["analytic:gmm2d-flow", "analytic:gmm2d-vp", "analytic:gmm2d-edm"])
 def test_p2_distils_the_mixture(tmp_path, teacher):
-    before, after, samples, _ = run_mixture(tmp_path, {"name": "dmd2", "gan_weight": 0.0, "student_every": 2}, teacher)
+    before, after, samples, _ = run_mixture(
+        tmp_path, {"name": "dmd2", "gan_weight": 0.0, "student_every": 2}, teacher
+    )
     assert after < 0.02 and after < before / 4, (before, after)
     angle = torch.atan2(samples[:, 1], samples[:, 0])
     modes = torch.bincount((angle / (math.pi / 3)).round().long() % 6, minlength=6) / len(samples)

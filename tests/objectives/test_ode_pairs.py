@@ -13,7 +13,9 @@ from tests.objectives.toys import CountingRole, GaussianNet, batch_of, gaussian_
 
 def make(schedule, steps, **cfg):
     student = Student(GaussianNet(schedule, 0.0, 1.0), None, schedule.steps(steps))
-    objective = ODEPairs(ODEPairsConfig(**cfg), {"student": student, "teacher": gaussian_role(schedule, 0.5, 0.3)}, rng())
+    objective = ODEPairs(
+        ODEPairsConfig(**cfg), {"student": student, "teacher": gaussian_role(schedule, 0.5, 0.3)}, rng()
+    )
     objective.prepare()
     return objective
 

@@ -1,4 +1,6 @@
-"""Supervised training: its loss is a native regression, dropout is as stated, and it learns exact denoisers."""
+"""Supervised training: its loss is a native regression, dropout is as stated, and it learns exact
+denoisers.
+"""
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
 
 
 def make(schedule, **cfg):
-    return SFT(SFTConfig(**cfg), {"student": Student(GaussianNet(schedule, 0.3, 0.8), None, schedule.steps(1))}, rng())
+    return SFT(
+        SFTConfig(**cfg),
+        {"student": Student(GaussianNet(schedule, 0.3, 0.8), None, schedule.steps(1))},
+        rng(),
+    )
 
 
-@pytest.mark.parametrize("kind,schedule", [("eps", VP.scaled_linear()), ("flow", Flow()), ("v", VP.scaled_linear())])
+@pytest.mark.parametrize(
+    "kind,schedule", [("eps", VP.scaled_linear()), ("flow", Flow()), ("v", VP.scaled_linear())]
+)
 def test_p1_loss_is_the_native_regression(kind, schedule):
     objective = make(schedule, weighting=kind, time={"low": 0.1, "high": 0.9})
     x0 = torch.randn(64, 2, dtype=torch.float64)
@@ -22,7 +30,9 @@ def test_p1_loss_is_the_native_regression(kind, schedule):
     t, eps = objective.sample_t(64, objective.cfg.time), objective.rng.randn_like(x0)
     x_t = schedule.noise(x0, eps, t)
     out = schedule.from_x0(kind, objective.student(x_t, t, {}), x_t, t)
-    torch.testing.assert_close(loss, (out - schedule.from_x0(kind, x0, x_t, t)).square().mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        loss, (out - schedule.from_x0(kind, x0, x_t, t)).square().mean(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_p1_condition_dropout_rate():
@@ -47,8 +57,14 @@ def test_p1_log_normal_times():
 
 def test_p2_learns_the_exact_denoiser(tmp_path):
     """Trained on samples of the mixture, D comes near the closed form at every noise level."""
-    *_, trainer = run_mixture(tmp_path, {"name": "sft", "time": {"low": 0.001, "high": 1.0}}, steps=500, lr=2e-3)
-    mixture, net, S = trainer.cast.teacher.backbone, trainer.cast.parts["student"], trainer.cast.teacher.schedule
+    *_, trainer = run_mixture(
+        tmp_path, {"name": "sft", "time": {"low": 0.001, "high": 1.0}}, steps=500, lr=2e-3
+    )
+    mixture, net, S = (
+        trainer.cast.teacher.backbone,
+        trainer.cast.parts["student"],
+        trainer.cast.teacher.schedule,
+    )
     x0, labels = mixture.sample(2000, torch.Generator().manual_seed(3))
     for u in (0.2, 0.5, 0.8):
         t = S.from_unit(torch.full((2000,), u))

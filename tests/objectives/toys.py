@@ -10,7 +10,9 @@ from fastgen.schedules import expand
 
 
 class GaussianNet(nn.Module):
-    """Exact denoiser of N(m, s^2 I), with m and s learnable; its one-step sample from pure noise is affine in the noise."""
+    """Exact denoiser of N(m, s^2 I), with m and s learnable; its one-step sample from pure noise is
+    affine in the noise.
+    """
 
     prediction = "x0"
 
@@ -21,7 +23,9 @@ class GaussianNet(nn.Module):
         self.s = nn.Parameter(torch.tensor(float(s), dtype=torch.float64))
 
     def forward(self, x_t, t, cond):
-        a, sig = (c.double() for c in (expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)))
+        a, sig = (
+            c.double() for c in (expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t))
+        )
         return self.m + a * self.s**2 / (a**2 * self.s**2 + sig**2) * (x_t - a * self.m)
 
     raw = forward
@@ -63,7 +67,17 @@ def rng(seed=0):
     return Rng(seed)
 
 
-def run_mixture(folder, objective, teacher="analytic:gmm2d-flow", steps=400, num_steps=1, batch=256, lr=1e-3, guidance=1.0, **train):
+def run_mixture(
+    folder,
+    objective,
+    teacher="analytic:gmm2d-flow",
+    steps=400,
+    num_steps=1,
+    batch=256,
+    lr=1e-3,
+    guidance=1.0,
+    **train,
+):
     """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer)."""
     from accelerate import Accelerator
 
@@ -74,11 +88,21 @@ def run_mixture(folder, objective, teacher="analytic:gmm2d-flow", steps=400, num
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
-    cfg = config.validate({
-        "teacher": {"path": teacher, "guidance": guidance}, "objective": objective, "student": {"num_steps": num_steps},
-        "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
-        "train": {"max_train_steps": steps, "train_batch_size": batch, "checkpointing_steps": 0, "ema_decay": [0.99], **train},
-    })
+    cfg = config.validate(
+        {
+            "teacher": {"path": teacher, "guidance": guidance},
+            "objective": objective,
+            "student": {"num_steps": num_steps},
+            "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
+            "train": {
+                "max_train_steps": steps,
+                "train_batch_size": batch,
+                "checkpointing_steps": 0,
+                "ema_decay": [0.99],
+                **train,
+            },
+        }
+    )
     cast = Cast(cfg)
     trainer = Trainer(cfg, cast, load_data(cfg.data, cast.teacher), folder, Accelerator(cpu=True))
     student, codec, mixture = cast.parts["student"], cast.teacher.codec, cast.teacher.backbone

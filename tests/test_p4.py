@@ -1,0 +1,123 @@
+"""P4 per method: trained for a few steps, exported, and drawn by plain diffusers with the same images."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastgen.export import load_export
+from fastgen.run import main
+from fastgen.samplers import sample_teacher
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "fastgen":
+            raise ImportError("fastgen may not be imported here")
+sys.meta_path.insert(0, Blocked())
+"""
+SAVE = "\nfrom safetensors.torch import save_file\nsave_file({'images': images.contiguous()}, 'images.safetensors')\n"
+STUDENT = """
+import torch
+from diffusers import FlowMatchLCMScheduler, UNet2DModel
+unet = UNet2DModel.from_pretrained(".", subfolder="unet", torch_dtype=torch.float32)
+scheduler = FlowMatchLCMScheduler.from_pretrained(".", subfolder="scheduler")
+scheduler.set_timesteps(1)
+x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    t = scheduler.timesteps[0]
+    x = scheduler.step(unet(x, t, class_labels=torch.arange(10)).sample, t, x).prev_sample
+images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
+"""
+TEACHER = """
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")
+scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        out = unet(x, t, class_labels=torch.arange(10)).sample
+        x = scheduler.step(out, t, x).prev_sample
+images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
+"""
+
+
+def train(tiny, tmp_path, objective):
+    """A few real steps on pictures, from the tiny flow teacher; the export folder."""
+    (tmp_path / "set").mkdir()
+    for i in range(10):
+        Image.new("L", (16, 16), 25 * i).save(tmp_path / f"set/{i}.png")
+    values = {
+        "teacher": {"path": str(tiny("flow"))},
+        "data": {"images": str(tmp_path / "set")},
+        "objective": objective,
+        "optim": {"student": {"lr": 1e-2}},
+        "train": {"max_train_steps": 4, "train_batch_size": 4, "validation_steps": 0, "ema_decay": [0.5]},
+        "eval": {"num_samples": 0},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    return tmp_path / "run/export"
+
+
+def plainly(code, folder):
+    """Images that a script without fastgen makes in this folder."""
+    (folder / "plain.py").write_text(BLOCK + code + SAVE)
+    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "images.safetensors")["images"]
+
+
+def replay(tiny, tmp_path, objective):
+    """A plain loop against the exported student in our code, and against the untrained teacher."""
+    export = train(tiny, tmp_path, objective)
+    images = plainly(STUDENT, export)
+    x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.ones(10, dtype=torch.float64), {"class_labels": torch.arange(10)}
+    loaded, base = load_export(str(export)), load_export(str(tiny("flow")))
+    with torch.no_grad():
+        ours = loaded.codec.decode(loaded.role(x, t, cond))
+        untrained = base.codec.decode(base.role(x, t, cond))
+    assert (images - ours).abs().max() < 1e-3
+    assert (images - untrained).abs().max() > 1e-2
+
+
+def test_p4_dmd2(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_weight": 0.1})
+
+
+def test_p4_consistency(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "consistency", "num_scales": 8})
+
+
+def test_p4_ode_pairs(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "ode_pairs", "teacher_steps": 4})
+
+
+def test_p4_sft(tiny, tmp_path):
+    export = train(tiny, tmp_path, {"name": "sft"})
+    images = plainly(TEACHER.format(folder=export), tmp_path)
+    loaded = load_export(str(export))
+    noise = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = {"class_labels": torch.arange(10)}
+    ours = loaded.codec.decode(sample_teacher(loaded.role, noise, cond, cond, 4))
+    assert (images - ours).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_an_export_with_a_missing_part_is_named(missing, tiny, tmp_path):
+    import shutil
+
+    from fastgen.errors import UserError
+
+    shutil.copytree(tiny("flow"), tmp_path / "broken")
+    (tmp_path / "broken" / missing).unlink()
+    with pytest.raises(UserError, match=missing.rsplit("/", 1)[1]):
+        load_export(str(tmp_path / "broken"))
