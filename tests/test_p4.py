@@ -21,7 +21,10 @@ class Blocked:
             raise ImportError("fastgen may not be imported here")
 sys.meta_path.insert(0, Blocked())
 """
-SAVE = "\nfrom safetensors.torch import save_file\nsave_file({'images': images.contiguous()}, 'images.safetensors')\n"
+SAVE = """
+from safetensors.torch import save_file
+save_file({"images": images.contiguous()}, "images.safetensors")
+"""
 STUDENT = """
 import torch
 from diffusers import FlowMatchLCMScheduler, UNet2DModel

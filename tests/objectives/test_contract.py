@@ -1,0 +1,151 @@
+"""What every registered method owes: turns, determinism, a frozen teacher, every network family, full and LoRA."""
+
+import pytest
+import torch
+import yaml
+
+from fastgen import config
+from fastgen.build import Cast
+from fastgen.objectives import REGISTRY
+from fastgen.objectives.base import Batch
+from fastgen.paths import config as config_file
+from fastgen.rng import Rng
+
+SHORT = {
+    "dmd2": {"student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1},
+    "consistency": {"num_scales": 4, "target_decay": 0.5},
+    "ode_pairs": {"teacher_steps": 2},
+    "sft": {},
+}
+each = pytest.mark.parametrize("name", sorted(REGISTRY))
+
+
+def make(name, teacher, kind="full", **train):
+    """(config, cast, objective) of a method over a teacher folder."""
+    cfg = config.validate(
+        {
+            "teacher": {"path": str(teacher)},
+            "student": {"kind": kind, "lora": {"rank": 2}},
+            "critic": {"lora": {"rank": 2}},
+            "objective": {"name": name, **SHORT[name]},
+            "data": {"name": "fashion"},
+            "train": train,
+        }
+    )
+    cast = Cast(cfg)
+    objective = cast.stage(cfg.all_stages()[0], Rng(0))
+    objective.prepare()
+    return cfg, cast, objective
+
+
+def batch(cast, num=2):
+    codec, generator = cast.teacher.codec, torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, num, *codec.shape, generator=generator)
+    if hasattr(codec, "prompts"):
+        cond = codec.prompts(["a red dress", "a bag"][:num])
+    else:
+        cond = codec.labels(torch.arange(num) % codec.num_classes)
+    return Batch(x0, cond, codec.null(num), noise, torch.arange(num))
+
+
+def play(objective, one, k, check=False):
+    """One step with plain SGD; the losses by player."""
+    losses = []
+    for loss, _ in objective.step(one, k):
+        active = objective.active
+        loss.backward()
+        losses.append((active, float(loss)))
+        for player in objective.players.values():
+            for parameter in player.trainable().values():
+                if check and player.name != active:
+                    assert parameter.grad is None, f"{player.name} got a gradient in {active}'s turn"
+                if parameter.grad is not None:
+                    parameter.data -= 0.01 * parameter.grad
+                    parameter.grad = None
+    return losses
+
+
+@each
+def test_yaml_exists_and_round_trips(name):
+    values = yaml.safe_load(config_file(f"objectives/{name}.yaml").read_text())
+    cfg = config.validate({"data": {"name": "fashion"}, **values})
+    assert cfg.objective.name == name
+    assert config.validate(yaml.safe_load(config.dump(cfg))) == cfg
+
+
+@each
+def test_docstring_has_paper_and_differences(name):
+    import sys
+
+    text = sys.modules[REGISTRY[name].__module__].__doc__
+    assert "arXiv" in text and "Differs" in text
+
+
+@each
+@pytest.mark.parametrize("family", ["flow", "edm", "vp", "sd", "sana"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_family_full_and_lora(name, family, kind, tiny):
+    """Finite losses, gradients in one's own turn only, and a teacher that stays as it was."""
+    _, cast, objective = make(name, tiny(family), kind)
+    one = batch(cast)
+    t = torch.full((2,), cast.teacher.schedule.steps(2)[1], dtype=torch.float64)
+    with torch.no_grad():
+        before = cast.parts["teacher"](one.noise, t, one.cond)
+    found = play(objective, one, 0, check=True) + play(objective, one, 1, check=True)
+    assert all(torch.isfinite(torch.tensor(v)) for _, v in found)
+    assert {player for player, _ in found} == set(objective.players)
+    shared_by_student = cast.parts["student"].backbone is cast.teacher.backbone and kind == "full"
+    with torch.no_grad():
+        after = cast.parts["teacher"](one.noise, t, one.cond)
+        moved = cast.parts["student"](one.noise, t, one.cond)
+    assert shared_by_student or torch.equal(before, after), "the teacher moved"
+    assert not torch.equal(moved, before), "the student did not move"
+
+
+@each
+def test_same_seed_same_run(name, tiny):
+    runs = []
+    for _ in range(2):
+        _, cast, objective = make(name, tiny("flow"))
+        runs.append([play(objective, batch(cast), k) for k in range(3)])
+    assert runs[0] == runs[1]
+
+
+@each
+def test_bf16_autocast_is_finite(name, tiny):
+    _, cast, objective = make(name, tiny("flow"))
+    turns = objective.step(batch(cast), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = next(turns)
+    assert torch.isfinite(loss) and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["dmd2", "consistency"])
+def test_checkpointed_gradients_are_the_plain_ones(name, tiny):
+    """Also through two adapters at once: each block is recomputed under the adapter of its own forward pass."""
+    grads = []
+    for on in (False, True):
+        _, cast, objective = make(name, tiny("sd"), "lora", gradient_checkpointing=on)
+        for role in ("student", "critic"):
+            if role in cast.parts:
+                generator = torch.Generator().manual_seed(5)
+                for p in cast.parts[role].trainable().values():
+                    p.data = 0.05 * torch.randn(p.shape, generator=generator)
+        loss, _ = next(objective.step(batch(cast), 0))
+        loss.backward()
+        grads.append({n: p.grad for n, p in objective.players["student"].trainable().items()})
+    assert all(g is not None for g in grads[0].values())
+    for key, plain in grads[0].items():
+        torch.testing.assert_close(grads[1][key], plain, rtol=1e-4, atol=1e-7)
+
+
+def test_shared_base_equals_full_copies_at_the_start(tiny):
+    outputs = []
+    for kind in ("full", "lora"):
+        _, cast, _ = make("dmd2", tiny("sd"), kind)
+        one = batch(cast)
+        t = torch.full((2,), 500.0, dtype=torch.float64)
+        with torch.no_grad():
+            outputs.append([cast.parts[p](one.noise, t, one.cond) for p in ("teacher", "student", "critic")])
+    for full, shared in zip(*outputs):
+        torch.testing.assert_close(full, shared, rtol=1e-5, atol=1e-5)
