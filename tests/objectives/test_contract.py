@@ -1,4 +1,6 @@
-"""What every registered method owes: turns, determinism, a frozen teacher, every network family, full and LoRA."""
+"""What every registered method owes: turns, determinism, a frozen teacher, every network family, full and
+LoRA.
+"""
 
 import pytest
 import torch
@@ -122,7 +124,9 @@ def test_bf16_autocast_is_finite(name, tiny):
 
 @pytest.mark.parametrize("name", ["dmd2", "consistency"])
 def test_checkpointed_gradients_are_the_plain_ones(name, tiny):
-    """Also through two adapters at once: each block is recomputed under the adapter of its own forward pass."""
+    """Also through two adapters at once: each block is recomputed under the adapter of its own forward
+    pass.
+    """
     grads = []
     for on in (False, True):
         _, cast, objective = make(name, tiny("sd"), "lora", gradient_checkpointing=on)
