@@ -2,8 +2,13 @@
 overwritten.
 """
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from pathlib import Path
 
 import pytest
@@ -59,6 +64,26 @@ SIMPLE = {
         ["--objective.name", "dmd3"],
         ["objective.name", "dmd3", "did you mean 'dmd2'", "consistency"],
     ),
+    "misspelt switch": (["--resum"], ["--resum", "did you mean 'resume'"]),
+    "misspelt switch 2": (["--dryrun"], ["--dryrun", "did you mean 'dry_run'"]),
+    "misspelt key without value": (["--train.sed"], ["--train.sed", "did you mean 'seed'"]),
+    "misspelt nested objective key": (
+        ["--objective.time.lo", "0.1"],
+        ["objective.time.lo", "did you mean 'low'"],
+    ),
+    "section and key": (["--train", "3", "--train.seed", "4"], ["train", "not both"]),
+    "infinite": (["--optim.student.lr", "inf"], ["optim.student.lr", "finite"]),
+    "bad list": (["--student.lora.target_modules", "[a"], ["student.lora.target_modules", "'[a'"]),
+    "config without value": (["--config"], ["--config", "expected at least one"]),
+    "half precision on a CPU": (
+        ["--train.mixed_precision", "fp16"],
+        ["train.mixed_precision", "without a GPU", "bf16"],
+    ),
+    "best without validation": (
+        ["--eval.keep", "best", "--train.validation_steps", "0"],
+        ["eval.keep", "validation_steps"],
+    ),
+    "resume and overwrite": ([*TOY, "--resume", "--overwrite"], ["--resume", "--overwrite", "one of them"]),
     "flag without value": (["--train.seed"], ["--train.seed", "no value"]),
     "stray word": (["train.seed", "3"], ["train.seed", "--section.key value"]),
     "config missing": (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml does not exist"]),
@@ -121,12 +146,11 @@ SIMPLE = {
 
 @pytest.mark.parametrize("name", SIMPLE)
 def test_one_line_and_exit_2(name, tmp_path, capsys):
-    if name == "8-bit without bitsandbytes":
-        pytest.importorskip("torch")
-        if __import__("importlib.util").util.find_spec("bitsandbytes"):
-            pytest.skip("bitsandbytes is installed")
-    if name == "tracker not installed" and __import__("importlib.util").util.find_spec("trackio"):
-        pytest.skip("trackio is installed")
+    library = {"8-bit without bitsandbytes": "bitsandbytes", "tracker not installed": "trackio"}.get(name)
+    if library and importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed")
+    if name.startswith("half precision") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     (tmp_path / "empty").mkdir()
     run = tmp_path / "run"
     arguments, wanted = SIMPLE[name]
@@ -135,6 +159,7 @@ def test_one_line_and_exit_2(name, tmp_path, capsys):
     assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
     for part in wanted:
         assert part in errors[0], errors[0]
+    assert not run.exists(), "a mistake leaves nothing behind"
 
 
 def copy_of(folder, target):
@@ -201,14 +226,19 @@ def toy(tmp_path, *more):
     return [*TOY, "--output_dir", tmp_path / "run", *more]
 
 
-def test_used_run_folder_is_left_alone(tmp_path, capsys):
+def test_used_run_folder_is_left_alone(tmp_path, capsys, no_finish):
     assert main(started(toy(tmp_path))) == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     code, err = say(capsys, toy(tmp_path))
     assert code == 2 and "output_dir" in err and "--resume" in err and "--overwrite" in err
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    code, err = say(capsys, toy(tmp_path, "--resume", "--optim.student.lr", "1", "--train.seed", "7"))
-    assert code == 2 and "train.seed" in err and "changed" in err
+    changes = ["--optim.student.lr", "1", "--train.seed", "7", "--objective.student_every", "3"]
+    code, err = say(capsys, toy(tmp_path, "--resume", *changes))
+    assert (
+        code == 2
+        and "changed since checkpoint-2: objective.student_every (2 -> 3), train.seed (0 -> 7)" in err
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     assert main(started(toy(tmp_path, "--overwrite"))) == 0
 
 
@@ -222,7 +252,7 @@ def test_overwrite_clears_run_folders_only(tmp_path, capsys):
     assert code == 2 and "is a file" in err
 
 
-def test_disk_full_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+def test_disk_full_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch, no_finish):
     import safetensors.torch
 
     from fastgen import checkpoint
@@ -262,10 +292,6 @@ class Broken(Objective, config=BrokenConfig):
 
 def test_nan_stops_the_run_naming_player_term_and_step(tmp_path):
     """In a process of its own: the plugin joins the registry before the config is built."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
     (tmp_path / "broken_plugin.py").write_text(PLUGIN)
     base = {
         "teacher": {"path": "analytic:gmm2d-flow"},
@@ -291,7 +317,7 @@ def test_nan_stops_the_run_naming_player_term_and_step(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=__import__("os").environ | {"PYTHONPATH": str(root)},
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert done.returncode == 3, done.stderr
     line = next(x for x in done.stderr.splitlines() if x.startswith("error:"))

@@ -119,7 +119,8 @@ def test_the_last_stage_decides_how_the_student_is_sampled(tmp_path):
         {"name": "tune", "objective": {"name": "sft"}, "max_train_steps": 1},
         {"name": "distil", "objective": DMD2, "max_train_steps": 1},
     ]
-    results = run(tmp_path, **DIGITS, objective=DMD2, stages=stages, eval={**FEW, "num_samples": 4})
+    train = {k: v for k, v in SHORT.items() if k != "max_train_steps"}
+    results = run(tmp_path, **DIGITS, train=train, stages=stages, eval={**FEW, "num_samples": 4})
     assert results["student"]["nfe"] == 1 and "untrained_student" in results
     export = json.loads((tmp_path / "run" / "export" / "fastgen.json").read_text())["export"]
     assert export["times"] and export["steps"] == 1

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fastgen import checkpoint
 from fastgen.run import main
+from fastgen.trainer import Trainer
 
 BASE = {
     "teacher": {"path": "analytic:gmm2d-flow", "guidance": 1.5},
@@ -37,14 +38,12 @@ RUNS = {
     "accumulation": {"objective": DMD2, "train": BASE["train"] | {"gradient_accumulation_steps": 2}},
     "pairs": {"objective": {"name": "ode_pairs", "teacher_steps": 4}},
     "two stages": {
-        "objective": CM,
         "stages": [
             {"name": "warm", "objective": CM, "max_train_steps": 3},
             {"name": "match", "objective": DMD2, "max_train_steps": 3},
         ],
     },
     "three stages": {
-        "objective": CM,
         "stages": [
             {"name": "a", "objective": DMD2, "max_train_steps": 2},
             {"name": "b", "objective": CM, "max_train_steps": 2},
@@ -55,7 +54,10 @@ RUNS = {
 
 
 def write(tmp_path, values):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE | values))
+    merged = BASE | values
+    if "stages" in values:  # each stage has its own length
+        merged["train"] = {k: v for k, v in merged["train"].items() if k != "max_train_steps"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(merged))
     return ["--config", str(tmp_path / "run.yaml"), "--output_dir"]
 
 
@@ -102,6 +104,44 @@ def test_resume_is_bit_exact(name, at, tmp_path, monkeypatch, no_finish):
         assert torch.equal(whole[key], cut[key]), key
     first, second = losses(tmp_path / "whole"), losses(tmp_path / "cut")
     assert first == second and len(first) >= 6
+
+
+def test_resume_between_checkpoints_repeats_no_line(tmp_path, monkeypatch, no_finish):
+    """A run that dies two steps after its checkpoint, in the middle of an average, logs what the whole run logs."""
+    train = BASE["train"] | {"checkpointing_steps": 3, "log_steps": 2, "validation_steps": 0}
+    arguments = write(tmp_path, RUNS["dmd2 with GAN"] | {"train": train})
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        real = Trainer.write_metrics
+
+        def write_metrics(self, record):
+            real(self, record)
+            if record["step"] == 4:
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write('{"step": 5, "cut o')
+                raise Stop
+
+        patch.setattr(Trainer, "write_metrics", write_metrics)
+        main([*arguments, str(tmp_path / "cut")])
+    assert main([*arguments, str(tmp_path / "cut"), "--resume"]) == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_resuming_a_finished_run_holds_its_weights(tmp_path, monkeypatch):
+    from fastgen import finish
+
+    seen = []
+    monkeypatch.setattr(
+        finish,
+        "finish",
+        lambda trainer, judge: seen.append({n: p.detach().clone() for n, p in trainer._tensors().items()}),
+    )
+    arguments = [
+        *write(tmp_path, RUNS["two stages"] | {"train": BASE["train"] | {"validation_steps": 0}}),
+        str(tmp_path / "run"),
+    ]
+    assert main(arguments) == 0 and main([*arguments, "--resume"]) == 0
+    assert seen[0].keys() == seen[1].keys() and all(torch.equal(v, seen[1][k]) for k, v in seen[0].items())
 
 
 def test_lora_resume_is_bit_exact(tiny, tmp_path, monkeypatch, no_finish):
