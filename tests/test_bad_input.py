@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from pathlib import Path
 
 import pytest
 import torch

@@ -107,7 +107,9 @@ def test_resume_is_bit_exact(name, at, tmp_path, monkeypatch, no_finish):
 
 
 def test_resume_between_checkpoints_repeats_no_line(tmp_path, monkeypatch, no_finish):
-    """A run that dies two steps after its checkpoint, in the middle of an average, logs what the whole run logs."""
+    """A run that dies two steps after its checkpoint, in the middle of an average, logs what the whole
+    run logs.
+    """
     train = BASE["train"] | {"checkpointing_steps": 3, "log_steps": 2, "validation_steps": 0}
     arguments = write(tmp_path, RUNS["dmd2 with GAN"] | {"train": train})
     assert main([*arguments, str(tmp_path / "whole")]) == 0
