@@ -38,6 +38,10 @@ class Cast:
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
             self._make(name, kinds[name], alone="teacher" not in names)
+        if cfg.train.compile:
+            for backbone in self.backbones():
+                if hasattr(backbone, "net"):
+                    backbone.net.compile()  # in place: parameter names and hooks stay as they are
         if cfg.train.gradient_checkpointing:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):

@@ -153,3 +153,13 @@ def test_shared_base_equals_full_copies_at_the_start(tiny):
             outputs.append([cast.parts[p](one.noise, t, one.cond) for p in ("teacher", "student", "critic")])
     for full, shared in zip(*outputs):
         torch.testing.assert_close(full, shared, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_switch_reaches_every_network(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    make("consistency", tiny("flow"), compile=True)
+    assert compiled == ["UNet2DModel"] * 3  # teacher, student, target
+    compiled.clear()
+    make("consistency", tiny("flow"))
+    assert compiled == []
