@@ -20,6 +20,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+OVERHEAD = {
+    "teacher": {"path": "assets:teachers/fashion"},
+    "data": {"name": "fashion", "limit": 500},
+    "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.0},
+    "train": {
+        "train_batch_size": 32,
+        "max_train_steps": 10_000,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+    },
+}
+
+
 def overhead(rounds: int = 12) -> dict:
     """Trainer step against the same network calls, backwards and optimizer steps by hand, alternating."""
     import tempfile
@@ -33,19 +46,7 @@ def overhead(rounds: int = 12) -> dict:
     from fastgen.trainer import Trainer
 
     torch.set_num_threads(1)
-    cfg = config.validate(
-        {
-            "teacher": {"path": "assets:teachers/fashion"},
-            "data": {"name": "fashion", "limit": 500},
-            "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.0},
-            "train": {
-                "train_batch_size": 32,
-                "max_train_steps": 10_000,
-                "validation_steps": 0,
-                "checkpointing_steps": 0,
-            },
-        }
-    )
+    cfg = config.validate(OVERHEAD)
     cast = Cast(cfg)
     data = load_data(cfg.data, cast.teacher)
     trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
@@ -54,7 +55,7 @@ def overhead(rounds: int = 12) -> dict:
     trainer.objective.prepare()
     windows = data.batches(32, 0, 1, trainer.rng, trainer.acc.device)
     student, critic, teacher = (cast.parts[n] for n in ("student", "critic", "teacher"))
-    S, x0 = student.schedule, torch.randn(32, 4, 16, 16)
+    x0 = torch.randn(32, 4, 16, 16)
     t, cond = torch.full((32,), 0.5, dtype=torch.float64), {"class_labels": torch.arange(32) % 10}
 
     class Quiet:
@@ -88,7 +89,6 @@ def overhead(rounds: int = 12) -> dict:
             f()
             times[name].append(time.process_time() - start)
     ratios = [a / b for a, b in zip(times["framework"], times["raw"])]
-    del S
     return {
         "ratio": statistics.median(ratios),
         "framework_seconds": statistics.median(times["framework"]),

@@ -173,6 +173,26 @@ def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _notes(info: dict, codec, files: dict) -> list[str]:
+    """What a user of these files must know beside the settings."""
+    lora, student, notes = files.get("lora", ""), bool(info["times"]), []
+    if student and info["arguments"]:
+        given = _keywords(info["arguments"])[2:]
+        notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
+    elif student and len(info["times"]) > 1:
+        notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
+    if lora:
+        notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
+    if files.get("kohya"):
+        notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
+    if lora and not hasattr(codec, "prompts"):
+        notes.append(
+            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
+            f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
+        )
+    return notes
+
+
 def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
     """README.md of an export."""
     family, codec, what = teacher.backbone.family, teacher.codec, teacher.info or {}
@@ -189,21 +209,7 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     else:
         settings["guidance"] = f"{info['guidance']:g}"
     settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
-    notes = []
-    if student and info["arguments"]:
-        given = _keywords(info["arguments"])[2:]
-        notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
-    elif student and len(info["times"]) > 1:
-        notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
-    if lora:
-        notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
-    if files.get("kohya"):
-        notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if lora and not hasattr(codec, "prompts"):
-        notes.append(
-            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
-            f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
-        )
+    notes = _notes(info, codec, files)
     first = "A few-step student distilled" if student else "A generator trained"
     lines = [
         _front_matter(info, what, codec, lora),
