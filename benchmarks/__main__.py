@@ -80,6 +80,11 @@ def overhead(rounds: int = 12) -> dict:
         with torch.no_grad():
             teacher(x0, t, cond), critic(x0, t, cond), student(x0, t, cond)
 
+    return _alternate(framework, raw, rounds)
+
+
+def _alternate(framework, raw, rounds: int) -> dict:
+    """Median ratio of two functions timed in turn, after one warm-up call each."""
     for f in (framework, raw):
         f()
     times = {"framework": [], "raw": []}
@@ -98,6 +103,30 @@ def overhead(rounds: int = 12) -> dict:
     }
 
 
+LARGE_NET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [256, 512],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+    "transformer_layers_per_block": 2,
+}
+LARGE = {
+    "net": LARGE_NET,
+    "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+}
+
+
 def _memory_child(mode: str) -> None:
     """Peak resident megabytes above the libraries' own, of one LoRA being trained (one) or DMD2 with
     three roles (three).
@@ -114,33 +143,11 @@ def _memory_child(mode: str) -> None:
     from fastgen.trainer import Trainer
 
     torch.set_num_threads(2)
-    net = {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [256, 512],
-        "layers_per_block": 2,
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 2,
-        "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-        "transformer_layers_per_block": 2,
-    }
-    blueprint = {
-        "net": net,
-        "scheduler": {
-            "_class_name": "DDIMScheduler",
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-        },
-    }
     lora = {"rank": 16, "lora_alpha": 16}
     objective = {"name": "sft"} if mode == "one" else {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
     cfg = config.validate(
         {
-            "teacher": {"path": "", "blueprint": blueprint},
+            "teacher": {"path": "", "blueprint": LARGE},
             "student": {"kind": "lora", "lora": lora},
             "critic": {"kind": "lora", "lora": lora},
             "objective": objective,

@@ -24,7 +24,9 @@ class Cast:
     """
 
     def __init__(self, cfg: RunConfig, device="cpu"):
-        self.cfg, self.device = cfg, device
+        """On the device "meta" every network is laid out without its numbers, exact teachers apart."""
+        exact = cfg.teacher.path.startswith("analytic:")
+        self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
         if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
             raise UserError(
@@ -59,7 +61,8 @@ class Cast:
     def _load(self) -> Teacher:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
-        return load_teacher(t.path, t.prediction, t.blueprint, t.allow_download).to(self.device)
+        weights = str(self.device) != "meta"
+        return load_teacher(t.path, t.prediction, t.blueprint, t.allow_download, weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
@@ -81,7 +84,7 @@ class Cast:
         else:
             self.parts[name] = Role(base, adapter)
         base.eval()
-        if name == "student" and self.cfg.student.init:
+        if name == "student" and self.cfg.student.init and str(self.device) != "meta":
             from fastgen.export import init_student
 
             init_student(self.parts[name], self.cfg.student.init)

@@ -88,6 +88,11 @@ class TextCodec(nn.Module):
         )
         device = self.text_encoder.device
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        if device.type == "meta":  # laid out for --dry_run: shapes are all there is
+            states = torch.empty(*ids.shape, self.text_encoder.config.hidden_size, device=device)
+            return {"encoder_hidden_states": states} | (
+                {"encoder_attention_mask": mask} if self.masked else {}
+            )
         if not self.masked:
             return {"encoder_hidden_states": self.text_encoder(ids)[0].float()}
         states = self.text_encoder(ids, attention_mask=mask)[0].float()

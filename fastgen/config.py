@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastgen.objectives import REGISTRY
-from fastgen.parse import complain, merge, overrides, read_files
+from fastgen.parse import complain, merge, model_in, overrides, read_files
 
 
 class Section(BaseModel):
@@ -271,7 +271,7 @@ class RunConfig(Section):
             has_data = self.data.name or self.data.images
             if cls.requires_data(stage.objective) and not has_data:
                 raise ValueError(
-                    f"objective.{stage.objective.name} with these settings needs real data; "
+                    f"data: no images are named; {stage.objective.name} with these settings needs real data, "
                     "set data.name or data.images"
                 )
         return self
@@ -300,7 +300,19 @@ def help_text(base: RunConfig) -> str:
         )
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     first = next(i for i, line in enumerate(lines) if "--output_dir" in line)
-    return "\n".join(["keys", *lines[first:]]) + "\n"
+    return "\n".join(["keys", *lines[first:], "", *_unset_sections(base, "--")]) + "\n"
+
+
+def _unset_sections(section: BaseModel, prefix: str):
+    """Lines for sections that are null and so have no keys to list."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _unset_sections(value, f"{prefix}{name}.")
+        elif value is None and model_in(field.annotation):
+            keys = ", ".join(model_in(field.annotation).model_fields)
+            yield f"  {prefix}{name} {{{keys}}}"
+            yield f"        {field.description} (default: null)"
 
 
 def dump(cfg: RunConfig) -> str:

@@ -1,6 +1,9 @@
 """`--dry_run`: what a config would do, told without starting anything."""
 
+import math
+
 import torch
+from torch import Tensor
 
 from fastgen.build import Cast
 from fastgen.config import RunConfig, dump
@@ -12,7 +15,8 @@ BYTES = 4  # trained weights, gradients and optimizer states are float32
 
 def describe(cfg: RunConfig) -> str:
     """Resolved config, players, network evaluations per step and a memory estimate, as plain text."""
-    cast = Cast(cfg)
+    silent = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
+    cast = Cast(silent, "meta")
     lines = [dump(cfg), "players"]
     for stage in cfg.all_stages():
         lines += _stage(cfg, cast, stage)
@@ -47,9 +51,7 @@ def _count(backbone, base_only: bool = False) -> int:
 
 
 def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
-    """Weights, gradients, Adam's two states and averages exactly; activations from one measured forward
-    pass.
-    """
+    """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
     weights = sum(_count(b) for b in cast.backbones()) * BYTES
     weights += sum(p.numel() for p in cast.teacher.codec.parameters()) * BYTES
     trained = sum(
@@ -60,35 +62,45 @@ def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
     heads = sum(
         p.numel() for m in cast.parts.values() if isinstance(m, torch.nn.Module) for p in m.parameters()
     )
+    size, passes = _activations(cfg, cast)
+    batch, half = cfg.train.train_batch_size, 1.0 if cfg.train.mixed_precision == "no" else 0.5
     student = sum(p.numel() for p in cast.parts["student"].trainable().values())
     rows = {
         "weights (all roles, shared ones once)": weights + heads * BYTES,
         "gradients": (trained + heads) * BYTES,
         "Adam states": 2 * (trained + heads) * BYTES,
         "EMA": len(cfg.train.ema_decay) * student * BYTES,
-        "activations of one training pass (estimate)": _activations(cfg, cast),
+        f"activations (estimate: one pass x {passes} x batch {batch})": size * passes * batch * half,
     }
     total = sum(rows.values())
-    lines = ["memory estimate (MB)"] + [f"  {n:<46}{v / 2**20:>10.1f}" for n, v in rows.items()]
-    return [*lines, f"  {'total':<46}{total / 2**20:>10.1f}"]
+    lines = ["memory estimate (MB)"] + [f"  {n:<52}{v / 2**20:>10.1f}" for n, v in rows.items()]
+    return [*lines, f"  {'total':<52}{total / 2**20:>10.1f}"]
 
 
-def _activations(cfg: RunConfig, cast: Cast) -> int:
-    """Bytes autograd keeps for one sample's pass through the student, times the batch (all of it if
-    checkpointing is off).
-    """
-    codec, student = cast.teacher.codec, cast.parts["student"]
-    kept: dict[int, int] = {}
+def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
+    """(bytes autograd keeps for one sample's pass through the student, passes with a graph in one turn)."""
+    codec, student, device = cast.teacher.codec, cast.parts["student"], cast.device
+    kept: dict[int, Tensor] = {}
 
     def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     for p in student.trainable().values():
         p.requires_grad_(True)
-    t = torch.full((1,), student.times[0], dtype=torch.float64)
-    own = {p.data_ptr() for b in cast.backbones() for p in b.parameters()}
+    own = {p.untyped_storage()._cdata for b in cast.backbones() for p in b.parameters()}
+    t = torch.full((1,), student.times[0], dtype=torch.float64, device=device)
+    cond = {k: v.to(device) for k, v in codec.null(1).items()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = student(torch.zeros(1, *codec.shape), t, codec.null(1))
+        out = student.raw(torch.zeros(1, *codec.shape, device=device), t, cond)
     del out
-    return sum(v for k, v in kept.items() if k not in own) * cfg.train.train_batch_size
+    size = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in own)
+    return size, max(_passes(cfg, s, len(student.times)) for s in cfg.all_stages())
+
+
+def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
+    """Network passes whose graphs live together, on average over turns and rounded up."""
+    cls = REGISTRY[stage.objective.name]
+    calls = cls.evaluations(stage.objective, cfg.teacher.guidance, num_steps)
+    with_grad = sum(v for n, v in calls.items() if n.endswith("+grad"))
+    return max(1, math.ceil(with_grad / len(cls.player_parts(stage.objective))))

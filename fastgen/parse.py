@@ -124,15 +124,15 @@ def known_keys(model: type[BaseModel], path: tuple) -> list[str]:
         if before == "objective" and part in REGISTRY:
             at = REGISTRY[part].config
         elif not str(part).isdigit():
-            at = _model_in(getattr(at.model_fields.get(str(part)), "annotation", None)) if at else None
+            at = model_in(getattr(at.model_fields.get(str(part)), "annotation", None)) if at else None
     return list(at.model_fields) if at else []
 
 
-def _model_in(annotation: object) -> type[BaseModel] | None:
+def model_in(annotation: object) -> type[BaseModel] | None:
     """The one section type in an annotation such as `X`, `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = [m for m in map(_model_in, get_args(annotation)) if m is not None]
+    found = [m for m in map(model_in, get_args(annotation)) if m is not None]
     return found[0] if len(set(found)) == 1 else None
 
 

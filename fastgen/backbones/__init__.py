@@ -94,8 +94,11 @@ def _read_json(path: Path, key: str) -> dict:
         raise UserError(key, f"{path} is not valid JSON ({error})", "") from None
 
 
-def load_part(folder: Path, key: str, cls):
-    """`from_pretrained` of one sub-folder, safetensors only, with file trouble told in one line."""
+def load_part(folder: Path, key: str, cls, weights: bool = True):
+    """`from_pretrained` of one sub-folder, safetensors only, with file trouble told in one line.
+
+    With weights=False the files' headers are checked and the network is laid out on the meta device.
+    """
     from safetensors import SafetensorError
 
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
@@ -106,14 +109,29 @@ def load_part(folder: Path, key: str, cls):
         )
         raise UserError(key, found, "fastgen reads .safetensors files only")
     try:
+        if not weights:
+            return _layout(folder, cls)
         return cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             key, f"{folder} cannot be read ({first})", "the file may be truncated; copy it again"
         ) from None
+
+
+def _layout(folder: Path, cls):
+    """An empty network of the folder's config; its weight files are opened but not read."""
+    from safetensors import safe_open
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            handle.keys()
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):
+            return cls.from_config(cls.load_config(folder, local_files_only=True))
+        return cls(cls.config_class.from_pretrained(folder, local_files_only=True)).eval()
 
 
 def component_class(folder: Path) -> type:
@@ -122,9 +140,14 @@ def component_class(folder: Path) -> type:
     import transformers
 
     config = _read_json(folder / "config.json", "teacher.path")
-    if "architectures" in config:
-        return getattr(transformers, config["architectures"][0])
-    return getattr(diffusers, config["_class_name"])
+    library, name = diffusers, config.get("_class_name", "")
+    if config.get("architectures"):
+        library, name = transformers, config["architectures"][0]
+    if not hasattr(library, name) or not name:
+        raise UserError(
+            "teacher.path", f"{folder / 'config.json'} names {name!r}", f"a class of {library.__name__}"
+        )
+    return getattr(library, name)
 
 
 def family_of(net_class: str) -> Family:
@@ -147,14 +170,22 @@ def _label_codec(net, info: dict):
     return LabelCodec(shape, patch, classes, info.get("class_names"))
 
 
-def _text_codec(folder: Path, family: Family, net, info: dict):
+def _text_codec(folder: Path, family: Family, net, info: dict, weights: bool):
     import transformers
 
     from fastgen.codecs import TextCodec
 
-    vae = load_part(folder / "vae", "teacher.path", component_class(folder / "vae"))
-    text = load_part(folder / "text_encoder", "teacher.path", component_class(folder / "text_encoder"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    vae, text = (
+        load_part(folder / part, "teacher.path", component_class(folder / part), weights)
+        for part in ("vae", "text_encoder")
+    )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:  # tokenizers raise many kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            "teacher.path", f"{folder / 'tokenizer'} cannot be read ({first})", "copy it again"
+        ) from None
     tokenizer.padding_side = "right"
     masked = family.name == "sana"
     length = info.get("max_sequence_length", 300 if masked else tokenizer.model_max_length)
@@ -191,39 +222,67 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         ) from None
 
 
+def _from_blueprint(blueprint: dict, weights: bool):
+    """(family, untrained network, scheduler, info) of diffusers configs."""
+    import diffusers
+
+    for part in ("net", "scheduler"):
+        if not isinstance(blueprint.get(part), dict):
+            raise UserError(
+                f"teacher.blueprint.{part}", "not given", "a diffusers config with its _class_name"
+            )
+    scheduler = load_scheduler(blueprint["scheduler"])
+    family = family_of(blueprint["net"].get("_class_name", ""))
+    try:
+        with torch.device("cpu" if weights else "meta"):
+            net = getattr(diffusers, family.net_class).from_config(blueprint["net"])
+    except Exception as error:  # whatever a network's constructor raises
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            "teacher.blueprint.net", f"{family.net_class} refuses it ({first})", "mend the config"
+        ) from None
+    return family, net, scheduler, blueprint.get("info", {})
+
+
+def _from_folder(folder: Path, weights: bool):
+    """(family, network, scheduler, info) of a diffusers folder."""
+    import diffusers
+
+    info = _read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
+    noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
+    scheduler = load_scheduler(
+        noised_by or _read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
+    )
+    part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
+    family = family_of(_read_json(folder / part / "config.json", "teacher.path").get("_class_name", ""))
+    net = load_part(folder / part, "teacher.path", getattr(diffusers, family.net_class), weights)
+    return family, net, scheduler, info
+
+
 def load_teacher(
-    path: str, prediction: str = "auto", blueprint: dict | None = None, allow_download: bool = False
+    path: str,
+    prediction: str = "auto",
+    blueprint: dict | None = None,
+    allow_download: bool = False,
+    weights: bool = True,
 ) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 
     With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained
-      from its
-    diffusers config, and `path` (if any) supplies the autoencoder and text encoder.
+    from its diffusers config, and `path` (if any) supplies the autoencoder and text encoder. With
+      weights=False
+    the networks are laid out on the meta device: shapes without numbers.
     """
-    import diffusers
-
     from fastgen.backbones.analytic import load_analytic
 
     if path.startswith("analytic:"):
         return load_analytic(path.removeprefix("analytic:"))
+    if not path and blueprint is None:
+        raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
     folder = hub_folder(path, allow_download) if path else None
-    if blueprint is not None:
-        info, scheduler = blueprint.get("info", {}), load_scheduler(blueprint["scheduler"])
-        family = family_of(blueprint["net"].get("_class_name", ""))
-        net = getattr(diffusers, family.net_class).from_config(blueprint["net"])
-    else:
-        info_file = folder / "fastgen.json"
-        info = _read_json(info_file, "teacher.path") if info_file.exists() else {}
-        noised_by = info.get("export", {}).get(
-            "teacher_scheduler"
-        )  # a student's own serves its few steps only
-        scheduler = load_scheduler(
-            noised_by or _read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
-        )
-        part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
-        family = family_of(_read_json(folder / part / "config.json", "teacher.path").get("_class_name", ""))
-        net = load_part(folder / part, "teacher.path", getattr(diffusers, family.net_class))
+    made = _from_blueprint(blueprint, weights) if blueprint is not None else _from_folder(folder, weights)
+    family, net, scheduler, info = made
     schedule, found = schedule_of(scheduler, prediction)
     has_text = folder is not None and (folder / "text_encoder").is_dir()
-    codec = _text_codec(folder, family, net, info) if has_text else _label_codec(net, info)
+    codec = _text_codec(folder, family, net, info, weights) if has_text else _label_codec(net, info)
     return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)
