@@ -1,9 +1,7 @@
-"""Train a few-step student: python train.py --config configs/recipes/NAME.yaml (accelerate launch works the
-same).
+"""Train a few-step student: python train.py --config configs/recipes/NAME.yaml, or with accelerate launch.
 
 Without arguments it distils the bundled Fashion-MNIST teacher into one step. The run itself reads top to
-bottom in
-fastgen/run.py, one training step in fastgen/trainer.py (`_micro_step`), one method in
+bottom in fastgen/run.py, one training step in fastgen/trainer.py (`_micro_step`), one method in
 fastgen/objectives/dmd2.py.
 """
 

@@ -1,8 +1,8 @@
 """Images and conditions on both sides of a denoiser.
 
 A codec turns images [B, C, H, W] in [-1, 1] into the x0 the network works on and back, and labels or
-prompts into
-the `cond` dict the network takes. Nothing else in fastgen knows about autoencoders, tokenizers or label rows.
+prompts into the `cond` dict the network takes. Nothing else in fastgen knows about autoencoders, tokenizers
+or label rows.
 """
 
 import torch

@@ -1,9 +1,8 @@
-"""Random numbers that depend on (seed, step, sample) only: resuming needs no state, and the number of
-processes does not matter.
+"""Random numbers that depend on (seed, step, sample) only.
 
-Every draw is made for the whole global batch and each process keeps its own rows, so that N processes of
-batch B see
-exactly what one process of batch N B sees.
+Resuming needs no state, and the number of processes does not matter: every draw is made for the whole
+global batch and each process keeps its own rows, so that N processes of batch B see exactly what one
+process of batch N B sees.
 """
 
 import torch

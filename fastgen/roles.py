@@ -1,8 +1,8 @@
 """Networks in their parts: a Role is a backbone as teacher, student, critic or target.
 
 With full copies each role has a backbone of its own. With adapters one frozen backbone plays every part:
-the teacher
-with adapters off, the others with the adapter of their name on. Objectives cannot tell the difference.
+the teacher with adapters off, the others with the adapter of their name on. Objectives cannot tell the
+difference.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,8 +90,7 @@ class Student(Role):
         """Sample x0 [B, ...] from unit noise; gradient flows through the last network call only.
 
         With `last` < len(times) - 1 the walk stops after that step: backward simulation, the student
-          trained on
-        its own intermediate states (DMD2, arXiv 2405.14867, Sec. 4.5).
+        trained on its own intermediate states (DMD2, arXiv 2405.14867, Sec. 4.5).
         """
         last = len(self.times) - 1 if last is None else last
         x_t = noise * self.schedule.prior_std(self.times[0])

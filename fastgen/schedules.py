@@ -1,10 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, and every conversion between what a network can predict.
 
 A schedule is four formulas (alpha, sigma, their derivatives) and the inverse of the log signal-to-noise
-ratio;
-all else is derived once in the base class. Time `t` is the schedule's own, shape [B]; coefficients are
-evaluated
-in float64 and cast to float32 where they meet images of shape [B, ...].
+ratio; all else is derived once in the base class. Time `t` is the schedule's own, shape [B]; coefficients
+are evaluated in float64 and cast to float32 where they meet images of shape [B, ...].
 
 Prediction kinds: "x0"; "eps"; "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512);
 "flow" = eps - x0 (Lipman et al. 2023, arXiv 2210.02747); "score" = grad log p_t.

@@ -68,9 +68,7 @@ def average_gradients(parameters: list[Tensor]) -> None:
 
 
 class Trainer:
-    """Runs the stages of a config over a cast and its data. Hooks are two plain functions: `validate` and
-    `on_log`.
-    """
+    """Runs the stages of a config over a cast and its data; calls `validate(trainer)` at its cadence."""
 
     def __init__(
         self, cfg: RunConfig, cast: Cast, data: Data, folder: Path, accelerator: Accelerator, validate=None

@@ -270,8 +270,7 @@ def load_teacher(
 
     With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained
     from its diffusers config, and `path` (if any) supplies the autoencoder and text encoder. With
-      weights=False
-    the networks are laid out on the meta device: shapes without numbers.
+    weights=False the networks are laid out on the meta device: shapes without numbers.
     """
     from fastgen.backbones.analytic import load_analytic
 

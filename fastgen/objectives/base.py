@@ -1,10 +1,9 @@
 """What every distillation method shares: players, turns, time sampling and the registry.
 
 A method is one class with one generator, `step(batch, k)`. Inside `with self.turn("student"):` that player
-alone is
-trainable; each `yield loss, logs` hands the loss to the trainer, which runs backward and the optimizer
-before the
-generator goes on. Values shared between turns are local variables, update ratios are ordinary `if k % r`.
+alone is trainable; each `yield loss, logs` hands the loss to the trainer, which runs backward and the
+optimizer before the generator goes on. Values shared between turns are local variables, update ratios are
+ordinary `if k % r`.
 """
 
 from collections.abc import Iterator

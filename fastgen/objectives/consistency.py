@@ -1,22 +1,19 @@
 """Consistency distillation and training, one or several segments.
 
 Papers: Song et al. 2023, arXiv 2303.01469 (CD, CT; Alg. 2 and 3); Heek et al. 2024, arXiv 2403.06807
-(multistep);
-Song & Dhariwal 2023, arXiv 2310.14189 (pseudo-Huber, 1/(t - r) weight).
+(multistep); Song & Dhariwal 2023, arXiv 2310.14189 (pseudo-Huber, 1/(t - r) weight).
 
   grid t_0 > t_1 > ... > t_N;  i ~ U{0 .. N-1};  t = t_i, r = t_{i+1};  e = end of the segment holding t
   x_t = alpha x0 + sigma eps
   x_r = one ODE step of the teacher from t to r, Euler or Heun          CT: D_real := x0
-  pred   = J(D_theta(x_t, t), x_t, t, e)                                J: DDIM jump to e, the identity at
-    t = e
+  pred   = J(D_theta(x_t, t), x_t, t, e)                   J: DDIM jump to e, the identity at t = e
   target = sg J(D_theta-(x_r, r), x_r, r, e),  and x_r itself when r = e
   loss = w(t) d(pred, target);   theta- <- mu theta- + (1 - mu) theta
 
 Differs
 - boundary condition: c_skip, c_out of the papers are replaced by the DDIM jump J, exact for every schedule;
-  the student
-  stays in its native parameterization, so its export needs no special network. At the clean end J is D
-    itself.
+  the student stays in its native parameterization, so its export needs no special network. At the clean
+  end J is D itself.
 - theta- is the student under no_grad unless target_decay is set (2310.14189, Sec. 3.2); CD of 2303.01469
   used 0.95.
 - random states are not shared by pred and target: the networks run in eval mode, without dropout.

@@ -15,9 +15,8 @@ Differs
 - paper: generator and critic steps alternate; authors' code, and this: the critic moves on every step,
   reusing the sample.
 - authors: heads on the critic's bottleneck, own noise level t' per use. `gan_time: null` here reuses t and
-  the pass of the
-  score (cheaper, as good on the bundled data); give gan_time for the authors' form, disc_features teacher
-    for frozen features.
+  the network pass of the score, which is cheaper; give gan_time for the authors' form, and
+  `disc_features: teacher` for frozen features.
 - authors keep no EMA of the student; the trainer here keeps one unless told otherwise.
 """
 

@@ -1,11 +1,9 @@
-"""Regression on teacher ODE pairs (noise, sample): knowledge distillation, and the warm start of one-step
-DMD2.
+"""Regression on teacher ODE pairs (noise, sample): knowledge distillation, and DMD2's one-step warm start.
 
 Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, arXiv 2405.14867 (Sec. 4.2,
 SDXL one step).
 
-  for each condition c of the data, once:  z ~ N(0, I);  states x_t of the guided teacher's ODE from z,
-    end point y
+  for each condition c of the data, once:  z ~ N(0, I);  states x_t, end point y of the guided ODE from z
   step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: t = T, x_T = z
 
 Differs
@@ -13,8 +11,7 @@ Differs
   on x0 itself.
 - several steps: each time of the student's list is warmed up from the teacher's own state at that time.
 - pairs are made when a condition is first met and kept in memory (`data.limit` says how many); the noise of
-  a pair
-  depends on the run's seed and the data index only, so a resumed run makes the same ones.
+  a pair depends on the run's seed and the data index only, so a resumed run makes the same ones.
 """
 
 from typing import Literal

@@ -1,15 +1,13 @@
 """Supervised training of a denoiser: how the bundled teachers are made, and fine-tuning of any other.
 
 Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02747 (flow); Karras et al.
-2022,
-arXiv 2206.00364 (EDM); label dropout for guidance: Ho & Salimans 2022, arXiv 2207.12598, Alg. 1.
+2022, arXiv 2206.00364 (EDM); label dropout for guidance: Ho & Salimans 2022, arXiv 2207.12598, Alg. 1.
 
   x0, c ~ data;  c <- null with probability p
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
   loss = w(t) |D(x_t, t, c) - x0|^2
 
-Differs: nothing; the weight is the one that makes the loss a plain regression of the network's native
-prediction.
+Differs: nothing; the weight makes the loss a plain regression of the network's native prediction.
 """
 
 from typing import Literal
