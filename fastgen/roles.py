@@ -96,15 +96,16 @@ class Student(Role):
         x_t = noise * self.schedule.prior_std(self.times[0])
         with torch.no_grad():
             for i in range(last):
-                t, u = self._time(i, noise), self._time(i + 1, noise)
+                t, u = self.time(i, noise), self.time(i + 1, noise)
                 x = self(x_t, t, cond)
                 if self.sampler == "renoise":
                     x_t = self.schedule.noise(x, randn_like(x), u)
                 else:
                     x_t = self.schedule.ode_step(x, x_t, t, u)
-        return self(x_t, self._time(last, noise), cond)
+        return self(x_t, self.time(last, noise), cond)
 
-    def _time(self, i: int, x: Tensor) -> Tensor:
+    def time(self, i: int, x: Tensor) -> Tensor:
+        """The i-th time of the list for every row of x, [B] float64."""
         return torch.full((len(x),), self.times[i], dtype=torch.float64, device=x.device)
 
 
@@ -115,14 +116,14 @@ class Player:
 
     def __init__(self, name: str, parts: dict[str, Role | nn.Module]):
         self.name, self.parts = name, parts
+        self._trainable: dict[str, nn.Parameter] = {}
+        for part_name, part in parts.items():
+            named = part.trainable() if hasattr(part, "trainable") else dict(part.named_parameters())
+            self._trainable.update({f"{part_name}.{n}": p for n, p in named.items()})
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every learned parameter by dotted name."""
-        found = {}
-        for part_name, part in self.parts.items():
-            named = part.trainable() if hasattr(part, "trainable") else dict(part.named_parameters())
-            found.update({f"{part_name}.{n}": p for n, p in named.items()})
-        return found
+        """Every learned parameter by dotted name; fixed when the player is cast, so turns switch fast."""
+        return self._trainable
 
     def requires_grad_(self, value: bool) -> None:
         for parameter in self.trainable().values():

@@ -55,16 +55,18 @@ def average_gradients(parameters: list[Tensor]) -> None:
     if not torch.distributed.is_initialized():
         return
     bucket: list[Tensor] = []
+    size = 0
     grads = [p.grad for p in parameters if p.grad is not None]
     for i, grad in enumerate(grads):
         bucket.append(grad)
-        if sum(g.numel() for g in bucket) > 25_000_000 or i == len(grads) - 1:
+        size += grad.numel()
+        if size > 25_000_000 or i == len(grads) - 1:
             flat = torch.cat([g.flatten() for g in bucket])
             torch.distributed.all_reduce(flat)
             flat /= torch.distributed.get_world_size()
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(part.view_as(g))
-            bucket = []
+            bucket, size = [], 0
 
 
 class Trainer:
@@ -172,11 +174,12 @@ class Trainer:
         norm = self.acc.clip_grad_norm_(parameters, cfg.clip or math.inf)
         if not torch.isfinite(norm) and self.acc.scaler is None:
             raise NotFinite(f"step {self.step}: gradient of {player} is {float(norm)}")
+        lr = cfg.lr * lr_factor(cfg, k, total)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_factor(cfg, k, total)
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        self._note(player, {"grad_norm": norm, "lr": cfg.lr * lr_factor(cfg, k, total)})
+        self._note(player, {"grad_norm": norm, "lr": lr})
 
     def _check_finite(self, loss: Tensor, logs: dict, player: str) -> None:
         if torch.isfinite(loss):
@@ -236,7 +239,6 @@ class Trainer:
             "rest": rest,
             "best": self.best,
             "fingerprint": fingerprint(self.cfg),
-            "saved_stage": self.objective.cfg.name,
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
