@@ -52,6 +52,11 @@ class DMD2Config(ObjectiveConfig):
     backward_simulation: bool = True
     """several steps: train on the student's own intermediate states, not on noised data (Sec. 4.5)"""
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether logits and D_fake come from the same pass of the critic."""
+        return self.gan_weight > 0 and self.gan_time is None and self.disc_features == "critic"
+
 
 class DMD2(Objective, config=DMD2Config):
     @classmethod
@@ -65,10 +70,8 @@ class DMD2(Objective, config=DMD2Config):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         walk = (num_steps - 1) / 2 if cfg.backward_simulation else 0
-        gan, own = (
-            cfg.gan_weight > 0,
-            cfg.gan_weight > 0 and (cfg.gan_time is not None or cfg.disc_features == "teacher"),
-        )
+        gan = cfg.gan_weight > 0
+        own = gan and not cfg.one_pass
         r = 1 / cfg.student_every
         features = (gan + own) + r * own
         calls = {
@@ -91,7 +94,7 @@ class DMD2(Objective, config=DMD2Config):
                 x_t = S.noise(x, eps, t)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                logits, fake = self.judge(self.critic, x, x_t, t, batch.cond)  # D_fake
+                logits, fake = self.judge(x, x_t, t, batch.cond)  # D_fake
                 loss = dm = losses.distribution_matching(x, real, fake.detach())  # grad of eq. 7-8
                 logs = {
                     "dm": dm,
@@ -109,7 +112,7 @@ class DMD2(Objective, config=DMD2Config):
                 x = self.sample(batch, last)
         with self.turn("critic"):
             t, eps = self.sample_t(len(x), cfg.critic_time), self.rng.randn_like(x)
-            logits, fake = self.judge(self.critic, x, S.noise(x, eps, t), t, batch.cond)
+            logits, fake = self.judge(x, S.noise(x, eps, t), t, batch.cond)
             loss = losses.denoising(S, fake, x, t, self.critic.backbone.prediction)  # w(t) |D_fake - x|^2
             logs = {"denoising": loss}
             if cfg.gan_weight:
@@ -127,18 +130,16 @@ class DMD2(Objective, config=DMD2Config):
         """
         if self.cfg.backward_simulation or last == 0:
             return self.generate(batch, last)
-        t = self.student._time(last, batch.noise)
+        t = self.student.time(last, batch.noise)
         return self.student(self.schedule.noise(batch.x0, batch.noise, t), t, batch.cond)
 
-    def judge(self, critic, x, x_t, t, cond):
-        """Logits (or None) and D_fake: one critic pass where they share noise levels, else two."""
-        cfg = self.cfg
-        if not cfg.gan_weight:
-            with torch.set_grad_enabled(self.active == "critic"):
-                return None, critic(x_t, t, cond)
-        if cfg.gan_time is None and cfg.disc_features == "critic":
+    def judge(self, x, x_t, t, cond):
+        """Logits (None without a GAN) and D_fake: one critic pass where they share noise levels, else two."""
+        cfg, logits = self.cfg, None
+        if cfg.one_pass:
             return self.disc(x_t, t, cond, score=True)
-        t_gan = t if cfg.gan_time is None else self.sample_t(len(x), cfg.gan_time)
-        logits = self.disc(self.schedule.noise(x, self.rng.randn_like(x), t_gan), t_gan, cond)
+        if cfg.gan_weight:
+            t_gan = t if cfg.gan_time is None else self.sample_t(len(x), cfg.gan_time)
+            logits = self.disc(self.schedule.noise(x, self.rng.randn_like(x), t_gan), t_gan, cond)
         with torch.set_grad_enabled(self.active == "critic"):
-            return logits, critic(x_t, t, cond)
+            return logits, self.critic(x_t, t, cond)
