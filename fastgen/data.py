@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.backbones import Teacher
+from fastgen.checkpoint import write_tensors
 from fastgen.codecs import select
 from fastgen.errors import UserError
 from fastgen.objectives.base import Batch
@@ -117,20 +118,17 @@ def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[
 @torch.no_grad()
 def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
-    from safetensors.torch import load_file, save_file
+    if not cache_dir:
+        return torch.cat([codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(500)])
+    from safetensors.torch import load_file
 
-    digest = hashlib.sha256(
-        images.numpy().tobytes()[:10_000_000] + f"{key}{tuple(images.shape)}".encode()
-    ).hexdigest()[:16]
-    file = Path(cache_dir) / f"latents-{digest}.safetensors" if cache_dir else None
-    if file is not None and file.exists():
-        return load_file(file)["x0"]
-    out = [codec.encode(chunk.to(device).float() / 127.5 - 1).cpu() for chunk in images.split(500)]
-    x0 = torch.cat(out)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"x0": x0}, file)
-    return x0
+    digest = hashlib.sha256(f"{key}{tuple(images.shape)}".encode())
+    for tensor in (images, *codec.parameters()):  # another picture or autoencoder is another cache
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    file = Path(cache_dir) / f"latents-{digest.hexdigest()[:16]}.safetensors"
+    if not file.exists():
+        write_tensors(file, {"x0": encode_images(codec, images, "", device, key)})
+    return load_file(file)["x0"]
 
 
 def _text_rows(codec, captions: list[str], device) -> tuple[dict[str, Tensor], Tensor]:

@@ -14,6 +14,11 @@ class UserError(ValueError):
         super().__init__(f"{key}: {found}; {allowed}" if allowed else f"{key}: {found}")
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """A ' (did you mean ...?)' hint for a misspelt word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

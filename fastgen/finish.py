@@ -1,30 +1,21 @@
 """Validation during a run, and what follows it: the final table, results.json, export and report."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastgen.checkpoint import write_text
+from fastgen.checkpoint import write_tensors, write_text
 from fastgen.ema import swapped
 from fastgen.judge import Judge, measure, table
 
 
-class Averaged:
+def averaged(trainer):
     """Context in which the student holds its first EMA (nothing happens without one)."""
-
-    def __init__(self, trainer):
-        decays = trainer.ema.decays
-        self.swap = swapped(trainer.student.trainable(), trainer.ema.averages[decays[0]]) if decays else None
-
-    def __enter__(self):
-        if self.swap:
-            self.swap.__enter__()
-
-    def __exit__(self, *error):
-        if self.swap:
-            self.swap.__exit__(*error)
+    decays = trainer.ema.decays
+    return swapped(trainer.student.trainable(), trainer.ema.averages[decays[0]]) if decays else nullcontext()
 
 
 class Validator:
@@ -43,32 +34,21 @@ class Validator:
         teacher_grid = self.folder / "samples" / "teacher.png"
         if judge.few_step and not teacher_grid.exists():
             save_grid(judge.images("teacher", cfg.grid, cfg.seed), teacher_grid)
-        with Averaged(trainer):
-            num = max(cfg.grid, cfg.validation_samples)
-            images = judge.images("student", num, cfg.seed + 1_000_000)
+        with averaged(trainer):
             save_grid(
                 judge.images("student", cfg.grid, cfg.seed),
                 self.folder / "samples" / f"step_{trainer.step:06d}.png",
             )
-            scores = judge.score(images) if cfg.validation_samples else {}
+            scores = {}
+            if cfg.validation_samples:
+                num = max(cfg.grid, cfg.validation_samples)
+                scores = judge.score(judge.images("student", num, cfg.seed + 1_000_000))
             trainer.write_metrics({"step": trainer.step, **{f"validation/{k}": v for k, v in scores.items()}})
             primary = scores.get(judge.measurer.primary) if judge.measurer else None
             if primary is not None and primary < trainer.best.get("score", float("inf")):
                 trainer.best = {"score": primary, "step": trainer.step}
                 if cfg.keep == "best" and trainer.step:
-                    self._keep(trainer)
-
-    def _keep(self, trainer) -> None:
-        import os
-
-        from safetensors.torch import save_file
-
-        target = self.folder / "best.safetensors"
-        temporary = target.with_suffix(".tmp")
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in trainer.student.trainable().items()}, temporary
-        )
-        os.replace(temporary, target)
+                    write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
@@ -112,7 +92,7 @@ def finish(trainer, judge: Judge) -> dict:
     best = cfg.eval.keep == "best" and kept.exists()
     if best:
         _load_best(trainer, kept)
-    with Averaged(trainer):
+    with averaged(trainer):
         results = measure(cfg, judge)
         decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
         results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastgen.checkpoint import write_tensors
 from fastgen.errors import UserError
 
 Layers = dict[str, tuple[Tensor, Tensor]]  # module path -> (A [rank, in, ...], B [out, rank, ...])
@@ -59,7 +60,7 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
         tensors[f"{prefix}.{name}.lora_A.weight"] = a.to(dtype)
         tensors[f"{prefix}.{name}.lora_B.weight"] = b.to(dtype)
     described = json.dumps(packed, sort_keys=True, default=str)
-    return _save(file, tensors, {"format": "pt", "lora_adapter_metadata": described, **header})
+    return write_tensors(file, tensors, {"format": "pt", "lora_adapter_metadata": described, **header})
 
 
 def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str], dtype=torch.float32) -> Path:
@@ -72,19 +73,7 @@ def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str],
         tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
     rank = str(_rank(layers))
     kohya = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return _save(file, tensors, {**kohya, **header})
-
-
-def _save(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
-    import os
-
-    from safetensors.torch import save_file
-
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, metadata=header)
-    temporary.chmod(0o644)  # safetensors writes for the owner only
-    os.replace(temporary, file)
-    return file
+    return write_tensors(file, tensors, {**kohya, **header})
 
 
 def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:

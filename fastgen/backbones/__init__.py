@@ -10,7 +10,7 @@ from torch import nn
 from fastgen.backbones.base import Backbone, Family
 from fastgen.backbones.dit import Sana
 from fastgen.backbones.unet import SDUNet, UNet2D
-from fastgen.errors import UserError, suggest
+from fastgen.errors import UserError, first_line, suggest
 from fastgen.paths import resolve
 from fastgen.schedules import EDM, VP, Flow, Schedule
 
@@ -115,9 +115,8 @@ def load_part(folder: Path, key: str, cls, weights: bool = True):
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            key, f"{folder} cannot be read ({first})", "the file may be truncated; copy it again"
+            key, f"{folder} cannot be read ({first_line(error)})", "the file may be truncated; copy it again"
         ) from None
 
 
@@ -182,9 +181,8 @@ def _text_codec(folder: Path, family: Family, net, info: dict, weights: bool):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # tokenizers raise many kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            "teacher.path", f"{folder / 'tokenizer'} cannot be read ({first})", "copy it again"
+            "teacher.path", f"{folder / 'tokenizer'} cannot be read ({first_line(error)})", "copy it again"
         ) from None
     tokenizer.padding_side = "right"
     masked = family.name == "sana"
@@ -214,9 +212,7 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         skip = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*"]
         return Path(snapshot_download(path, ignore_patterns=skip, local_files_only=not allow_network))
     except Exception as error:
-        hint = (
-            "set teacher.allow_download true to fetch it" if not allow_network else str(error).splitlines()[0]
-        )
+        hint = "set teacher.allow_download true to fetch it" if not allow_network else first_line(error)
         raise UserError(
             "teacher.path", f"{path!r} is neither a folder nor in the local hub cache", hint
         ) from None
@@ -237,9 +233,8 @@ def _from_blueprint(blueprint: dict, weights: bool):
         with torch.device("cpu" if weights else "meta"):
             net = getattr(diffusers, family.net_class).from_config(blueprint["net"])
     except Exception as error:  # whatever a network's constructor raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            "teacher.blueprint.net", f"{family.net_class} refuses it ({first})", "mend the config"
+            "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
         ) from None
     return family, net, scheduler, blueprint.get("info", {})
 
