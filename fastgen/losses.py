@@ -25,8 +25,9 @@ def pseudo_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
 
 
 def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None = None) -> Tensor:
-    """Per-sample sqrt(|d|^2 + c^2) - c with c = 0.00054 sqrt(dim) (iCT, arXiv 2310.14189, Sec. 3.3), over
-    sqrt(dim).
+    """Per-sample sqrt(|d|^2 + C^2) - C with C = c sqrt(dim), over sqrt(dim).
+
+    c = 0.00054 gives the constant of iCT (arXiv 2310.14189, Sec. 3.3).
     """
     dim = pred[0].numel()
     norm2 = ((pred - target) ** 2).flatten(1).sum(1)

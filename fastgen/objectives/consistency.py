@@ -91,7 +91,7 @@ class Consistency(Objective, config=ConsistencyConfig):
             if cfg.metric == "l2":
                 loss = losses.mse(pred, target, weight)
             else:
-                loss = losses.sample_huber(pred, target, cfg.huber_c * x0[0].numel() ** 0.5, weight)
+                loss = losses.sample_huber(pred, target, cfg.huber_c, weight)
             yield loss, {"scales": float(num), "gap": (pred - target).abs().mean()}
         if cfg.target_decay and self.sync:
             ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)

@@ -121,6 +121,32 @@ def test_p1_fixed_point_is_the_product_of_solver_gains():
     assert (expected - exact).abs().max() > 0.05  # the two are told apart
 
 
+def test_p1_huber_constant_grows_with_the_root_of_the_dimension():
+    """At c sqrt(dim) (2310.14189, Sec. 3.3); scaling by the dimension instead would give another loss."""
+    from fastgen import losses
+
+    S, dim, c, seen = Flow(), 16, 0.1, {}
+    objective = make(S, GaussianNet(S, 0.3, 0.9), num_scales=4, huber_c=c)
+    original = objective.jump
+
+    def jump(*args):
+        seen.setdefault("jumps", []).append(original(*args))
+        return seen["jumps"][-1]
+
+    objective.jump = jump
+    objective.rng.randint = lambda high, num: torch.zeros(num, dtype=torch.long)  # never the last interval
+    loss, _ = next(objective.step(batch_of(torch.randn(32, dim, dtype=torch.float64)), 0))
+    target, pred = seen["jumps"]
+    norm2 = (pred - target).square().sum(1)
+
+    def huber(constant):
+        return ((norm2 + constant**2).sqrt() - constant).mean() / dim**0.5
+
+    torch.testing.assert_close(loss, huber(c * dim**0.5))
+    assert (loss - huber(c * dim)).abs() > 1e-3
+    torch.testing.assert_close(losses.sample_huber(pred, target, c), loss)
+
+
 def test_p1_target_carries_no_gradient():
     S = Flow()
     student, target = GaussianNet(S, 0.1, 0.6), GaussianNet(S, 0.1, 0.6)
