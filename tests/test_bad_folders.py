@@ -8,6 +8,8 @@ import shutil
 import pytest
 import yaml
 
+from fastgen.errors import UserError
+from fastgen.export import load_export
 from fastgen.run import main
 
 
@@ -106,3 +108,11 @@ def test_broken_blueprint(blueprint, wanted, tmp_path, capsys):
 
 def test_no_teacher_at_all(tmp_path, capsys):
     assert "teacher.path: found ''" in refused(["--teacher.path", ""], tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "scheduler/scheduler_config.json"])
+def test_an_export_with_a_missing_part_is_named(missing, tiny, tmp_path):
+    shutil.copytree(tiny("flow"), tmp_path / "broken")
+    (tmp_path / "broken" / missing).unlink()
+    with pytest.raises(UserError, match=missing.rsplit("/", 1)[1]):
+        load_export(str(tmp_path / "broken"))

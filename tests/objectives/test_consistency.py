@@ -10,6 +10,10 @@ from fastgen.roles import Role, Student
 from fastgen.samplers import solver_step
 from fastgen.schedules import EDM, VP, Flow
 from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {"num_scales": 4, "target_decay": 0.5}
+"""settings of the contract battery"""
 
 SCHEDULES = {"edm": EDM(), "flow": Flow(), "vp": VP.scaled_linear()}
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -237,3 +241,7 @@ def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
     before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3)
     assert after < 0.03, (before, after)
+
+
+def test_p4_consistency(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "consistency", "num_scales": 8})

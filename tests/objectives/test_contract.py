@@ -2,6 +2,8 @@
 LoRA.
 """
 
+import importlib
+
 import pytest
 import torch
 import yaml
@@ -13,12 +15,7 @@ from fastgen.objectives.base import Batch
 from fastgen.paths import config as config_file
 from fastgen.rng import Rng
 
-SHORT = {
-    "dmd2": {"student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1},
-    "consistency": {"num_scales": 4, "target_decay": 0.5},
-    "ode_pairs": {"teacher_steps": 2},
-    "sft": {},
-}
+SHORT = {n: importlib.import_module(f"tests.objectives.test_{n}").SHORT for n in REGISTRY}
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 

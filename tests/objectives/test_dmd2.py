@@ -18,6 +18,10 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
+from tests.replay import replay
+
+SHORT = {"student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1}
+"""settings of the contract battery"""
 
 NO_GAN = {"gan_weight": 0.0, "student_every": 1}
 
@@ -220,3 +224,7 @@ def test_p2_with_gan_and_four_steps(tmp_path):
     objective = {"name": "dmd2", "gan_weight": 0.03, "disc_weight": 0.03, "student_every": 2}
     before, after, _, _ = run_mixture(tmp_path, objective, num_steps=4, steps=300)
     assert after < 0.03, (before, after)
+
+
+def test_p4_dmd2(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_weight": 0.1})

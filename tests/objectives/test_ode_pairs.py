@@ -9,6 +9,10 @@ from fastgen.roles import Student
 from fastgen.samplers import sample_teacher
 from fastgen.schedules import EDM, Flow
 from tests.objectives.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {"teacher_steps": 2}
+"""settings of the contract battery"""
 
 
 def make(schedule, steps, **cfg):
@@ -61,3 +65,7 @@ def test_times_off_the_teachers_grid_are_refused():
 def test_p2_distils_the_mixture(tmp_path):
     before, after, _, _ = run_mixture(tmp_path, {"name": "ode_pairs"}, steps=400, lr=2e-3)
     assert after < 0.05 and after < before / 2, (before, after)
+
+
+def test_p4_ode_pairs(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "ode_pairs", "teacher_steps": 4})

@@ -5,10 +5,29 @@ denoisers.
 import pytest
 import torch
 
+from fastgen.export import load_export
 from fastgen.objectives.sft import SFT, SFTConfig
 from fastgen.roles import Student
+from fastgen.samplers import sample_teacher
 from fastgen.schedules import EDM, VP, Flow
 from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
+from tests.replay import plainly, train
+
+SHORT = {}
+"""settings of the contract battery"""
+TEACHER = """
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{folder}", subfolder="scheduler")
+scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        out = unet(x, t, class_labels=torch.arange(10)).sample
+        x = scheduler.step(out, t, x).prev_sample
+images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
+"""
 
 
 def make(schedule, **cfg):
@@ -74,3 +93,13 @@ def test_p2_learns_the_exact_denoiser(tmp_path):
             exact, found = mixture(x_t, t, cond), net(x_t, t, cond)
         excess = (found - x0).square().mean() - (exact - x0).square().mean()
         assert excess < 0.15 * (exact - x0).square().mean() + 0.01, (u, float(excess))
+
+
+def test_p4_sft(tiny, tmp_path):
+    export = train(tiny, tmp_path, {"name": "sft"})
+    images = plainly(TEACHER.format(folder=export), tmp_path)
+    loaded = load_export(str(export))
+    noise = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = {"class_labels": torch.arange(10)}
+    ours = loaded.codec.decode(sample_teacher(loaded.role, noise, cond, cond, 4))
+    assert (images - ours).abs().max() < 1e-3
