@@ -190,6 +190,10 @@ class Family:
         """Length of the image's token sequence, on which dynamic shifts depend."""
         return int(torch.tensor(grid).prod()) // self.divisor**2
 
+    def guidance_call(self, embedded: float | None) -> dict:
+        """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""
+        return {k: v if embedded is None else float(embedded) for k, v in self.guidance_off.items()}
+
     def plain_call(self, info: dict) -> dict:
         """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
         length = info.get("max_sequence_length")
