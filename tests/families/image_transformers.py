@@ -16,7 +16,7 @@ CHAT = (
 )
 
 
-# -- text ------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
 def clip_encoder(projected: bool = False):
     """A CLIP text model of width 32; with a projection its pooled output comes first, as in SDXL and SD3."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -163,7 +163,7 @@ def _flow(**more):
     return FlowMatchEulerDiscreteScheduler(**more)
 
 
-# -- pipelines -------------------------------------------------------------------------------------------------
+# -- pipelines ----------------------------------------------------------------------------------------------------
 def dit_folder(folder: Path) -> Path:
     """DiTPipeline: 1000 classes and the null class 1000, learned variance, 16x16 images."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -296,7 +296,7 @@ def lumina2_folder(folder: Path) -> Path:
 
 
 def sd3_folder(folder: Path) -> Path:
-    """StableDiffusion3Pipeline in the 3.5 form: dual attention, normalised queries and keys, three encoders."""
+    """StableDiffusion3Pipeline in the 3.5 form (dual attention, normalised queries and keys)."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(15)
