@@ -16,7 +16,7 @@ CHAT = (
 )
 
 
-# -- text ----------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------------
 def clip_encoder(projected: bool = False):
     """A CLIP text model of width 32; with a projection its pooled output comes first, as in SDXL and SD3."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -128,7 +128,7 @@ def gemma_encoder():
     ).eval()
 
 
-# -- images ----------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------------
 def kl(blocks: int = 2, **more):
     """AutoencoderKL with 4 latent channels that halves the size blocks - 1 times."""
     from diffusers import AutoencoderKL
@@ -163,7 +163,7 @@ def _flow(**more):
     return FlowMatchEulerDiscreteScheduler(**more)
 
 
-# -- pipelines ----------------------------------------------------------------------------------------------------
+# -- pipelines -------------------------------------------------------------------------------------------
 def dit_folder(folder: Path) -> Path:
     """DiTPipeline: 1000 classes and the null class 1000, learned variance, 16x16 images."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
