@@ -247,7 +247,7 @@ def sana_sprint_folder(folder: Path) -> Path:
         qk_norm="rms_norm_across_heads",
         guidance_embeds=True,
         guidance_embeds_scale=0.1,
-        timestep_scale=1000.0,
+        timestep_scale=0.001,
     )
     perturb_zero_layers(net)
     blocks = {f"{side}_block_types": ("ResBlock", "EfficientViTBlock") for side in ("encoder", "decoder")}
