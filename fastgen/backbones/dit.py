@@ -20,12 +20,15 @@ class DiT(Family):
     name, net_class, pipelines = "dit", "DiTTransformer2DModel", ("DiTPipeline",)
     keys, kind, divisor = ("class_labels",), "labels", 2
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
-    final_layers = ("proj_out_1", "proj_out_2", "norm1.*", "pos_embed.*")
+    final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
     lora_loader = False
+
+    def has_null(self, net: nn.Module, classes: int) -> bool:
+        return classes > 0  # the row that label dropout has added
 
 
 class PixArt(Family):
-    """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, learned variance left out."""
+    """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
 
     name, net_class, pipelines = "pixart_sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
     keys, divisor, max_length = MASKED, 2, 300
@@ -129,7 +132,7 @@ class Lumina2(Family):
     name, net_class, pipelines = "lumina2", "Lumina2Transformer2DModel", ("Lumina2Pipeline",)
     keys, flow_time, sign, divisor, max_length = MASKED, "reversed", -1, 2, 256
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
-    final_layers = ("norm_out.*", "time_caption_embed.*", "x_embedder", "norm1.*")
+    final_layers = ("norm_out.*", "time_caption_embed.*", "x_embedder", "*norm1.*")
     default_sigmas = True
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
@@ -155,12 +158,11 @@ class Lumina2(Family):
     def taps(self, net: nn.Module) -> list[nn.Module]:
         return list(net.layers)
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
-        """Each row's image tokens stand right after its own text."""
-        patch = net.config.patch_size
-        num = x.shape[-2] * x.shape[-1] // patch**2
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """Each row's image stands right after its own text."""
+        num = x.shape[-2] * x.shape[-1] // net.config.patch_size**2
         index = cond["encoder_attention_mask"].sum(1, keepdim=True) + torch.arange(num, device=out.device)
-        return fold_tokens(out.gather(1, index[..., None].expand(-1, -1, out.shape[-1])), x, patch)
+        return out.gather(1, index[..., None].expand(-1, -1, out.shape[-1]))
 
     def feature_channels(self, net: nn.Module) -> list[int]:
         return [net.config.hidden_size] * len(net.layers)
@@ -209,10 +211,12 @@ class ZImage(Family):
     def taps(self, net: nn.Module) -> list[nn.Module]:
         return list(net.layers)
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
-        """The image's tokens stand first, before its padding and the text."""
-        patch = net.config.all_patch_size[0]
-        return fold_tokens(out[:, : x.shape[-2] * x.shape[-1] // patch**2], x, patch)
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """The image stands first, before its padding and the text."""
+        return out[:, : x.shape[-2] * x.shape[-1] // net.config.all_patch_size[0] ** 2]
+
+    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        return fold_tokens(out, x, net.config.all_patch_size[0])
 
     def feature_channels(self, net: nn.Module) -> list[int]:
         return [net.config.dim] * len(net.layers)

@@ -18,7 +18,7 @@ class SD3(Family):
 
     name, net_class, pipelines = "sd3", "SD3Transformer2DModel", ("StableDiffusion3Pipeline",)
     keys = ("encoder_hidden_states", "pooled_projections")
-    divisor, max_length, tap_output = 2, 256, 1
+    divisor, max_length, tokenizer, tap_output = 2, 256, "tokenizer_3", 1
     lora_targets = (
         *JOINT,
         "ff.net.0.proj",
@@ -53,7 +53,7 @@ class Flux(Family):
 
     name, net_class, pipelines = "flux", "FluxTransformer2DModel", ("FluxPipeline",)
     keys = ("encoder_hidden_states", "pooled_projections", "guidance")
-    flow_time, divisor, max_length, tap_output = "unit", 2, 512, 1
+    flow_time, divisor, max_length, tokenizer, tap_output = "unit", 2, 512, "tokenizer_2", 1
     default_grid, default_sigmas, default_guidance = (128, 128), True, 3.5
     lora_targets = (
         *JOINT,
@@ -62,8 +62,9 @@ class Flux(Family):
         "ff_context.net.0.proj",
         "ff_context.net.2",
         "proj_mlp",
+        "proj_out",
     )
-    final_layers = ("norm_out.*", "time_text_embed.*", "context_embedder", "x_embedder", "norm*.linear")
+    final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "*_embedder", "*norm*.linear")
     kohya_prefix = "lora_transformer"
 
     def channels(self, net: nn.Module) -> int:
@@ -96,7 +97,7 @@ class Flux(Family):
     def taps(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         return fold_tokens(out, x, 2)
 
 
@@ -107,7 +108,7 @@ class Flux2(Family):
 
     name, net_class, pipelines = "flux2", "Flux2Transformer2DModel", ("Flux2KleinPipeline",)
     flow_time, max_length, tap_output = "unit", 512, 1
-    factor, default_grid, default_sigmas = 16, (64, 64), True
+    factor, folded, default_grid, default_sigmas = 16, 2, (64, 64), True
     lora_targets = (*JOINT, "to_out", "to_qkv_mlp_proj", "linear_in", "linear_out")
     final_layers = ("proj_out", "norm_out.*", "*_modulation*", "time_guidance_embed.*", "*_embedder")
     layers: tuple[int, ...] = (9, 18, 27)
@@ -161,9 +162,9 @@ class Flux2(Family):
     def taps(self, net: nn.Module) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
         """In the later blocks the text stands before the image."""
-        return fold_tokens(out[:, -x.shape[-2] * x.shape[-1] :], x, 1)
+        return out[:, -x.shape[-2] * x.shape[-1] :]
 
 
 class QwenImage(Family):
@@ -209,6 +210,9 @@ class QwenImage(Family):
         """A blank, as the model card guides; the pipeline has no default."""
         return self.encode(codec, [" "])
 
+    def vae_input(self, images: Tensor) -> Tensor:
+        return images[:, :, None]
+
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         mean, std = channel_stats(vae, z)
         return ((z - mean) / std)[:, :, 0]
@@ -223,7 +227,7 @@ class QwenImage(Family):
     def pipeline_latents(self, noise: Tensor, schedule) -> Tensor:
         return pack(noise)
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         return fold_tokens(out, x, 2)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastgen.backbones.dit import perturb_zero_layers
+from fastgen.backbones.family import perturb_zero_layers
 from tests.tiny import clip_tokenizer, gemma_tokenizer
 
 CHARACTERS = [c for c in string.printable if c not in string.whitespace]
@@ -67,7 +67,7 @@ def qwen_tokenizer():
     return tokenizer
 
 
-def qwen3_encoder(cls: str = "Qwen3Model"):
+def qwen3_encoder(cls: str = "Qwen3Model", layers: int = 2):
     """A Qwen3 language model of width 16."""
     import transformers
 
@@ -77,7 +77,7 @@ def qwen3_encoder(cls: str = "Qwen3Model"):
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         vocab_size=259,
         tie_word_embeddings=True,
     )
@@ -357,7 +357,7 @@ def flux_folder(folder: Path, guidance: bool = True) -> Path:
         text_encoder_2=t5_encoder(),
         tokenizer_2=t5_tokenizer(),
     )
-    return _save(pipe, folder, max_sequence_length=24, resolution=16)
+    return _save(pipe, folder, max_sequence_length=24, height=16, width=16)
 
 
 def flux_schnell_folder(folder: Path) -> Path:
@@ -376,7 +376,7 @@ def flux2_folder(folder: Path) -> Path:
         num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
-        joint_attention_dim=32,
+        joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
@@ -397,10 +397,10 @@ def flux2_folder(folder: Path) -> Path:
         transformer=net.eval(),
         scheduler=_flow(use_dynamic_shifting=True, shift=3.0),
         vae=vae.eval(),
-        text_encoder=qwen3_encoder("Qwen3ForCausalLM"),
+        text_encoder=qwen3_encoder("Qwen3ForCausalLM", 28),
         tokenizer=qwen_tokenizer(),
     )
-    return _save(pipe, folder, max_sequence_length=64, resolution=16, text_encoder_out_layers=[1, 2])
+    return _save(pipe, folder, max_sequence_length=64, height=16, width=16)
 
 
 def z_image_folder(folder: Path) -> Path:
@@ -427,7 +427,7 @@ def z_image_folder(folder: Path) -> Path:
         text_encoder=qwen3_encoder(),
         tokenizer=qwen_tokenizer(),
     )
-    return _save(pipe, folder, max_sequence_length=64, resolution=16)
+    return _save(pipe, folder, max_sequence_length=64, height=16, width=16)
 
 
 def qwen_image_folder(folder: Path) -> Path:
@@ -463,7 +463,7 @@ def qwen_image_folder(folder: Path) -> Path:
         text_encoder=qwen_vl_encoder(),
         tokenizer=qwen_tokenizer(),
     )
-    return _save(pipe, folder, max_sequence_length=256, resolution=32)
+    return _save(pipe, folder, max_sequence_length=256, height=32, width=32)
 
 
 FOLDERS = {
