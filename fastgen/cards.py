@@ -35,11 +35,8 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
     if info["arguments"]:
         del call["num_inference_steps"]
-    call["guidance_scale"] = 1.0 if info["times"] else float(info["guidance"])
-    if family.name == "sana":
-        length = what.get("max_sequence_length", 300)
-        call |= {"max_sequence_length": length, "complex_human_instruction": None}
-        call["use_resolution_binning"] = False
+    call |= family.guidance_off if info["times"] else {"guidance_scale": float(info["guidance"])}
+    call |= family.plain_call(what)
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"."'
     note = "" if lora else "  # this folder"
