@@ -222,8 +222,8 @@ class Family:
         """Networks by component folder."""
         return {n: getattr(net, n) for n in net.names} if isinstance(net, Parts) else {self.component: net}
 
-    def assemble(self, parts: dict[str, nn.Module]) -> nn.Module:
-        """The denoiser out of its parts, by component folder."""
+    def assemble(self, parts: dict[str, nn.Module], index: dict) -> nn.Module:
+        """The denoiser out of its parts, by component folder, and the pipeline's model_index.json."""
         return parts[self.component] if len(parts) == 1 else Parts(**parts)
 
     def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:

@@ -73,7 +73,7 @@ class SVD(VideoUNet):
 
     name, net_class = "svd", "UNetSpatioTemporalConditionModel"
     pipelines, needs_image, sign = ("StableVideoDiffusionPipeline",), True, -1
-    keys = ("encoder_hidden_states", "added_time_ids")
+    keys, max_length = ("encoder_hidden_states", "added_time_ids"), 0
     default_grid = (25, 72, 128)  # frames of 576 x 1024
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     lora_loader = False

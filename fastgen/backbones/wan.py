@@ -45,10 +45,10 @@ class Wan(VideoFamily):
     lora_targets = (*ATTENTION, "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
     final_layers = ("condition_embedder.*", "patch_embedding", "proj_out")
 
-    def assemble(self, parts: dict[str, nn.Module], index: dict | None = None) -> nn.Module:
+    def assemble(self, parts: dict[str, nn.Module], index: dict) -> nn.Module:
         if len(parts) == 1:
-            return parts[self.component]
-        return Experts((index or {}).get("boundary_ratio") or 0.875, **parts)
+            return super().assemble(parts, index)
+        return Experts(index["boundary_ratio"], **parts)
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if not isinstance(net, Experts):

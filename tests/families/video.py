@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastgen.backbones.dit import perturb_zero_layers
+from fastgen.backbones.family import perturb_zero_layers
 from tests.tiny import clip_tokenizer
 
 SIZE, FRAMES = 32, 9  # pixels a side and frames that these folders are sampled at
@@ -235,8 +235,8 @@ def _cogvideox(folder: Path, pipeline: str, channels: int, **net) -> Path:
         sample_width=SIZE,
     )
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
         in_channels=channels,
         out_channels=4,
         time_embed_dim=2,
@@ -266,7 +266,7 @@ def _cogvideox(folder: Path, pipeline: str, channels: int, **net) -> Path:
         transformer=alive(transformer),
         scheduler=scheduler,
     )
-    return save(pipe, folder, num_frames=FRAMES)
+    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
 
 
 def cogvideox(folder: Path) -> Path:
@@ -318,7 +318,7 @@ def hunyuan_video(folder: Path) -> Path:
         rope_axes_dim=(2, 4, 4),
         guidance_embeds=True,
     )
-    tokenizer = llama_tokenizer()
+    tokenizer = _templated(llama_tokenizer())
     llama = LlamaConfig(
         hidden_size=16,
         intermediate_size=37,
@@ -336,8 +336,17 @@ def hunyuan_video(folder: Path) -> Path:
         text_encoder_2=clip_text(),
         tokenizer_2=clip_tokenizer(),
     )
-    template = {"template": "{}", "crop_start": 0}
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16, prompt_template=template)
+    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
+
+
+def _templated(tokenizer):
+    """The tokenizer taught to read HunyuanVideo's prompt template as the 94 tokens that the pipeline crops."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as template
+
+    prefix, num = template["template"].partition("{}")[0], template["crop_start"] - 1
+    bounds = [len(prefix) * i // num for i in range(num + 1)]
+    tokenizer.add_tokens(sorted({prefix[a:b] for a, b in zip(bounds, bounds[1:])}))
+    return tokenizer
 
 
 def ltx(folder: Path) -> Path:
