@@ -231,11 +231,9 @@ class Family:
         network's last layer, would be.
         """
         inside = [f"{p}." for p in self.lora_parts or net.names[:1]] if isinstance(net, Parts) else [""]
-        layers = {
-            n
-            for n, m in net.named_modules()
-            if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and n.startswith(tuple(inside))
-        }
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        found = [n for n, m in net.named_modules() if isinstance(m, kinds) and n.startswith(tuple(inside))]
+        layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
         hit = {e: [n for n in layers if n == e or n.endswith(f".{e}")] for e in endings}
         leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
         default = set(endings) == set(self.lora_targets)
