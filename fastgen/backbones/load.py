@@ -160,12 +160,10 @@ def load_tokenizer(folder: Path):
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise many kinds
         told = f"{folder} cannot be read ({first_line(error)})"
         raise UserError("teacher.path", told, "copy it again") from None
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def _component(folder: Path, name: str, declared, source: Source):
@@ -214,7 +212,7 @@ def load_pipe(folder: Path, family: Family, index: dict, source: Source):
     return pipe
 
 
-def _grid(family: Family, net, source: Source, info: dict, factor: int) -> tuple[int, ...]:
+def _grid(family: Family, net, source: Source, info: dict, factor: int, temporal: int = 0) -> tuple[int, ...]:
     """Latent (h, w) or (f, h, w) of the size asked for, else of the size an export was trained at, else of the
     size the network was made for. What was asked for goes into info, so that an export repeats it.
     """
@@ -230,12 +228,12 @@ def _grid(family: Family, net, source: Source, info: dict, factor: int) -> tuple
         grid[at] = asked // factor
     frames = info.get("num_frames")
     if frames is not None:
-        if not family.temporal:
+        if not temporal:
             raise UserError("teacher.num_frames", f"found {frames}", f"{family.name} makes images")
-        if (frames - 1) % family.temporal:
-            allowed = f"{family.temporal} k + 1 for {family.name}'s autoencoder"
+        if (frames - 1) % temporal:
+            allowed = f"{temporal} k + 1 for {family.name}'s autoencoder"
             raise UserError("teacher.num_frames", f"found {frames}", allowed)
-        grid[0] = (frames - 1) // family.temporal + 1
+        grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)
 
 
@@ -256,10 +254,10 @@ def _label_codec(folder: Path | None, family: Family, net, info: dict, source: S
 
 
 def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dict, source: Source):
-    from fastgen.codecs import TextCodec, spatial_factor
+    from fastgen.codecs import TextCodec, spatial_factor, temporal_factor
 
     pipe = None if folder is None else load_pipe(folder, family, index, source)
-    grid = _grid(family, net, source, info, spatial_factor(family, pipe))
+    grid = _grid(family, net, source, info, spatial_factor(family, pipe), temporal_factor(family, pipe))
     length = info.get("max_sequence_length") or family.max_length
     if length is None:
         length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77

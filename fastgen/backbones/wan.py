@@ -112,8 +112,8 @@ class WanImage(Wan):
         return shapes | {"encoder_hidden_states_image": (side**2 + 1, net.config.image_dim)}
 
     def encode_image(self, codec, images: Tensor) -> Cond:
-        pipe, frames = codec.pipe, (codec.shape[1] - 1) * self.temporal + 1
-        size = (*images.shape[-2:], frames, torch.float32, codec.device)
+        pipe = codec.pipe
+        size = (*images.shape[-2:], codec.num_frames, torch.float32, codec.device)
         found = [pipe.prepare_latents(i[None], 1, codec.shape[0], *size)[1] for i in images]
         cond = {"image_latents": torch.cat(found)}
         if getattr(pipe, "image_encoder", None) is not None:

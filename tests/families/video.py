@@ -27,7 +27,7 @@ def llama_tokenizer():
 
     tokens = ["<unk>", "<s>", "</s>", "\u2581", *(c for c in string.printable if c not in string.whitespace)]
     vocab = {token: i for i, token in enumerate(tokens)}
-    return LlamaTokenizerFast(vocab=vocab, merges=[], pad_token="<unk>")  # noqa: S106
+    return LlamaTokenizerFast(vocab=vocab, merges=[], pad_token="<unk>", padding_side="right")  # noqa: S106
 
 
 def t5_encoder(multilingual: bool = False, width: int = 32):
@@ -59,7 +59,7 @@ def clip_text(projection: bool = False, width: int = 32):
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def clip_vision(width: int, projection: bool = False, size: int = SIZE):
+def clip_vision(width: int, projection: bool = False, size: int = SIZE, patch: int = 8):
     """CLIP image encoder and its processor."""
     from transformers import (
         CLIPImageProcessor,
@@ -75,7 +75,7 @@ def clip_vision(width: int, projection: bool = False, size: int = SIZE):
         num_attention_heads=4,
         image_size=size,
         intermediate_size=16,
-        patch_size=8,
+        patch_size=patch,
     )
     processor = CLIPImageProcessor(crop_size=size, size=size)
     return (CLIPVisionModelWithProjection if projection else CLIPVisionModel)(config), processor
@@ -340,7 +340,7 @@ def hunyuan_video(folder: Path) -> Path:
 
 
 def _templated(tokenizer):
-    """The tokenizer taught to read HunyuanVideo's prompt template as the 94 tokens that the pipeline crops."""
+    """The tokenizer taught to read HunyuanVideo's prompt template in about the 95 tokens that the pipeline crops."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as template
 
     prefix, num = template["template"].partition("{}")[0], template["crop_start"] - 1
@@ -469,7 +469,7 @@ def svd(folder: Path) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 2,
         latent_channels=4,
     )
-    encoder, processor = clip_vision(32, projection=True)
+    encoder, processor = clip_vision(32, projection=True, size=224, patch=56)  # the pipeline resizes to 224
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
