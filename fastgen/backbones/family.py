@@ -199,6 +199,10 @@ class Family:
         """Unit noise as the pipeline's `latents` argument takes it (packed, scaled, transposed)."""
         return noise
 
+    def load_lora(self, pipe, folder, file: str) -> None:
+        """What a user writes to put an exported adapter into the pipeline."""
+        pipe.load_lora_weights(folder, weight_name=file)
+
     # -- features -------------------------------------------------------------------------------------------
     def taps(self, net: nn.Module) -> list[nn.Module]:
         """Modules whose outputs serve as features, shallow to deep."""
