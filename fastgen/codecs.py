@@ -85,6 +85,12 @@ class TextCodec(nn.Module):
         factor = spatial_factor(self.family, self.pipe)
         return self.shape[-2] * factor, self.shape[-1] * factor
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video, 1 for an image."""
+        factor = temporal_factor(self.family, self.pipe)
+        return (self.shape[1] - 1) * factor + 1 if factor else 1
+
     def encode(self, images: Tensor) -> Tensor:
         return encode_latents(self.family, self.vae, images)
 
@@ -158,14 +164,22 @@ def spatial_factor(family, pipe) -> int:
     """Pixels per latent side."""
     for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
         if getattr(pipe, name, None):
-            return getattr(pipe, name)
+            return getattr(pipe, name) * family.folded
     return family.factor
+
+
+def temporal_factor(family, pipe) -> int:
+    """Frames per latent frame; 0 for images."""
+    for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
+        if family.temporal and getattr(pipe, name, None):
+            return getattr(pipe, name)
+    return family.temporal
 
 
 @torch.no_grad()
 def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    encoded = vae.encode(images.to(vae.dtype))
+    encoded = vae.encode(family.vae_input(images).to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     return family.normalise(vae, latents.float()).contiguous()
 

@@ -40,15 +40,31 @@ class Serving:
 def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_scheduler) -> Serving:
     """The scheduler for a student's own time list (see the table in each function)."""
     if isinstance(schedule, VP):
-        return _vp(times, sampler, dict(teacher_scheduler.config))
+        return _vp(times, sampler, teacher_scheduler)
     if isinstance(schedule, EDM):
-        return _edm(times, sampler, schedule, dict(teacher_scheduler.config))
+        return _edm(times, sampler, schedule, teacher_scheduler)
     if isinstance(schedule, Flow):
         return _flow(times, sampler, schedule)
     raise UserError("export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow or EDM")
 
 
-def _vp(times: list[float], sampler: str, config: dict) -> Serving:
+def _noise_levels(teacher_scheduler) -> dict:
+    """Keys that give another scheduler the teacher's noise levels: its own, or every beta spelled out where only
+    its class can make them (CogVideoX's SNR shift, Shap-E's exponential schedule).
+    """
+    config = teacher_scheduler.config
+    if not config.get("snr_shift_scale") and config.get("beta_schedule") != "exp":
+        return {k: config[k] for k in VP_KEYS if k in config}
+    bar = teacher_scheduler.alphas_cumprod.double()
+    betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    return {
+        "num_train_timesteps": config["num_train_timesteps"],
+        "prediction_type": config["prediction_type"],
+        "trained_betas": betas.tolist(),
+    }
+
+
+def _vp(times: list[float], sampler: str, teacher_scheduler) -> Serving:
     """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing.
 
     Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
@@ -57,8 +73,8 @@ def _vp(times: list[float], sampler: str, config: dict) -> Serving:
 
     if any(t != round(t) for t in times):
         raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
-    num, total = len(times), config["num_train_timesteps"]
-    kept = {k: config[k] for k in VP_KEYS if k in config}
+    kept = _noise_levels(teacher_scheduler)
+    num, total = len(times), kept["num_train_timesteps"]
     ints = [int(t) for t in times]
     stride = total // num
     on_grid = ints == [(num - i) * stride - 1 for i in range(num)]
@@ -97,13 +113,20 @@ def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
     return Serving(cls(shift=1.0), {"sigmas": list(times)})
 
 
-def _edm(times: list[float], sampler: str, schedule: EDM, config: dict) -> Serving:
-    """EDMEulerScheduler; its `sigmas` argument is a ramp 0 (noise) to 1. Re-noising needs a loop."""
-    from diffusers import EDMEulerScheduler
+def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1; or the EulerDiscreteScheduler of
+    Stable Video Diffusion, which takes the noise levels themselves. Re-noising needs a loop.
+    """
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
+    config, loop = dict(teacher_scheduler.config), sampler == "renoise" and len(times) > 1
+    if config.get("timestep_type") == "continuous":
+        plain = {"use_karras_sigmas": False, "timestep_spacing": "trailing"}
+        scheduler = EulerDiscreteScheduler.from_config(config, **plain)
+        return Serving(scheduler, {"sigmas": [*times, 0.0]}, needs_loop=loop)
     scheduler = EDMEulerScheduler.from_config(config)
     if times == schedule.steps(1):
         return Serving(scheduler)
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
-    return Serving(scheduler, {"sigmas": ramp}, needs_loop=sampler == "renoise" and len(times) > 1)
+    return Serving(scheduler, {"sigmas": ramp}, needs_loop=loop)

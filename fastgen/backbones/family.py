@@ -79,6 +79,8 @@ class Family:
     # -- sizes ----------------------------------------------------------------------------------------------
     factor: int = 8
     """pixels per latent side, unless the pipeline's autoencoder says another"""
+    folded: int = 1
+    """side of the square of the autoencoder's latent pixels that is one pixel of x0, its rest in channels"""
     temporal: int = 0
     """frames per latent frame (frames = temporal k + 1); 0 for images"""
     divisor: int = 1
@@ -92,7 +94,9 @@ class Family:
     lora_parts: tuple[str, ...] = ()
     """of `Parts`, those that adapters may touch; empty means the first alone"""
     final_layers: tuple[str, ...] = ()
-    """patterns of modules (time embedding, output layer) that a LoRA ending should not hit by accident"""
+    """patterns of full module names (time embedding, output layer) that a LoRA ending should not hit by
+    accident; the default endings leave them out
+    """
     lora_loader: bool = True
     """whether the pipeline has load_lora_weights; if not, `fastgen.lora.load_lora_into` reads the file"""
     kohya_prefix: str | None = None
@@ -166,6 +170,10 @@ class Family:
             return self.default_grid
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
+    def vae_input(self, images: Tensor) -> Tensor:
+        """Images as the autoencoder takes them."""
+        return images
+
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         """Autoencoder latents to x0."""
         return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
@@ -216,6 +224,10 @@ class Family:
         """Taps a discriminator reads unless told otherwise."""
         return (len(self.taps(net)) * 3 // 4,)
 
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """Of a tapped output, the image's part, where a block holds text and image in one sequence."""
+        return out
+
     def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         """A tapped output as [B, C, h, w]; video frames are stacked along h."""
         return fold_tokens(out, x, patch_of(net))
@@ -230,8 +242,8 @@ class Family:
         """Networks by component folder."""
         return {n: getattr(net, n) for n in net.names} if isinstance(net, Parts) else {self.component: net}
 
-    def assemble(self, parts: dict[str, nn.Module]) -> nn.Module:
-        """The denoiser out of its parts, by component folder."""
+    def assemble(self, parts: dict[str, nn.Module], index: dict) -> nn.Module:
+        """The denoiser out of its parts, by component folder, and the pipeline's model_index.json."""
         return parts[self.component] if len(parts) == 1 else Parts(**parts)
 
     def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
@@ -249,8 +261,10 @@ class Family:
             if not found and not default:
                 told = f"no layer of {self.net_class} ends in {ending!r}"
                 raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
-            final = [n for n in found if any(fnmatch(n, f"*{p}") for p in self.final_layers)]
-            if final and ending not in final:
+            final = sorted(n for n in found if self._is_final(n, inside))
+            if default:
+                hit[ending] = [n for n in found if n not in final]
+            elif final and ending not in final:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
         names = sorted({n for found in hit.values() for n in found})
@@ -258,6 +272,10 @@ class Family:
             told = f"no layer of {self.net_class} ends in any of {list(endings)}"
             raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
         return names
+
+    def _is_final(self, name: str, inside: list[str]) -> bool:
+        part = next((p for p in inside if name.startswith(p)), "")
+        return any(fnmatch(name.removeprefix(part), pattern) for pattern in self.final_layers)
 
     def is_unreached(self, name: str) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""

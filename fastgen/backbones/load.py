@@ -19,6 +19,7 @@ from fastgen.schedules import Schedule
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_THE_CODECS = ("scheduler", "safety_checker")
+SIZES = ("height", "width", "num_frames")
 
 
 @dataclass
@@ -159,12 +160,10 @@ def load_tokenizer(folder: Path):
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise many kinds
         told = f"{folder} cannot be read ({first_line(error)})"
         raise UserError("teacher.path", told, "copy it again") from None
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def _component(folder: Path, name: str, declared, source: Source):
@@ -175,11 +174,12 @@ def _component(folder: Path, name: str, declared, source: Source):
         raise UserError("teacher.path", f"{folder} lacks its part {name!r}", "copy the whole folder")
     if "tokenizer" in name:
         return load_tokenizer(folder / name)
-    if (folder / name / "config.json").is_file():
-        cls = component_class(folder / name)
-        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
     library, cls = declared or ("transformers", "AutoImageProcessor")
     where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    if (folder / name / "config.json").is_file():
+        own = where != library  # a class that only this pipeline has
+        cls = getattr(importlib.import_module(where), cls) if own else component_class(folder / name)
+        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
     return getattr(importlib.import_module(where), cls).from_pretrained(folder / name, local_files_only=True)
 
 
@@ -212,24 +212,28 @@ def load_pipe(folder: Path, family: Family, index: dict, source: Source):
     return pipe
 
 
-def _grid(family: Family, net, source: Source, factor: int) -> tuple[int, ...]:
-    """Latent (h, w) or (f, h, w) of the size asked for, or of the size the network was made for."""
+def _grid(family: Family, net, source: Source, info: dict, factor: int, temporal: int = 0) -> tuple[int, ...]:
+    """Latent (h, w) or (f, h, w) of the size asked for, else of the size an export was trained at, else of the
+    size the network was made for. What was asked for goes into info, so that an export repeats it.
+    """
+    info |= {k: getattr(source, k) for k in SIZES if getattr(source, k) is not None}
     grid = list(family.grid(net))
     for key, at in (("height", -2), ("width", -1)):
-        asked = getattr(source, key)
+        asked = info.get(key)
         if asked is None:
             continue
         step = factor * family.divisor
         if asked % step:
             raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
         grid[at] = asked // factor
-    if source.num_frames is not None:
-        if not family.temporal:
-            raise UserError("teacher.num_frames", f"found {source.num_frames}", f"{family.name} makes images")
-        if (source.num_frames - 1) % family.temporal:
-            allowed = f"{family.temporal} k + 1 for {family.name}'s autoencoder"
-            raise UserError("teacher.num_frames", f"found {source.num_frames}", allowed)
-        grid[0] = (source.num_frames - 1) // family.temporal + 1
+    frames = info.get("num_frames")
+    if frames is not None:
+        if not temporal:
+            raise UserError("teacher.num_frames", f"found {frames}", f"{family.name} makes images")
+        if (frames - 1) % temporal:
+            allowed = f"{temporal} k + 1 for {family.name}'s autoencoder"
+            raise UserError("teacher.num_frames", f"found {frames}", allowed)
+        grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)
 
 
@@ -238,7 +242,7 @@ def _label_codec(folder: Path | None, family: Family, net, info: dict, source: S
 
     rows = net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
     classes = info.get("num_classes", rows)
-    grid = _grid(family, net, source, family.factor)
+    grid = _grid(family, net, source, info, family.factor)
     codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
     codec.has_null = family.has_null(net, classes)
     codec.family = family
@@ -250,10 +254,10 @@ def _label_codec(folder: Path | None, family: Family, net, info: dict, source: S
 
 
 def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dict, source: Source):
-    from fastgen.codecs import TextCodec, spatial_factor
+    from fastgen.codecs import TextCodec, spatial_factor, temporal_factor
 
     pipe = None if folder is None else load_pipe(folder, family, index, source)
-    grid = _grid(family, net, source, spatial_factor(family, pipe))
+    grid = _grid(family, net, source, info, spatial_factor(family, pipe), temporal_factor(family, pipe))
     length = info.get("max_sequence_length") or family.max_length
     if length is None:
         length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77
@@ -286,7 +290,7 @@ def _from_blueprint(source: Source):
         raise UserError(
             "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
         ) from None
-    return family, family.assemble(parts), scheduler, blueprint.get("info", {}), index
+    return family, family.assemble(parts, index), scheduler, dict(blueprint.get("info", {})), index
 
 
 def _from_folder(folder: Path, source: Source):
@@ -311,7 +315,16 @@ def _from_folder(folder: Path, source: Source):
         config = read_json(folder / name / "config.json", "teacher.path")
         cls = getattr(diffusers, config["_class_name"])
         parts[name] = load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
-    return family, family.assemble(parts), scheduler, info, index
+    return family, family.assemble(parts, index), scheduler, info, index
+
+
+def _sized(source: Source, info: dict) -> dict:
+    """The size asked for, or else the one that fastgen.json notes, written back for exports to note."""
+    for key in ("height", "width", "num_frames", "embedded_guidance"):
+        if getattr(source, key) is None:
+            setattr(source, key, info.get(key))
+    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance")}
+    return {k: v for k, v in kept.items() if v is not None}
 
 
 def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
@@ -332,6 +345,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     folder = hub_folder(path, source.allow_download) if path else None
     made = _from_blueprint(source) if source.blueprint is not None else _from_folder(folder, source)
     family, net, scheduler, info, index = made
+    info = {**info, **_sized(source, info)}
     if folder is not None and not index and (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json", "teacher.path")
     if family.kind == "labels":
