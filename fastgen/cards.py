@@ -32,10 +32,13 @@ def _keywords(arguments: dict) -> str:
 def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
     """Text-to-image: an ordinary pipeline call."""
     scheduler = info["scheduler"]["_class_name"]
-    call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"]:
+    call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"]}
+    call |= info["arguments"] if not info["bound"] else {}
+    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
-    call |= family.guidance_off if info["times"] else {"guidance_scale": float(info["guidance"])}
+    embedded = info["embedded_guidance"]
+    off = info["times"] or embedded is not None
+    call |= family.guidance_call(embedded) if off else {"guidance_scale": float(info["guidance"])}
     call |= family.plain_call(what)
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"."'
@@ -50,6 +53,13 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             f'pipe.load_lora_weights(".", weight_name="{lora}")',
+        ]
+    if info["bound"]:  # the call takes no such list
+        lines += [
+            "set_timesteps = pipe.scheduler.set_timesteps",
+            "pipe.scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(",
+            f"    device=device{_keywords(info['arguments'])}",
+            ")",
         ]
     return [
         *lines,

@@ -50,7 +50,10 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        served = scheduler_for(list(student.times), student.sampler, teacher.schedule, teacher.scheduler)
+        family = teacher.backbone.family
+        served = scheduler_for(
+            list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family
+        )
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, served, distilled)
@@ -91,6 +94,8 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "scheduler": _plain(served.scheduler),
         "arguments": served.arguments,
         "needs_loop": served.needs_loop,
+        "bound": served.bound,
+        "embedded_guidance": getattr(teacher.codec, "guidance", None),
         "guidance": cfg.teacher.guidance,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
@@ -166,16 +171,18 @@ def _export_lora(
     layers = lora.collect(net, student.adapter)
     if not any(b.any() for _, b in layers.values()):
         print("warning: export: the adapter is still zero; the export equals the teacher")
-    header = _header(name, family, info, layers)
-    file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
+    groups, base = lora.by_part(net, layers), lora.without_adapters(net)
+    named = {p: f"{name}-lora{f'-{p}' if i else ''}.safetensors" for i, p in enumerate(groups)}
+    files = {"lora": next(iter(named.values()))} | ({"lora_parts": named} if "" not in named else {})
+    header = _header(name, family, {**info, **files}, layers)
+    for part, own in groups.items():
+        file = lora.write_peft(folder / named[part], own, family.component, header, dtype)
+        _verify(getattr(base, part) if part else base, file, own, dtype)
     served.scheduler.save_pretrained(folder / "scheduler")
-    files = {"lora": file.name}
     if family.kohya_prefix:
-        twin = folder / f"{name}-lora-kohya.safetensors"
-        files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
-    base = lora.without_adapters(net)
-    _verify(base, file, layers, dtype)
-    if not hasattr(teacher.codec, "prompts"):
+        twin, own = folder / f"{name}-lora-kohya.safetensors", next(iter(groups.values()))
+        files["kohya"] = lora.write_kohya(twin, own, family.kohya_prefix, header, dtype).name
+    if not family.lora_loader:
         lora.merge(base, layers)
         export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
@@ -183,7 +190,7 @@ def _export_lora(
 
 def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
     """Read the file back: every key must name a layer of the base, every value must be the trained one."""
-    again, _ = lora.read_lora(file)
+    again, _ = lora.read_file(file)
     lora.check_keys(base, again)
     if set(again) != set(layers):
         raise RuntimeError(f"{file} does not hold the layers it was given")

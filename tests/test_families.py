@@ -16,8 +16,8 @@ from fastgen.build import Cast
 from fastgen.export import export_student, load_export
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
-from fastgen.serving import Serving
 from fastgen.schedules import EDM, VP, TrigFlow
+from fastgen.serving import Serving, bind
 from tests.families import CASES, PROMPTS
 
 each = pytest.mark.parametrize("name", sorted(CASES))
@@ -340,7 +340,9 @@ def plain_call(world, pipe, info, noise):
     """Images in [0, 1] by a pipeline call that any user could write."""
     family, codec = world.family, world.codec
     call = {"num_inference_steps": info["steps"]}
-    if info["arguments"]:
+    if info["bound"]:
+        bind(pipe.scheduler, info["arguments"])
+    elif info["arguments"]:
         call = dict(info["arguments"])
     height, width = codec.pixels
     guidance = family.guidance_call(codec.guidance)
