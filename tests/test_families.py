@@ -16,6 +16,7 @@ from fastgen.build import Cast
 from fastgen.export import export_student, load_export
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
+from fastgen.serving import Serving
 from fastgen.schedules import EDM, VP, TrigFlow
 from tests.families import CASES, PROMPTS
 
@@ -323,10 +324,16 @@ def exported(world, tmp_path):
     """A full student of three ODE steps and a LoRA student, written as a user would ship them."""
 
     def write(kind: str, num_steps: int = 3):
-        trainer = world.trainer(kind, num_steps)
+        trainer = world.trainer(kind, num_steps, world.case.sampler)
         return trainer.cast.parts["student"], export_student(trainer, tmp_path / kind, {})
 
     return write
+
+
+def draws():
+    """The noise between steps, as a pipeline given this seed draws it."""
+    generator = torch.Generator().manual_seed(7)
+    return lambda x: torch.randn(x.shape, generator=generator)
 
 
 def plain_call(world, pipe, info, noise):
@@ -336,7 +343,7 @@ def plain_call(world, pipe, info, noise):
     if info["arguments"]:
         call = dict(info["arguments"])
     height, width = codec.pixels
-    guidance = {k: v if codec.guidance is None else codec.guidance for k, v in family.guidance_off.items()}
+    guidance = family.guidance_call(codec.guidance)
     document = (
         json.loads((world.folder / "fastgen.json").read_text())
         if (world.folder / "fastgen.json").exists()
@@ -344,7 +351,8 @@ def plain_call(world, pipe, info, noise):
     )
     call |= {"height": height, "width": width, **guidance, **family.plain_call(document), **world.case.call}
     latents = family.pipeline_latents(noise, world.schedule)
-    found = pipe(prompt=list(PROMPTS), latents=latents, output_type="pt", **call)
+    given = {"latents": latents, "output_type": "pt", "generator": torch.Generator().manual_seed(7)}
+    found = pipe(prompt=list(PROMPTS), **given, **call)
     return found[0]
 
 
@@ -354,7 +362,7 @@ def label_loop(world, pipe, info, noise):
     labels = world.cond.get("class_labels")
     edm = isinstance(world.schedule, EDM)
     x = noise * (world.schedule.prior_std(info["times"][0]))
-    scheduler.set_timesteps(**(info["arguments"] or {"num_inference_steps": info["steps"]}))
+    Serving(scheduler, info["arguments"]).set_timesteps(info["steps"])
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if edm else x
         x = scheduler.step(net(scaled, t, class_labels=labels).sample, t, x).prev_sample
@@ -367,7 +375,7 @@ def test_our_sampler_is_the_exported_pipeline(world, exported):
     student, folder = exported("full")
     info = json.loads((folder / "fastgen.json").read_text())["export"]
     with torch.no_grad():
-        ours = world.codec.decode(student.generate(world.noise, world.cond, torch.randn_like))
+        ours = world.codec.decode(student.generate(world.noise, world.cond, draws()))
         loaded = load_export(folder)
         t = world.level()
         same = loaded.role.raw(world.noise, t, world.cond)
@@ -385,8 +393,8 @@ def test_our_sampler_is_the_exported_pipeline(world, exported):
 def _untrained(world, student):
     from fastgen.roles import Student
 
-    return Student(world.backbone, None, student.times, "ode").generate(
-        world.noise, world.cond, torch.randn_like
+    return Student(world.backbone, None, student.times, student.sampler).generate(
+        world.noise, world.cond, draws()
     )
 
 

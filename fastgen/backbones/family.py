@@ -79,6 +79,8 @@ class Family:
     # -- sizes ----------------------------------------------------------------------------------------------
     factor: int = 8
     """pixels per latent side, unless the pipeline's autoencoder says another"""
+    folded: int = 1
+    """side of the square of the autoencoder's latent pixels that is one pixel of x0, its rest in channels"""
     temporal: int = 0
     """frames per latent frame (frames = temporal k + 1); 0 for images"""
     divisor: int = 1
@@ -92,7 +94,9 @@ class Family:
     lora_parts: tuple[str, ...] = ()
     """of `Parts`, those that adapters may touch; empty means the first alone"""
     final_layers: tuple[str, ...] = ()
-    """patterns of modules (time embedding, output layer) that a LoRA ending should not hit by accident"""
+    """patterns of full module names (time embedding, output layer) that a LoRA ending should not hit by
+    accident; the default endings leave them out
+    """
     lora_loader: bool = True
     """whether the pipeline has load_lora_weights; if not, `fastgen.lora.load_lora_into` reads the file"""
     kohya_prefix: str | None = None
@@ -166,6 +170,10 @@ class Family:
             return self.default_grid
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
+    def vae_input(self, images: Tensor) -> Tensor:
+        """Images as the autoencoder takes them."""
+        return images
+
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         """Autoencoder latents to x0."""
         return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
@@ -189,6 +197,10 @@ class Family:
     def tokens(self, net: nn.Module, grid: tuple[int, ...]) -> int:
         """Length of the image's token sequence, on which dynamic shifts depend."""
         return int(torch.tensor(grid).prod()) // self.divisor**2
+
+    def guidance_call(self, embedded: float | None) -> dict:
+        """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""
+        return {k: v if embedded is None else float(embedded) for k, v in self.guidance_off.items()}
 
     def plain_call(self, info: dict) -> dict:
         """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
@@ -218,6 +230,10 @@ class Family:
     def default_taps(self, net: nn.Module) -> tuple[int, ...]:
         """Taps a discriminator reads unless told otherwise."""
         return (len(self.taps(net)) * 3 // 4,)
+
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """Of a tapped output, the image's part, where a block holds text and image in one sequence."""
+        return out
 
     def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         """A tapped output as [B, C, h, w]; video frames are stacked along h."""
@@ -257,8 +273,10 @@ class Family:
             if not found and not default:
                 told = f"no layer of {self.net_class} ends in {ending!r}"
                 raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
-            final = [n for n in found if any(fnmatch(n, f"*{p}") for p in self.final_layers)]
-            if final and ending not in final:
+            final = sorted(n for n in found if self._is_final(n, inside))
+            if default:
+                hit[ending] = [n for n in found if n not in final]
+            elif final and ending not in final:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
         names = sorted({n for found in hit.values() for n in found})
@@ -266,6 +284,10 @@ class Family:
             told = f"no layer of {self.net_class} ends in any of {list(endings)}"
             raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
         return names
+
+    def _is_final(self, name: str, inside: list[str]) -> bool:
+        part = next((p for p in inside if name.startswith(p)), "")
+        return any(fnmatch(name.removeprefix(part), pattern) for pattern in self.final_layers)
 
     def is_unreached(self, name: str) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
