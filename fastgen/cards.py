@@ -29,31 +29,46 @@ def _keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
+<<<<<<< HEAD
 def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
     """Text-to-image: an ordinary pipeline call."""
     scheduler = info["scheduler"]["_class_name"]
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"]}
     call |= info["arguments"] if not info["bound"] else {}
     if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
+=======
+def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
+    """Text to image or video: an ordinary pipeline call."""
+    family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
+    name = teacher.pipeline
+    call = {**family.size_call(codec), "num_inference_steps": info["steps"], **info["arguments"]}
+    if info["arguments"]:
+>>>>>>> fam-c
         del call["num_inference_steps"]
     embedded = info["embedded_guidance"]
     off = info["times"] or embedded is not None
     call |= family.guidance_call(embedded) if off else {"guidance_scale": float(info["guidance"])}
     call |= family.plain_call(what)
-    names = sorted([family.pipeline, *([scheduler] if lora else [])])
-    source = repr(shown_path(info["base"])) if lora else '"."'
+    on_base = lora and family.lora_loader
+    names = sorted([name, *([scheduler] if on_base else [])])
+    source = repr(shown_path(info["base"])) if on_base else '"merged"' if lora else '"."'
     note = "" if lora else "  # this folder"
+    moving = family.temporal or family.views
+    tools = [*(["export_to_gif"] if moving else []), *(["load_image"] if family.needs_image else [])]
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
+        *([f"from diffusers.utils import {', '.join(tools)}"] if tools else []),
         "",
-        f"pipe = {family.pipeline}.from_pretrained({source}, torch_dtype=torch.float32){note}",
+        f"pipe = {name}.from_pretrained({source}, torch_dtype=torch.float32){note}",
     ]
-    if lora:
+    if on_base:
+        calls = family.lora_calls(lora, list(family.adapted(teacher.backbone.net)))
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
-            f'pipe.load_lora_weights(".", weight_name="{lora}")',
+            *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
         ]
+<<<<<<< HEAD
     if info["bound"]:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",
@@ -61,13 +76,18 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
             f"    device=device{_keywords(info['arguments'])}",
             ")",
         ]
+=======
+    asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
+    if family.needs_image:
+        asked.insert(len(asked) - 1, 'image=load_image("image.png")')
+>>>>>>> fam-c
     return [
         *lines,
-        "image = pipe(",
-        f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
+        f"{'frames' if moving else 'image'} = pipe(",
+        f"    {', '.join(asked)},",
         *_wrapped([f"{k}={v!r}" for k, v in call.items()]),
-        ").images[0]",
-        'image.save("sample.png")',
+        f").{'frames' if family.temporal else 'images'}[0]",
+        'export_to_gif(frames, "sample.gif")' if moving else 'image.save("sample.png")',
     ]
 
 
@@ -127,15 +147,11 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
     ]
 
 
-def usage(what: dict, family, info: dict, codec, lora: str = "") -> str:
+def usage(what: dict, teacher, info: dict, lora: str = "") -> str:
     """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
-    import torch
-
-    if hasattr(codec, "prompts"):
-        device = next(codec.parameters()).device
-        size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[-2:])
-        return "\n".join(_pipeline_usage(what, family, info, size, lora))
-    return "\n".join(_label_usage(what, info, codec.shape, "merged" if lora else "."))
+    if hasattr(teacher.codec, "prompts"):
+        return "\n".join(_pipeline_usage(what, teacher, info, lora))
+    return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
 
 
 def _numbers(results: dict) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastgen import __version__, lora
 from fastgen.backbones import Teacher, hub_folder
+from fastgen.backbones.family import part_name
 from fastgen.cards import model_card, read_command
 from fastgen.checkpoint import write_text
 from fastgen.lora import load_lora_into
@@ -127,9 +128,8 @@ def export_folder(
         _save_net(part, folder / name, dtype)
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
-    index = {}
-    if source is not None and (source / "model_index.json").is_file():
-        index = json.loads((source / "model_index.json").read_text())
+    index = _index(teacher)
+    others = [k for k, v in index.items() if isinstance(v, list) and k not in (*parts, "scheduler")]
     index |= {
         "_class_name": index["_class_name"]
         if index.get("_class_name") in family.pipelines
@@ -138,7 +138,7 @@ def export_folder(
         **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
-    for part in COPIED:
+    for part in dict.fromkeys((*others, *COPIED)):
         if source is not None and (source / part).is_dir():
             if (source / part).resolve() != (folder / part).resolve():
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -148,6 +148,12 @@ def export_folder(
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder
+
+
+def _index(teacher: Teacher) -> dict:
+    """The model_index.json of the teacher's folder, if it has one."""
+    file = hub_folder(teacher.path, False) / "model_index.json" if teacher.path else None
+    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
 
 def _save_net(net: nn.Module, folder: Path, dtype) -> None:
@@ -168,29 +174,31 @@ def _export_lora(
 ) -> dict:
     """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists."""
     family, net = teacher.backbone.family, student.backbone.net
-    layers = lora.collect(net, student.adapter)
-    if not any(b.any() for _, b in layers.values()):
-        print("warning: export: the adapter is still zero; the export equals the teacher")
-    groups, base = lora.by_part(net, layers), lora.without_adapters(net)
-    named = {p: f"{name}-lora{f'-{p}' if i else ''}.safetensors" for i, p in enumerate(groups)}
-    files = {"lora": next(iter(named.values()))} | ({"lora_parts": named} if "" not in named else {})
-    header = _header(name, family, {**info, **files}, layers)
-    for part, own in groups.items():
-        file = lora.write_peft(folder / named[part], own, family.component, header, dtype)
-        _verify(getattr(base, part) if part else base, file, own, dtype)
+    files, base = {"lora": f"{name}-lora.safetensors"}, family.parts(net)
+    for i, (part, adapted) in enumerate(family.adapted(net).items()):
+        layers = lora.collect(adapted, student.adapter)
+        if not any(b.any() for _, b in layers.values()):
+            print(f"warning: export: the adapter of {part} is still zero; it equals the teacher's")
+        header = _header(name, family, info, layers)
+        file = folder / (part_name(files["lora"], part) if i else files["lora"])
+        lora.write_peft(file, layers, family.component, header, dtype)
+        if family.kohya_prefix and not i:
+            twin = folder / f"{name}-lora-kohya.safetensors"
+            files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
+        base[part] = lora.without_adapters(adapted)
+        _verify(base[part], file, layers, dtype)
+        if not family.lora_loader:
+            lora.merge(base[part], layers)
     served.scheduler.save_pretrained(folder / "scheduler")
-    if family.kohya_prefix:
-        twin, own = folder / f"{name}-lora-kohya.safetensors", next(iter(groups.values()))
-        files["kohya"] = lora.write_kohya(twin, own, family.kohya_prefix, header, dtype).name
     if not family.lora_loader:
-        lora.merge(base, layers)
-        export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
+        whole = family.assemble(base, _index(teacher))
+        export_folder(teacher, whole, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
 
 
 def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
     """Read the file back: every key must name a layer of the base, every value must be the trained one."""
-    again, _ = lora.read_file(file)
+    again, _ = lora.read_lora(file)
     lora.check_keys(base, again)
     if set(again) != set(layers):
         raise RuntimeError(f"{file} does not hold the layers it was given")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Parts
+from fastgen.backbones.family import part_name
 from fastgen.checkpoint import write_tensors
 from fastgen.errors import UserError
 
@@ -27,6 +27,16 @@ def collect(net: nn.Module, adapter: str) -> Layers:
             found[name] = (a.detach().float().cpu().contiguous(), scaled.cpu().contiguous())
     assert found, f"no adapter {adapter!r} in {type(net).__name__}"
     return found
+
+
+def read_parts(file: Path, parts: dict[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
+    """The layers of every adapted network of a denoiser, by component folder; `file` is the first one's."""
+    first = next(iter(parts))
+    files = {p: file if p == first else file.with_name(part_name(file.name, p)) for p in parts}
+    missing = next((f for f in files.values() if not f.is_file()), None)
+    if missing is not None:
+        raise UserError(key, f"{missing} does not exist", f"the file for {' and '.join(parts)} each")
+    return {part: read_lora(found, key)[0] for part, found in files.items()}
 
 
 def delta(a: Tensor, b: Tensor) -> Tensor:
@@ -77,37 +87,8 @@ def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str],
     return write_tensors(file, tensors, {**kohya, **header})
 
 
-def by_part(net: nn.Module, layers: Layers) -> dict[str, Layers]:
-    """Layers by the network they belong to, under that network's own names; one nameless group for one net."""
-    if not isinstance(net, Parts):
-        return {"": layers}
-    grouped: dict[str, Layers] = {}
-    for name, pair in layers.items():
-        part, _, inner = name.partition(".")
-        grouped.setdefault(part, {})[inner] = pair
-    return grouped
-
-
 def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
-    """(layers, our header) of an exported adapter; where it is spread over the files of several networks, all
-    of them, which must lie side by side.
-    """
-    layers, info = read_file(file, key)
-    if not info.get("lora_parts"):
-        return layers, info
-    found: Layers = {}
-    for part, name in info["lora_parts"].items():
-        beside = file.with_name(name)
-        if not beside.is_file():
-            raise UserError(
-                key, f"{beside} does not exist", f"it holds the adapter of {part}; keep them together"
-            )
-        found |= {f"{part}.{n}": pair for n, pair in read_file(beside, key)[0].items()}
-    return found, info
-
-
-def read_file(file: Path, key: str = "lora") -> tuple[Layers, dict]:
-    """(layers, our header) of one LoRA file in the layout of `write_peft`."""
+    """(layers, our header) of a LoRA file in the layout of `write_peft`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -215,8 +196,6 @@ def merge(net: nn.Module, layers: Layers) -> None:
 
 def without_adapters(net: nn.Module) -> nn.Module:
     """A fresh network holding the frozen base alone."""
-    if isinstance(net, Parts):
-        return Parts(**{n: without_adapters(getattr(net, n)) for n in net.names})
     fresh = type(net).from_config(net.config)
     state = {k.replace(".base_layer.", "."): v for k, v in net.state_dict().items() if ".lora_" not in k}
     fresh.load_state_dict(state)

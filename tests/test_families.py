@@ -316,7 +316,7 @@ def open_pipeline(folder):
 def network_of(world, pipe):
     """The denoiser inside a pipeline, as the family puts it together."""
     names = world.family.parts(world.backbone.net)
-    return world.family.assemble({n: getattr(pipe, n) for n in names}).eval()
+    return world.family.assemble({n: getattr(pipe, n) for n in names}, dict(pipe.config)).eval()
 
 
 @pytest.fixture

@@ -213,7 +213,14 @@ class Family:
 
     def load_lora(self, pipe, folder, file: str) -> None:
         """What a user writes to put an exported adapter into the pipeline."""
-        pipe.load_lora_weights(folder, weight_name=file)
+        held = [n for n in self.lora_parts or (self.component,) if getattr(pipe, n, None) is not None]
+        for call in self.lora_calls(file, held):
+            pipe.load_lora_weights(folder, **call)
+
+    def lora_calls(self, file: str, parts: list[str]) -> list[dict]:
+        """Keywords of load_lora_weights for the adapter file of every adapted network, the first one's given."""
+        more = [{"weight_name": part_name(file, p), f"load_into_{p}": True} for p in parts[1:]]
+        return [{"weight_name": file}, *more]
 
     # -- features -------------------------------------------------------------------------------------------
     def taps(self, net: nn.Module) -> list[nn.Module]:
@@ -246,11 +253,16 @@ class Family:
         """The denoiser out of its parts, by component folder, and the pipeline's model_index.json."""
         return parts[self.component] if len(parts) == 1 else Parts(**parts)
 
+    def adapted(self, net: nn.Module) -> dict[str, nn.Module]:
+        """Networks that adapters may touch, by component folder; the first comes first."""
+        parts = self.parts(net)
+        return {n: parts[n] for n in self.lora_parts or (self.component,) if n in parts}
+
     def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
         """Full names of the layers that adapters with these endings touch; a UserError where none, or the
         network's last layer, would be.
         """
-        inside = [f"{p}." for p in self.lora_parts or net.names[:1]] if isinstance(net, Parts) else [""]
+        inside = [f"{p}." for p in self.adapted(net)] if isinstance(net, Parts) else [""]
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         found = [n for n, m in net.named_modules() if isinstance(m, kinds) and n.startswith(tuple(inside))]
         layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
@@ -280,6 +292,11 @@ class Family:
     def is_unreached(self, name: str) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
         return any(fnmatch(name, pattern) for pattern in self.unreached)
+
+
+def part_name(file: str, part: str) -> str:
+    """Name of the adapter file of a denoiser's further network, beside the first one's."""
+    return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
 
 
 def patch_of(net: nn.Module) -> int:
