@@ -29,21 +29,13 @@ def _keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-<<<<<<< HEAD
-def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
-    """Text-to-image: an ordinary pipeline call."""
-    scheduler = info["scheduler"]["_class_name"]
-    call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"]}
-    call |= info["arguments"] if not info["bound"] else {}
-    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
-=======
 def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     """Text to image or video: an ordinary pipeline call."""
     family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
     name = teacher.pipeline
-    call = {**family.size_call(codec), "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"]:
->>>>>>> fam-c
+    call = {**family.size_call(codec), "num_inference_steps": info["steps"]}
+    call |= info["arguments"] if not info["bound"] else {}
+    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
     embedded = info["embedded_guidance"]
     off = info["times"] or embedded is not None
@@ -68,7 +60,6 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
         ]
-<<<<<<< HEAD
     if info["bound"]:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",
@@ -76,11 +67,9 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f"    device=device{_keywords(info['arguments'])}",
             ")",
         ]
-=======
     asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
     if family.needs_image:
         asked.insert(len(asked) - 1, 'image=load_image("image.png")')
->>>>>>> fam-c
     return [
         *lines,
         f"{'frames' if moving else 'image'} = pipe(",
@@ -249,7 +238,7 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "## Use",
         "",
         "```python",
-        usage(what, family, info, codec, lora),
+        usage(what, teacher, info, lora),
         "```",
         "",
         "## Numbers",

@@ -419,7 +419,7 @@ def test_lora_file_in_a_fresh_pipeline(world, exported):
                 world.family.load_lora(pipe, folder, file)
             else:
                 assert not hasattr(pipe, "load_lora_weights")
-                lora.load_lora_into(net, folder / file)
+                lora.load_lora_into(world.family.parts(net)[world.family.component], folder / file)
             shell = copy.copy(world.backbone)
             shell._modules = {"net": net}
             found = shell.raw(world.noise, t, world.cond)
