@@ -174,10 +174,14 @@ def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> S
     loop = sampler == "ode" and num > 1
     if np.allclose(times, schedule.steps(num)):
         total = num * max(1, round((config.num_train_timesteps - 1) / num)) + 1
-        scheduler = CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=total)
+        scheduler = CMStochasticIterativeScheduler.from_config(
+            config, num_train_timesteps=total, clip_denoised=False
+        )
         return Serving(scheduler, needs_loop=loop)
     total = 1_000_001
-    scheduler = CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=total)
+    scheduler = CMStochasticIterativeScheduler.from_config(
+        config, num_train_timesteps=total, clip_denoised=False
+    )
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
     return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards
