@@ -33,11 +33,13 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     """Text to image or video: an ordinary pipeline call."""
     family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
     name = teacher.pipeline
-    call = {**family.size_call(codec), "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"]:
+    call = {**family.size_call(codec), "num_inference_steps": info["steps"]}
+    call |= info["arguments"] if not info["bound"] else {}
+    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
-    call |= family.guidance_call(codec.guidance)
-    if not info["times"] and codec.guidance is None:
+    embedded = info["embedded_guidance"]
+    call |= family.guidance_call(embedded)
+    if not info["times"] and embedded is None:
         call |= dict.fromkeys(family.guidance_off, float(info["guidance"]))
     call |= family.plain_call(what)
     on_base = lora and family.lora_loader
@@ -58,6 +60,13 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
+        ]
+    if info["bound"]:  # the call takes no such list
+        lines += [
+            "set_timesteps = pipe.scheduler.set_timesteps",
+            "pipe.scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(",
+            f"    device=device{_keywords(info['arguments'])}",
+            ")",
         ]
     asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
     if family.needs_image:

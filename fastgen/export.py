@@ -51,7 +51,10 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        served = scheduler_for(list(student.times), student.sampler, teacher.schedule, teacher.scheduler)
+        family = teacher.backbone.family
+        served = scheduler_for(
+            list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family
+        )
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, served, distilled)
@@ -92,6 +95,8 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "scheduler": _plain(served.scheduler),
         "arguments": served.arguments,
         "needs_loop": served.needs_loop,
+        "bound": served.bound,
+        "embedded_guidance": getattr(teacher.codec, "guidance", None),
         "guidance": cfg.teacher.guidance,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,

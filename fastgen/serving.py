@@ -1,12 +1,13 @@
 """Which diffusers scheduler serves a student, so that a plain call visits the times it was trained on."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from fastgen.errors import UserError
-from fastgen.schedules import EDM, VP, Flow, Schedule
+from fastgen.schedules import EDM, VP, Flow, Schedule, TrigFlow
 
 VP_KEYS = (
     "num_train_timesteps",
@@ -28,6 +29,8 @@ class Serving:
     """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
     needs_loop: bool = False
     """no diffusers scheduler does these steps; the model card has the loop"""
+    bound: bool = False
+    """the pipeline's call takes no such arguments: they are set on the scheduler itself (see `bind`)"""
 
     def set_timesteps(self, num: int) -> None:
         """Prepare the scheduler as the model card tells users to."""
@@ -37,15 +40,39 @@ class Serving:
         self.scheduler.set_timesteps(**(given or {"num_inference_steps": num}))
 
 
-def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_scheduler) -> Serving:
+def scheduler_for(
+    times: list[float], sampler: str, schedule: Schedule, teacher_scheduler, family=None
+) -> Serving:
     """The scheduler for a student's own time list (see the table in each function)."""
     if isinstance(schedule, VP):
-        return _vp(times, sampler, teacher_scheduler)
-    if isinstance(schedule, EDM):
-        return _edm(times, sampler, schedule, teacher_scheduler)
-    if isinstance(schedule, Flow):
-        return _flow(times, sampler, schedule)
-    raise UserError("export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow or EDM")
+        served = _vp(times, sampler, teacher_scheduler)
+    elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
+        served = _cm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, EDM):
+        served = _edm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, Flow):
+        served = _flow(times, sampler, schedule, family is not None and family.default_sigmas)
+    elif isinstance(schedule, TrigFlow):
+        served = _trig(times, sampler, schedule, teacher_scheduler)
+    else:
+        found = f"no diffusers scheduler for {type(schedule).__name__}"
+        raise UserError("export", found, "VP, flow, EDM or TrigFlow")
+    if served.arguments and family is not None and family.kind == "text":
+        served.bound = not set(served.arguments) <= _accepted(family.pipeline)
+    return served
+
+
+def _accepted(pipeline: str) -> set[str]:
+    """Keywords of a pipeline's call."""
+    import diffusers
+
+    return set(inspect.signature(getattr(diffusers, pipeline).__call__).parameters)
+
+
+def bind(scheduler, arguments: dict) -> None:
+    """Make a scheduler take these steps whatever a pipeline asks of it; the model card spells this out."""
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(**arguments, device=device)
 
 
 def _noise_levels(teacher_scheduler) -> dict:
@@ -89,8 +116,11 @@ def _vp(times: list[float], sampler: str, teacher_scheduler) -> Serving:
     return Serving(scheduler, {"timesteps": ints})
 
 
-def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
+def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> Serving:
     """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
+
+    With default_sigmas the pipeline itself hands over w = 1 - k / N, which `shift` bends into our grid.
+    Otherwise
 
     diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the
     result to end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. Both are Moebius
@@ -101,6 +131,8 @@ def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
 
     cls = FlowMatchLCMScheduler if sampler == "renoise" else FlowMatchEulerDiscreteScheduler
     num, s = len(times), schedule.shift
+    if default_sigmas and np.allclose(times, schedule.steps(num), atol=1e-9):
+        return Serving(cls(shift=s))
     if num > 1 and np.allclose(times, schedule.steps(num), atol=1e-9):
         bent, u_min = s, 0.001
         for _ in range(50):
@@ -130,3 +162,35 @@ def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> 
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
     return Serving(scheduler, {"sigmas": ramp}, needs_loop=loop)
+
+
+def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid of
+    N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
+    """
+    from diffusers import CMStochasticIterativeScheduler
+
+    config, num = teacher_scheduler.config, len(times)
+    loop = sampler == "ode" and num > 1
+    if np.allclose(times, schedule.steps(num)):
+        total = num * max(1, round((config.num_train_timesteps - 1) / num)) + 1
+        scheduler = CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=total)
+        return Serving(scheduler, needs_loop=loop)
+    total = 1_000_001
+    scheduler = CMStochasticIterativeScheduler.from_config(config, num_train_timesteps=total)
+    hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
+    ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
+    return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards
+
+
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
+    """SCMScheduler, which adds fresh noise between steps; other lists than the even one are set on it."""
+    from diffusers import SCMScheduler
+
+    num, loop = len(times), sampler == "ode" and len(times) > 1
+    scheduler = SCMScheduler.from_config(teacher_scheduler.config)
+    given = {"num_inference_steps": num, "intermediate_timesteps": None}
+    if np.allclose(times, schedule.steps(num)):
+        return Serving(scheduler, {**given, "max_timesteps": schedule.t_max}, needs_loop=loop)
+    given |= {"max_timesteps": None, "timesteps": [*times, 0.0]}
+    return Serving(scheduler, given, needs_loop=loop, bound=True)

@@ -16,8 +16,8 @@ from fastgen.build import Cast
 from fastgen.export import export_student, load_export
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
-from fastgen.serving import Serving
 from fastgen.schedules import EDM, VP, TrigFlow
+from fastgen.serving import Serving, bind
 from tests.families import CASES, PROMPTS
 
 each = pytest.mark.parametrize("name", sorted(CASES))
@@ -316,7 +316,7 @@ def open_pipeline(folder):
 def network_of(world, pipe):
     """The denoiser inside a pipeline, as the family puts it together."""
     names = world.family.parts(world.backbone.net)
-    return world.family.assemble({n: getattr(pipe, n) for n in names}).eval()
+    return world.family.assemble({n: getattr(pipe, n) for n in names}, dict(pipe.config)).eval()
 
 
 @pytest.fixture
@@ -340,7 +340,9 @@ def plain_call(world, pipe, info, noise):
     """Images in [0, 1] by a pipeline call that any user could write."""
     family, codec = world.family, world.codec
     call = {"num_inference_steps": info["steps"]}
-    if info["arguments"]:
+    if info["bound"]:
+        bind(pipe.scheduler, info["arguments"])
+    elif info["arguments"]:
         call = dict(info["arguments"])
     height, width = codec.pixels
     guidance = family.guidance_call(codec.guidance)
@@ -417,7 +419,7 @@ def test_lora_file_in_a_fresh_pipeline(world, exported):
                 world.family.load_lora(pipe, folder, file)
             else:
                 assert not hasattr(pipe, "load_lora_weights")
-                lora.load_lora_into(net, folder / file)
+                lora.load_lora_into(world.family.parts(net)[world.family.component], folder / file)
             shell = copy.copy(world.backbone)
             shell._modules = {"net": net}
             found = shell.raw(world.noise, t, world.cond)

@@ -78,7 +78,9 @@ class SVD(VideoUNet):
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         beside = cond["image_latents"].to(x.dtype)[:, None].expand(-1, x.shape[2], -1, -1, -1)
-        out = net(torch.cat([x.transpose(1, 2), beside], 2), time, **self.given(x, cond), return_dict=False)[0]
+        out = net(torch.cat([x.transpose(1, 2), beside], 2), time, **self.given(x, cond), return_dict=False)[
+            0
+        ]
         return self.sign * out.transpose(1, 2)
 
     def grid(self, net: nn.Module) -> tuple[int, ...]:
