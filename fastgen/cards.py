@@ -38,8 +38,9 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
     embedded = info["embedded_guidance"]
-    off = info["times"] or embedded is not None
-    call |= family.guidance_call(embedded) if off else {"guidance_scale": float(info["guidance"])}
+    call |= family.guidance_call(embedded)
+    if not info["times"] and embedded is None:
+        call |= dict.fromkeys(family.guidance_off, float(info["guidance"]))
     call |= family.plain_call(what)
     on_base = lora and family.lora_loader
     names = sorted([name, *([scheduler] if on_base else [])])
@@ -171,13 +172,22 @@ def _wrapped(items: list[str], width: int = 90) -> list[str]:
     return textwrap.wrap(", ".join(items) + ",", width, initial_indent=" " * 4, subsequent_indent=" " * 4)
 
 
-def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
+def _task(teacher) -> str:
+    """The hub's name for what a model does."""
+    family = teacher.backbone.family
+    if not hasattr(teacher.codec, "prompts"):
+        return "unconditional-image-generation"
+    asked = "image" if family.needs_image and family.temporal else "text"
+    return f"{asked}-to-{'video' if family.temporal else '3d' if family.views else 'image'}"
+
+
+def _front_matter(info: dict, what: dict, teacher, lora: str) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["diffusers", "fastgen", info["objective"]]
     tags += ["distillation", "few-step"] if info["times"] else []
     tags += ["lora"] if lora else []
-    tags += ["text-to-image"] if hasattr(codec, "prompts") else ["unconditional-image-generation"]
+    tags += [_task(teacher)]
     base = info["base"] and shown_path(info["base"])
     base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
     licence = what.get("license") or license_of(info["base"])
@@ -185,7 +195,7 @@ def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _notes(info: dict, codec, files: dict) -> list[str]:
+def _notes(info: dict, teacher, files: dict) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, student, notes = files.get("lora", ""), bool(info["times"]), []
     if student and info["arguments"]:
@@ -197,9 +207,9 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if lora and not hasattr(codec, "prompts"):
+    if lora and not teacher.backbone.family.lora_loader:
         notes.append(
-            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
@@ -221,10 +231,10 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     else:
         settings["guidance"] = f"{info['guidance']:g}"
     settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
-    notes = _notes(info, codec, files)
+    notes = _notes(info, teacher, files)
     first = "A few-step student distilled" if student else "A generator trained"
     lines = [
-        _front_matter(info, what, codec, lora),
+        _front_matter(info, what, teacher, lora),
         "",
         f"# {name}",
         "",

@@ -70,7 +70,7 @@ class TextCodec(nn.Module):
         self.guidance = family.default_guidance if family.guidance_embedded(net) else None
         """what the network's guidance input is given, where it has one"""
         parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
-        self.vae = parts.pop("vae", None)
+        self.vae = parts.pop(family.decoder, None)
         self.encoders = nn.ModuleDict(parts)
         self.cond_shapes = family.cond_shapes(net, self)
         self.requires_grad_(False).eval()

@@ -73,6 +73,8 @@ class Family:
     """the pipeline's tokenizer that limits a prompt"""
     default_guidance: float | None = None
     """guidance that the network takes as an input (w-embedded, guidance-distilled); None if it has none"""
+    takes_text: bool = True
+    """whether its pipeline is asked by a prompt (among others)"""
     needs_image: bool = False
     """cond holds an image (first frame, control image) besides the text"""
 
@@ -87,6 +89,11 @@ class Family:
     """what the sides of a latent must be divisible by"""
     default_grid: tuple[int, ...] = ()
     """latent (h, w) or (f, h, w) where neither the user nor the config says one"""
+
+    decoder: str = "vae"
+    """the pipeline's part that turns latents into what is seen"""
+    views: bool = False
+    """a decoded sample is a turn around an object, [B, C, F, H, W] like a video's"""
 
     # -- students -------------------------------------------------------------------------------------------
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -197,6 +204,11 @@ class Family:
     def tokens(self, net: nn.Module, grid: tuple[int, ...]) -> int:
         """Length of the image's token sequence, on which dynamic shifts depend."""
         return int(torch.tensor(grid).prod()) // self.divisor**2
+
+    def size_call(self, codec) -> dict:
+        """Keywords of a plain pipeline call that say how large the result is."""
+        size = dict(zip(("height", "width"), codec.pixels))
+        return size | ({"num_frames": codec.num_frames} if self.temporal else {})
 
     def guidance_call(self, embedded: float | None) -> dict:
         """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""

@@ -19,7 +19,6 @@ from fastgen.schedules import Schedule
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_THE_CODECS = ("scheduler", "safety_checker")
-SIZES = ("height", "width", "num_frames")
 
 
 @dataclass
@@ -35,6 +34,12 @@ class Teacher:
     @property
     def schedule(self) -> Schedule:
         return self.backbone.schedule
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline class that holds it."""
+        pipe = getattr(self.codec, "pipe", None)
+        return self.backbone.family.pipeline if pipe is None else type(pipe).__name__
 
     def to(self, device) -> "Teacher":
         self.backbone.to(device)
@@ -212,21 +217,18 @@ def load_pipe(folder: Path, family: Family, index: dict, source: Source):
     return pipe
 
 
-def _grid(family: Family, net, source: Source, info: dict, factor: int, temporal: int = 0) -> tuple[int, ...]:
-    """Latent (h, w) or (f, h, w) of the size asked for, else of the size an export was trained at, else of the
-    size the network was made for. What was asked for goes into info, so that an export repeats it.
-    """
-    info |= {k: getattr(source, k) for k in SIZES if getattr(source, k) is not None}
+def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -> tuple[int, ...]:
+    """Latent (h, w) or (f, h, w) of the size asked for, or of the size the network was made for."""
     grid = list(family.grid(net))
     for key, at in (("height", -2), ("width", -1)):
-        asked = info.get(key)
+        asked = getattr(source, key)
         if asked is None:
             continue
         step = factor * family.divisor
         if asked % step:
             raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
         grid[at] = asked // factor
-    frames = info.get("num_frames")
+    frames = source.num_frames
     if frames is not None:
         if not temporal:
             raise UserError("teacher.num_frames", f"found {frames}", f"{family.name} makes images")
@@ -242,7 +244,7 @@ def _label_codec(folder: Path | None, family: Family, net, info: dict, source: S
 
     rows = net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
     classes = info.get("num_classes", rows)
-    grid = _grid(family, net, source, info, family.factor)
+    grid = _grid(family, net, source, family.factor)
     codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
     codec.has_null = family.has_null(net, classes)
     codec.family = family
@@ -257,7 +259,7 @@ def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dic
     from fastgen.codecs import TextCodec, spatial_factor, temporal_factor
 
     pipe = None if folder is None else load_pipe(folder, family, index, source)
-    grid = _grid(family, net, source, info, spatial_factor(family, pipe), temporal_factor(family, pipe))
+    grid = _grid(family, net, source, spatial_factor(family, pipe), temporal_factor(family, pipe))
     length = info.get("max_sequence_length") or family.max_length
     if length is None:
         length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77

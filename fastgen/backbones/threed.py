@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.backbones.family import Cond, Family
+from fastgen.errors import UserError
 
 
 class ShapE(Family):
@@ -16,7 +17,7 @@ class ShapE(Family):
 
     name, net_class, component, pipelines = "shap-e", "PriorTransformer", "prior", ("ShapEPipeline",)
     keys = ("proj_embedding",)
-    factor = 1
+    factor, decoder, views, size = 1, "shap_e_renderer", True, 64
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     final_layers = ("time_embedding.*", "embedding_proj", "proj_in", "proj_to_clip_embeddings")
     lora_loader = False
@@ -46,6 +47,23 @@ class ShapE(Family):
 
     def pipeline_latents(self, noise: Tensor, schedule) -> Tensor:
         return noise.transpose(1, 2).flatten(1)
+
+    def size_call(self, codec) -> dict:
+        return {"frame_size": self.size}
+
+    def vae_input(self, images: Tensor) -> Tensor:
+        allowed = "distil without data, or give x0 itself"
+        raise UserError("data.images", "Shap-E's pipeline has no encoder for pictures", allowed)
+
+    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+        return x0.transpose(1, 2)
+
+    def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
+        """Views [B, 3, F, h, w] around each object; rays are jittered, always in the same way."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            views = [vae.decode_to_image(one[None], z.device, size=self.size) for one in z]
+        return 2 * torch.stack(views).permute(0, 4, 1, 2, 3) - 1
 
     def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         tokens = out[:, -x.shape[2] :].transpose(1, 2)  # the condition's tokens stand first

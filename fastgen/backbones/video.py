@@ -104,7 +104,6 @@ class HunyuanVideo(VideoFamily):
     temporal, divisor, max_length = 4, 2, 256
     default_grid = (33, 90, 160)  # 129 frames of 720 x 1280
     default_guidance, default_sigmas = 6.0, True
-    guidance_off = {}
     lora_targets = (
         *ATTENTION,
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -54,10 +54,6 @@ class AnimateDiff(VideoUNet):
         states, _ = codec.pipe.encode_prompt(prompts, codec.device, 1, False)
         return {"encoder_hidden_states": states.float()}
 
-    def encode_frames(self, vae: nn.Module, frames: Tensor) -> Tensor:
-        """Autoencoder latents of frames [B f, 3, H, W]."""
-        return vae.encode(frames).latent_dist.mode()
-
     def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
         frames = vae.decode(z.transpose(1, 2).flatten(0, 1), return_dict=False)[0]
         return frames.unflatten(0, (len(z), z.shape[2])).transpose(1, 2)
@@ -72,7 +68,7 @@ class SVD(VideoUNet):
     """
 
     name, net_class = "svd", "UNetSpatioTemporalConditionModel"
-    pipelines, needs_image, sign = ("StableVideoDiffusionPipeline",), True, -1
+    pipelines, takes_text, needs_image, sign = ("StableVideoDiffusionPipeline",), False, True, -1
     keys, max_length = ("encoder_hidden_states", "added_time_ids"), 0
     default_grid = (25, 72, 128)  # frames of 576 x 1024
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
