@@ -50,7 +50,8 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        served = scheduler_for(list(student.times), student.sampler, teacher.schedule, teacher.scheduler)
+        times, sigmas = list(student.times), teacher.backbone.family.default_sigmas
+        served = scheduler_for(times, student.sampler, teacher.schedule, teacher.scheduler, sigmas)
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, served, distilled)
@@ -170,7 +171,7 @@ def _export_lora(
     file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
-    if family.kohya_prefix:
+    if family.reads_kohya(layers):
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
     base = lora.without_adapters(net)

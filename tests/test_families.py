@@ -143,7 +143,7 @@ def scheduler_x0(scheduler, out, x_t, t, schedule):
         return ddim.step(out, int(t), x_t).pred_original_sample
     if isinstance(schedule, TrigFlow):
         scm = diffusers.SCMScheduler.from_config(scheduler.config)
-        scm.set_timesteps(timesteps=[float(t), 0.0], num_inference_steps=1, max_timesteps=None)
+        scm.set_timesteps(1, timesteps=[float(t), 0.0], max_timesteps=None, intermediate_timesteps=None)
         return scm.step(out, scm.timesteps[0], x_t).pred_original_sample
     one = type(scheduler).from_config(scheduler.config)
     if isinstance(schedule, EDM):
@@ -210,7 +210,7 @@ def test_gradient_reaches_everything(world):
     to_x, to_weights = gradients(world, False)
     assert to_x is not None and torch.isfinite(to_x).all() and to_x.abs().max() > 0
     dead = {n for n, g in to_weights.items() if g is None or not g.any()}
-    told = {n for n in to_weights if world.family.is_unreached(n)}
+    told = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
     assert dead == told, (sorted(dead - told)[:8], sorted(told - dead)[:8])
 
 
@@ -320,10 +320,10 @@ def network_of(world, pipe):
 
 @pytest.fixture
 def exported(world, tmp_path):
-    """A full student of three ODE steps and a LoRA student, written as a user would ship them."""
+    """A full student of three steps and a LoRA student, written as a user would ship them."""
 
     def write(kind: str, num_steps: int = 3):
-        trainer = world.trainer(kind, num_steps)
+        trainer = world.trainer(kind, num_steps, world.case.sampler)
         return trainer.cast.parts["student"], export_student(trainer, tmp_path / kind, {})
 
     return write
@@ -337,11 +337,9 @@ def plain_call(world, pipe, info, noise):
         call = dict(info["arguments"])
     height, width = codec.pixels
     guidance = {k: v if codec.guidance is None else codec.guidance for k, v in family.guidance_off.items()}
-    document = (
-        json.loads((world.folder / "fastgen.json").read_text())
-        if (world.folder / "fastgen.json").exists()
-        else {}
-    )
+    file = world.folder / "fastgen.json"
+    document = json.loads(file.read_text()) if file.exists() else {}
+    call["generator"] = torch.Generator().manual_seed(5)
     call |= {"height": height, "width": width, **guidance, **family.plain_call(document), **world.case.call}
     latents = family.pipeline_latents(noise, world.schedule)
     found = pipe(prompt=list(PROMPTS), latents=latents, output_type="pt", **call)
@@ -367,7 +365,9 @@ def test_our_sampler_is_the_exported_pipeline(world, exported):
     student, folder = exported("full")
     info = json.loads((folder / "fastgen.json").read_text())["export"]
     with torch.no_grad():
-        ours = world.codec.decode(student.generate(world.noise, world.cond, torch.randn_like))
+        g = torch.Generator().manual_seed(5)
+        drawn = student.generate(world.noise, world.cond, lambda x: torch.randn(x.shape, generator=g))
+        ours = world.codec.decode(drawn)
         loaded = load_export(folder)
         t = world.level()
         same = loaded.role.raw(world.noise, t, world.cond)
@@ -421,13 +421,16 @@ def test_every_family_has_a_case():
     assert {c.family for c in CASES.values()} == set(FAMILIES)
 
 
-REAL = [(c.name, *p) for c in CASES.values() for p in c.published]
+REAL = [p for c in CASES.values() for p in c.published]
 
 
-@pytest.mark.parametrize("name,model,config,count", REAL, ids=[r[1] for r in REAL])
-def test_real_size(name, model, config, count):
-    """Parameters of the real network, laid out on the meta device, against the published count (exact)."""
+@pytest.mark.parametrize("model,config,count,tolerance", REAL, ids=[r[0] for r in REAL])
+def test_real_size(model, config, count, tolerance):
+    """What a checkpoint of the real network stores, laid out on the meta device, against the published count;
+    the relative tolerance is for the rounding of what was published.
+    """
     with torch.device("meta"):
         net = getattr(diffusers, config["_class_name"]).from_config(config)
     assert isinstance(net, nn.Module)
-    assert sum(p.numel() for p in net.parameters()) == count
+    found = sum(v.numel() for v in net.state_dict().values())
+    assert abs(found - count) <= tolerance * count, found
