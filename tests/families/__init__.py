@@ -36,6 +36,8 @@ class Case:
     """plain(pipe, case, loaded, noise) -> images in [0, 1], where a pipeline call is not enough"""
     excused: dict[str, str] = field(default_factory=dict)
     """check -> why it does not apply (a documented exception, shown in the table of families)"""
+    sampler: str = "ode"
+    """what the exported student does between steps"""
     published: list[tuple] = field(default_factory=list)
     """(model, real network config, published parameter count, tolerance)"""
 
