@@ -143,7 +143,8 @@ def export_folder(
             if (source / part).resolve() != (folder / part).resolve():
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
-            index.setdefault(part, _library_class(source / part, part))
+            if part not in index:
+                index[part] = _library_class(source / part, part)
     index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
