@@ -55,6 +55,18 @@ def test_hash_ignores_place_threads_seed_and_switches_that_are_off():
     assert evidence.config_sha256(validate(yaml.safe_load(dump(cfg)))) == base
 
 
+def test_an_ablation_is_a_recipe_and_a_change(finished, tmp_path):
+    plain, changed = (evidence.load_recipe(n) for n in ("fashion_dmd2", "fashion_dmd2+no_gan"))
+    assert evidence.differing(plain, changed)  # the change reaches the config ...
+    assert changed.stages[1].objective.gan_weight == 0 < plain.stages[1].objective.gan_weight
+    assert changed.stages[1].optim == plain.stages[1].optim  # ... and nothing else does
+    name = "fashion_dmd2+no_gan"
+    document = json.loads(evidence.record(finished(name, 9.0), name, None, tmp_path / "r").read_text())
+    assert document["command"].endswith("configs/recipes/fashion_dmd2.yaml configs/ablations/no_gan.yaml")
+    with pytest.raises(UserError, match="no_gun.*did you mean"):
+        evidence.load_recipe("fashion_dmd2+no_gun")
+
+
 def test_record_writes_the_schema(finished, tmp_path):
     path = evidence.record(
         finished("digits_dmd2", 2.5, seed=2, num_threads=1), "digits_dmd2", 2, tmp_path / "r"
