@@ -183,7 +183,7 @@ def _export_lora(
         header = _header(name, family, info, layers)
         file = folder / (part_name(files["lora"], part) if i else files["lora"])
         lora.write_peft(file, layers, family.component, header, dtype)
-        if family.kohya_prefix and not i:
+        if not i and family.reads_kohya(layers):
             twin = folder / f"{name}-lora-kohya.safetensors"
             files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
         base[part] = lora.without_adapters(adapted)

@@ -143,7 +143,7 @@ def scheduler_x0(scheduler, out, x_t, t, schedule):
         return ddim.step(out, int(t), x_t).pred_original_sample
     if isinstance(schedule, TrigFlow):
         scm = diffusers.SCMScheduler.from_config(scheduler.config)
-        scm.set_timesteps(timesteps=[float(t), 0.0], num_inference_steps=1, max_timesteps=None)
+        scm.set_timesteps(1, timesteps=[float(t), 0.0], max_timesteps=None, intermediate_timesteps=None)
         return scm.step(out, scm.timesteps[0], x_t).pred_original_sample
     clip = {"clip_denoised": False} if "clip_denoised" in scheduler.config else {}
     one = type(scheduler).from_config(scheduler.config, **clip)
@@ -211,7 +211,7 @@ def test_gradient_reaches_everything(world):
     to_x, to_weights = gradients(world, False)
     assert to_x is not None and torch.isfinite(to_x).all() and to_x.abs().max() > 0
     dead = {n for n, g in to_weights.items() if g is None or not g.any()}
-    told = {n for n in to_weights if world.family.is_unreached(n)}
+    told = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
     assert dead == told, (sorted(dead - told)[:8], sorted(told - dead)[:8])
 
 
@@ -431,12 +431,14 @@ def test_every_family_has_a_case():
     assert {c.family for c in CASES.values()} == set(FAMILIES)
 
 
-REAL = [(*p, 0.0)[:4] for c in CASES.values() for p in c.published]
+REAL = [p for c in CASES.values() for p in c.published]
 
 
 @pytest.mark.parametrize("model,config,count,tolerance", REAL, ids=[r[0] for r in REAL])
 def test_real_size(model, config, count, tolerance):
-    """What a checkpoint of the real network stores, laid out on the meta device, against the published count."""
+    """What a checkpoint of the real network stores, laid out on the meta device, against the published count;
+    the relative tolerance is for the rounding of what was published.
+    """
     with torch.device("meta"):
         net = getattr(diffusers, config["_class_name"]).from_config(config)
     assert isinstance(net, nn.Module)

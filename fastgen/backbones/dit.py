@@ -185,10 +185,6 @@ class ZImage(Family):
         "adaLN_modulation.*",
     )
     guidance_off = {"guidance_scale": 0.0}
-    unreached = {
-        "cap_pad_token": "acts only where a text's length is no multiple of 32",
-        "x_pad_token": "acts only where the number of image tokens is no multiple of 32",
-    }
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         texts = cond["cap_feats"].to(x.dtype)

@@ -107,8 +107,10 @@ class Family:
     lora_loader: bool = True
     """whether the pipeline has load_lora_weights; if not, `fastgen.lora.load_lora_into` reads the file"""
     kohya_prefix: str | None = None
+    kohya_layers: tuple[str, ...] = ("*",)
+    """patterns of the layers that diffusers reads from kohya's names; with others no such file is written"""
     unreached: dict[str, str] = {}
-    """patterns of parameters that no gradient reaches, and why"""
+    """patterns of parameters that no gradient reaches ({last} is the last tapped block), and why"""
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
@@ -161,6 +163,10 @@ class Family:
     def has_null(self, net: nn.Module, classes: int) -> bool:
         """Whether a class-conditional network has a row for 'no class', the one after the last class."""
         return 0 < classes < (net.config.get("num_class_embeds") or 0)
+
+    def nulled(self, cond: Cond) -> Cond:
+        """What the pipeline makes of a null condition that came with an image; most keep the image."""
+        return cond
 
     def guidance_embedded(self, net: nn.Module) -> bool:
         return self.default_guidance is not None
@@ -297,13 +303,19 @@ class Family:
             raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
         return names
 
+    def reads_kohya(self, layers) -> bool:
+        """Whether a file of these layers under kohya's names can be read back whole."""
+        known = all(any(fnmatch(name, pattern) for pattern in self.kohya_layers) for name in layers)
+        return self.kohya_prefix is not None and known
+
     def _is_final(self, name: str, inside: list[str]) -> bool:
         part = next((p for p in inside if name.startswith(p)), "")
         return any(fnmatch(name.removeprefix(part), pattern) for pattern in self.final_layers)
 
-    def is_unreached(self, name: str) -> bool:
+    def is_unreached(self, name: str, net: nn.Module) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
-        return any(fnmatch(name, pattern) for pattern in self.unreached)
+        last = str(len(self.taps(net)) - 1)
+        return any(fnmatch(name, pattern.replace("{last}", last)) for pattern in self.unreached)
 
 
 def part_name(file: str, part: str) -> str:

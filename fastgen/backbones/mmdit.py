@@ -10,6 +10,7 @@ from fastgen.backbones.dit import pad_rows
 from fastgen.backbones.family import Cond, Family, fold_tokens
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LAST_TEXT = ("attn.add_q_proj.", "attn.norm_added_q.")
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -27,6 +28,10 @@ class SD3(Family):
         "ff_context.net.2",
     )
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "context_embedder", "pos_embed.*")
+    unreached = {
+        f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
+        for part in LAST_TEXT
+    }
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
         clip = 77 if codec.pipe is None else codec.pipe.tokenizer_max_length
@@ -55,17 +60,9 @@ class Flux(Family):
     keys = ("encoder_hidden_states", "pooled_projections", "guidance")
     flow_time, divisor, max_length, tokenizer, tap_output = "unit", 2, 512, "tokenizer_2", 1
     default_grid, default_sigmas, default_guidance = (128, 128), True, 3.5
-    lora_targets = (
-        *JOINT,
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-        "proj_mlp",
-        "proj_out",
-    )
+    lora_targets = JOINT
+    kohya_prefix, kohya_layers = "lora_transformer", ("*.attn.*",)
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "*_embedder", "*norm*.linear")
-    kohya_prefix = "lora_transformer"
 
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4
@@ -179,6 +176,10 @@ class QwenImage(Family):
     lora_targets = (*JOINT, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "img_in", "txt_in", "*_mod.1")
     guidance_off = {"true_cfg_scale": 1.0}
+    unreached = {
+        f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
+        for part in (*LAST_TEXT, "txt_mlp.", "attn.to_add_out.")
+    }
 
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4

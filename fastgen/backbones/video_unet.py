@@ -38,7 +38,8 @@ class AnimateDiff(VideoUNet):
 
     name, net_class, pipelines = "animatediff", "UNetMotionModel", ("AnimateDiffPipeline",)
     default_grid = (16, 64, 64)
-    lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    # not proj_in, proj_out: motion modules call theirs by a keyword that peft's layers do not know
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         states = self.given(x, cond)["encoder_hidden_states"].repeat_interleave(x.shape[2], 0)
@@ -103,6 +104,9 @@ class SVD(VideoUNet):
         noised = images + self.micro["noise_aug_strength"] * noise
         latents = codec.vae.encode(noised.to(codec.vae.dtype)).latent_dist.mode()
         return {"encoder_hidden_states": states.float(), "image_latents": latents.float()}
+
+    def nulled(self, cond: Cond) -> Cond:
+        return cond | {k: torch.zeros_like(cond[k]) for k in ("encoder_hidden_states", "image_latents")}
 
     def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
         frames = z.transpose(1, 2).flatten(0, 1)

@@ -1,15 +1,29 @@
 """Tiny random image-transformer pipelines of the real diffusers classes, each saved as a folder, offline."""
 
 import json
-import string
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from fastgen.backbones.family import perturb_zero_layers
-from tests.tiny import clip_tokenizer, gemma_tokenizer
+from tests.families import Case
+from tests.families.image_transformers_real import REAL
+from tests.families.parts import (
+    autoencoder,
+    clip_text,
+    clip_tokenizer,
+    gemma_tokenizer,
+    t5_text,
+    t5_tokenizer,
+)
 
-CHARACTERS = [c for c in string.printable if c not in string.whitespace]
+FLOW_KL = {
+    "shift_factor": 0.0609,
+    "scaling_factor": 1.5035,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -17,41 +31,6 @@ CHAT = (
 
 
 # -- text ------------------------------------------------------------------------------------------------
-def clip_encoder(projected: bool = False):
-    """A CLIP text model of width 32; with a projection its pooled output comes first, as in SDXL and SD3."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        projection_dim=32,
-        vocab_size=515,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
-def t5_tokenizer():
-    """A Unigram tokenizer over single characters."""
-    from transformers import T5TokenizerFast
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    return T5TokenizerFast(vocab=[*special, *((c, -3.0) for c in CHARACTERS)], extra_ids=0)
-
-
-def t5_encoder(width: int = 32):
-    """A T5 encoder of the given width over the tokens of `t5_tokenizer`."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(vocab_size=98, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-    ).eval()
-
-
 def qwen_tokenizer():
     """Qwen's tokenizer over single bytes, with its chat marks and a plain chat template."""
     from transformers import Qwen2TokenizerFast
@@ -129,26 +108,25 @@ def gemma_encoder():
 
 
 # -- images ----------------------------------------------------------------------------------------------
-def kl(blocks: int = 2, **more):
-    """AutoencoderKL with 4 latent channels that halves the size blocks - 1 times."""
+def flow_kl():
+    """As the flow models ship it: a shift as well as a scale, no quantisation convolutions."""
+    return autoencoder(**FLOW_KL)
+
+
+def lumina_kl():
+    """Eight pixels per latent side, which Lumina2Pipeline takes for granted."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8,) * (blocks - 1) + (16,),
+        block_out_channels=(8, 8, 8, 16),
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        **more,
-    )
-
-
-def flow_kl(blocks: int = 2):
-    """As the flow models ship it: a shift as well as a scale, no quantisation convolutions."""
-    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
-    return kl(blocks, shift_factor=0.0609, scaling_factor=1.5035, **plain)
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **FLOW_KL,
+    ).eval()
 
 
 def _save(pipe, folder: Path, **info) -> Path:
@@ -185,7 +163,7 @@ def dit_folder(folder: Path) -> Path:
     )
     perturb_zero_layers(net)
     scheduler = DDIMScheduler(clip_sample=False)
-    return _save(DiTPipeline(transformer=net.eval(), vae=kl().eval(), scheduler=scheduler), folder)
+    return _save(DiTPipeline(transformer=net.eval(), vae=autoencoder(), scheduler=scheduler), folder)
 
 
 def pixart_folder(folder: Path, sigma: bool = True, additional: bool = False) -> Path:
@@ -217,7 +195,7 @@ def pixart_folder(folder: Path, sigma: bool = True, additional: bool = False) ->
     )
     perturb_zero_layers(net)
     cls = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
-    parts = {"tokenizer": t5_tokenizer(), "text_encoder": t5_encoder(), "vae": kl().eval()}
+    parts = {"tokenizer": t5_tokenizer(), "text_encoder": t5_text(), "vae": autoencoder()}
     pipe = cls(transformer=net.eval(), scheduler=DPMSolverMultistepScheduler(), **parts)
     return _save(pipe, folder, max_sequence_length=24)
 
@@ -237,10 +215,10 @@ def sana_sprint_folder(folder: Path) -> Path:
         out_channels=4,
         num_layers=2,
         num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
+        attention_head_dim=16,  # its rectified attention has poles where a whole head is negative
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
         caption_channels=8,
         sample_size=16,
         patch_size=1,
@@ -290,7 +268,7 @@ def lumina2_folder(folder: Path) -> Path:
         cap_feat_dim=8,
     )
     perturb_zero_layers(net)
-    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_encoder(), "vae": flow_kl(4).eval()}
+    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_encoder(), "vae": lumina_kl()}
     pipe = Lumina2Pipeline(transformer=net.eval(), scheduler=_flow(shift=6.0), **parts)
     return _save(pipe, folder, max_sequence_length=224)
 
@@ -319,12 +297,12 @@ def sd3_folder(folder: Path) -> Path:
     pipe = StableDiffusion3Pipeline(
         transformer=net.eval(),
         scheduler=_flow(shift=3.0),
-        vae=flow_kl().eval(),
-        text_encoder=clip_encoder(True).eval(),
+        vae=flow_kl(),
+        text_encoder=clip_text(projection=True),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_encoder(True).eval(),
+        text_encoder_2=clip_text(projection=True),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder(64),
+        text_encoder_3=t5_text(64),
         tokenizer_3=t5_tokenizer(),
     )
     return _save(pipe, folder, max_sequence_length=24)
@@ -351,10 +329,10 @@ def flux_folder(folder: Path, guidance: bool = True) -> Path:
     pipe = FluxPipeline(
         transformer=net.eval(),
         scheduler=_flow(**dynamic) if guidance else _flow(shift=1.0),
-        vae=flow_kl().eval(),
-        text_encoder=clip_encoder().eval(),
+        vae=flow_kl(),
+        text_encoder=clip_text(),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=t5_encoder(),
+        text_encoder_2=t5_text(),
         tokenizer_2=t5_tokenizer(),
     )
     return _save(pipe, folder, max_sequence_length=24, height=16, width=16)
@@ -423,7 +401,7 @@ def z_image_folder(folder: Path) -> Path:
     pipe = ZImagePipeline(
         transformer=net.eval(),
         scheduler=_flow(shift=3.0),
-        vae=flow_kl().eval(),
+        vae=flow_kl(),
         text_encoder=qwen3_encoder(),
         tokenizer=qwen_tokenizer(),
     )
@@ -466,16 +444,31 @@ def qwen_image_folder(folder: Path) -> Path:
     return _save(pipe, folder, max_sequence_length=256, height=32, width=32)
 
 
-FOLDERS = {
-    "dit": dit_folder,
-    "pixart_alpha": pixart_alpha_folder,
-    "pixart_sigma": pixart_folder,
-    "sana_sprint": sana_sprint_folder,
-    "lumina2": lumina2_folder,
-    "sd3": sd3_folder,
-    "flux": flux_folder,
-    "flux_schnell": flux_schnell_folder,
-    "flux2": flux2_folder,
-    "z_image": z_image_folder,
-    "qwen_image": qwen_image_folder,
-}
+def dit_call(world, pipe, info, noise):
+    """DiTPipeline, which takes no latents; steps off its scheduler's grid are set on the scheduler."""
+    if info["arguments"]:
+        set_timesteps = pipe.scheduler.set_timesteps
+        pipe.scheduler.set_timesteps = lambda num: set_timesteps(**info["arguments"])
+    labels = world.cond["class_labels"].tolist()
+    with mock.patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", return_value=noise):
+        return pipe(labels, guidance_scale=1.0, num_inference_steps=info["steps"], output_type="pt")[0]
+
+
+def _case(family: str, build, *models: str, **more) -> Case:
+    """A case with its released models."""
+    return Case(family, build, published=[(m, *REAL[m]) for m in models], **more)
+
+
+CASES = [
+    _case("dit", dit_folder, plain=dit_call),
+    _case("pixart_alpha", pixart_alpha_folder, "PixArt-alpha XL"),
+    _case("pixart_sigma", pixart_folder, "PixArt-sigma XL"),
+    _case("sana_sprint", sana_sprint_folder, "SANA-Sprint 0.6B", "SANA-Sprint 1.6B", sampler="renoise"),
+    _case("lumina2", lumina2_folder, "Lumina-Image 2.0"),
+    _case("sd3", sd3_folder, "SD3 medium", "SD3.5 medium", "SD3.5 large"),
+    _case("flux", flux_folder, "FLUX.1 dev"),
+    _case("flux", flux_schnell_folder, "FLUX.1 schnell", name="flux_schnell"),
+    _case("flux2", flux2_folder, "FLUX.2 klein 4B", "FLUX.2 klein 9B"),
+    _case("z_image", z_image_folder, "Z-Image"),
+    _case("qwen_image", qwen_image_folder, "Qwen-Image"),
+]

@@ -1,7 +1,8 @@
 """The released image transformers by their published configs, with the parameter counts their makers state.
 
-Written as the diffusers class, what of its config differs from the class's defaults, and the number of the
-model card or paper. The count is of everything a checkpoint stores, learned or not.
+Written as the diffusers class, what of its config differs from the class's defaults, and the count of the
+model card or paper as it is printed there. Counted is everything a checkpoint stores, learned or not (SD3.5
+medium's 2.5B holds 0.2B of position embedding).
 """
 
 DIT = {
@@ -30,12 +31,12 @@ SPRINT = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "timestep
 KLEIN = {"guidance_embeds": False}
 
 # name: (class, config, published count)
-REAL = {
-    "PixArt-alpha XL": ("PixArtTransformer2DModel", {**PIXART, "sample_size": 128}, 0.61e9),
+MODELS = {
+    "PixArt-alpha XL": ("PixArtTransformer2DModel", {**PIXART, "sample_size": 128}, "0.6B"),
     "PixArt-sigma XL": (
         "PixArtTransformer2DModel",
         {**PIXART, "sample_size": 128, "use_additional_conditions": False},
-        0.61e9,
+        "0.6B",
     ),
     "SD3 medium": (
         "SD3Transformer2DModel",
@@ -46,7 +47,7 @@ REAL = {
             "caption_projection_dim": 1536,
             "pos_embed_max_size": 192,
         },
-        2.08e9,
+        "2B",
     ),
     "SD3.5 medium": (
         "SD3Transformer2DModel",
@@ -59,7 +60,7 @@ REAL = {
             "qk_norm": "rms_norm",
             "dual_attention_layers": tuple(range(13)),
         },
-        2.5e9,
+        "2.5B",
     ),
     "SD3.5 large": (
         "SD3Transformer2DModel",
@@ -71,10 +72,10 @@ REAL = {
             "pos_embed_max_size": 192,
             "qk_norm": "rms_norm",
         },
-        8.1e9,
+        "8.1B",
     ),
-    "FLUX.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, 12e9),
-    "FLUX.1 schnell": ("FluxTransformer2DModel", {"guidance_embeds": False}, 12e9),
+    "FLUX.1 dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, "12B"),
+    "FLUX.1 schnell": ("FluxTransformer2DModel", {"guidance_embeds": False}, "12B"),
     "FLUX.2 klein 4B": (
         "Flux2Transformer2DModel",
         {
@@ -84,7 +85,7 @@ REAL = {
             "num_attention_heads": 24,
             "joint_attention_dim": 7680,
         },
-        4e9,
+        "4B",
     ),
     "FLUX.2 klein 9B": (
         "Flux2Transformer2DModel",
@@ -95,13 +96,23 @@ REAL = {
             "num_attention_heads": 32,
             "joint_attention_dim": 12288,
         },
-        9e9,
+        "9B",
     ),
-    "SANA 0.6B": ("SanaTransformer2DModel", SANA_06, 0.59e9),
-    "SANA 1.6B": ("SanaTransformer2DModel", {}, 1.6e9),
-    "SANA-Sprint 0.6B": ("SanaTransformer2DModel", {**SANA_06, **SPRINT}, 0.6e9),
-    "SANA-Sprint 1.6B": ("SanaTransformer2DModel", SPRINT, 1.6e9),
-    "Lumina-Image 2.0": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2.6e9),
-    "Z-Image": ("ZImageTransformer2DModel", {}, 6e9),
-    "Qwen-Image": ("QwenImageTransformer2DModel", {}, 20e9),
+    "SANA 0.6B": ("SanaTransformer2DModel", SANA_06, "0.6B"),
+    "SANA 1.6B": ("SanaTransformer2DModel", {}, "1.6B"),
+    "SANA-Sprint 0.6B": ("SanaTransformer2DModel", {**SANA_06, **SPRINT}, "0.6B"),
+    "SANA-Sprint 1.6B": ("SanaTransformer2DModel", SPRINT, "1.6B"),
+    "Lumina-Image 2.0": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, "2.6B"),
+    "Z-Image": ("ZImageTransformer2DModel", {}, "6B"),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}, "20B"),
 }
+
+
+def _published(cls: str, config: dict, printed: str) -> tuple[dict, float, float]:
+    """(whole config, count, tolerance): half a unit of the last printed digit."""
+    digits = printed.removesuffix("B")
+    unit = 10.0 ** -len(digits.partition(".")[2])
+    return {"_class_name": cls, **config}, float(digits) * 1e9, 0.5 * unit / float(digits)
+
+
+REAL = {name: _published(*model) for name, model in MODELS.items()}
