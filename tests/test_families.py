@@ -150,6 +150,8 @@ def scheduler_x0(scheduler, out, x_t, t, schedule):
     if isinstance(schedule, EDM):
         if hasattr(one, "precondition_outputs"):
             return one.precondition_outputs(x_t, out, t)
+        if one.config.get("timestep_type") == "continuous":
+            out = -out  # its v has the other sign than EDM's network
         one.set_timesteps(2)
         one.sigmas = torch.tensor([float(t), 0.0])  # a single step, which ends at the estimate
         one.timesteps = one.timesteps[:1]

@@ -74,6 +74,10 @@ class SVD(VideoUNet):
     default_grid = (25, 72, 128)  # frames of 576 x 1024
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     lora_loader = False
+    unreached = dict.fromkeys(
+        ("*.attn2.to_q.*", "*.attn2.to_k.*", "*transformer_blocks.*.norm2.*"),
+        "attention to the image's single token weighs it 1 whatever the query",
+    )
     guidance_off = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
     micro = {"fps": 7, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
 
