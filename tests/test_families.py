@@ -212,9 +212,11 @@ def test_gradient_reaches_everything(world):
     """x and every parameter, but for the exceptions that the family documents."""
     to_x, to_weights = gradients(world, False)
     assert to_x is not None and torch.isfinite(to_x).all() and to_x.abs().max() > 0
-    dead = {n for n, g in to_weights.items() if g is None or not g.any()}
+    sizes = {n: 0.0 if g is None else float(g.abs().max()) for n, g in to_weights.items()}
+    dead = {n for n, size in sizes.items() if not size}
     told = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
-    assert dead == told, (sorted(dead - told)[:8], sorted(told - dead)[:8])
+    alive = {n for n in told if sizes[n] > 1e-8 * max(sizes.values())}  # more than rounding
+    assert dead <= told and not alive, (sorted(dead - told)[:8], sorted(alive)[:8])
 
 
 @each
@@ -433,7 +435,7 @@ def test_every_family_has_a_case():
     assert {c.family for c in CASES.values()} == set(FAMILIES)
 
 
-REAL = [p for c in CASES.values() for p in c.published]
+REAL = [(*p, 0.0)[:4] for c in CASES.values() for p in c.published]
 
 
 @pytest.mark.parametrize("model,config,count,tolerance", REAL, ids=[r[0] for r in REAL])
