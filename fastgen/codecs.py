@@ -119,7 +119,7 @@ class TextCodec(nn.Module):
             self._check_encoders()
             self._null = {k: v.cpu() for k, v in self.family.null(self).items()}
         rows = {k: v.to(self.device).expand(num, *v.shape[1:]) for k, v in self._null.items()}
-        return self._whole(rows, num, images)
+        return self.family.nulled(self._whole(rows, num, images))
 
     def _whole(self, cond: Cond, num: int, images: Tensor | None) -> Cond:
         """With the parts that no text encoder makes: image and embedded guidance."""

@@ -150,6 +150,8 @@ def scheduler_x0(scheduler, out, x_t, t, schedule):
     if isinstance(schedule, EDM):
         if hasattr(one, "precondition_outputs"):
             return one.precondition_outputs(x_t, out, t)
+        if one.config.get("timestep_type") == "continuous":
+            out = -out  # its v has the other sign than EDM's network
         one.set_timesteps(2)
         one.sigmas = torch.tensor([float(t), 0.0])  # a single step, which ends at the estimate
         one.timesteps = one.timesteps[:1]
@@ -210,9 +212,11 @@ def test_gradient_reaches_everything(world):
     """x and every parameter, but for the exceptions that the family documents."""
     to_x, to_weights = gradients(world, False)
     assert to_x is not None and torch.isfinite(to_x).all() and to_x.abs().max() > 0
-    dead = {n for n, g in to_weights.items() if g is None or not g.any()}
+    sizes = {n: 0.0 if g is None else float(g.abs().max()) for n, g in to_weights.items()}
+    dead = {n for n, size in sizes.items() if not size}
     told = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
-    assert dead == told, (sorted(dead - told)[:8], sorted(told - dead)[:8])
+    alive = {n for n in told if sizes[n] > 1e-8 * max(sizes.values())}  # more than rounding
+    assert dead <= told and not alive, (sorted(dead - told)[:8], sorted(alive)[:8])
 
 
 @each

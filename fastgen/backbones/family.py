@@ -164,6 +164,10 @@ class Family:
         """Whether a class-conditional network has a row for 'no class', the one after the last class."""
         return 0 < classes < (net.config.get("num_class_embeds") or 0)
 
+    def nulled(self, cond: Cond) -> Cond:
+        """What the pipeline makes of a null condition that came with an image; most keep the image."""
+        return cond
+
     def guidance_embedded(self, net: nn.Module) -> bool:
         return self.default_guidance is not None
 

@@ -38,7 +38,8 @@ class AnimateDiff(VideoUNet):
 
     name, net_class, pipelines = "animatediff", "UNetMotionModel", ("AnimateDiffPipeline",)
     default_grid = (16, 64, 64)
-    lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    # not proj_in, proj_out: motion modules call theirs by a keyword that peft's layers do not know
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         states = self.given(x, cond)["encoder_hidden_states"].repeat_interleave(x.shape[2], 0)
@@ -73,6 +74,10 @@ class SVD(VideoUNet):
     default_grid = (25, 72, 128)  # frames of 576 x 1024
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     lora_loader = False
+    unreached = dict.fromkeys(
+        ("*.attn2.to_q.*", "*.attn2.to_k.*", "*transformer_blocks.*.norm2.*"),
+        "attention to the image's single token weighs it 1 whatever the query",
+    )
     guidance_off = {"min_guidance_scale": 1.0, "max_guidance_scale": 1.0}
     micro = {"fps": 7, "motion_bucket_id": 127, "noise_aug_strength": 0.02}
 
@@ -103,6 +108,9 @@ class SVD(VideoUNet):
         noised = images + self.micro["noise_aug_strength"] * noise
         latents = codec.vae.encode(noised.to(codec.vae.dtype)).latent_dist.mode()
         return {"encoder_hidden_states": states.float(), "image_latents": latents.float()}
+
+    def nulled(self, cond: Cond) -> Cond:
+        return cond | {k: torch.zeros_like(cond[k]) for k in ("encoder_hidden_states", "image_latents")}
 
     def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
         frames = z.transpose(1, 2).flatten(0, 1)
