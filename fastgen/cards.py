@@ -29,35 +29,55 @@ def _keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
-    """Text-to-image: an ordinary pipeline call."""
-    scheduler = info["scheduler"]["_class_name"]
-    call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"] and "num_inference_steps" not in info["arguments"]:
+def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
+    """Text to image or video: an ordinary pipeline call."""
+    family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
+    name = teacher.pipeline
+    call = {**family.size_call(codec), "num_inference_steps": info["steps"]}
+    call |= info["arguments"] if not info["bound"] else {}
+    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
-    call |= family.guidance_off if info["times"] else {"guidance_scale": float(info["guidance"])}
+    embedded = info["embedded_guidance"]
+    call |= family.guidance_call(embedded)
+    if not info["times"] and embedded is None:
+        call |= dict.fromkeys(family.guidance_off, float(info["guidance"]))
     call |= family.plain_call(what)
-    names = sorted([family.pipeline, *([scheduler] if lora else [])])
-    source = repr(shown_path(info["base"])) if lora else '"."'
+    on_base = lora and family.lora_loader
+    names = sorted([name, *([scheduler] if on_base else [])])
+    source = repr(shown_path(info["base"])) if on_base else '"merged"' if lora else '"."'
     note = "" if lora else "  # this folder"
+    moving = family.temporal or family.views
+    tools = [*(["export_to_gif"] if moving else []), *(["load_image"] if family.needs_image else [])]
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
+        *([f"from diffusers.utils import {', '.join(tools)}"] if tools else []),
         "",
-        f"pipe = {family.pipeline}.from_pretrained({source}, torch_dtype=torch.float32){note}",
+        f"pipe = {name}.from_pretrained({source}, torch_dtype=torch.float32){note}",
     ]
-    if lora:
+    if on_base:
+        calls = family.lora_calls(lora, list(family.adapted(teacher.backbone.net)))
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
-            f'pipe.load_lora_weights(".", weight_name="{lora}")',
+            *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
         ]
+    if info["bound"]:  # the call takes no such list
+        lines += [
+            "set_timesteps = pipe.scheduler.set_timesteps",
+            "pipe.scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(",
+            f"    device=device{_keywords(info['arguments'])}",
+            ")",
+        ]
+    asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
+    if family.needs_image:
+        asked.insert(len(asked) - 1, 'image=load_image("image.png")')
     return [
         *lines,
-        "image = pipe(",
-        f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
+        f"{'frames' if moving else 'image'} = pipe(",
+        f"    {', '.join(asked)},",
         *_wrapped([f"{k}={v!r}" for k, v in call.items()]),
-        ").images[0]",
-        'image.save("sample.png")',
+        f").{'frames' if family.temporal else 'images'}[0]",
+        'export_to_gif(frames, "sample.gif")' if moving else 'image.save("sample.png")',
     ]
 
 
@@ -117,15 +137,11 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
     ]
 
 
-def usage(what: dict, family, info: dict, codec, lora: str = "") -> str:
+def usage(what: dict, teacher, info: dict, lora: str = "") -> str:
     """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
-    import torch
-
-    if hasattr(codec, "prompts"):
-        device = next(codec.parameters()).device
-        size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[-2:])
-        return "\n".join(_pipeline_usage(what, family, info, size, lora))
-    return "\n".join(_label_usage(what, info, codec.shape, "merged" if lora else "."))
+    if hasattr(teacher.codec, "prompts"):
+        return "\n".join(_pipeline_usage(what, teacher, info, lora))
+    return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
 
 
 def _numbers(results: dict) -> list[str]:
@@ -156,13 +172,22 @@ def _wrapped(items: list[str], width: int = 90) -> list[str]:
     return textwrap.wrap(", ".join(items) + ",", width, initial_indent=" " * 4, subsequent_indent=" " * 4)
 
 
-def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
+def _task(teacher) -> str:
+    """The hub's name for what a model does."""
+    family = teacher.backbone.family
+    if not hasattr(teacher.codec, "prompts"):
+        return "unconditional-image-generation"
+    asked = "image" if family.needs_image and family.temporal else "text"
+    return f"{asked}-to-{'video' if family.temporal else '3d' if family.views else 'image'}"
+
+
+def _front_matter(info: dict, what: dict, teacher, lora: str) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["diffusers", "fastgen", info["objective"]]
     tags += ["distillation", "few-step"] if info["times"] else []
     tags += ["lora"] if lora else []
-    tags += ["text-to-image"] if hasattr(codec, "prompts") else ["unconditional-image-generation"]
+    tags += [_task(teacher)]
     base = info["base"] and shown_path(info["base"])
     base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
     licence = what.get("license") or license_of(info["base"])
@@ -170,7 +195,7 @@ def _front_matter(info: dict, what: dict, codec, lora: str) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _notes(info: dict, codec, files: dict) -> list[str]:
+def _notes(info: dict, teacher, files: dict) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, student, notes = files.get("lora", ""), bool(info["times"]), []
     if student and info["arguments"]:
@@ -182,9 +207,9 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if lora and not hasattr(codec, "prompts"):
+    if lora and not teacher.backbone.family.lora_loader:
         notes.append(
-            "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
@@ -206,10 +231,10 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     else:
         settings["guidance"] = f"{info['guidance']:g}"
     settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
-    notes = _notes(info, codec, files)
+    notes = _notes(info, teacher, files)
     first = "A few-step student distilled" if student else "A generator trained"
     lines = [
-        _front_matter(info, what, codec, lora),
+        _front_matter(info, what, teacher, lora),
         "",
         f"# {name}",
         "",
@@ -223,7 +248,7 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "## Use",
         "",
         "```python",
-        usage(what, family, info, codec, lora),
+        usage(what, teacher, info, lora),
         "```",
         "",
         "## Numbers",

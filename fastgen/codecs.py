@@ -70,7 +70,7 @@ class TextCodec(nn.Module):
         self.guidance = family.default_guidance if family.guidance_embedded(net) else None
         """what the network's guidance input is given, where it has one"""
         parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
-        self.vae = parts.pop("vae", None)
+        self.vae = parts.pop(family.decoder, None)
         self.encoders = nn.ModuleDict(parts)
         self.cond_shapes = family.cond_shapes(net, self)
         self.requires_grad_(False).eval()
@@ -84,6 +84,12 @@ class TextCodec(nn.Module):
         """Height and width of the images."""
         factor = spatial_factor(self.family, self.pipe)
         return self.shape[-2] * factor, self.shape[-1] * factor
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video, 1 for an image."""
+        factor = temporal_factor(self.family, self.pipe)
+        return (self.shape[1] - 1) * factor + 1 if factor else 1
 
     def encode(self, images: Tensor) -> Tensor:
         return encode_latents(self.family, self.vae, images)
@@ -160,6 +166,14 @@ def spatial_factor(family, pipe) -> int:
         if getattr(pipe, name, None):
             return getattr(pipe, name) * family.folded
     return family.factor
+
+
+def temporal_factor(family, pipe) -> int:
+    """Frames per latent frame; 0 for images."""
+    for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
+        if family.temporal and getattr(pipe, name, None):
+            return getattr(pipe, name)
+    return family.temporal
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastgen import __version__, lora
 from fastgen.backbones import Teacher, hub_folder
+from fastgen.backbones.family import part_name
 from fastgen.cards import model_card, read_command
 from fastgen.checkpoint import write_text
 from fastgen.lora import load_lora_into
@@ -50,8 +51,10 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        times, sigmas = list(student.times), teacher.backbone.family.default_sigmas
-        served = scheduler_for(times, student.sampler, teacher.schedule, teacher.scheduler, sigmas)
+        family = teacher.backbone.family
+        served = scheduler_for(
+            list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family
+        )
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, served, distilled)
@@ -92,6 +95,8 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "scheduler": _plain(served.scheduler),
         "arguments": served.arguments,
         "needs_loop": served.needs_loop,
+        "bound": served.bound,
+        "embedded_guidance": getattr(teacher.codec, "guidance", None),
         "guidance": cfg.teacher.guidance,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
@@ -123,9 +128,8 @@ def export_folder(
         _save_net(part, folder / name, dtype)
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
-    index = {}
-    if source is not None and (source / "model_index.json").is_file():
-        index = json.loads((source / "model_index.json").read_text())
+    index = _index(teacher)
+    others = [k for k, v in index.items() if isinstance(v, list) and k not in (*parts, "scheduler")]
     index |= {
         "_class_name": index["_class_name"]
         if index.get("_class_name") in family.pipelines
@@ -134,7 +138,7 @@ def export_folder(
         **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
-    for part in COPIED:
+    for part in dict.fromkeys((*others, *COPIED)):
         if source is not None and (source / part).is_dir():
             if (source / part).resolve() != (folder / part).resolve():
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -144,6 +148,12 @@ def export_folder(
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder
+
+
+def _index(teacher: Teacher) -> dict:
+    """The model_index.json of the teacher's folder, if it has one."""
+    file = hub_folder(teacher.path, False) / "model_index.json" if teacher.path else None
+    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
 
 def _save_net(net: nn.Module, folder: Path, dtype) -> None:
@@ -164,21 +174,25 @@ def _export_lora(
 ) -> dict:
     """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists."""
     family, net = teacher.backbone.family, student.backbone.net
-    layers = lora.collect(net, student.adapter)
-    if not any(b.any() for _, b in layers.values()):
-        print("warning: export: the adapter is still zero; the export equals the teacher")
-    header = _header(name, family, info, layers)
-    file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
+    files, base = {"lora": f"{name}-lora.safetensors"}, family.parts(net)
+    for i, (part, adapted) in enumerate(family.adapted(net).items()):
+        layers = lora.collect(adapted, student.adapter)
+        if not any(b.any() for _, b in layers.values()):
+            print(f"warning: export: the adapter of {part} is still zero; it equals the teacher's")
+        header = _header(name, family, info, layers)
+        file = folder / (part_name(files["lora"], part) if i else files["lora"])
+        lora.write_peft(file, layers, family.component, header, dtype)
+        if family.reads_kohya(layers) and not i:
+            twin = folder / f"{name}-lora-kohya.safetensors"
+            files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
+        base[part] = lora.without_adapters(adapted)
+        _verify(base[part], file, layers, dtype)
+        if not family.lora_loader:
+            lora.merge(base[part], layers)
     served.scheduler.save_pretrained(folder / "scheduler")
-    files = {"lora": file.name}
-    if family.reads_kohya(layers):
-        twin = folder / f"{name}-lora-kohya.safetensors"
-        files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
-    base = lora.without_adapters(net)
-    _verify(base, file, layers, dtype)
-    if not hasattr(teacher.codec, "prompts"):
-        lora.merge(base, layers)
-        export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
+    if not family.lora_loader:
+        whole = family.assemble(base, _index(teacher))
+        export_folder(teacher, whole, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastgen.backbones.family import part_name
 from fastgen.checkpoint import write_tensors
 from fastgen.errors import UserError
 
@@ -26,6 +27,16 @@ def collect(net: nn.Module, adapter: str) -> Layers:
             found[name] = (a.detach().float().cpu().contiguous(), scaled.cpu().contiguous())
     assert found, f"no adapter {adapter!r} in {type(net).__name__}"
     return found
+
+
+def read_parts(file: Path, parts: dict[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
+    """The layers of every adapted network of a denoiser, by component folder; `file` is the first one's."""
+    first = next(iter(parts))
+    files = {p: file if p == first else file.with_name(part_name(file.name, p)) for p in parts}
+    missing = next((f for f in files.values() if not f.is_file()), None)
+    if missing is not None:
+        raise UserError(key, f"{missing} does not exist", f"the file for {' and '.join(parts)} each")
+    return {part: read_lora(found, key)[0] for part, found in files.items()}
 
 
 def delta(a: Tensor, b: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _read(file: Path, key: str) -> dict:
 
 
 def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
-    layers, info = lora.read_lora(file, key)
+    info = lora.read_lora(file, key)[1]
     base = base or info.get("base")
     if not base:
         raise UserError("--base", f"{file} does not name its base", "give the teacher's folder with --base")
@@ -122,7 +122,9 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone = role.backbone
     if not hasattr(backbone, "net"):
         raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
-    lora.inject(backbone.net, layers, "student")
+    parts = backbone.family.adapted(backbone.net)
+    for part, layers in lora.read_parts(file, parts, key).items():
+        lora.inject(parts[part], layers, "student")
     backbone.adapter_names += ("student",)
     backbone.set_adapter(None)
     backbone.requires_grad_(False)
@@ -144,12 +146,13 @@ def init_student(student: Role, path: str) -> None:
     if not hasattr(student.backbone, "net"):
         raise UserError(key, f"found {path} for the student of an exact teacher", "leave it empty")
     if file.is_file():
-        layers, _ = lora.read_lora(file, key)
-        if student.adapter is None:
-            lora.check_keys(student.backbone.net, layers, key)
-            lora.merge(student.backbone.net, layers)
-        else:
-            lora.put(student.backbone.net, layers, student.adapter, key)
+        parts = student.backbone.family.adapted(student.backbone.net)
+        for part, layers in lora.read_parts(file, parts, key).items():
+            if student.adapter is None:
+                lora.check_keys(parts[part], layers, key)
+                lora.merge(parts[part], layers)
+            else:
+                lora.put(parts[part], layers, student.adapter, key)
     elif student.adapter is not None:
         found = f"{path} is a full network and the student a LoRA"
         raise UserError(key, found, "give a LoRA file, or set student.kind full")

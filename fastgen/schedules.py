@@ -103,7 +103,7 @@ class VP(Schedule):
     """
 
     def __init__(self, alphas_cumprod: Tensor):
-        bar = alphas_cumprod.double().clamp(1e-8, 1 - 1e-8)
+        bar = alphas_cumprod.double().clamp(1e-20, 1 - 1e-8)  # zero terminal SNR: alpha = 1e-10
         self._lambda = 0.5 * (bar.log() - (1 - bar).log())
         self.num_timesteps = len(bar)
         self.t_min, self.t_max = 0.0, float(len(bar) - 1)

@@ -1,5 +1,6 @@
 """Which diffusers scheduler serves a student, so that a plain call visits the times it was trained on."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,8 @@ class Serving:
     """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
     needs_loop: bool = False
     """no diffusers scheduler does these steps; the model card has the loop"""
+    bound: bool = False
+    """the pipeline's call takes no such arguments: they are set on the scheduler itself (see `bind`)"""
 
     def set_timesteps(self, num: int) -> None:
         """Prepare the scheduler as the model card tells users to."""
@@ -38,26 +41,57 @@ class Serving:
 
 
 def scheduler_for(
-    times: list[float], sampler: str, schedule: Schedule, teacher_scheduler, default_sigmas: bool = False
+    times: list[float], sampler: str, schedule: Schedule, teacher_scheduler, family=None
 ) -> Serving:
-    """The scheduler for a student's own time list (see the table in each function).
-
-    With default_sigmas the pipeline itself hands 1 - k / N to a flow scheduler, as FLUX's does.
-    """
+    """The scheduler for a student's own time list (see the table in each function)."""
     if isinstance(schedule, VP):
-        return _vp(times, sampler, dict(teacher_scheduler.config))
-    if isinstance(schedule, EDM):
-        return _edm(times, sampler, schedule, dict(teacher_scheduler.config))
-    if isinstance(schedule, Flow):
-        return _flow(times, sampler, schedule, default_sigmas)
-    if isinstance(schedule, TrigFlow):
-        return _trig(times, sampler, schedule, dict(teacher_scheduler.config))
-    raise UserError(
-        "export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow, TrigFlow or EDM"
-    )
+        served = _vp(times, sampler, teacher_scheduler)
+    elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
+        served = _cm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, EDM):
+        served = _edm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, Flow):
+        served = _flow(times, sampler, schedule, family is not None and family.default_sigmas)
+    elif isinstance(schedule, TrigFlow):
+        served = _trig(times, sampler, schedule, teacher_scheduler)
+    else:
+        found = f"no diffusers scheduler for {type(schedule).__name__}"
+        raise UserError("export", found, "VP, flow, EDM or TrigFlow")
+    if served.arguments and family is not None and family.kind == "text":
+        served.bound = not set(served.arguments) <= _accepted(family.pipeline)
+    return served
 
 
-def _vp(times: list[float], sampler: str, config: dict) -> Serving:
+def _accepted(pipeline: str) -> set[str]:
+    """Keywords of a pipeline's call."""
+    import diffusers
+
+    return set(inspect.signature(getattr(diffusers, pipeline).__call__).parameters)
+
+
+def bind(scheduler, arguments: dict) -> None:
+    """Make a scheduler take these steps whatever a pipeline asks of it; the model card spells this out."""
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(**arguments, device=device)
+
+
+def _noise_levels(teacher_scheduler) -> dict:
+    """Keys that give another scheduler the teacher's noise levels: its own, or every beta spelled out where only
+    its class can make them (CogVideoX's SNR shift, Shap-E's exponential schedule).
+    """
+    config = teacher_scheduler.config
+    if not config.get("snr_shift_scale") and config.get("beta_schedule") != "exp":
+        return {k: config[k] for k in VP_KEYS if k in config}
+    bar = teacher_scheduler.alphas_cumprod.double()
+    betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    return {
+        "num_train_timesteps": config["num_train_timesteps"],
+        "prediction_type": config["prediction_type"],
+        "trained_betas": betas.tolist(),
+    }
+
+
+def _vp(times: list[float], sampler: str, teacher_scheduler) -> Serving:
     """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing.
 
     Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
@@ -66,8 +100,8 @@ def _vp(times: list[float], sampler: str, config: dict) -> Serving:
 
     if any(t != round(t) for t in times):
         raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
-    num, total = len(times), config["num_train_timesteps"]
-    kept = {k: config[k] for k in VP_KEYS if k in config}
+    kept = _noise_levels(teacher_scheduler)
+    num, total = len(times), kept["num_train_timesteps"]
     ints = [int(t) for t in times]
     stride = total // num
     on_grid = ints == [(num - i) * stride - 1 for i in range(num)]
@@ -82,8 +116,11 @@ def _vp(times: list[float], sampler: str, config: dict) -> Serving:
     return Serving(scheduler, {"timesteps": ints})
 
 
-def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool) -> Serving:
+def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> Serving:
     """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
+
+    With default_sigmas the pipeline itself hands over w = 1 - k / N, which `shift` bends into our grid.
+    Otherwise
 
     diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the
     result to end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. Both are Moebius
@@ -108,28 +145,56 @@ def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool
     return Serving(cls(shift=1.0), {"sigmas": list(times)})
 
 
-def _trig(times: list[float], sampler: str, schedule: TrigFlow, config: dict) -> Serving:
-    """SCMScheduler, which adds fresh noise between steps. It is told `timesteps` with the final 0, or that no
-    second of two steps is asked for.
+def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1; or the EulerDiscreteScheduler of
+    Stable Video Diffusion, which takes the noise levels themselves. Re-noising needs a loop.
     """
-    from diffusers import SCMScheduler
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
-    num, scheduler = len(times), SCMScheduler.from_config(config)
-    if sampler != "renoise" and num > 1:
-        raise UserError("student.sampler", f"found {sampler!r}", "renoise: SCMScheduler adds fresh noise")
-    plain = {"num_inference_steps": num, "intermediate_timesteps": None}
-    if times != schedule.steps(num):
-        return Serving(scheduler, plain | {"timesteps": [*times, 0.0], "max_timesteps": None})
-    return Serving(scheduler, {} if num == 2 and schedule.middle is not None else plain)
-
-
-def _edm(times: list[float], sampler: str, schedule: EDM, config: dict) -> Serving:
-    """EDMEulerScheduler; its `sigmas` argument is a ramp 0 (noise) to 1. Re-noising needs a loop."""
-    from diffusers import EDMEulerScheduler
-
+    config, loop = dict(teacher_scheduler.config), sampler == "renoise" and len(times) > 1
+    if config.get("timestep_type") == "continuous":
+        plain = {"use_karras_sigmas": False, "timestep_spacing": "trailing"}
+        scheduler = EulerDiscreteScheduler.from_config(config, **plain)
+        return Serving(scheduler, {"sigmas": [*times, 0.0]}, needs_loop=loop)
     scheduler = EDMEulerScheduler.from_config(config)
     if times == schedule.steps(1):
         return Serving(scheduler)
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
-    return Serving(scheduler, {"sigmas": ramp}, needs_loop=sampler == "renoise" and len(times) > 1)
+    return Serving(scheduler, {"sigmas": ramp}, needs_loop=loop)
+
+
+def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid of
+    N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
+    """
+    from diffusers import CMStochasticIterativeScheduler
+
+    config, num = teacher_scheduler.config, len(times)
+    loop = sampler == "ode" and num > 1
+    if np.allclose(times, schedule.steps(num)):
+        total = num * max(1, round((config.num_train_timesteps - 1) / num)) + 1
+        scheduler = CMStochasticIterativeScheduler.from_config(
+            config, num_train_timesteps=total, clip_denoised=False
+        )
+        return Serving(scheduler, needs_loop=loop)
+    total = 1_000_001
+    scheduler = CMStochasticIterativeScheduler.from_config(
+        config, num_train_timesteps=total, clip_denoised=False
+    )
+    hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
+    ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
+    return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards
+
+
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
+    """SCMScheduler, which adds fresh noise between steps; lists off the grid are set on it."""
+    from diffusers import SCMScheduler
+
+    num, loop = len(times), sampler == "ode" and len(times) > 1
+    scheduler = SCMScheduler.from_config(teacher_scheduler.config)
+    given = {"num_inference_steps": num, "intermediate_timesteps": schedule.middle if num == 2 else None}
+    if np.allclose(times, schedule.steps(num)):
+        return Serving(scheduler, {**given, "max_timesteps": schedule.t_max}, needs_loop=loop)
+    given |= {"intermediate_timesteps": None, "max_timesteps": None, "timesteps": [*times, 0.0]}
+    return Serving(scheduler, given, needs_loop=loop, bound=True)

@@ -73,6 +73,8 @@ class Family:
     """the pipeline's tokenizer that limits a prompt"""
     default_guidance: float | None = None
     """guidance that the network takes as an input (w-embedded, guidance-distilled); None if it has none"""
+    takes_text: bool = True
+    """whether its pipeline is asked by a prompt (among others)"""
     needs_image: bool = False
     """cond holds an image (first frame, control image) besides the text"""
 
@@ -87,6 +89,11 @@ class Family:
     """what the sides of a latent must be divisible by"""
     default_grid: tuple[int, ...] = ()
     """latent (h, w) or (f, h, w) where neither the user nor the config says one"""
+
+    decoder: str = "vae"
+    """the pipeline's part that turns latents into what is seen"""
+    views: bool = False
+    """a decoded sample is a turn around an object, [B, C, F, H, W] like a video's"""
 
     # -- students -------------------------------------------------------------------------------------------
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -200,6 +207,15 @@ class Family:
         """Length of the image's token sequence, on which dynamic shifts depend."""
         return int(torch.tensor(grid).prod()) // self.divisor**2
 
+    def size_call(self, codec) -> dict:
+        """Keywords of a plain pipeline call that say how large the result is."""
+        size = dict(zip(("height", "width"), codec.pixels))
+        return size | ({"num_frames": codec.num_frames} if self.temporal else {})
+
+    def guidance_call(self, embedded: float | None) -> dict:
+        """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""
+        return {k: v if embedded is None else float(embedded) for k, v in self.guidance_off.items()}
+
     def plain_call(self, info: dict) -> dict:
         """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
         length = info.get("max_sequence_length")
@@ -211,7 +227,14 @@ class Family:
 
     def load_lora(self, pipe, folder, file: str) -> None:
         """What a user writes to put an exported adapter into the pipeline."""
-        pipe.load_lora_weights(folder, weight_name=file)
+        held = [n for n in self.lora_parts or (self.component,) if getattr(pipe, n, None) is not None]
+        for call in self.lora_calls(file, held):
+            pipe.load_lora_weights(folder, **call)
+
+    def lora_calls(self, file: str, parts: list[str]) -> list[dict]:
+        """Keywords of load_lora_weights for the adapter file of every adapted network, the first one's given."""
+        more = [{"weight_name": part_name(file, p), f"load_into_{p}": True} for p in parts[1:]]
+        return [{"weight_name": file}, *more]
 
     # -- features -------------------------------------------------------------------------------------------
     def taps(self, net: nn.Module) -> list[nn.Module]:
@@ -240,15 +263,20 @@ class Family:
         """Networks by component folder."""
         return {n: getattr(net, n) for n in net.names} if isinstance(net, Parts) else {self.component: net}
 
-    def assemble(self, parts: dict[str, nn.Module]) -> nn.Module:
-        """The denoiser out of its parts, by component folder."""
+    def assemble(self, parts: dict[str, nn.Module], index: dict) -> nn.Module:
+        """The denoiser out of its parts, by component folder, and the pipeline's model_index.json."""
         return parts[self.component] if len(parts) == 1 else Parts(**parts)
+
+    def adapted(self, net: nn.Module) -> dict[str, nn.Module]:
+        """Networks that adapters may touch, by component folder; the first comes first."""
+        parts = self.parts(net)
+        return {n: parts[n] for n in self.lora_parts or (self.component,) if n in parts}
 
     def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
         """Full names of the layers that adapters with these endings touch; a UserError where none, or the
         network's last layer, would be.
         """
-        inside = [f"{p}." for p in self.lora_parts or net.names[:1]] if isinstance(net, Parts) else [""]
+        inside = [f"{p}." for p in self.adapted(net)] if isinstance(net, Parts) else [""]
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         found = [n for n, m in net.named_modules() if isinstance(m, kinds) and n.startswith(tuple(inside))]
         layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
@@ -284,6 +312,11 @@ class Family:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
         last = str(len(self.taps(net)) - 1)
         return any(fnmatch(name, pattern.replace("{last}", last)) for pattern in self.unreached)
+
+
+def part_name(file: str, part: str) -> str:
+    """Name of the adapter file of a denoiser's further network, beside the first one's."""
+    return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
 
 
 def patch_of(net: nn.Module) -> int:

@@ -35,6 +35,12 @@ class Teacher:
     def schedule(self) -> Schedule:
         return self.backbone.schedule
 
+    @property
+    def pipeline(self) -> str:
+        """The pipeline class that holds it."""
+        pipe = getattr(self.codec, "pipe", None)
+        return self.backbone.family.pipeline if pipe is None else type(pipe).__name__
+
     def to(self, device) -> "Teacher":
         self.backbone.to(device)
         self.codec.to(device)
@@ -159,12 +165,10 @@ def load_tokenizer(folder: Path):
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raise many kinds
         told = f"{folder} cannot be read ({first_line(error)})"
         raise UserError("teacher.path", told, "copy it again") from None
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def _component(folder: Path, name: str, declared, source: Source):
@@ -175,11 +179,12 @@ def _component(folder: Path, name: str, declared, source: Source):
         raise UserError("teacher.path", f"{folder} lacks its part {name!r}", "copy the whole folder")
     if "tokenizer" in name:
         return load_tokenizer(folder / name)
-    if (folder / name / "config.json").is_file():
-        cls = component_class(folder / name)
-        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
     library, cls = declared or ("transformers", "AutoImageProcessor")
     where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    if (folder / name / "config.json").is_file():
+        own = where != library  # a class that only this pipeline has
+        cls = getattr(importlib.import_module(where), cls) if own else component_class(folder / name)
+        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
     return getattr(importlib.import_module(where), cls).from_pretrained(folder / name, local_files_only=True)
 
 
@@ -212,7 +217,7 @@ def load_pipe(folder: Path, family: Family, index: dict, source: Source):
     return pipe
 
 
-def _grid(family: Family, net, source: Source, factor: int) -> tuple[int, ...]:
+def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -> tuple[int, ...]:
     """Latent (h, w) or (f, h, w) of the size asked for, or of the size the network was made for."""
     grid = list(family.grid(net))
     for key, at in (("height", -2), ("width", -1)):
@@ -223,13 +228,14 @@ def _grid(family: Family, net, source: Source, factor: int) -> tuple[int, ...]:
         if asked % step:
             raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
         grid[at] = asked // factor
-    if source.num_frames is not None:
-        if not family.temporal:
-            raise UserError("teacher.num_frames", f"found {source.num_frames}", f"{family.name} makes images")
-        if (source.num_frames - 1) % family.temporal:
-            allowed = f"{family.temporal} k + 1 for {family.name}'s autoencoder"
-            raise UserError("teacher.num_frames", f"found {source.num_frames}", allowed)
-        grid[0] = (source.num_frames - 1) // family.temporal + 1
+    frames = source.num_frames
+    if frames is not None:
+        if not temporal:
+            raise UserError("teacher.num_frames", f"found {frames}", f"{family.name} makes images")
+        if (frames - 1) % temporal:
+            allowed = f"{temporal} k + 1 for {family.name}'s autoencoder"
+            raise UserError("teacher.num_frames", f"found {frames}", allowed)
+        grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)
 
 
@@ -250,10 +256,10 @@ def _label_codec(folder: Path | None, family: Family, net, info: dict, source: S
 
 
 def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dict, source: Source):
-    from fastgen.codecs import TextCodec, spatial_factor
+    from fastgen.codecs import TextCodec, spatial_factor, temporal_factor
 
     pipe = None if folder is None else load_pipe(folder, family, index, source)
-    grid = _grid(family, net, source, spatial_factor(family, pipe))
+    grid = _grid(family, net, source, spatial_factor(family, pipe), temporal_factor(family, pipe))
     length = info.get("max_sequence_length") or family.max_length
     if length is None:
         length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77
@@ -286,7 +292,7 @@ def _from_blueprint(source: Source):
         raise UserError(
             "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
         ) from None
-    return family, family.assemble(parts), scheduler, blueprint.get("info", {}), index
+    return family, family.assemble(parts, index), scheduler, dict(blueprint.get("info", {})), index
 
 
 def _from_folder(folder: Path, source: Source):
@@ -311,7 +317,7 @@ def _from_folder(folder: Path, source: Source):
         config = read_json(folder / name / "config.json", "teacher.path")
         cls = getattr(diffusers, config["_class_name"])
         parts[name] = load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
-    return family, family.assemble(parts), scheduler, info, index
+    return family, family.assemble(parts, index), scheduler, info, index
 
 
 def _sized(source: Source, info: dict) -> dict:

@@ -41,6 +41,18 @@ class UNet2D(UNet):
     lora_loader = False
 
 
+class ConsistencyUNet(UNet2D):
+    """UNet2DModel as a consistency model: EDM preconditioning with D(x, sigma_min) = x, time 250 ln sigma."""
+
+    name, pipelines = "consistency", ("ConsistencyModelPipeline",)
+    edm_time = 250.0
+    boundary = True
+
+    def matches(self, index: dict, config: dict) -> bool:
+        scheduler = (index.get("scheduler") or [None, ""])[1]
+        return index.get("_class_name") in self.pipelines or scheduler == "CMStochasticIterativeScheduler"
+
+
 class SD(UNet):
     """UNet2DConditionModel as in Stable Diffusion 1.x / 2.x, eps or v: text states [B, L, C]."""
 
@@ -53,6 +65,9 @@ class SD(UNet):
         "requires_safety_checker": False,
     }
 
+    def matches(self, index: dict, config: dict) -> bool:
+        return not (config.get("time_cond_proj_dim") or config.get("addition_embed_type"))
+
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.cross_attention_dim)}
 
@@ -62,4 +77,93 @@ class SD(UNet):
         return {"encoder_hidden_states": states.float()}
 
 
-FAMILIES = (SD(), UNet2D())
+class LCM(SD):
+    """Stable Diffusion's UNet with the guidance scale embedded beside the time (arXiv 2310.04378)."""
+
+    name, pipelines = "lcm", ("LatentConsistencyModelPipeline",)
+    default_guidance = 8.0
+    final_layers = (*UNet.final_layers, "time_embedding.cond_proj")
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return bool(config.get("time_cond_proj_dim")) and not config.get("addition_embed_type")
+
+    def given(self, x: Tensor, cond: Cond) -> Cond:
+        return super().given(x, cond) | {"timestep_cond": cond["w_embedding"].to(x.dtype)}
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        from diffusers import LatentConsistencyModelPipeline
+
+        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding  # uses nothing of its pipeline
+        w = embed(None, (cond["guidance"] - 1).cpu(), net.config.time_cond_proj_dim)
+        return super().call(net, x, time, cond | {"w_embedding": w.to(x.device)})
+
+
+class SDXL(SD):
+    """UNet2DConditionModel of SDXL: two encoders' states, pooled text and the sizes as micro-conditions."""
+
+    name, pipelines = "sdxl", ("StableDiffusionXLPipeline",)
+    index_extra = {}
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return config.get("addition_embed_type") == "text_time"
+
+    def given(self, x: Tensor, cond: Cond) -> Cond:
+        added = {"text_embeds": cond["text_embeds"].to(x.dtype), "time_ids": cond["time_ids"].to(x.dtype)}
+        return super().given(x, cond) | {"added_cond_kwargs": added}
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        pooled = net.config.projection_class_embeddings_input_dim - 6 * net.config.addition_time_embed_dim
+        return super().cond_shapes(net, codec) | {"text_embeds": (pooled,), "time_ids": (6,)}
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        states, _, pooled, _ = codec.pipe.encode_prompt(
+            prompts, device=codec.device, do_classifier_free_guidance=False
+        )
+        return self._sized(codec, states, pooled)
+
+    @torch.no_grad()
+    def null(self, codec) -> Cond:
+        _, states, _, pooled = codec.pipe.encode_prompt(
+            [""], device=codec.device
+        )  # zeros where the folder says so
+        return self._sized(codec, states, pooled)
+
+    def _sized(self, codec, states: Tensor, pooled: Tensor) -> Cond:
+        (h, w), num = codec.pixels, len(states)  # original size, no crop, target size
+        ids = torch.tensor([[h, w, 0, 0, h, w]], dtype=torch.float32, device=states.device)
+        return {
+            "encoder_hidden_states": states.float(),
+            "text_embeds": pooled.float(),
+            "time_ids": ids.repeat(num, 1),
+        }
+
+
+class ControlSD(SD):
+    """Stable Diffusion with a ControlNet: both networks are the denoiser, cond holds the control image."""
+
+    name, pipelines = "controlnet", ("StableDiffusionControlNetPipeline",)
+    extra = ("controlnet",)
+    needs_image = True
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return "controlnet" in index and super().matches(index, config)
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        states = cond["encoder_hidden_states"].to(x.dtype)
+        given = {"encoder_hidden_states": states, "controlnet_cond": cond["control"].to(x.dtype)}
+        down, mid = net.controlnet(x, time, **given, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return net.unet(x, time, encoder_hidden_states=states, **residuals, return_dict=False)[0]
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        return super().cond_shapes(net, codec) | {"control": (3, *codec.pixels)}
+
+    def encode_image(self, codec, images: Tensor) -> Cond:
+        return {"control": images / 2 + 0.5}
+
+    def taps(self, net: nn.Module) -> list[nn.Module]:
+        return super().taps(net.unet)
+
+
+FAMILIES = (ControlSD(), SD(), LCM(), SDXL(), ConsistencyUNet(), UNet2D())

@@ -30,14 +30,14 @@ class Case:
     """what families with needs_image are shown, [2, 3, H, W] in [-1, 1]"""
     call: dict = field(default_factory=dict)
     """keywords of the plain pipeline call that follow from the folder (image=..., num_frames=...)"""
+    sampler: str = "ode"
+    """what the exported pipeline is compared in: ode, or renoise where its scheduler adds noise"""
     plain: Callable | None = None
     """plain(pipe, case, loaded, noise) -> images in [0, 1], where a pipeline call is not enough"""
     excused: dict[str, str] = field(default_factory=dict)
     """check -> why it does not apply (a documented exception, shown in the table of families)"""
-    sampler: str = "ode"
-    """what the exported student does between steps"""
     published: list[tuple] = field(default_factory=list)
-    """(model, real network config, published parameter count, tolerance)"""
+    """(model, real network config, published parameter count, relative tolerance for its rounding)"""
 
 
 def _collect() -> dict[str, Case]:
