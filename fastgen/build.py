@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastgen.backbones import Source, Teacher, load_teacher
+from fastgen.backbones.attention import check as check_attention
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
 from fastgen.errors import UserError
@@ -41,6 +42,9 @@ class Cast:
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
             self._make(name, kinds[name], alone="teacher" not in names)
+        for backbone in self.backbones():
+            if hasattr(backbone, "net"):
+                backbone.attention = check_attention(backbone.net, cfg.teacher.attention, self.device)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):

@@ -12,19 +12,21 @@ def _norm(channels: int) -> nn.Module:
     return nn.GroupNorm(groups, channels)
 
 
-def make_head(channels: int, size: int, width: int = 128) -> nn.Sequential:
-    """One scalar logit [B] from a [B, C, size, size] map: stride-2 convolutions to 4 x 4, one full-size,
-    one 1 x 1 (DMD2 code).
+def make_head(channels: int, height: int, width: int, hidden: int = 128) -> nn.Sequential:
+    """One scalar logit [B] from a map [B, C, height, width] (a video's frames stacked along the height):
+    stride-2 convolutions to 4 x 4, one full-size, one 1 x 1 (DMD2 code). A side that is small already is kept.
     """
     layers: list[nn.Module] = []
-    while size > 7:
-        layers += [nn.Conv2d(channels, width, 4, 2, 1), _norm(width), nn.SiLU()]
-        channels, size = width, size // 2
-    if size > 1:
-        layers += [nn.Conv2d(channels, width, 3, 1, 1), _norm(width), nn.SiLU()]
-        channels = width
-    layers += [nn.Conv2d(channels, width, size), nn.SiLU(), nn.Conv2d(width, 1, 1), nn.Flatten(0)]
-    return nn.Sequential(*layers)
+    while max(height, width) > 7:
+        kernel, stride = zip(*((4, 2) if side > 7 else (3, 1) for side in (height, width)))
+        layers += [nn.Conv2d(channels, hidden, kernel, stride, 1), _norm(hidden), nn.SiLU()]
+        channels = hidden
+        height, width = (side // 2 if side > 7 else side for side in (height, width))
+    if max(height, width) > 1:
+        layers += [nn.Conv2d(channels, hidden, 3, 1, 1), _norm(hidden), nn.SiLU()]
+        channels = hidden
+    layers += [nn.Conv2d(channels, hidden, (height, width)), nn.SiLU(), nn.Conv2d(hidden, 1, 1)]
+    return nn.Sequential(*layers, nn.Flatten(0))
 
 
 class Discriminator(nn.Module):
@@ -36,7 +38,7 @@ class Discriminator(nn.Module):
         self._role = [role]  # in a list, so that the network is not registered as part of the heads
         with torch.no_grad():
             maps, _ = role.features(*example, taps=taps)
-        self.heads = nn.ModuleList(make_head(m.shape[1], m.shape[2]) for m in maps)
+        self.heads = nn.ModuleList(make_head(*m.shape[1:]) for m in maps)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
         """Logits, one [B] per head; with score=True also D of the same pass."""

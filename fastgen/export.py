@@ -143,7 +143,8 @@ def export_folder(
             if (source / part).resolve() != (folder / part).resolve():
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
-            index.setdefault(part, _library_class(source / part, part))
+            if part not in index:
+                index[part] = _library_class(source / part, part)
     index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
@@ -182,7 +183,7 @@ def _export_lora(
         header = _header(name, family, info, layers)
         file = folder / (part_name(files["lora"], part) if i else files["lora"])
         lora.write_peft(file, layers, family.component, header, dtype)
-        if family.reads_kohya(layers) and not i:
+        if not i and family.reads_kohya(layers):
             twin = folder / f"{name}-lora-kohya.safetensors"
             files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
         base[part] = lora.without_adapters(adapted)

@@ -58,7 +58,7 @@ def scheduler_for(
         found = f"no diffusers scheduler for {type(schedule).__name__}"
         raise UserError("export", found, "VP, flow, EDM or TrigFlow")
     if served.arguments and family is not None and family.kind == "text":
-        served.bound = not set(served.arguments) <= _accepted(family.pipeline)
+        served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
     return served
 
 
@@ -145,6 +145,22 @@ def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool
     return Serving(cls(shift=1.0), {"sigmas": list(times)})
 
 
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
+    """SCMScheduler, which adds fresh noise between steps. It is told `timesteps` with the final 0, or that no
+    second of two steps is asked for.
+    """
+    from diffusers import SCMScheduler
+
+    num, scheduler = len(times), SCMScheduler.from_config(teacher_scheduler.config)
+    if sampler != "renoise" and num > 1:
+        raise UserError("student.sampler", f"found {sampler!r}", "renoise: SCMScheduler adds fresh noise")
+    plain = {"num_inference_steps": num, "intermediate_timesteps": None}
+    if times != schedule.steps(num):
+        given = plain | {"timesteps": [*times, 0.0], "max_timesteps": None}
+        return Serving(scheduler, given, bound=True)  # pipelines pass timesteps on without their number
+    return Serving(scheduler, {} if num == 2 and schedule.middle is not None else plain)
+
+
 def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
     """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1; or the EulerDiscreteScheduler of
     Stable Video Diffusion, which takes the noise levels themselves. Re-noising needs a loop.
@@ -185,16 +201,3 @@ def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> S
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
     return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards
-
-
-def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
-    """SCMScheduler, which adds fresh noise between steps; lists off the grid are set on it."""
-    from diffusers import SCMScheduler
-
-    num, loop = len(times), sampler == "ode" and len(times) > 1
-    scheduler = SCMScheduler.from_config(teacher_scheduler.config)
-    given = {"num_inference_steps": num, "intermediate_timesteps": schedule.middle if num == 2 else None}
-    if np.allclose(times, schedule.steps(num)):
-        return Serving(scheduler, {**given, "max_timesteps": schedule.t_max}, needs_loop=loop)
-    given |= {"intermediate_timesteps": None, "max_timesteps": None, "timesteps": [*times, 0.0]}
-    return Serving(scheduler, given, needs_loop=loop, bound=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastgen.backbones.attention import kernel
 from fastgen.backbones.family import FLOW_TIMES, Cond, Family
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
@@ -30,6 +31,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
         self.adapter: str | None = None
+        self.attention: str | None = None
         self.adapter_names: tuple[str, ...] = ()
 
     # -- prediction ----------------------------------------------------------------------------------------
@@ -49,7 +51,8 @@ class Backbone(nn.Module):
         dtype = next(self.net.parameters()).dtype
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
-        return self.family.call(self.net, x_t.to(dtype), self.net_time(t), cond).float()
+        with kernel(self.attention):
+            return self.family.call(self.net, x_t.to(dtype), self.net_time(t), cond).float()
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D from the native prediction."""
@@ -150,7 +153,7 @@ class Backbone(nn.Module):
             adapter = self.adapter
 
             def run(*inputs):
-                with self.using(adapter):
+                with self.using(adapter), kernel(self.attention):
                     return function(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)

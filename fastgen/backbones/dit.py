@@ -144,6 +144,16 @@ class Lumina2(Family):
         states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if not x.is_meta:
+            return super().call(net, x, time, cond)
+
+        def all_words(_module, args):  # it counts each text's, which a mask without numbers cannot tell
+            return args[0], torch.ones_like(args[1], device="cpu")
+
+        with net.rope_embedder.register_forward_pre_hook(all_words):
+            return super().call(net, x, time, cond)
+
     @torch.no_grad()
     def null(self, codec) -> Cond:
         """An empty prompt without the system prompt that stands before every other one."""

@@ -34,6 +34,8 @@ class Case:
     """what the exported pipeline is compared in: ode, or renoise where its scheduler adds noise"""
     plain: Callable | None = None
     """plain(pipe, case, loaded, noise) -> images in [0, 1], where a pipeline call is not enough"""
+    latent: bool = False
+    """compare latents: decoding takes too long for a test"""
     excused: dict[str, str] = field(default_factory=dict)
     """check -> why it does not apply (a documented exception, shown in the table of families)"""
     published: list[tuple] = field(default_factory=list)

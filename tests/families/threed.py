@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
-from tests.families.video import alive, clip_text
-from tests.tiny import clip_tokenizer
+from fastgen.serving import bind
+from tests.families import PROMPTS, Case
+from tests.families.parts import clip_text, clip_tokenizer
+from tests.families.video import alive
+from tests.families.video_real import REAL
 
 
 def shap_e(folder: Path) -> Path:
@@ -55,4 +58,23 @@ def shap_e(folder: Path) -> Path:
     return folder
 
 
-FOLDERS = {"shap_e": shap_e}
+def plain_latents(world, pipe, info, noise):
+    """x0 by an ordinary call; rendering it is too slow for a test."""
+    call = info["arguments"] or {"num_inference_steps": info["steps"]}
+    if info["bound"]:
+        bind(pipe.scheduler, info["arguments"])
+    latents = world.family.pipeline_latents(noise, world.schedule)
+    found = pipe(PROMPTS, latents=latents, guidance_scale=1.0, output_type="latent", **call).images
+    return found.transpose(1, 2)
+
+
+CASES = [
+    Case(
+        "shap-e",
+        shap_e,
+        plain=plain_latents,
+        latent=True,
+        excused={"checkpointing": "diffusers' PriorTransformer has no gradient checkpointing"},
+        published=[("Shap-E", REAL["shap-e"], 0.3e9, 0.06)],
+    )
+]

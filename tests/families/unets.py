@@ -4,6 +4,7 @@ import torch
 
 from tests.families import Case
 from tests.families.parts import BETAS, autoencoder, clip_text, clip_tokenizer
+from tests.families.unets_real import PUBLISHED
 from tests.tiny import edm_folder, flow_folder, sana_folder, sd_folder, vp_folder
 
 UNET = {
@@ -164,3 +165,5 @@ CASES = [
     ),
     Case("sana", sana_folder),
 ]
+for case in CASES:
+    case.published = PUBLISHED.get(case.name or case.family, [])

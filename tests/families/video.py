@@ -7,18 +7,13 @@ from pathlib import Path
 import torch
 
 from fastgen.backbones.family import perturb_zero_layers
-from tests.tiny import clip_tokenizer
+from fastgen.backbones.wan import pictures
+from fastgen.serving import bind
+from tests.families import PROMPTS, Case
+from tests.families.parts import clip_text, clip_tokenizer, t5_tokenizer
+from tests.families.video_real import REAL
 
 SIZE, FRAMES = 32, 9  # pixels a side and frames that these folders are sampled at
-
-
-def t5_tokenizer(max_length: int = 512):
-    """T5 tokenizer over printable characters."""
-    from transformers import T5TokenizerFast
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    characters = [(c, -3.0) for c in string.printable if c not in string.whitespace]
-    return T5TokenizerFast(vocab=special + characters, extra_ids=0, model_max_length=max_length)
 
 
 def llama_tokenizer():
@@ -39,24 +34,6 @@ def t5_encoder(multilingual: bool = False, width: int = 32):
         vocab_size=99, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4
     )
     return getattr(transformers, f"{kind}EncoderModel")(config)
-
-
-def clip_text(projection: bool = False, width: int = 32):
-    """CLIP text encoder, with its projection if asked."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        projection_dim=width,
-        vocab_size=515,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
 def clip_vision(width: int, projection: bool = False, size: int = SIZE, patch: int = 8):
@@ -494,19 +471,57 @@ def svd(folder: Path) -> Path:
     return save(pipe, folder, num_frames=3)
 
 
-FOLDERS = {
-    "wan": wan,
-    "wan22": wan22,
-    "wan_i2v": wan_i2v,
-    "wan22_i2v": wan22_i2v,
-    "wan_ti2v": wan_ti2v,
-    "wan_ti2v_image": wan_ti2v_image,
-    "anyflow": anyflow,
-    "cogvideox": cogvideox,
-    "cogvideox_5b": cogvideox_5b,
-    "cogvideox_i2v": cogvideox_i2v,
-    "hunyuan_video": hunyuan_video,
-    "ltx": ltx,
-    "animatediff": animatediff,
-    "svd": svd,
-}
+def plain_video(world, pipe, info, noise):
+    """Frames [B, C, F, H, W] in [0, 1] by pipeline calls that a user could write, one request at a time."""
+    family, codec = world.family, world.codec
+    document = json.loads((world.folder / "fastgen.json").read_text())
+    call = {"num_inference_steps": info["steps"]}
+    if info["bound"]:
+        bind(pipe.scheduler, info["arguments"])
+    elif info["arguments"]:
+        call = dict(info["arguments"])
+    call |= family.size_call(codec) | family.guidance_call(codec.guidance) | family.plain_call(document)
+    found = []
+    for i, prompt in enumerate(PROMPTS):
+        asked = {"prompt": prompt} if family.takes_text else {}
+        if family.needs_image:
+            asked["image"] = pictures(world.images)[i]
+        asked["latents"] = family.pipeline_latents(noise[i : i + 1], world.schedule)
+        generator = [torch.Generator().manual_seed(0)]  # of the image's condition, where one is drawn
+        found.append(pipe(**asked, generator=generator, output_type="pt", **call).frames)
+    return torch.cat(found).transpose(1, 2)
+
+
+def shown(side: int):
+    """Two pictures [2, 3, side, side] in [-1, 1], in whole 8-bit steps as a file would hold them."""
+    pixels = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(5))
+    return pixels.float() / 127.5 - 1
+
+
+def _case(family: str, build, *real: tuple, image: int = 0, **more) -> Case:
+    """A case with its released models as (model, config, published billions)."""
+    published = [(m, config, 1e9 * float(n), 0.5 * _unit(n) / float(n)) for m, config, n in real]
+    images = (lambda: shown(image)) if image else None
+    return Case(family, build, plain=plain_video, images=images, published=published, **more)
+
+
+def _unit(printed: str) -> float:
+    return 10.0 ** -len(printed.partition(".")[2])
+
+
+CASES = [
+    _case("wan", wan, ("Wan 2.1 1.3B", REAL["wan-1.3b"], "1.42"), ("Wan 2.1 14B", REAL["wan-14b"], "14")),
+    _case("wan", wan22, name="wan22"),
+    _case("wan-i2v", wan_i2v, ("Wan 2.1 I2V 14B", REAL["wan-i2v-14b"], "16.4"), image=SIZE),
+    _case("wan-i2v", wan22_i2v, name="wan22-i2v", image=SIZE),
+    _case("wan-ti2v", wan_ti2v, ("Wan 2.2 TI2V 5B", REAL["wan-5b"], "5")),
+    _case("wan-ti2v-image", wan_ti2v_image, image=SIZE),
+    _case("anyflow", anyflow, ("AnyFlow 14B", REAL["anyflow"], "14")),
+    _case("cogvideox", cogvideox, ("CogVideoX 2B", REAL["cogvideox-2b"], "2")),
+    _case("cogvideox", cogvideox_5b, ("CogVideoX 5B", REAL["cogvideox-5b"], "5.6"), name="cogvideox-rotary"),
+    _case("cogvideox-i2v", cogvideox_i2v, ("CogVideoX 5B I2V", REAL["cogvideox-i2v"], "5.6"), image=SIZE),
+    _case("hunyuan-video", hunyuan_video, ("HunyuanVideo", REAL["hunyuan-video"], "13")),
+    _case("ltx", ltx, ("LTX-Video", REAL["ltx"], "2")),
+    _case("animatediff", animatediff, ("AnimateDiff v1.5", REAL["animatediff"], "1.3")),
+    _case("svd", svd, ("Stable Video Diffusion", REAL["svd"], "1.5"), image=32),
+]
