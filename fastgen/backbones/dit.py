@@ -30,7 +30,7 @@ class DiT(Family):
 class PixArt(Family):
     """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
 
-    name, net_class, pipelines = "pixart_sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
+    name, net_class, pipelines = "pixart-sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
     keys, divisor, max_length = MASKED, 2, 300
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
@@ -54,7 +54,7 @@ class PixArt(Family):
 class PixArtAlpha(PixArt):
     """PixArt-alpha; the 1024-pixel network is also told the size and the aspect ratio."""
 
-    name, pipelines, max_length = "pixart_alpha", ("PixArtAlphaPipeline",), 120
+    name, pipelines, max_length = "pixart-alpha", ("PixArtAlphaPipeline",), 120
 
     def matches(self, index: dict, config: dict) -> bool:
         told = config.get("use_additional_conditions")
@@ -104,7 +104,7 @@ class SanaSprint(Sana):
     s = sin t / (sin t + cos t); its velocity F = cos(t) eps - sin(t) x0 follows from the network's eps - x0.
     """
 
-    name, pipelines = "sana_sprint", ("SanaSprintPipeline",)
+    name, pipelines = "sana-sprint", ("SanaSprintPipeline",)
     flow_time, default_guidance = "unit", 4.5
     keys = (*MASKED, "guidance")
 
@@ -144,6 +144,16 @@ class Lumina2(Family):
         states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if not x.is_meta:
+            return super().call(net, x, time, cond)
+
+        def all_words(_module, args):  # it counts each text's, which a mask without numbers cannot tell
+            return args[0], torch.ones_like(args[1], device="cpu")
+
+        with net.rope_embedder.register_forward_pre_hook(all_words):
+            return super().call(net, x, time, cond)
+
     @torch.no_grad()
     def null(self, codec) -> Cond:
         """An empty prompt without the system prompt that stands before every other one."""
@@ -173,7 +183,7 @@ class ZImage(Family):
     off the text: the network pads to multiples of 32 with a token it has learned.
     """
 
-    name, net_class, pipelines = "z_image", "ZImageTransformer2DModel", ("ZImagePipeline",)
+    name, net_class, pipelines = "z-image", "ZImageTransformer2DModel", ("ZImagePipeline",)
     flow_time, sign, divisor, max_length = "reversed", -1, 2, 512
     default_grid, default_sigmas = (128, 128), True
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")

@@ -169,7 +169,7 @@ class QwenImage(Family):
     Qwen2.5-VL states with a mask.
     """
 
-    name, net_class, pipelines = "qwen_image", "QwenImageTransformer2DModel", ("QwenImagePipeline",)
+    name, net_class, pipelines = "qwen-image", "QwenImageTransformer2DModel", ("QwenImagePipeline",)
     keys = ("encoder_hidden_states", "encoder_hidden_states_mask")
     flow_time, divisor, max_length, tap_output = "unit", 2, 512, 1
     default_grid, default_sigmas = (128, 128), True

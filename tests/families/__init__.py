@@ -38,10 +38,8 @@ class Case:
     """compare latents: decoding takes too long for a test"""
     excused: dict[str, str] = field(default_factory=dict)
     """check -> why it does not apply (a documented exception, shown in the table of families)"""
-    sampler: str = "ode"
-    """what the exported student does between steps"""
     published: list[tuple] = field(default_factory=list)
-    """(model, real network config, published parameter count, tolerance)"""
+    """(model, real network config, published parameter count, relative tolerance for its rounding)"""
 
 
 def _collect() -> dict[str, Case]:

@@ -10,107 +10,19 @@ from fastgen.backbones.family import perturb_zero_layers
 from tests.families import Case
 from tests.families.image_transformers_real import REAL
 from tests.families.parts import (
+    FLOW_KL,
     autoencoder,
     clip_text,
     clip_tokenizer,
+    flow_kl,
+    gemma_text,
     gemma_tokenizer,
+    qwen3_text,
+    qwen_tokenizer,
+    qwen_vl_text,
     t5_text,
     t5_tokenizer,
 )
-
-FLOW_KL = {
-    "shift_factor": 0.0609,
-    "scaling_factor": 1.5035,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-# -- text ------------------------------------------------------------------------------------------------
-def qwen_tokenizer():
-    """Qwen's tokenizer over single bytes, with its chat marks and a plain chat template."""
-    from transformers import Qwen2TokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    end = "<|endoftext|>"
-    characters = [*bytes_to_unicode().values(), end]
-    tokenizer = Qwen2TokenizerFast(
-        vocab={c: i for i, c in enumerate(characters)}, merges=[], pad_token=end, eos_token=end, unk_token=end
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def qwen3_encoder(cls: str = "Qwen3Model", layers: int = 2):
-    """A Qwen3 language model of width 16."""
-    import transformers
-
-    config = transformers.Qwen3Config(
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_hidden_layers=layers,
-        vocab_size=259,
-        tie_word_embeddings=True,
-    )
-    return getattr(transformers, cls)(config).eval()
-
-
-def qwen_vl_encoder():
-    """The text half of Qwen2.5-VL at width 16, with a vision half as small as its class allows."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 259,
-        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-        "rope_theta": 1000000.0,
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-    }
-    marks = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
-
-
-def gemma_encoder():
-    """A Gemma2 model of width 8."""
-    from transformers import Gemma2Config, Gemma2Model
-
-    return Gemma2Model(
-        Gemma2Config(
-            hidden_size=8,
-            head_dim=4,
-            intermediate_size=8,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_hidden_layers=2,
-            sliding_window=2,
-            vocab_size=len(gemma_tokenizer()),
-        )
-    ).eval()
-
-
-# -- images ----------------------------------------------------------------------------------------------
-def flow_kl():
-    """As the flow models ship it: a shift as well as a scale, no quantisation convolutions."""
-    return autoencoder(**FLOW_KL)
 
 
 def lumina_kl():
@@ -141,7 +53,6 @@ def _flow(**more):
     return FlowMatchEulerDiscreteScheduler(**more)
 
 
-# -- pipelines -------------------------------------------------------------------------------------------
 def dit_folder(folder: Path) -> Path:
     """DiTPipeline: 1000 classes and the null class 1000, learned variance, 16x16 images."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -243,7 +154,7 @@ def sana_sprint_folder(folder: Path) -> Path:
         scaling_factor=0.41407,
         **blocks,
     )
-    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_encoder(), "vae": vae.eval()}
+    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_text(), "vae": vae.eval()}
     pipe = SanaSprintPipeline(transformer=net.eval(), scheduler=SCMScheduler(sigma_data=0.5), **parts)
     return _save(pipe, folder, max_sequence_length=24)
 
@@ -268,7 +179,7 @@ def lumina2_folder(folder: Path) -> Path:
         cap_feat_dim=8,
     )
     perturb_zero_layers(net)
-    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_encoder(), "vae": lumina_kl()}
+    parts = {"tokenizer": gemma_tokenizer(), "text_encoder": gemma_text(), "vae": lumina_kl()}
     pipe = Lumina2Pipeline(transformer=net.eval(), scheduler=_flow(shift=6.0), **parts)
     return _save(pipe, folder, max_sequence_length=224)
 
@@ -375,7 +286,7 @@ def flux2_folder(folder: Path) -> Path:
         transformer=net.eval(),
         scheduler=_flow(use_dynamic_shifting=True, shift=3.0),
         vae=vae.eval(),
-        text_encoder=qwen3_encoder("Qwen3ForCausalLM", 28),
+        text_encoder=qwen3_text("Qwen3ForCausalLM", 28),
         tokenizer=qwen_tokenizer(),
     )
     return _save(pipe, folder, max_sequence_length=64, height=16, width=16)
@@ -402,7 +313,7 @@ def z_image_folder(folder: Path) -> Path:
         transformer=net.eval(),
         scheduler=_flow(shift=3.0),
         vae=flow_kl(),
-        text_encoder=qwen3_encoder(),
+        text_encoder=qwen3_text(),
         tokenizer=qwen_tokenizer(),
     )
     return _save(pipe, folder, max_sequence_length=64, height=16, width=16)
@@ -438,7 +349,7 @@ def qwen_image_folder(folder: Path) -> Path:
         transformer=net.eval(),
         scheduler=_flow(**dynamic, shift_terminal=0.02),
         vae=vae.eval(),
-        text_encoder=qwen_vl_encoder(),
+        text_encoder=qwen_vl_text(),
         tokenizer=qwen_tokenizer(),
     )
     return _save(pipe, folder, max_sequence_length=256, height=32, width=32)
@@ -461,14 +372,14 @@ def _case(family: str, build, *models: str, **more) -> Case:
 
 CASES = [
     _case("dit", dit_folder, plain=dit_call),
-    _case("pixart_alpha", pixart_alpha_folder, "PixArt-alpha XL"),
-    _case("pixart_sigma", pixart_folder, "PixArt-sigma XL"),
-    _case("sana_sprint", sana_sprint_folder, "SANA-Sprint 0.6B", "SANA-Sprint 1.6B", sampler="renoise"),
+    _case("pixart-alpha", pixart_alpha_folder, "PixArt-alpha XL"),
+    _case("pixart-sigma", pixart_folder, "PixArt-sigma XL"),
+    _case("sana-sprint", sana_sprint_folder, "SANA-Sprint 0.6B", "SANA-Sprint 1.6B", sampler="renoise"),
     _case("lumina2", lumina2_folder, "Lumina-Image 2.0"),
     _case("sd3", sd3_folder, "SD3 medium", "SD3.5 medium", "SD3.5 large"),
     _case("flux", flux_folder, "FLUX.1 dev"),
-    _case("flux", flux_schnell_folder, "FLUX.1 schnell", name="flux_schnell"),
+    _case("flux", flux_schnell_folder, "FLUX.1 schnell", name="flux-schnell"),
     _case("flux2", flux2_folder, "FLUX.2 klein 4B", "FLUX.2 klein 9B"),
-    _case("z_image", z_image_folder, "Z-Image"),
-    _case("qwen_image", qwen_image_folder, "Qwen-Image"),
+    _case("z-image", z_image_folder, "Z-Image"),
+    _case("qwen-image", qwen_image_folder, "Qwen-Image"),
 ]
