@@ -45,6 +45,7 @@ class Cast:
         for backbone in self.backbones():
             if hasattr(backbone, "net"):
                 backbone.attention = check_attention(backbone.net, cfg.teacher.attention, self.device)
+        switch_vae(self.teacher.codec.vae if hasattr(self.teacher.codec, "vae") else None, cfg.teacher)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
@@ -139,6 +140,17 @@ class Cast:
             return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
                 self.device
             )
+
+
+def switch_vae(vae, teacher) -> None:
+    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
+    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if not getattr(teacher, key):
+            continue
+        if vae is None or not hasattr(vae, method):
+            found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
+            raise UserError(f"teacher.{key}", found, "leave it false")
+        getattr(vae, method)()
 
 
 def _wanted(stage: StageConfig) -> list[str]:

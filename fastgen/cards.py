@@ -209,7 +209,8 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
     if lora and not teacher.backbone.family.lora_loader:
         notes.append(
-            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged network for it; "
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged "
+            "network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
@@ -217,7 +218,7 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
 
 def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
     """README.md of an export."""
-    family, codec, what = teacher.backbone.family, teacher.codec, teacher.info or {}
+    what = teacher.info or {}
     lora, student = files.get("lora", ""), bool(info["times"])
     trained = f"{info['trained_steps']} steps"
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}

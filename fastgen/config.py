@@ -118,7 +118,11 @@ class DataConfig(Section):
     name: str = ""
     """digits, fashion or tinted (bundled); empty with `images` or `prompts`"""
     images: str = ""
-    """folder of images, captions in metadata.jsonl (file_name, text) or .txt side-cars"""
+    """folder of images (clips for video: animated gif, webp, png, or mp4), captions in metadata.jsonl
+    (file_name, text) or .txt side-cars
+    """
+    control: str = ""
+    """folder of control images (edges, depth), in the order of `images`, for teachers with a ControlNet"""
     prompts: str = ""
     """text file with one prompt a line, for methods that need no images"""
     limit: int = Field(0, ge=0)

@@ -236,7 +236,7 @@ class Family:
             pipe.load_lora_weights(folder, **call)
 
     def lora_calls(self, file: str, parts: list[str]) -> list[dict]:
-        """Keywords of load_lora_weights for the adapter file of every adapted network, the first one's given."""
+        """Keywords of load_lora_weights for each adapted network's file, the first one's given."""
         more = [{"weight_name": part_name(file, p), f"load_into_{p}": True} for p in parts[1:]]
         return [{"weight_name": file}, *more]
 
