@@ -432,7 +432,7 @@ def test_lora_file_in_a_fresh_pipeline(world, exported):
 
 
 def test_every_family_has_a_case():
-    assert {c.family for c in CASES.values()} == set(FAMILIES)
+    assert {c.family for c in CASES.values() if not c.family.startswith("declared")} == set(FAMILIES)
 
 
 REAL = [(*p, 0.0)[:4] for c in CASES.values() for p in c.published]

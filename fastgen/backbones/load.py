@@ -309,7 +309,9 @@ def _from_folder(folder: Path, source: Source):
         if (folder / "model_index.json").exists()
         else {}
     )
-    part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
+    source.family = source.family or info.get("family")
+    known = ((source.family or {}).get("component", "unet"), "unet", "transformer", "prior")
+    part = next((p for p in known if (folder / p).is_dir()), "unet")
     family = source.family_of(index, read_json(folder / part / "config.json", "teacher.path"))
     names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
     parts = {}
@@ -325,7 +327,7 @@ def _sized(source: Source, info: dict) -> dict:
     for key in ("height", "width", "num_frames", "embedded_guidance"):
         if getattr(source, key) is None:
             setattr(source, key, info.get(key))
-    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance")}
+    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")}
     return {k: v for k, v in kept.items() if v is not None}
 
 
