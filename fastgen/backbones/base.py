@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,6 +66,18 @@ class Backbone(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
+
+    def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598); for families whose pipeline
+        guides so, the flow it stands for is rescaled to the conditional one's size where w > 1.
+        """
+        guided = D_uncond + w * (D - D_uncond)
+        if not self.family.guidance_keeps_norm:
+            return guided
+        flow, wanted = (self.schedule.from_x0("flow", d, x_t, t) for d in (guided, D))
+        ratio = self.family.guidance_norm(wanted) / self.family.guidance_norm(flow)
+        rescaled = self.schedule.to_x0("flow", flow * ratio, x_t, t)
+        return torch.where(torch.as_tensor(w, device=D.device) > 1, rescaled, guided)
 
     # -- features ------------------------------------------------------------------------------------------
     def features(
