@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.backbones.attention import kernel
 from fastgen.backbones.family import FLOW_TIMES, Cond, Family
+from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
 __all__ = ["Backbone", "Cond", "Family"]
@@ -148,6 +149,10 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations at backward, each under the adapter its forward pass ran with."""
+        for part in self.family.parts(self.net).values():
+            if not part._supports_gradient_checkpointing:
+                told = f"{type(part).__name__} has no gradient checkpointing in diffusers"
+                raise UserError("train.gradient_checkpointing", told, "false for this family")
 
         def recompute(function, *args):
             adapter = self.adapter
