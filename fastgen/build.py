@@ -18,6 +18,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.serving import scheduler_for
 
 
 class Cast:
@@ -121,6 +122,9 @@ class Cast:
         self.parts["student"].times = (
             self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
         )
+        if cls.few_step and self.teacher.scheduler is not None:  # an export that nothing can serve fails now
+            student, family = self.parts["student"], self.teacher.backbone.family
+            scheduler_for(student.times, student.sampler, student.schedule, self.teacher.scheduler, family)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)

@@ -39,8 +39,8 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
         del call["num_inference_steps"]
     embedded = info["embedded_guidance"]
     call |= family.guidance_call(embedded)
-    if not info["times"] and embedded is None:
-        call |= dict.fromkeys(family.guidance_off, float(info["guidance"]))
+    if not info["times"] and info["guidance"] != 1:
+        call |= family.guided_call(info["guidance"])
     call |= family.plain_call(what)
     on_base = lora and family.lora_loader
     names = sorted([name, *([scheduler] if on_base else [])])
@@ -68,7 +68,11 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f"    device=device{_keywords(info['arguments'])}",
             ")",
         ]
-    asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
+    first = f"{family.label_key}=[3]" if family.label_key else f'prompt="{PROMPT}"'
+    asked = [
+        *([first] if family.takes_text or family.label_key else []),
+        "generator=torch.Generator().manual_seed(0)",
+    ]
     if family.needs_image:
         asked.insert(len(asked) - 1, 'image=load_image("image.png")')
     return [
@@ -139,7 +143,7 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
 
 def usage(what: dict, teacher, info: dict, lora: str = "") -> str:
     """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
-    if hasattr(teacher.codec, "prompts"):
+    if hasattr(teacher.codec, "prompts") or teacher.backbone.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, lora))
     return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
 

@@ -69,6 +69,10 @@ class TeacherConfig(Section):
     """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); files only"""
     blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
+    layout: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """published configs {net, scheduler, index, extra, codec} of the model at `path`: what --dry_run lays out
+    where its weights are not on this disk; files only
+    """
 
 
 class LoraConfig(Section):

@@ -57,7 +57,7 @@ def scheduler_for(
     else:
         found = f"no diffusers scheduler for {type(schedule).__name__}"
         raise UserError("export", found, "VP, flow, EDM or TrigFlow")
-    if served.arguments and family is not None and family.kind == "text":
+    if served.arguments and family is not None and (family.kind == "text" or family.label_key):
         served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
     return served
 

@@ -311,8 +311,8 @@ def pipeline_class(folder):
     return getattr(diffusers, index["_class_name"])
 
 
-def open_pipeline(folder):
-    pipe = pipeline_class(folder).from_pretrained(folder, torch_dtype=torch.float32)
+def open_pipeline(folder, **parts):
+    pipe = pipeline_class(folder).from_pretrained(folder, torch_dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -75,6 +75,8 @@ class Family:
     """guidance that the network takes as an input (w-embedded, guidance-distilled); None if it has none"""
     takes_text: bool = True
     """whether its pipeline is asked by a prompt (among others)"""
+    label_key: str = ""
+    """keyword by which its pipeline is asked for a class; empty where no pipeline can be"""
     needs_image: bool = False
     """cond holds an image (first frame, control image) besides the text"""
 
@@ -117,6 +119,8 @@ class Family:
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
     """keywords a plain pipeline call needs to do what we do"""
+    guidance_keeps_norm: bool = False
+    """the pipeline rescales what it has guided to the size of the conditional prediction"""
     guidance_off: dict = {"guidance_scale": 1.0}
     """keywords that switch the pipeline's own guidance off"""
     index_extra: dict = {}
@@ -220,6 +224,14 @@ class Family:
         """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""
         return {k: v if embedded is None else float(embedded) for k, v in self.guidance_off.items()}
 
+    def guided_call(self, w: float) -> dict:
+        """Keywords that make the pipeline guide with our w."""
+        return dict.fromkeys(self.guidance_off, float(w))
+
+    def guidance_norm(self, out: Tensor) -> Tensor:
+        """Where guidance_keeps_norm: the size of a flow prediction, shaped to divide it."""
+        raise NotImplementedError
+
     def plain_call(self, info: dict) -> dict:
         """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
         length = info.get("max_sequence_length")
@@ -294,7 +306,7 @@ class Family:
             final = sorted(n for n in found if self._is_final(n, inside))
             if default:
                 hit[ending] = [n for n in found if n not in final]
-            elif final and ending not in final:
+            elif final and found != [ending]:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
         names = sorted({n for found in hit.values() for n in found})

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.family import Family
+from fastgen.backbones.layout import lay_out
 from fastgen.backbones.registry import detect
 from fastgen.backbones.schedulers import load_scheduler, schedule_of
 from fastgen.errors import UserError, first_line
@@ -72,7 +73,7 @@ def load_part(folder: Path, key: str, cls, weights: bool = True, dtype=torch.flo
         raise UserError(key, found, "fastgen reads .safetensors files only")
     try:
         if not weights:
-            return _layout(folder, cls)
+            return nn.Module.to(_layout(folder, cls), dtype)
         return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(
@@ -143,6 +144,7 @@ class Source:
     path: str = ""
     prediction: str = "auto"
     blueprint: dict | None = None
+    layout: dict | None = None
     allow_download: bool = False
     weights: bool = True
     family: dict | None = None
@@ -288,6 +290,7 @@ def _from_blueprint(source: Source):
     try:
         with torch.device("cpu" if source.weights else "meta"):
             parts = {k: getattr(diffusers, c["_class_name"]).from_config(c) for k, c in configs.items()}
+        parts = {k: nn.Module.to(p, DTYPES[source.dtype]) for k, p in parts.items()}
     except Exception as error:  # whatever a network's constructor raises
         raise UserError(
             "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
@@ -331,6 +334,19 @@ def _sized(source: Source, info: dict) -> dict:
     return {k: v for k, v in kept.items() if v is not None}
 
 
+def _place(source: Source) -> tuple[Path | None, dict]:
+    """The teacher's folder, or (for shapes alone) the published layout in its place: (None, codec's configs)."""
+    if not source.path:
+        return None, {}
+    try:
+        return hub_folder(source.path, source.allow_download), {}
+    except UserError:
+        if source.weights or source.layout is None:
+            raise
+        source.blueprint = source.layout
+        return None, source.layout.get("codec", {})
+
+
 def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 
@@ -346,7 +362,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         return load_analytic(path.removeprefix("analytic:"))
     if not path and source.blueprint is None:
         raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
-    folder = hub_folder(path, source.allow_download) if path else None
+    folder, codec_configs = _place(source)
     made = _from_blueprint(source) if source.blueprint is not None else _from_folder(folder, source)
     family, net, scheduler, info, index = made
     info = {**info, **_sized(source, info)}
@@ -356,5 +372,6 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         codec = _label_codec(folder, family, net, info, source)
     else:
         codec = _text_codec(folder, family, net, info, index, source)
+    lay_out(codec, codec_configs, DTYPES[source.dtype])
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
     return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)
