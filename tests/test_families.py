@@ -376,10 +376,11 @@ def label_loop(world, pipe, info, noise):
 
 
 @each
-def test_our_sampler_is_the_exported_pipeline(world, exported):
+def test_our_sampler_is_the_exported_pipeline(world, exported, record_property):
     """K steps from the same noise: our sampler, the reloaded export in our code, and diffusers alone."""
     student, folder = exported("full")
     info = json.loads((folder / "fastgen.json").read_text())["export"]
+    record_property("scheduler", info["scheduler"]["_class_name"])
     with torch.no_grad():
         ours = world.seen(student.generate(world.noise, world.cond, draws()))
         loaded = load_export(folder)
