@@ -21,7 +21,7 @@ COLUMNS = {
 
 
 def verdict(cases: list[dict], checks: tuple[str, ...], notes: list[str]) -> str:
-    """yes, or no, with the number of a note where a check was excused."""
+    """yes (all that applies passed) or no, with the number of a note where a check was excused."""
     found = [case["checks"].get(check, "not run") for case in cases for check in checks]
     if all(f == "passed" for f in found):
         return "yes"
@@ -29,7 +29,8 @@ def verdict(cases: list[dict], checks: tuple[str, ...], notes: list[str]) -> str
     if not all(f == "passed" or f.startswith("excused: ") for f in found):
         return "no"
     notes += [e for e in excuses if e not in notes]
-    return "yes " + " ".join(f"({notes.index(e) + 1})" for e in excuses)
+    word = "yes" if "passed" in found else "no"
+    return f"{word} " + " ".join(f"({notes.index(e) + 1})" for e in excuses)
 
 
 def table() -> str:
