@@ -31,10 +31,7 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        self._check_null()
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -55,6 +52,20 @@ class Cast:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
+
+    def _check_null(self) -> None:
+        """Guidance and label dropout need a null condition that the teacher knows."""
+        codec, cfg = self.teacher.codec, self.cfg
+        conditional = bool(codec.null(1))
+        if cfg.teacher.guidance != 1 and not (conditional and codec.has_null):
+            what = "a teacher without a null class" if conditional else "an unconditional teacher"
+            raise UserError("teacher.guidance", f"found {cfg.teacher.guidance} for {what}", "use 1")
+        for stage in cfg.all_stages():
+            drop = getattr(stage.objective, "cond_dropout", 0)
+            if drop and conditional and not codec.has_null:
+                raise UserError(
+                    "objective.cond_dropout", f"found {drop} for a teacher without a null class", "use 0"
+                )
 
     @property
     def critic_kind(self) -> str:

@@ -293,6 +293,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"{key}: given beside stages, where it would do nothing; set stages.N.{key.split('.')[-1]}"
             )
+        for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
+            raise ValueError(
+                f"{key}.lora.use_dora: found true; readers of LoRA files drop DoRA's magnitudes, use_rslora is exact"
+            )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")

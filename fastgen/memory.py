@@ -49,7 +49,9 @@ def estimate(cfg: RunConfig, cast: Cast) -> Memory:
     half = 0.5 if cfg.train.mixed_precision != "no" and _dtype(student) == torch.float32 else 1.0
     averaged = sum(p.numel() for p in student.trainable().values())
     rows = {
-        "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones()) + vae + heads * BYTES,
+        "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
+        + vae
+        + heads * BYTES,
         "gradients": (trained + heads) * BYTES,
         "Adam states": 2 * (trained + heads) * BYTES,
         "EMA": len(cfg.train.ema_decay) * averaged * BYTES,

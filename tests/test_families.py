@@ -65,12 +65,13 @@ class World:
 
     def cast(self, objective: str, kind: str = "full", **student):
         """(cast, objective) over a copy of this teacher."""
+        more = {} if objective != "sft" or self.codec.has_null else {"cond_dropout": 0.0}
         cfg = config.validate(
             {
                 "teacher": {"path": str(self.folder), **self.case.asked},
                 "student": {"kind": kind, "lora": {"rank": 2, "lora_alpha": 3}, **student},
                 "critic": {"lora": {"rank": 2}},
-                "objective": {"name": objective, **SHORT[objective]},
+                "objective": {"name": objective, **SHORT[objective], **more},
                 "data": {"name": "fashion"},
             }
         )

@@ -1,4 +1,4 @@
-"""python -m fastgen.backbones [--write FILE]: the table of families, from what the contract battery recorded."""
+"""python -m fastgen.backbones [--write FILE]: the table of families, from what the battery recorded."""
 
 import argparse
 import json

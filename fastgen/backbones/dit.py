@@ -19,6 +19,7 @@ class DiT(Family):
 
     name, net_class, pipelines = "dit", "DiTTransformer2DModel", ("DiTPipeline",)
     keys, kind, label_key, divisor = ("class_labels",), "labels", "class_labels", 2
+    schedules = ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
     lora_loader = False
@@ -34,7 +35,7 @@ class PixArt(Family):
     """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
 
     name, net_class, pipelines = "pixart-sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
-    keys, divisor, max_length = MASKED, 2, 300
+    keys, divisor, max_length, schedules = MASKED, 2, 300, ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
     lora_loader = False
@@ -108,7 +109,7 @@ class SanaSprint(Sana):
     """
 
     name, pipelines = "sana-sprint", ("SanaSprintPipeline",)
-    flow_time, default_guidance = "unit", 4.5
+    flow_time, default_guidance, schedules = "unit", 4.5, ("TrigFlow",)
     keys = (*MASKED, "guidance")
 
     def matches(self, index: dict, config: dict) -> bool:

@@ -61,6 +61,8 @@ class Family:
     """the network's time argument at noise level sigma of an EDM schedule, over ln sigma"""
     sign: int = 1
     """-1 where the network's output is the negative of the scheduler's prediction"""
+    schedules: tuple[str, ...] = ("Flow",)
+    """noise schedules that such networks are trained under; a scheduler of another kind is a mistake"""
     boundary: bool = False
     """EDM preconditioning with the boundary condition of consistency models, D(x, sigma_min) = x"""
 

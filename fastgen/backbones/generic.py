@@ -29,6 +29,7 @@ OWN = ("cond_shapes", "prompt_outputs", "null_outputs", "taps", "prompt_argument
 class Declared(Family):
     """The base declaration with a user's values in place of its own."""
 
+    schedules = ("VP", "Flow", "EDM", "TrigFlow")
     shapes: dict[str, list[int]] = {}
     outputs: dict[str, int] = {}
     nulls: dict[str, int] = {}

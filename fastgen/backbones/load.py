@@ -335,7 +335,7 @@ def _sized(source: Source, info: dict) -> dict:
 
 
 def _place(source: Source) -> tuple[Path | None, dict]:
-    """The teacher's folder, or (for shapes alone) the published layout in its place: (None, codec's configs)."""
+    """The teacher's folder, or (for shapes alone) the published layout instead: (None, codec's configs)."""
     if not source.path:
         return None, {}
     try:
@@ -374,4 +374,9 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         codec = _text_codec(folder, family, net, info, index, source)
     lay_out(codec, codec_configs, DTYPES[source.dtype])
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
+    kind = type(schedule).__name__
+    if kind not in family.schedules:
+        found = f"{type(scheduler).__name__} noises by {kind}, and {family.name} is trained by"
+        allowed = "mend scheduler/scheduler_config.json"
+        raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
     return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)

@@ -19,7 +19,9 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         name, _, arguments = report.nodeid.rpartition("::")[2].partition("[")
-        *kind, case = arguments.removesuffix("]").split("-", 1) if name.endswith("step") else (arguments[:-1],)
+        *kind, case = (
+            arguments.removesuffix("]").split("-", 1) if name.endswith("step") else (arguments[:-1],)
+        )
         if case not in CASES or not (report.when == "call" or report.outcome == "skipped"):
             return
         check = name.removeprefix("test_") + (f"[{kind[0]}]" if kind else "")
@@ -37,7 +39,9 @@ def main() -> int:
     code = pytest.main(["-n", "0", "-q", "tests/test_families.py", *sys.argv[1:]], plugins=[recorder])
     versions = {n: version(n) for n in ("torch", "diffusers", "transformers", "peft")}
     if len(recorder.cases) == len(CASES):
-        RECORD.write_text(json.dumps({"versions": versions, "cases": recorder.cases}, indent=1, sort_keys=True))
+        RECORD.write_text(
+            json.dumps({"versions": versions, "cases": recorder.cases}, indent=1, sort_keys=True)
+        )
     return int(code)
 
 
