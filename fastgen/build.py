@@ -16,6 +16,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -114,6 +115,8 @@ class Cast:
         self.parts["student"].times = (
             self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
         )
+        if "logvar" in names and "logvar" not in self.parts:
+            self.parts["logvar"] = LogVariance().to(self.device)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)

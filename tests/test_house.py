@@ -18,11 +18,12 @@ MAY_IMPORT = {
     "fastgen.schedules": (),
     "fastgen.losses": ("schedules",),
     "fastgen.tangents": ("errors",),
+    "fastgen.trigflow": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
     "fastgen.critics": ("backbones.base", "roles"),
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
 }
-OBJECTIVE_MAY = ("errors", "ema", "losses", "objectives", "rng", "roles", "samplers", "schedules", "tangents")
+OBJECTIVE_MAY = ("errors", "ema", "losses", "objectives", "rng", "roles", "samplers", "schedules", "tangents", "trigflow")
 
 
 def imports(path: Path) -> set[str]:
