@@ -1,8 +1,9 @@
 """Any denoiser seen in TrigFlow coordinates (Lu & Song 2024, arXiv 2410.11081, Sec. 3).
 
 x_t = cos t x0 + sin t z with z ~ N(0, sigma_data^2 I), and the network predicts F = (cos t z - sin t x0) /
-sigma_data. Time and scale follow from equal signal-to-noise ratios; F from the denoiser, F = (cos t x_t - D) /
-(sigma_data sin t). For a flow network v that is the training-free map of SANA-Sprint (arXiv 2503.09641, eq. 5-6).
+sigma_data. Time and scale follow from equal signal-to-noise ratios; F from the denoiser,
+F = (cos t x_t - D) / (sigma_data sin t). For a flow network that is the training-free map of SANA-Sprint
+(arXiv 2503.09641, eq. 5-6).
 """
 
 from collections.abc import Callable
@@ -20,8 +21,9 @@ class TrigView:
         self.native, self.trig, self.sigma_data = native, TrigFlow(sigma_data), sigma_data
 
     def time(self, tau: Tensor) -> Tensor:
-        """TrigFlow's t [B] of a native time tau."""
-        return self.native.map_to(self.trig, tau)[0]
+        """TrigFlow's t [B] of a native time tau, kept off the very ends, where a table has no slope."""
+        edge = 1e-6 * (self.native.t_max - self.native.t_min)
+        return self.native.map_to(self.trig, tau.clamp(self.native.t_min + edge, self.native.t_max - edge))[0]
 
     def velocity(self, D: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """F(x_t, t) behind a denoiser D(x_tau, tau) of the native schedule."""

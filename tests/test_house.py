@@ -23,7 +23,18 @@ MAY_IMPORT = {
     "fastgen.critics": ("backbones.base", "roles"),
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
 }
-OBJECTIVE_MAY = ("errors", "ema", "losses", "objectives", "rng", "roles", "samplers", "schedules", "tangents", "trigflow")
+OBJECTIVE_MAY = (
+    "errors",
+    "ema",
+    "losses",
+    "objectives",
+    "rng",
+    "roles",
+    "samplers",
+    "schedules",
+    "tangents",
+    "trigflow",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -11,11 +11,11 @@ Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fast
   loss = exp(-w(t)) / s |F - F- - g|^2 + w(t)                    f = cos t x_t - sin t sd F, so f(x, 0) = x
 
 Differs
-- |g|: the paper's text and NVlabs/Sana take the L2 norm over all elements, FastGen the root mean square; `rms`
-  is the default, because with `l2` the step shrinks as the resolution grows.
-- sign of w: paper e^w ... - w, every code e^-w ... + w, as here; w(t) is a head of its own instead of one on the
-  network's time embedding, so that the export is the plain network.
-- 1/s is bounded at s = 1e-3. F- is the value of the pass with gradient; authors' codes make it in the same way.
+- |g|: the paper's text and NVlabs/Sana take the L2 norm over all elements, FastGen the root mean square;
+  `rms` is the default, because with `l2` the step shrinks as the resolution grows.
+- sign of w: paper e^w ... - w, every code e^-w ... + w, as here; w(t) is a head of its own instead of one on
+  the network's time embedding, so that the export is the plain network.
+- 1/s is bounded at s = 1e-3. F- is the value of the pass with gradient, as in the public codes.
 - the teacher's own times bound t: a flow reaches pi/2, EDM atan(sigma_max / sd).
 """
 
