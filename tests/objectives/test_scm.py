@@ -60,7 +60,7 @@ def loss_of(objective, k=1):
 def test_p1_no_tangent_at_the_flow_map(schedule, method):
     """At f* the whole tangent vanishes; the loss is its mean square."""
     exact = loss_of(make(schedule, FlowMapNet(schedule), tangent={"method": method}))
-    assert exact < (1e-20 if method == "exact" else 1e-12)
+    assert exact < (1e-20 if method == "exact" else 1e-8)
     assert loss_of(make(schedule, FlowMapNet(schedule, power=1.5), tangent={"method": method})) > 1e-3
 
 
