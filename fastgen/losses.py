@@ -48,9 +48,15 @@ def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def denoising(
-    schedule: Schedule, D: Tensor, x0: Tensor, t: Tensor, weighting: str = "eps", sigma_data: float = 0.5
+    schedule: Schedule,
+    D: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    weighting: str = "eps",
+    sigma_data: float = 0.5,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Denoising score matching w(t) |D - x0|^2, per sample.
+    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "flow" w = ((alpha + sigma) / sigma)^2;
     "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1); "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
@@ -63,7 +69,8 @@ def denoising(
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
     }
-    return mse(D, x0, weights[weighting]())
+    w = weights[weighting]()
+    return mse(D, x0, w if weight is None else w * weight)
 
 
 def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
