@@ -35,22 +35,33 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
-def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of
-    2311.18828).
+def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Surrogate whose gradient in x is w (D_fake - D_real), over numel: the gradient of every score
+    distillation; methods differ in w, a number or [B].
 
     x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
     """
     with torch.no_grad():
-        scale = per_sample_mean((x - real).abs()).clamp(min=1e-6)
-        target = x - (fake - real) / expand(scale, x)
+        w = expand(weight, x) if isinstance(weight, Tensor) else weight
+        target = x - w * (fake - real)
     return 0.5 * F.mse_loss(x, target)
 
 
+def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """score_difference with w = 1 / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
+    return score_difference(x, real, fake, 1 / per_sample_mean((x - real).abs()).detach().clamp(min=1e-6))
+
+
 def denoising(
-    schedule: Schedule, D: Tensor, x0: Tensor, t: Tensor, weighting: str = "eps", sigma_data: float = 0.5
+    schedule: Schedule,
+    D: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    weighting: str = "eps",
+    sigma_data: float = 0.5,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Denoising score matching w(t) |D - x0|^2, per sample.
+    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "flow" w = ((alpha + sigma) / sigma)^2;
     "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1); "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
@@ -63,7 +74,8 @@ def denoising(
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
     }
-    return mse(D, x0, weights[weighting]())
+    w = weights[weighting]()
+    return mse(D, x0, w if weight is None else w * weight)
 
 
 def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
