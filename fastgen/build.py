@@ -33,6 +33,9 @@ class Cast:
             raise UserError(
                 "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
             )
+        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
+            found = "found a range for an unconditional teacher, which has no guidance"
+            raise UserError("student.guidance_embedding", found, "leave it out")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -67,7 +70,7 @@ class Cast:
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
-        adapter = None
+        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -75,25 +78,35 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
             adapter = name
-            self._adapter(base, name, lora)
+            self._adapter(base, name, lora, told is not None)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
             base = copy.deepcopy(base)
+        if told and adapter is None:
+            base.add_guidance()
+            base.to(self.device)
         if name == "student":
             self.parts[name] = Student(base, adapter, self._times(), self.cfg.student.sampler)
+            self.parts[name].guidance_range = told
         else:
             self.parts[name] = Role(base, adapter)
+        if told:
+            self.parts[name].guidance = self.cfg.teacher.guidance
         base.eval()
         if name == "student" and self.cfg.student.init and str(self.device) != "meta":
             from fastgen.export import init_student
 
             init_student(self.parts[name], self.cfg.student.init)
 
-    def _adapter(self, base, name: str, lora: LoraConfig) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+        if told:
+            base.add_guidance()
+            base.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
+            targets += base.family.guidance_layers if told else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets)
         base.to(self.device)
 

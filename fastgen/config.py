@@ -73,6 +73,8 @@ class StudentConfig(Section):
     """explicit time list in the schedule's units, descending; overrides num_steps"""
     sampler: Literal["renoise", "ode"] = "renoise"
     """between steps: add fresh noise, or continue along the ODE with the predicted noise"""
+    guidance_embedding: tuple[float, float] | None = None
+    """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
     lora: LoraConfig = LoraConfig()
@@ -262,6 +264,7 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        self._check_guidance()
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
@@ -275,6 +278,18 @@ class RunConfig(Section):
                     "set data.name or data.images"
                 )
         return self
+
+    def _check_guidance(self) -> None:
+        """Whether every stage trains the range of guidance that the student is to be told."""
+        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.teacher.guidance
+        if span is None:
+            return
+        if not 0 <= span[0] < span[1] or not span[0] <= w <= span[1]:
+            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] around teacher.guidance {w:g}")
+        for name in (s.objective.name for s in self.all_stages()):
+            if not REGISTRY[name].draws_guidance:
+                able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
+                raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
 
 
 def validate(values: dict) -> RunConfig:

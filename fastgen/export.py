@@ -92,6 +92,7 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "arguments": served.arguments,
         "needs_loop": served.needs_loop,
         "guidance": cfg.teacher.guidance,
+        "guidance_range": student.guidance_range and list(student.guidance_range),
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
         "teacher_scheduler": _plain(teacher.scheduler),
@@ -168,12 +169,13 @@ def _export_lora(
     file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
-    if family.kohya_prefix:
+    told = info["guidance_range"] is not None  # plain diffusers cannot add the layer that takes w
+    if family.kohya_prefix and not told:
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
     base = lora.without_adapters(net)
     _verify(base, file, layers, dtype)
-    if not hasattr(teacher.codec, "prompts"):
+    if told or not hasattr(teacher.codec, "prompts"):
         lora.merge(base, layers)
         export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
@@ -194,6 +196,7 @@ def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
 def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str]:
     """Metadata that hubs and user interfaces show, and ours."""
     steps, scheduler = info["steps"], info["scheduler"]["_class_name"]
+    w = f"{info['guidance']:.1f}" if info["guidance_range"] else "1.0"
     kinds = {"epsilon": "epsilon", "v_prediction": "v"}
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -201,7 +204,7 @@ def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str
         "modelspec.architecture": f"{family.net_class}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": kinds.get(info["scheduler"].get("prediction_type", ""), ""),
-        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance 1.0, {scheduler}",
+        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance {w}, {scheduler}",
         "ss_base_model_version": family.name,
         "ss_network_dim": str(max(a.shape[0] for a, _ in layers.values())),
         "ss_network_alpha": str(max(a.shape[0] for a, _ in layers.values())),

@@ -85,9 +85,7 @@ class Judge:
         times = student.schedule.steps(steps) if steps and steps != len(student.times) else student.times
         if who == "untrained_student":
             student = Student(cast.teacher.backbone, None, times, student.sampler)
-        elif times is not student.times:
-            student = Student(student.backbone, student.adapter, times, student.sampler)
-        return sample_student(student, seeds, shape, cond, device)
+        return sample_student(student.at(times), seeds, shape, cond, device)
 
     def score(self, images: Tensor) -> dict[str, float]:
         """Metrics of images made for the first len(images) requests."""

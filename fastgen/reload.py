@@ -100,8 +100,16 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         raise UserError(key, f"{found} {what}", "an export folder, a LoRA .safetensors or a teacher folder")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
-        role = Student(role.backbone, None, list(info["times"]), info["sampler"])
+        role = _student(role.backbone, None, info)
     return Loaded(role, teacher, info, str(path))
+
+
+def _student(backbone, adapter: str | None, info: dict) -> Student:
+    """The student an export describes."""
+    student = Student(backbone, adapter, list(info["times"]), info["sampler"])
+    if info.get("guidance_range"):
+        student.guidance_range, student.guidance = tuple(info["guidance_range"]), float(info["guidance"])
+    return student
 
 
 def _read(file: Path, key: str) -> dict:
@@ -122,13 +130,15 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone = role.backbone
     if not hasattr(backbone, "net"):
         raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
+    if info.get("guidance_range"):
+        backbone.add_guidance()
     lora.inject(backbone.net, layers, "student")
     backbone.adapter_names += ("student",)
     backbone.set_adapter(None)
     backbone.requires_grad_(False)
     role = Role(backbone, "student")
     if info["times"]:
-        role = Student(backbone, "student", list(info["times"]), info["sampler"])
+        role = _student(backbone, "student", info)
     return Loaded(role, teacher, info, str(file))
 
 
@@ -158,8 +168,10 @@ def init_student(student: Role, path: str) -> None:
 
 
 def _init_full(student: Role, path: str, key: str) -> None:
-    net = student.backbone.net
-    state = load_teacher(path).backbone.net.state_dict()
+    net, source = student.backbone.net, load_teacher(path).backbone
+    if student.guidance is not None:
+        source.add_guidance()
+    state = source.net.state_dict()
     own = net.state_dict()
     wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,10 +31,20 @@ class Family:
     kohya_prefix: str | None = None
     flow_time_scale = 1000.0
     """what the network's time argument is at t = 1 of a flow schedule"""
+    guidance_layers: tuple[str, ...] = ()
+    """layers that `add_guidance` makes; a LoRA student adapts them too"""
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The network's native output for x [B, C, ...] at its own time argument [B]."""
         raise NotImplementedError
+
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """The same function by a network that also takes cond["guidance"] [B]; new layers end in zeros."""
+        raise UserError(
+            "student.guidance_embedding",
+            f"{self.net_class} has no input for the guidance scale",
+            "leave it out: the student learns teacher.guidance alone",
+        )
 
     def taps(self, net: nn.Module) -> list[nn.Module]:
         """Modules whose outputs serve as features, shallow to deep."""
@@ -50,6 +61,14 @@ class Family:
     def feature_channels(self, net: nn.Module) -> list[int]:
         """Channels of each tap."""
         raise NotImplementedError
+
+
+def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:
+    """The network of a changed config with the same weights, `rename`d; new layers keep their fresh ones."""
+    with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
+        fresh = type(net).from_config({**net.config, **changes})
+    fresh.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
+    return fresh
 
 
 class _Reached(Exception):
@@ -95,6 +114,10 @@ class Backbone(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
+
+    def add_guidance(self) -> None:
+        """Make the guidance scale an input of the network; call it before adapters are added."""
+        self.net = self.family.add_guidance(self.net).eval()
 
     # -- features ------------------------------------------------------------------------------------------
     def features(

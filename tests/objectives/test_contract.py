@@ -15,7 +15,10 @@ from fastgen.objectives.base import Batch
 from fastgen.paths import config as config_file
 from fastgen.rng import Rng
 
-SHORT = {n: importlib.import_module(f"tests.objectives.test_{n}").SHORT for n in REGISTRY}
+MODULES = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
+SHORT = {n: module.SHORT for n, module in MODULES.items()}
+TEACHER = {n: getattr(module, "TEACHER", {}) for n, module in MODULES.items()}
+"""settings of the teacher where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -23,7 +26,7 @@ def make(name, teacher, kind="full", **train):
     """(config, cast, objective) of a method over a teacher folder."""
     cfg = config.validate(
         {
-            "teacher": {"path": str(teacher)},
+            "teacher": {"path": str(teacher), **TEACHER[name]},
             "student": {"kind": kind, "lora": {"rank": 2}},
             "critic": {"lora": {"rank": 2}},
             "objective": {"name": name, **SHORT[name]},
