@@ -137,18 +137,20 @@ class Cast:
     def _disc(self, objective) -> Discriminator:
         role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps = objective.disc_taps or (
-            role.backbone.family.default_taps(role.backbone.net)
-            if hasattr(role.backbone, "family")
-            else (-1,)
-        )
+        taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
+        if not objective.disc_taps and hasattr(role.backbone, "family"):
+            family, net, depths = (
+                role.backbone.family,
+                role.backbone.net,
+                getattr(objective, "disc_depths", 0),
+            )
+            taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
-            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
-                self.device
-            )
+            example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
+            return Discriminator(role, taps, example, head).to(self.device)
 
 
 def _wanted(stage: StageConfig) -> list[str]:

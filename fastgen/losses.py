@@ -93,3 +93,19 @@ def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softp
     else:
         pairs = [0.5 * (F.relu(1 + f).mean() + F.relu(1 - r).mean()) for f, r in zip(fake, real)]
     return torch.stack(pairs).mean()
+
+
+def r1(logits: list[Tensor], x: Tensor) -> Tensor:
+    """Mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv 1801.04406).
+
+    x is the very tensor that went into the discriminator, noised, and requires grad; its attention needs a
+    second derivative, which of torch's kernels only "math" has.
+    """
+    score = torch.stack([y.flatten(1).mean(1) if y.ndim > 1 else y for y in logits]).mean(0)
+    (grad,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return grad.flatten(1).square().sum(1).mean()
+
+
+def approximate_r1(logits: list[Tensor], perturbed: list[Tensor]) -> Tensor:
+    """Mean squared change of the logits under a small perturbation of their input (APT, arXiv 2501.08316)."""
+    return torch.stack([F.mse_loss(p, y) for y, p in zip(logits, perturbed)]).mean()

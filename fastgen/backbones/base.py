@@ -54,6 +54,11 @@ class Family:
         """Taps a discriminator reads unless told otherwise."""
         raise NotImplementedError
 
+    def spread_taps(self, net: nn.Module, num: int) -> tuple[int, ...]:
+        """Up to `num` taps, evenly from a first fraction of the depth to the last (LADD)."""
+        total = len(self.taps(net))
+        return tuple(sorted({round((i + 1) * total / num) - 1 for i in range(num)} - {-1}))
+
     def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         """A tapped output as [B, C, h, w]."""
         return out

@@ -94,7 +94,7 @@ def run_mixture(
             "teacher": {"path": teacher, "guidance": guidance},
             "objective": objective,
             "student": {"num_steps": num_steps, **(student or {})},
-            "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
+            "optim": {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}},
             "train": {
                 "max_train_steps": steps,
                 "train_batch_size": batch,
