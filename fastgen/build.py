@@ -135,7 +135,11 @@ class Cast:
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
 
     def _disc(self, objective) -> Discriminator:
-        role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]
+        objective = getattr(
+            objective, "gan", objective
+        )  # a section of its own where it is one loss of several
+        wanted = getattr(objective, "disc_features", "teacher")
+        role = self.parts[wanted if wanted in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
         taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
         if not objective.disc_taps and hasattr(role.backbone, "family"):

@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,24 +35,19 @@ from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfi
 from fastgen.schedules import expand
 
 
-class LADDConfig(ObjectiveConfig):
-    """Latent adversarial diffusion distillation."""
+class AdversarialConfig(BaseModel):
+    """The GAN on teacher features: heads, noise levels, penalties."""
 
-    name: Literal["ladd"] = "ladd"
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
     loss: Literal["hinge", "softplus"] = "hinge"
     """the GAN pair"""
-    student_every: int = Field(1, ge=1)
-    """head updates per student update"""
-    step_weights: tuple[float, ...] = ()
-    """how often each of the student's steps is trained; empty trains all alike"""
     disc_time: TimeConfig = TimeConfig(kind="logit_normal", mean=0.0, std=1.0)
     """noise levels of the features: more noise judges layout, less judges texture"""
     disc_depths: int = Field(4, ge=1)
     """heads, spread over the teacher's depth"""
     disc_taps: tuple[int, ...] = ()
     """feature taps by index, instead of disc_depths"""
-    disc_features: Literal["teacher"] = "teacher"
-    """whose features the heads read"""
     disc_head: Literal["patch", "pooled"] = "patch"
     """a logit per token, or one per map"""
     misaligned: bool = True
@@ -63,6 +58,23 @@ class LADDConfig(ObjectiveConfig):
     """second derivatives (math attention), or one more pass at r1_std away"""
     r1_std: float = Field(0.1, gt=0)
     """perturbation of the approximate penalty"""
+
+    def evaluations(self) -> dict[str, float]:
+        """Network calls of one update of both sides."""
+        extra = {"exact": 2, "approximate": 1}[self.r1] if self.r1_weight else 0
+        return {"features+grad": 1, "features": 2 + self.misaligned + extra}
+
+
+class LADDConfig(ObjectiveConfig):
+    """Latent adversarial diffusion distillation."""
+
+    name: Literal["ladd"] = "ladd"
+    gan: AdversarialConfig = AdversarialConfig()
+    """the discriminator and its loss"""
+    student_every: int = Field(1, ge=1)
+    """head updates per student update"""
+    step_weights: tuple[float, ...] = ()
+    """how often each of the student's steps is trained; empty trains all alike"""
 
 
 class LADD(Objective, config=LADDConfig):
@@ -75,7 +87,7 @@ class LADD(Objective, config=LADDConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         r = 1 / cfg.student_every
-        calls = {"student+grad": r, "features+grad": r, "features": 2 + cfg.misaligned, **r1_calls(cfg)}
+        calls = cfg.gan.evaluations() | {"student+grad": r, "features+grad": r}
         return calls | ({"student": 1 - r} if r < 1 else {})
 
     def step(self, batch, k):
@@ -83,31 +95,30 @@ class LADD(Objective, config=LADDConfig):
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
                 x = self.sample(batch, told)
-                yield student_loss(self, self.cfg, x, batch.cond)
+                yield student_loss(self, self.cfg.gan, x, batch.cond)
         else:
             with torch.no_grad():
                 x = self.sample(batch, told)
-        yield from disc_turn(self, self.cfg, batch, x)
+        yield from disc_turn(self, self.cfg.gan, batch, x)
 
     def sample(self, batch: Batch, cond: dict) -> Tensor:
-        """D_theta from a random step of the student's list; the first starts from pure noise."""
+        """D_theta from a random step of the student's list."""
         times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)
         p = torch.tensor(self.cfg.step_weights or [1.0] * len(times), dtype=torch.float64).cumsum(0)
         i = torch.searchsorted(p / p[-1], self.rng.rand(len(batch.noise)).cpu(), right=True).to(times.device)
-        x_t = batch.noise * self.schedule.prior_std(self.student.times[0])
-        if len(times) > 1:
-            x_t = torch.where(
-                expand(i == 0, x_t).bool(), x_t, self.schedule.noise(batch.x0, batch.noise, times[i])
-            )
-        return self.student(x_t, times[i], cond)
+        return self.student(start(self, batch, times[i]), times[i], cond)
 
 
-def r1_calls(cfg: LADDConfig) -> dict[str, float]:
-    """Network calls of the penalty, for `evaluations`."""
-    return {} if not cfg.r1_weight else {"features (R1)": 2 if cfg.r1 == "exact" else 1}
+def start(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
+    """The student's input at times t [B]: noised data, and pure noise where sampling starts."""
+    first = objective.student.times[0]
+    pure = batch.noise * objective.schedule.prior_std(first)
+    return torch.where(
+        expand(t >= first, pure).bool(), pure, objective.schedule.noise(batch.x0, batch.noise, t)
+    )
 
 
-def student_loss(objective: Objective, cfg: LADDConfig, x: Tensor, cond: dict) -> tuple[Tensor, dict]:
+def student_loss(objective: Objective, cfg: AdversarialConfig, x: Tensor, cond: dict) -> tuple[Tensor, dict]:
     """Generator side of the pair on re-noised samples; gradient passes through the frozen teacher."""
     t = objective.sample_t(len(x), cfg.disc_time)
     logits = objective.disc(objective.schedule.noise(x, objective.rng.randn_like(x), t), t, cond)
@@ -115,7 +126,7 @@ def student_loss(objective: Objective, cfg: LADDConfig, x: Tensor, cond: dict) -
     return loss, {"gan": loss.detach()}
 
 
-def disc_turn(objective: Objective, cfg: LADDConfig, batch: Batch, x: Tensor):
+def disc_turn(objective: Objective, cfg: AdversarialConfig, batch: Batch, x: Tensor):
     """Update the heads on samples x, real data and misaligned pairs."""
     x, rng = x.detach(), objective.rng
 
