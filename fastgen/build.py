@@ -116,7 +116,17 @@ class Cast:
         )
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
+        if "clip" in names and "clip" not in self.parts:
+            self.parts["clip"] = self._clip(stage.objective.clip)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
+
+    def _clip(self, path: str):
+        """The image-text net that version 2 of SwiftBrush trains against."""
+        from fastgen.imagetext import Alignment, image_text
+
+        if not hasattr(self.teacher.codec, "prompts"):
+            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
+        return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
     def _disc(self, objective) -> Discriminator:
         role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]

@@ -249,6 +249,10 @@ class RunConfig(Section):
             ),
         )
 
+    def reads_data(self) -> bool:
+        """Whether any stage reads real images; those of a data-free run are never opened."""
+        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+
     @model_validator(mode="after")
     def _cross_checks(self):
         if not self.stages and self.objective is None:

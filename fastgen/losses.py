@@ -78,6 +78,11 @@ def denoising(
     return mse(D, x0, w if weight is None else w * weight)
 
 
+def clamped(cos: Tensor, margin: float) -> Tensor:
+    """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
+    return F.relu(margin - cos).mean()
+
+
 def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
     """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair."""
     f = {"softplus": lambda y: F.softplus(-y), "hinge": lambda y: -y}[kind]

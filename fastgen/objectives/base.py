@@ -49,8 +49,8 @@ class TimeConfig(BaseModel):
 
 @dataclass
 class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each
-    row.
+    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
+    its caption where there is one.
     """
 
     x0: Tensor | None
@@ -58,6 +58,7 @@ class Batch:
     uncond: dict[str, Tensor]
     noise: Tensor
     index: Tensor
+    texts: list[str] | None = None
 
 
 class Objective:
