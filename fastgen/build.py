@@ -35,7 +35,8 @@ class Cast:
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
+        kinds = {"student": cfg.student.kind, "target": cfg.student.kind}
+        kinds |= {"critic": self.critic_kind, "path": self.critic_kind}
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
@@ -72,7 +73,7 @@ class Cast:
                 raise UserError(
                     f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
                 )
-            lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
+            lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = name
             self._adapter(base, name, lora)
         elif hasattr(base, "trainable_copy"):
@@ -115,9 +116,9 @@ class Cast:
             self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
         )
         if "disc" in names and "disc" not in self.parts:
-            self.parts["disc"] = self._disc(stage.objective)
+            self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
         if "clip" in names and "clip" not in self.parts:
-            self.parts["clip"] = self._clip(stage.objective.clip)
+            self.parts["clip"] = self._clip(getattr(stage.objective, "host", stage.objective).clip)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
 
     def _clip(self, path: str):
