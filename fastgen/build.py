@@ -28,10 +28,12 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        asked = {"teacher.guidance": cfg.teacher.guidance}
+        for stage in cfg.all_stages():
+            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+        for key, w in asked.items():
+            if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
+                raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -130,9 +132,9 @@ class Cast:
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
-            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
-                self.device
-            )
+            example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
+            mean = getattr(objective, "disc_mean", False)
+            return Discriminator(role, taps, example, mean).to(self.device)
 
 
 def _wanted(stage: StageConfig) -> list[str]:

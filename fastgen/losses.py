@@ -35,15 +35,17 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
-def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
     """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of
     2311.18828).
 
-    x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
+    x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient; a weight
+    [B] multiplies the gradient of its sample (f-distill).
     """
     with torch.no_grad():
         scale = per_sample_mean((x - real).abs()).clamp(min=1e-6)
-        target = x - (fake - real) / expand(scale, x)
+        grad = (fake - real) / expand(scale, x)
+        target = x - (grad if weight is None else expand(weight, x) * grad)
     return 0.5 * F.mse_loss(x, target)
 
 
@@ -73,10 +75,14 @@ def denoising(
     return mse(D, x0, w if weight is None else w * weight)
 
 
-def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
-    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair."""
+def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:
+    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair.
+
+    Logits are [B] or maps [B, h, w]; weight [B] multiplies each sample's term.
+    """
     f = {"softplus": lambda y: F.softplus(-y), "hinge": lambda y: -y}[kind]
-    return torch.stack([f(y).mean() for y in logits]).mean()
+    terms = [per_sample_mean(f(y)[:, None]) for y in logits]
+    return torch.stack([(term if weight is None else term * weight).mean() for term in terms]).mean()
 
 
 def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softplus") -> Tensor:
