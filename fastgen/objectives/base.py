@@ -108,6 +108,18 @@ class Objective:
         return cls.needs_data
 
     @classmethod
+    def grid_steps(cls, cfg) -> int:
+        """Steps of the grid that any step count may be drawn from; 0 where the time list is fixed."""
+        return 0
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
+        """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
+        is.
+        """
+        return ""
+
+    @classmethod
     def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
         """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a
         backward.
