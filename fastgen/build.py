@@ -36,7 +36,8 @@ class Cast:
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
+        own = cfg.student.kind
+        kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
