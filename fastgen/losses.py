@@ -35,18 +35,23 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
-def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of
-    2311.18828).
+def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Surrogate whose gradient in x is w (D_fake - D_real), over numel: the gradient of every score
+    distillation; methods differ in w, a number or [B].
 
-    x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient; a weight
-    [B] multiplies the gradient of its sample (f-distill).
+    x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
     """
     with torch.no_grad():
-        scale = per_sample_mean((x - real).abs()).clamp(min=1e-6)
-        grad = (fake - real) / expand(scale, x)
-        target = x - (grad if weight is None else expand(weight, x) * grad)
+        w = expand(weight, x) if isinstance(weight, Tensor) else weight
+        target = x - w * (fake - real)
     return 0.5 * F.mse_loss(x, target)
+
+
+def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """score_difference with w = weight / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
+    return score_difference(
+        x, real, fake, weight / per_sample_mean((x - real).abs()).detach().clamp(min=1e-6)
+    )
 
 
 def denoising(

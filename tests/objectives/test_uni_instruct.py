@@ -10,7 +10,6 @@ from fastgen.run import main
 from fastgen.schedules import EDM
 from tests.objectives import gaussians
 from tests.objectives.gaussians import STUDENT, TEACHER, T
-from tests.objectives.toys import run_mixture
 from tests.replay import replay
 
 SHORT = {"f": "kl", "gan_weight": 0.1}
