@@ -16,6 +16,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.schedules import VP
 
 
 class Cast:
@@ -28,15 +29,18 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        asked = {"teacher.guidance": cfg.teacher.guidance}
+        for stage in cfg.all_stages():
+            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+        for key, w in asked.items():
+            if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
+                raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        kinds = {"student": cfg.student.kind, "target": cfg.student.kind}
-        kinds |= {"critic": self.critic_kind, "path": self.critic_kind}
+        own = cfg.student.kind
+        kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
+        kinds |= {"path": self.critic_kind}
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
@@ -81,7 +85,8 @@ class Cast:
         elif not alone:
             base = copy.deepcopy(base)
         if name == "student":
-            self.parts[name] = Student(base, adapter, self._times(), self.cfg.student.sampler)
+            chosen = self.cfg.student
+            self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
         else:
             self.parts[name] = Role(base, adapter)
         base.eval()
@@ -97,9 +102,15 @@ class Cast:
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets)
         base.to(self.device)
 
-    def _times(self) -> list[float]:
+    def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.cfg.student, self.teacher.schedule
-        times = list(s.timesteps) or schedule.steps(s.num_steps)
+        if s.sampler == "tcd" and not isinstance(schedule, VP):
+            found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
+            raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
+        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
+            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
+            raise UserError("objective.grid_steps", found, "use a divisor")
+        times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -112,9 +123,10 @@ class Cast:
         """The objective of one stage over these parts."""
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
-        self.parts["student"].times = (
-            self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
-        )
+        student, grid = self.parts["student"], cls.grid_steps(stage.objective)
+        few = self.teacher.schedule.few_steps
+        student.grid = grid
+        student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
         if "clip" in names and "clip" not in self.parts:
@@ -130,7 +142,8 @@ class Cast:
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
     def _disc(self, objective) -> Discriminator:
-        role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]
+        features = getattr(objective, "disc_features", "teacher")
+        role = self.parts[features if features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
         taps = objective.disc_taps or (
             role.backbone.family.default_taps(role.backbone.net)
@@ -141,9 +154,9 @@ class Cast:
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
-            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
-                self.device
-            )
+            example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
+            mean = getattr(objective, "disc_mean", False)
+            return Discriminator(role, taps, example, mean).to(self.device)
 
 
 def _wanted(stage: StageConfig) -> list[str]:

@@ -28,18 +28,26 @@ def make_head(channels: int, size: int, width: int = 128) -> nn.Sequential:
 
 
 class Discriminator(nn.Module):
-    """Heads over feature taps of a role. The role's own weights belong to whichever player holds them."""
+    """Heads over feature taps of a role. The role's own weights belong to whichever player holds them.
 
-    def __init__(self, role: Role, taps: tuple[int, ...], example: tuple[Tensor, Tensor, Cond]):
+    With `mean` there are no heads: a logit map is the channel mean of its features.
+    """
+
+    def __init__(
+        self, role: Role, taps: tuple[int, ...], example: tuple[Tensor, Tensor, Cond], mean: bool = False
+    ):
         super().__init__()
         self.taps = taps
         self._role = [role]  # in a list, so that the network is not registered as part of the heads
+        self.heads = nn.ModuleList()
+        if mean:
+            return
         with torch.no_grad():
             maps, _ = role.features(*example, taps=taps)
         self.heads = nn.ModuleList(make_head(m.shape[1], m.shape[2]) for m in maps)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
-        """Logits, one [B] per head; with score=True also D of the same pass."""
+        """Logits, one [B] per head (or maps [B, h, w]); with score=True also D of the same pass."""
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
-        logits = [head(m) for head, m in zip(self.heads, maps)]
+        logits = [head(m) for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits

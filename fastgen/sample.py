@@ -116,15 +116,13 @@ class Painter:
     """One contender: a student with its times, or a teacher with its steps and guidance."""
 
     def __init__(self, loaded, steps: int, guidance: float, null: dict):
-        from fastgen.roles import Student
-
         self.role, self.codec, self.null = loaded.role, loaded.codec, null
         self.guidance, self.is_student = guidance, loaded.is_student
         self.steps = steps or (len(self.role.times) if self.is_student else 20)
         if self.is_student and self.steps != len(self.role.times):
-            _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
-            times = loaded.teacher.schedule.steps(self.steps)
-            self.role = Student(self.role.backbone, self.role.adapter, times, self.role.sampler)
+            if not self.role.grid:
+                _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
+            self.role = self.role.taking(self.steps)
 
     @property
     def name(self) -> str:

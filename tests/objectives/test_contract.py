@@ -15,7 +15,9 @@ from fastgen.objectives.base import Batch
 from fastgen.paths import config as config_file
 from fastgen.rng import Rng
 
-SHORT = {n: importlib.import_module(f"tests.objectives.test_{n}").SHORT for n in REGISTRY}
+TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
+SHORT = {n: test.SHORT for n, test in TESTS.items()}
+STUDENT = {n: getattr(test, "STUDENT", {}) for n, test in TESTS.items()}
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -24,7 +26,7 @@ def make(name, teacher, kind="full", **train):
     cfg = config.validate(
         {
             "teacher": {"path": str(teacher)},
-            "student": {"kind": kind, "lora": {"rank": 2}},
+            "student": {"kind": kind, "lora": {"rank": 2}, **STUDENT[name]},
             "critic": {"lora": {"rank": 2}},
             "objective": {"name": name, **SHORT[name]},
             "data": {"name": "fashion"},
