@@ -5,11 +5,12 @@ objective that plays them.
 import copy
 import json
 import zlib
+from dataclasses import fields
 
 import torch
 from torch import nn
 
-from fastgen.backbones import Teacher, load_teacher
+from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
 from fastgen.errors import UserError
@@ -65,7 +66,8 @@ class Cast:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
-        return load_teacher(t.path, t.prediction, t.blueprint, t.allow_download, weights).to(self.device)
+        asked = {f.name: getattr(t, f.name) for f in fields(Source) if f.name != "weights"}
+        return load_teacher(**asked, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
@@ -81,7 +83,7 @@ class Cast:
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
-            base = copy.deepcopy(base)
+            base = copy.deepcopy(base).float()
         if told and adapter is None:
             base.add_guidance()
             base.to(self.device)
@@ -106,7 +108,7 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
-            base.add_adapter(name, lora.rank, lora.lora_alpha, targets)
+            base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
     def _times(self) -> list[float]:

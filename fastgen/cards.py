@@ -36,11 +36,9 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     if info["arguments"]:
         del call["num_inference_steps"]
     told = info.get("guidance_range") is not None
-    call["guidance_scale"] = 1.0 if info["times"] and not told else float(info["guidance"])
-    if family.name == "sana":
-        length = what.get("max_sequence_length", 300)
-        call |= {"max_sequence_length": length, "complex_human_instruction": None}
-        call["use_resolution_binning"] = False
+    baked = info["times"] and not told
+    call |= family.guidance_off if baked else {"guidance_scale": float(info["guidance"])}
+    call |= family.plain_call(what)
     merged, lora = lora and told, "" if told else lora
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"merged"' if merged else '"."'

@@ -47,6 +47,26 @@ class TeacherConfig(Section):
     """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
     allow_download: bool = False
     """let a hub id be fetched over the network"""
+    dtype: Literal["bf16", "fp16"] | None = None
+    """precision of frozen weights; null is float32. What is trained (copies, adapters) stays float32"""
+    height: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    width: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    num_frames: int | None = Field(None, ge=1)
+    """frames of a video teacher; null is what it was made for"""
+    embedded_guidance: float | None = Field(None, ge=0)
+    """guidance that the network takes as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the family's"""
+    attention: (
+        Literal["auto", "native", "math", "flash", "efficient", "cudnn", "flex", "xformers", "sage"] | None
+    ) = None
+    """attention kernel; null and auto leave PyTorch's choice"""
+    vae_tiling: bool = False
+    """encode and decode in tiles: less memory at large sizes"""
+    vae_slicing: bool = False
+    """encode and decode one image at a time"""
+    family: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); files only"""
     blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
 
@@ -58,6 +78,10 @@ class LoraConfig(Section):
     """rank of the update"""
     lora_alpha: float = Field(16, gt=0)
     """scale numerator; the update is multiplied by lora_alpha / rank"""
+    use_rslora: bool = False
+    """multiply by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)"""
+    use_dora: bool = False
+    """weight-decomposed adapters (arXiv 2402.09353); refused: LoRA readers drop their magnitudes"""
     target_modules: tuple[str, ...] = ()
     """module-name endings to adapt; empty takes the family's default"""
 

@@ -118,16 +118,20 @@ def export_folder(
     """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
     family = teacher.backbone.family
     folder.mkdir(parents=True, exist_ok=True)
-    _save_net(net, folder / family.component, dtype)
+    parts = family.parts(net)
+    for name, part in parts.items():
+        _save_net(part, folder / name, dtype)
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
     index = {}
     if source is not None and (source / "model_index.json").is_file():
         index = json.loads((source / "model_index.json").read_text())
     index |= {
-        "_class_name": family.pipeline,
+        "_class_name": index["_class_name"]
+        if index.get("_class_name") in family.pipelines
+        else family.pipeline,
         "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.net_class],
+        **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     for part in COPIED:
@@ -136,9 +140,7 @@ def export_folder(
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
             index.setdefault(part, _library_class(source / part, part))
-    if family.name == "sd":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        index["requires_safety_checker"] = False
+    index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder
