@@ -17,6 +17,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.schedules import VP
 
 
 class Cast:
@@ -39,7 +40,8 @@ class Cast:
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
+        own = cfg.student.kind
+        kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
@@ -88,7 +90,8 @@ class Cast:
             base.add_guidance()
             base.to(self.device)
         if name == "student":
-            self.parts[name] = Student(base, adapter, self._times(), self.cfg.student.sampler)
+            chosen = self.cfg.student
+            self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
             self.parts[name].guidance_range = told
         else:
             self.parts[name] = Role(base, adapter)
@@ -111,9 +114,15 @@ class Cast:
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
-    def _times(self) -> list[float]:
+    def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.cfg.student, self.teacher.schedule
-        times = list(s.timesteps) or schedule.steps(s.num_steps)
+        if s.sampler == "tcd" and not isinstance(schedule, VP):
+            found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
+            raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
+        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
+            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
+            raise UserError("objective.grid_steps", found, "use a divisor")
+        times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -126,15 +135,17 @@ class Cast:
         """The objective of one stage over these parts."""
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
-        self.parts["student"].times = (
-            self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
-        )
+        student, grid = self.parts["student"], cls.grid_steps(stage.objective)
+        few = self.teacher.schedule.few_steps
+        student.grid = grid
+        student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
 
     def _disc(self, objective) -> Discriminator:
-        role = self.parts[objective.disc_features if objective.disc_features in self.parts else "teacher"]
+        features = getattr(objective, "disc_features", "teacher")
+        role = self.parts[features if features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
         taps = objective.disc_taps or (
             role.backbone.family.default_taps(role.backbone.net)

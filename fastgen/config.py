@@ -95,8 +95,10 @@ class StudentConfig(Section):
     """network evaluations per sample; the time list follows the exported scheduler's grid"""
     timesteps: tuple[float, ...] = ()
     """explicit time list in the schedule's units, descending; overrides num_steps"""
-    sampler: Literal["renoise", "ode"] = "renoise"
-    """between steps: add fresh noise, or continue along the ODE with the predicted noise"""
+    sampler: Literal["renoise", "ode", "tcd"] = "renoise"
+    """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
+    gamma: float = Field(0.0, ge=0, le=1)
+    """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
     init: str = ""
@@ -293,6 +295,9 @@ class RunConfig(Section):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
             )
+        if self.student.gamma and self.student.sampler != "tcd":
+            raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
+        self._check_steps()
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images
@@ -314,6 +319,15 @@ class RunConfig(Section):
             if not REGISTRY[name].draws_guidance:
                 able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
                 raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
+
+    def _check_steps(self) -> None:
+        """The step counts that are sampled and measured must be among those the last stage trains."""
+        last, s = self.all_stages()[-1], self.student
+        own = ("student.num_steps", last.num_steps or len(s.timesteps) or s.num_steps)
+        for key, num in (own, *(("eval.student_steps", n) for n in self.eval.student_steps)):
+            why = REGISTRY[last.objective.name].unsampled(last.objective, num, s.sampler)
+            if why:
+                raise ValueError(f"{key}: found {num} with sampler {s.sampler}; {why}")
 
 
 def validate(values: dict) -> RunConfig:

@@ -157,7 +157,7 @@ def _finding(item: dict, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{key}: not given, and it has no default"
     if kind == "value_error":
-        return str(item["ctx"]["error"])
+        return f"{key}.{item['ctx']['error']}" if loc else str(item["ctx"]["error"])
     found, hint = repr(item["input"]), ""
     if kind == "literal_error":
         choices = item["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")

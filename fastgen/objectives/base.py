@@ -47,6 +47,24 @@ class TimeConfig(BaseModel):
     """standard deviation of the (logit- or log-) normal kinds"""
 
 
+def check_segments(cfg, num: int, key: str = "segments"):
+    """Validator of configs with segments: they must divide a grid of num steps."""
+    if num % cfg.segments:
+        raise ValueError(f"{key}: {cfg.segments} segments do not divide a grid of {num} steps; use a divisor")
+    return cfg
+
+
+def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> str:
+    """Why a student trained on the segments of a grid cannot be sampled so; empty if it can."""
+    if num_steps > grid:
+        return f"the grid it is trained on has {grid} steps"
+    if segments > 1 and sampler == "renoise":
+        return f"trained to land at the ends of {segments} segments, not at data: use student.sampler ode"
+    if num_steps % segments:
+        return f"trained on {segments} segments: use a multiple of {segments}"
+    return ""
+
+
 @dataclass
 class Batch:
     """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each
@@ -110,6 +128,18 @@ class Objective:
         return cls.needs_data
 
     @classmethod
+    def grid_steps(cls, cfg) -> int:
+        """Steps of the grid that any step count may be drawn from; 0 where the time list is fixed."""
+        return 0
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
+        """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
+        is.
+        """
+        return ""
+
+    @classmethod
     def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
         """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a
         backward.
@@ -159,6 +189,14 @@ class Objective:
             return self.guidance, batch.cond
         w = span[0] + (span[1] - span[0]) * self.rng.rand(len(batch.noise)).float()
         return w, {**batch.cond, "guidance": w}
+
+    def drop_condition(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """The batch's conditions, the empty one in a share of its rows."""
+        if not share:
+            return batch.cond
+        drop = self.rng.rand(len(batch.noise)) < share
+        at = lambda c: drop.to(c.device).reshape(-1, *[1] * (c.ndim - 1))  # noqa: E731
+        return {n: torch.where(at(c), batch.uncond[n], c) for n, c in batch.cond.items()}
 
     def generate(self, batch: Batch, last: int | None = None) -> Tensor:
         """The student's sample for this batch's noise."""
