@@ -18,6 +18,7 @@ from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
 from fastgen.schedules import VP
+from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -142,6 +143,8 @@ class Cast:
         few = self.teacher.schedule.few_steps
         student.grid = grid
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+        if "logvar" in names and "logvar" not in self.parts:
+            self.parts["logvar"] = LogVariance().to(self.device)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
         if "clip" in names and "clip" not in self.parts:
