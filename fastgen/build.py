@@ -5,17 +5,19 @@ objective that plays them.
 import copy
 import json
 import zlib
+from dataclasses import fields
 
 import torch
 from torch import nn
 
-from fastgen.backbones import Teacher, load_teacher
+from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
 from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.schedules import VP
 from fastgen.trigflow import LogVariance
 
 
@@ -29,17 +31,21 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        asked = {"teacher.guidance": cfg.teacher.guidance}
+        for stage in cfg.all_stages():
+            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+        for key, w in asked.items():
+            if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
+                raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
         if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
             found = "found a range for an unconditional teacher, which has no guidance"
             raise UserError("student.guidance_embedding", found, "leave it out")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        kinds = {"student": cfg.student.kind, "critic": self.critic_kind, "target": cfg.student.kind}
+        own = cfg.student.kind
+        kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
+        kinds |= {"path": self.critic_kind}
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
@@ -66,7 +72,8 @@ class Cast:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
-        return load_teacher(t.path, t.prediction, t.blueprint, t.allow_download, weights).to(self.device)
+        asked = {f.name: getattr(t, f.name) for f in fields(Source) if f.name != "weights"}
+        return load_teacher(**asked, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
@@ -76,18 +83,19 @@ class Cast:
                 raise UserError(
                     f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
                 )
-            lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
+            lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = name
             self._adapter(base, name, lora, told is not None)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
-            base = copy.deepcopy(base)
+            base = copy.deepcopy(base).float()
         if told and adapter is None:
             base.add_guidance()
             base.to(self.device)
         if name == "student":
-            self.parts[name] = Student(base, adapter, self._times(), self.cfg.student.sampler)
+            chosen = self.cfg.student
+            self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
             self.parts[name].guidance_range = told
         else:
             self.parts[name] = Role(base, adapter)
@@ -107,12 +115,18 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
-            base.add_adapter(name, lora.rank, lora.lora_alpha, targets)
+            base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
-    def _times(self) -> list[float]:
+    def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.cfg.student, self.teacher.schedule
-        times = list(s.timesteps) or schedule.steps(s.num_steps)
+        if s.sampler == "tcd" and not isinstance(schedule, VP):
+            found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
+            raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
+        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
+            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
+            raise UserError("objective.grid_steps", found, "use a divisor")
+        times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -125,35 +139,42 @@ class Cast:
         """The objective of one stage over these parts."""
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
-        self.parts["student"].times = (
-            self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
-        )
+        student, grid = self.parts["student"], cls.grid_steps(stage.objective)
+        few = self.teacher.schedule.few_steps
+        student.grid = grid
+        student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
         if "disc" in names and "disc" not in self.parts:
-            self.parts["disc"] = self._disc(stage.objective)
+            self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
+        if "clip" in names and "clip" not in self.parts:
+            self.parts["clip"] = self._clip(getattr(stage.objective, "host", stage.objective).clip)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
 
+    def _clip(self, path: str):
+        """The image-text net that version 2 of SwiftBrush trains against."""
+        from fastgen.imagetext import Alignment, image_text
+
+        if not hasattr(self.teacher.codec, "prompts"):
+            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
+        return Alignment(image_text(path, str(self.device)), self.teacher.codec)
+
     def _disc(self, objective) -> Discriminator:
-        objective = getattr(
-            objective, "gan", objective
-        )  # a section of its own where it is one loss of several
-        wanted = getattr(objective, "disc_features", "teacher")
-        role = self.parts[wanted if wanted in self.parts else "teacher"]
+        objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
+        features = getattr(objective, "disc_features", "teacher")
+        role = self.parts[features if features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
         taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
         if not objective.disc_taps and hasattr(role.backbone, "family"):
-            family, net, depths = (
-                role.backbone.family,
-                role.backbone.net,
-                getattr(objective, "disc_depths", 0),
-            )
+            family, net = role.backbone.family, role.backbone.net
+            depths = getattr(objective, "disc_depths", 0)
             taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
+            head = "mean" if getattr(objective, "disc_mean", False) else head
             return Discriminator(role, taps, example, head).to(self.device)
 
 

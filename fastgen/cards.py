@@ -36,11 +36,9 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     if info["arguments"]:
         del call["num_inference_steps"]
     told = info.get("guidance_range") is not None
-    call["guidance_scale"] = 1.0 if info["times"] and not told else float(info["guidance"])
-    if family.name == "sana":
-        length = what.get("max_sequence_length", 300)
-        call |= {"max_sequence_length": length, "complex_human_instruction": None}
-        call["use_resolution_binning"] = False
+    baked = info["times"] and not told
+    call |= info["step"] | (family.guidance_off if baked else {"guidance_scale": float(info["guidance"])})
+    call |= family.plain_call(what)
     merged, lora = lora and told, "" if told else lora
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"merged"' if merged else '"."'
@@ -77,7 +75,8 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
             step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
             f"        out = null + {w} * (out - null)",
         ]
-    step += ["        x = scheduler.step(out, t, x, generator=generator).prev_sample"]
+    given = _keywords(info["step"])
+    step += [f"        x = scheduler.step(out, t, x{given}, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
     if info["needs_loop"]:
         loop = _renoise_loop(info["times"], label)
@@ -181,8 +180,13 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
     if student and info["arguments"]:
         given = _keywords(info["arguments"])[2:]
         notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
-    elif student and len(info["times"]) > 1:
+    elif student and len(info["times"]) > 1 and not info["grid"]:
         notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
+    for num, change in info["others"].items():
+        set_to = "".join(f", `{k}={v!r}`" for k, v in change["scheduler"].items())
+        given = _keywords(change["arguments"])[2:] or f"num_inference_steps={num}"
+        loaded = f" with the scheduler loaded with {set_to[2:]}" if set_to else ""
+        notes.append(f"In {num} step{'s' * (num != '1')}: pass `{given}`{loaded}.")
     if lora:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):

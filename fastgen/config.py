@@ -47,6 +47,26 @@ class TeacherConfig(Section):
     """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
     allow_download: bool = False
     """let a hub id be fetched over the network"""
+    dtype: Literal["bf16", "fp16"] | None = None
+    """precision of frozen weights; null is float32. What is trained (copies, adapters) stays float32"""
+    height: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    width: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    num_frames: int | None = Field(None, ge=1)
+    """frames of a video teacher; null is what it was made for"""
+    embedded_guidance: float | None = Field(None, ge=0)
+    """guidance that the network takes as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the family's"""
+    attention: (
+        Literal["auto", "native", "math", "flash", "efficient", "cudnn", "flex", "xformers", "sage"] | None
+    ) = None
+    """attention kernel; null and auto leave PyTorch's choice"""
+    vae_tiling: bool = False
+    """encode and decode in tiles: less memory at large sizes"""
+    vae_slicing: bool = False
+    """encode and decode one image at a time"""
+    family: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); files only"""
     blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
 
@@ -58,6 +78,10 @@ class LoraConfig(Section):
     """rank of the update"""
     lora_alpha: float = Field(16, gt=0)
     """scale numerator; the update is multiplied by lora_alpha / rank"""
+    use_rslora: bool = False
+    """multiply by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)"""
+    use_dora: bool = False
+    """weight-decomposed adapters (arXiv 2402.09353); refused: LoRA readers drop their magnitudes"""
     target_modules: tuple[str, ...] = ()
     """module-name endings to adapt; empty takes the family's default"""
 
@@ -71,8 +95,10 @@ class StudentConfig(Section):
     """network evaluations per sample; the time list follows the exported scheduler's grid"""
     timesteps: tuple[float, ...] = ()
     """explicit time list in the schedule's units, descending; overrides num_steps"""
-    sampler: Literal["renoise", "ode"] = "renoise"
-    """between steps: add fresh noise, or continue along the ODE with the predicted noise"""
+    sampler: Literal["renoise", "ode", "tcd"] = "renoise"
+    """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
+    gamma: float = Field(0.0, ge=0, le=1)
+    """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
     init: str = ""
@@ -251,6 +277,10 @@ class RunConfig(Section):
             ),
         )
 
+    def reads_data(self) -> bool:
+        """Whether any stage reads real images; those of a data-free run are never opened."""
+        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+
     @model_validator(mode="after")
     def _cross_checks(self):
         if not self.stages and self.objective is None:
@@ -269,6 +299,9 @@ class RunConfig(Section):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
             )
+        if self.student.gamma and self.student.sampler != "tcd":
+            raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
+        self._check_steps()
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images
@@ -290,6 +323,15 @@ class RunConfig(Section):
             if not REGISTRY[name].draws_guidance:
                 able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
                 raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
+
+    def _check_steps(self) -> None:
+        """The step counts that are sampled and measured must be among those the last stage trains."""
+        last, s = self.all_stages()[-1], self.student
+        own = ("student.num_steps", last.num_steps or len(s.timesteps) or s.num_steps)
+        for key, num in (own, *(("eval.student_steps", n) for n in self.eval.student_steps)):
+            why = REGISTRY[last.objective.name].unsampled(last.objective, num, s.sampler)
+            if why:
+                raise ValueError(f"{key}: found {num} with sampler {s.sampler}; {why}")
 
 
 def validate(values: dict) -> RunConfig:

@@ -57,7 +57,7 @@ class PatchHead(nn.Module):
 class Discriminator(nn.Module):
     """Heads over feature taps of a role. The role's own weights belong to whichever player holds them.
 
-    head: "pooled", one logit per map; "patch", one per token.
+    head: "pooled", one logit per map; "patch", one per token; "mean", no heads: the channel mean of a map.
     """
 
     def __init__(
@@ -66,6 +66,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.taps = taps
         self._role = [role]  # in a list, so that the network is not registered as part of the heads
+        self.heads = nn.ModuleList()
+        if head == "mean":
+            return
         with torch.no_grad():
             maps, _ = role.features(*example, taps=taps)
         self.heads = nn.ModuleList(
@@ -73,7 +76,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
-        """Logits, one [B] (patch heads: [B, tokens]) per head; with score=True also D of the same pass."""
+        """Logits per head, [B], [B, tokens] or [B, h, w]; with score=True also D of the same pass."""
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
-        logits = [head(m) for head, m in zip(self.heads, maps)]
+        logits = [head(m) for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits

@@ -50,7 +50,7 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        served = scheduler_for(list(student.times), student.sampler, teacher.schedule, teacher.scheduler)
+        served = serve(student, teacher)
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, served, distilled)
@@ -67,6 +67,12 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     write_text(temporary / "README.md", model_card(name, teacher, info, results, command, files))
     shutil.rmtree(folder, ignore_errors=True)
     return temporary.rename(folder)
+
+
+def serve(student: Student, teacher: Teacher) -> Serving:
+    """The scheduler of a student at its time list."""
+    times, schedule = list(student.times), teacher.schedule
+    return scheduler_for(times, student.sampler, schedule, teacher.scheduler, student.grid, student.gamma)
 
 
 def export_name(info: dict, output_dir: str) -> str:
@@ -90,6 +96,10 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "sampler": student.sampler,
         "scheduler": _plain(served.scheduler),
         "arguments": served.arguments,
+        "step": served.step,
+        "gamma": student.gamma,
+        "grid": student.grid,
+        "others": other_steps(trainer, served) if distilled and student.grid else {},
         "needs_loop": served.needs_loop,
         "guidance": cfg.teacher.guidance,
         "guidance_range": student.guidance_range and list(student.guidance_range),
@@ -98,6 +108,21 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "teacher_scheduler": _plain(teacher.scheduler),
         "trained_steps": trainer.step,
     }
+
+
+def other_steps(trainer, served: Serving) -> dict[str, dict]:
+    """For each other step count of one model: what to change in the scheduler, and what to pass."""
+    cfg, student, teacher = trainer.cfg, trainer.cast.parts["student"], trainer.cast.teacher
+    objective, own, found = cfg.all_stages()[-1].objective, _plain(served.scheduler), {}
+    for num in (1, 2, 4, 8):
+        refused = REGISTRY[objective.name].unsampled(objective, num, student.sampler)
+        if num == len(student.times) or num > student.grid or refused:
+            continue
+        other = serve(student.taking(num), teacher)
+        changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
+        given = {"sigmas": student.taking(num).times} if other.needs_loop else other.arguments
+        found[str(num)] = {"scheduler": changed, "arguments": given}
+    return found
 
 
 def _plain(scheduler) -> dict:
@@ -118,16 +143,20 @@ def export_folder(
     """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
     family = teacher.backbone.family
     folder.mkdir(parents=True, exist_ok=True)
-    _save_net(net, folder / family.component, dtype)
+    parts = family.parts(net)
+    for name, part in parts.items():
+        _save_net(part, folder / name, dtype)
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
     index = {}
     if source is not None and (source / "model_index.json").is_file():
         index = json.loads((source / "model_index.json").read_text())
     index |= {
-        "_class_name": family.pipeline,
+        "_class_name": index["_class_name"]
+        if index.get("_class_name") in family.pipelines
+        else family.pipeline,
         "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.net_class],
+        **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     for part in COPIED:
@@ -136,9 +165,7 @@ def export_folder(
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
             index.setdefault(part, _library_class(source / part, part))
-    if family.name == "sd":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        index["requires_safety_checker"] = False
+    index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder

@@ -47,9 +47,11 @@ def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | flo
     return 0.5 * F.mse_loss(x, target)
 
 
-def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """score_difference with w = 1 / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
-    return score_difference(x, real, fake, 1 / per_sample_mean((x - real).abs()).detach().clamp(min=1e-6))
+def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """score_difference with w = weight / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
+    return score_difference(
+        x, real, fake, weight / per_sample_mean((x - real).abs()).detach().clamp(min=1e-6)
+    )
 
 
 def denoising(
@@ -80,10 +82,19 @@ def denoising(
     return mse(D, x0, w if weight is None else w * weight)
 
 
-def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
-    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair."""
+def clamped(cos: Tensor, margin: float) -> Tensor:
+    """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
+    return F.relu(margin - cos).mean()
+
+
+def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:
+    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair.
+
+    Logits are [B] or maps [B, h, w]; weight [B] multiplies each sample's term.
+    """
     f = {"softplus": lambda y: F.softplus(-y), "hinge": lambda y: -y}[kind]
-    return torch.stack([f(y).mean() for y in logits]).mean()
+    terms = [per_sample_mean(f(y)[:, None]) for y in logits]
+    return torch.stack([(term if weight is None else term * weight).mean() for term in terms]).mean()
 
 
 def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softplus") -> Tensor:

@@ -100,13 +100,19 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         raise UserError(key, f"{found} {what}", "an export folder, a LoRA .safetensors or a teacher folder")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
-        role = _student(role.backbone, None, info)
+        role = _student(role.backbone, None, info, key)
     return Loaded(role, teacher, info, str(path))
 
 
-def _student(backbone, adapter: str | None, info: dict) -> Student:
-    """The student an export describes."""
-    student = Student(backbone, adapter, list(info["times"]), info["sampler"])
+def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
+    """The student an export describes, with its time list."""
+    scheduler = info.get("scheduler", {})
+    name, original = scheduler.get("_class_name", ""), scheduler.get("original_inference_steps")
+    if name in ("LCMScheduler", "TCDScheduler") and not original:
+        found = f"the {name} of this export names no original_inference_steps"
+        raise UserError(key, found, "without it its times are unknown; export the run again")
+    times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
+    student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
     if info.get("guidance_range"):
         student.guidance_range, student.guidance = tuple(info["guidance_range"]), float(info["guidance"])
     return student
@@ -138,7 +144,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone.requires_grad_(False)
     role = Role(backbone, "student")
     if info["times"]:
-        role = _student(backbone, "student", info)
+        role = _student(backbone, "student", info, key)
     return Loaded(role, teacher, info, str(file))
 
 

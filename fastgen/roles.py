@@ -92,16 +92,31 @@ class Student(Role):
     """guidance scales a student that is told w is trained for"""
 
     def __init__(
-        self, backbone: nn.Module, adapter: str | None, times: list[float], sampler: str = "renoise"
+        self,
+        backbone: nn.Module,
+        adapter: str | None,
+        times: list[float],
+        sampler: str = "renoise",
+        gamma: float = 0.0,
+        grid: int = 0,
     ):
+        """gamma is the tcd sampler's; grid the steps of the grid it was trained on, 0 for a fixed list."""
         super().__init__(backbone, adapter)
-        self.times, self.sampler = times, sampler
+        self.times, self.sampler, self.gamma, self.grid = times, sampler, gamma, grid
 
-    def at(self, times: list[float] | None = None, guidance: float | None = None) -> "Student":
-        """The same network under another time list or told another guidance scale."""
+    def taking(self, num: int, role: Role | None = None) -> "Student":
+        """The same network (or another in its place) sampled in num steps; 0 keeps the time list."""
         other = copy.copy(self)
-        other.times = self.times if times is None else times
-        other.guidance = self.guidance if guidance is None else guidance
+        if num not in (0, len(self.times)):
+            other.times = self.schedule.few_steps(num, self.grid)
+        if role is not None:
+            other.backbone, other.adapter, other.guidance = role.backbone, role.adapter, role.guidance
+        return other
+
+    def at(self, guidance: float) -> "Student":
+        """The same network told another guidance scale."""
+        other = copy.copy(self)
+        other.guidance = guidance
         return other
 
     def generate(
@@ -118,11 +133,22 @@ class Student(Role):
             for i in range(last):
                 t, u = self.time(i, noise), self.time(i + 1, noise)
                 x = self(x_t, t, cond)
-                if self.sampler == "renoise":
-                    x_t = self.schedule.noise(x, randn_like(x), u)
-                else:
-                    x_t = self.schedule.ode_step(x, x_t, t, u)
-        return self(x_t, self.time(last, noise), cond)
+                x_t = self.between(x, x_t, t, u, randn_like)
+        t = self.time(last, noise)
+        x = self(x_t, t, cond)
+        if self.sampler == "tcd" and last == len(self.times) - 1:
+            return self.schedule.ode_step(x, x_t, t, torch.full_like(t, self.schedule.t_min))
+        return x
+
+    def between(self, x: Tensor, x_t: Tensor, t: Tensor, u: Tensor, randn_like: Callable) -> Tensor:
+        """The state at u after the estimate x at t: fresh noise, the ODE, or TCD's mixture of both."""
+        S = self.schedule
+        if self.sampler == "renoise":
+            return S.noise(x, randn_like(x), u)
+        if self.sampler == "ode" or not self.gamma:
+            return S.ode_step(x, x_t, t, u)
+        s = S.toward_data(u, self.gamma)
+        return S.renoise(S.ode_step(x, x_t, t, s), randn_like(x), s, u)  # 2402.19159, Alg. 3
 
     def time(self, i: int, x: Tensor) -> Tensor:
         """The i-th time of the list for every row of x, [B] float64."""

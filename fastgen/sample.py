@@ -120,13 +120,14 @@ class Painter:
         self.guidance, self.is_student = guidance, loaded.is_student
         self.steps = steps or (len(self.role.times) if self.is_student else 20)
         if self.is_student and self.steps != len(self.role.times):
-            _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
-            self.role = self.role.at(loaded.teacher.schedule.steps(self.steps))
+            if not self.role.grid:
+                _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
+            self.role = self.role.taking(self.steps)
         if self.is_student and self.role.guidance_range:
             low, high = self.role.guidance_range
             if not low <= guidance <= high:
                 _warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
-            self.role = self.role.at(guidance=guidance)
+            self.role = self.role.at(guidance)
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ Prediction kinds: "x0"; "eps"; "v" = alpha eps - sigma x0 (Salimans & Ho 2022, a
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,19 @@ class Schedule:
         """Standard deviation of the pure noise that few-step sampling starts from at time t."""
         return 1.0
 
+    def few_steps(self, num: int, grid: int = 0) -> list[float]:
+        """Times of a num-step sample: the schedule's own, or every (grid / num)-th of a grid that the student
+        was trained on, picked as LCMScheduler and TCDScheduler pick them.
+        """
+        if not grid:
+            return self.steps(num)
+        times = self.steps(grid)
+        return [times[int(i)] for i in np.linspace(0, grid, num, endpoint=False)]
+
+    def toward_data(self, u: Tensor, gamma: float) -> Tensor:
+        """The time s = (1 - gamma) u of TCD's sampling (arXiv 2402.19159, Alg. 3)."""
+        return ((1 - gamma) * u.double()).clamp(min=self.t_min)
+
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:
         """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t.
 
@@ -149,6 +163,10 @@ class VP(Schedule):
     def from_unit(self, u: Tensor) -> Tensor:
         """u in [0, 1] to a time on the training grid (whole timesteps, as the networks were trained)."""
         return (u.double() * self.t_max).round()
+
+    def toward_data(self, u: Tensor, gamma: float) -> Tensor:
+        """Whole timesteps, as TCDScheduler rounds them."""
+        return super().toward_data(u, gamma).floor()
 
     def steps(self, num: int) -> list[float]:
         """The grid LCMScheduler visits with `original_inference_steps=num`: 999, 749, 499, 249 for four."""

@@ -26,6 +26,8 @@ class Serving:
     scheduler: object
     arguments: dict = field(default_factory=dict)
     """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
+    step: dict = field(default_factory=dict)
+    """keywords of `step` (and of the pipeline call)"""
     needs_loop: bool = False
     """no diffusers scheduler does these steps; the model card has the loop"""
 
@@ -37,10 +39,20 @@ class Serving:
         self.scheduler.set_timesteps(**(given or {"num_inference_steps": num}))
 
 
-def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_scheduler) -> Serving:
-    """The scheduler for a student's own time list (see the table in each function)."""
+def scheduler_for(
+    times: list[float],
+    sampler: str,
+    schedule: Schedule,
+    teacher_scheduler,
+    grid: int = 0,
+    gamma: float = 0.0,
+) -> Serving:
+    """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
+    serves every step count that the grid holds.
+    """
     if isinstance(schedule, VP):
-        return _vp(times, sampler, dict(teacher_scheduler.config))
+        on_grid = times == schedule.few_steps(len(times), grid)
+        return _vp(times, sampler, dict(teacher_scheduler.config), grid or len(times), gamma, on_grid)
     if isinstance(schedule, EDM):
         return _edm(times, sampler, schedule, dict(teacher_scheduler.config))
     if isinstance(schedule, Flow):
@@ -48,24 +60,27 @@ def scheduler_for(times: list[float], sampler: str, schedule: Schedule, teacher_
     raise UserError("export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow or EDM")
 
 
-def _vp(times: list[float], sampler: str, config: dict) -> Serving:
-    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing.
+def _vp(
+    times: list[float], sampler: str, config: dict, original: int, gamma: float, on_grid: bool
+) -> Serving:
+    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing;
+    tcd: TCDScheduler, whose eta is our gamma.
 
     Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
     if any(t != round(t) for t in times):
         raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
     num, total = len(times), config["num_train_timesteps"]
     kept = {k: config[k] for k in VP_KEYS if k in config}
     ints = [int(t) for t in times]
-    stride = total // num
-    on_grid = ints == [(num - i) * stride - 1 for i in range(num)]
-    if sampler == "renoise":
-        scheduler = LCMScheduler(**kept, original_inference_steps=num, clip_sample=False)
-        return Serving(scheduler, {} if on_grid else {"timesteps": ints})
-    if on_grid and total % num == 0:
+    if sampler != "ode":
+        cls = LCMScheduler if sampler == "renoise" else TCDScheduler
+        scheduler = cls(**kept, original_inference_steps=original, clip_sample=False)
+        step = {"eta": gamma} if sampler == "tcd" else {}
+        return Serving(scheduler, {} if on_grid else {"timesteps": ints}, step)
+    if total % num == 0 and ints == [(num - i) * (total // num) - 1 for i in range(num)]:
         more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
         return Serving(DDIMScheduler(**kept, **more))
     more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "fastgen.rng": (),
     "fastgen.schedules": (),
     "fastgen.losses": ("schedules",),
+    "fastgen.divergences": ("losses", "schedules"),
     "fastgen.tangents": ("errors",),
     "fastgen.trigflow": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
 }
 OBJECTIVE_MAY = (
+    "divergences",
     "errors",
     "ema",
     "losses",

@@ -41,6 +41,8 @@ class GanMatchingConfig(MatchingConfig):
     """whose features the discriminator heads read"""
     disc_taps: tuple[int, ...] = ()
     """feature taps by index; empty takes the family's default"""
+    disc_mean: bool = False
+    """logits are the channel means of the tapped features, without heads to learn (SiDA, arXiv 2410.14919)"""
 
     @property
     def one_pass(self) -> bool:
@@ -73,6 +75,23 @@ def evaluations(cfg, guidance: float, walk: float = 0) -> dict[str, float]:
     return {name: round(n, 3) for name, n in calls.items() if n}
 
 
+def evaluations_through(
+    cfg, guidance: float, num_steps: int, score_guidance: float = 1.0, train_guidance: float = 1.0
+) -> dict[str, float]:
+    """The same for methods that differentiate teacher and critic in x_t and draw a sample for each turn."""
+    r, gan, walk = 1 / cfg.student_every, has_gan(cfg), (num_steps - 1) / 2
+    doubled = [1 if w == 1 else 2 for w in (guidance, score_guidance, train_guidance)]
+    own = [gan and not (cfg.one_pass and d == 1) for d in doubled[1:]]  # logits of a pass of their own
+    calls = {
+        "student": walk * (1 + r) + 1,
+        "student+grad": r,
+        "teacher+grad": r * doubled[0],
+        "critic+grad": r * doubled[1] + doubled[2],
+        "features+grad": gan + r * own[0] + own[1],
+    }
+    return {name: round(n, 3) for name, n in calls.items() if n}
+
+
 def sample(obj: Objective, batch: Batch, last: int, simulate: bool = True) -> Tensor:
     """The student's sample at step `last` of its list, reached through its own states or from noised data."""
     if simulate or last == 0:
@@ -88,20 +107,28 @@ def noised(obj: Objective, x: Tensor, time: TimeConfig) -> tuple[Tensor, Tensor]
 
 
 def judge(
-    obj: Objective, x: Tensor, x_t: Tensor, t: Tensor, cond: dict
+    obj: Objective,
+    x: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    cond: dict,
+    uncond: dict | None = None,
+    w: float = 1.0,
+    through: bool = False,
 ) -> tuple[list[Tensor] | None, Tensor]:
-    """Logits (None without a GAN) and D_fake: one critic pass where they share noise levels, else two.
+    """Logits (None without a GAN) and D_fake^w: one critic pass where they share noise levels, else two.
 
-    D_fake carries gradient in the critic's turn, and where the logits of the same pass need it.
+    D_fake carries gradient in the critic's turn, where the logits of the same pass need it, and with
+    `through`, for methods that differentiate the scores in x_t.
     """
     cfg, logits = obj.cfg, None
-    if has_gan(cfg) and cfg.one_pass:
+    if has_gan(cfg) and cfg.one_pass and w == 1:
         return obj.disc(x_t, t, cond, score=True)
     if has_gan(cfg):
         t_gan, x_gan = (t, x_t) if cfg.gan_time is None else noised(obj, x, cfg.gan_time)
         logits = obj.disc(x_gan, t_gan, cond)
-    with torch.set_grad_enabled(obj.active == "critic"):
-        return logits, obj.critic(x_t, t, cond)
+    with torch.set_grad_enabled(obj.active == "critic" or through):
+        return logits, obj.critic.guided(x_t, t, cond, uncond, w)
 
 
 def critic_turn(
@@ -111,17 +138,18 @@ def critic_turn(
     t: Tensor | None = None,
     cond: dict | None = None,
     weight: Tensor | None = None,
+    w: float = 1.0,
 ) -> Iterator[tuple[Tensor, dict]]:
-    """Update the critic on samples x of the student: w(t) |D_fake(x_t) - sg x|^2 + disc_weight (GAN pair).
+    """Update the critic on samples x of the student: w(t) |D_fake^w(x_t) - sg x|^2 + disc_weight (GAN pair).
 
     t [B] replaces the draw of critic_time, cond the batch's condition; a weight [B] multiplies w(t), the
-    weight of the critic's native prediction.
+    weight of the critic's native prediction; w is the guidance under which the critic is trained (SiD-LSG).
     """
     cfg, S, cond, x = obj.cfg, obj.schedule, batch.cond if cond is None else cond, x.detach()
     with obj.turn("critic"):
         t = obj.sample_t(len(x), cfg.critic_time) if t is None else t
         x_t = S.noise(x, obj.rng.randn_like(x), t)
-        logits, fake = judge(obj, x, x_t, t, cond)
+        logits, fake = judge(obj, x, x_t, t, cond, batch.uncond, w)
         loss = losses.denoising(S, fake, x, t, obj.critic.backbone.prediction, weight=weight)
         logs = {"denoising": loss, **critic_error(S, fake, x, x_t, t, cond)}
         if logits is not None:
@@ -132,6 +160,11 @@ def critic_turn(
             loss = loss + cfg.disc_weight * disc
             logs |= {"disc": disc, "logit_fake": logits[0].mean(), "logit_real": real_logits[0].mean()}
         yield loss, logs
+
+
+def drop_cond(obj: Objective, batch: Batch, share: float) -> dict[str, Tensor]:
+    """The condition, or with this probability the null condition for all of it (if there is one)."""
+    return batch.uncond if batch.uncond and float(obj.rng.rand(1)) < share else batch.cond
 
 
 # -- diagnostics -------------------------------------------------------------------------------------------

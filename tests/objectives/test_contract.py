@@ -15,10 +15,11 @@ from fastgen.objectives.base import Batch
 from fastgen.paths import config as config_file
 from fastgen.rng import Rng
 
-MODULES = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
-SHORT = {n: module.SHORT for n, module in MODULES.items()}
-TEACHER = {n: getattr(module, "TEACHER", {}) for n, module in MODULES.items()}
-"""settings of the teacher where a method needs others than the default"""
+TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
+SHORT = {n: test.SHORT for n, test in TESTS.items()}
+STUDENT = {n: getattr(test, "STUDENT", {}) for n, test in TESTS.items()}
+TEACHER = {n: getattr(test, "TEACHER", {}) for n, test in TESTS.items()}
+"""settings of the teacher and the student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -27,7 +28,7 @@ def make(name, teacher, kind="full", **train):
     cfg = config.validate(
         {
             "teacher": {"path": str(teacher), **TEACHER[name]},
-            "student": {"kind": kind, "lora": {"rank": 2}},
+            "student": {"kind": kind, "lora": {"rank": 2}, **STUDENT[name]},
             "critic": {"lora": {"rank": 2}},
             "objective": {"name": name, **SHORT[name]},
             "data": {"name": "fashion"},
