@@ -197,7 +197,7 @@ def _export_lora(
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
     told = info["guidance_range"] is not None  # plain diffusers cannot add the layer that takes w
-    if family.kohya_prefix and not told:
+    if family.reads_kohya(layers) and not told:
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
     base = lora.without_adapters(net)

@@ -242,12 +242,15 @@ class EDM(Schedule):
 
 
 class TrigFlow(Schedule):
-    """alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2] (Lu & Song 2024, arXiv 2410.11081)."""
+    """alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
+
+    `middle` is where the second of two steps stands; None is half-way.
+    """
 
     t_min, t_max = 0.0, math.pi / 2
 
-    def __init__(self, sigma_data: float = 1.0):
-        self.sigma_data = sigma_data
+    def __init__(self, sigma_data: float = 1.0, middle: float | None = None):
+        self.sigma_data, self.middle = sigma_data, middle
 
     def alpha(self, t: Tensor) -> Tensor:
         return t.double().cos()
@@ -271,4 +274,6 @@ class TrigFlow(Schedule):
         return u.double() * self.t_max
 
     def steps(self, num: int) -> list[float]:
+        if num == 2 and self.middle is not None:
+            return [self.t_max, self.middle]
         return [self.t_max * (1 - i / num) for i in range(num)]
