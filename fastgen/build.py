@@ -17,7 +17,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
-from fastgen.schedules import VP
+from fastgen.schedules import VP, Flow, Schedule
 from fastgen.trigflow import LogVariance
 
 
@@ -63,6 +63,11 @@ class Cast:
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
 
+    @property
+    def few_step_schedule(self) -> Schedule:
+        """The teacher's schedule, or the one whose few steps a student of another form takes."""
+        return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
+
     def backbones(self) -> list[nn.Module]:
         """Distinct networks, teacher first."""
         roles = [p for p in self.parts.values() if isinstance(p, Role)]
@@ -91,6 +96,10 @@ class Cast:
         elif not alone:
             base = copy.deepcopy(base).float()
         if told and adapter is None:
+            if self.cfg.student.sprint:
+                from fastgen.sprint import make_sprint
+
+                make_sprint(base)
             base.add_guidance()
             base.to(self.device)
         if name == "student":
@@ -119,7 +128,7 @@ class Cast:
         base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:
-        s, schedule = self.cfg.student, self.teacher.schedule
+        s, schedule = self.cfg.student, self.few_step_schedule
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
@@ -140,7 +149,7 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few = self.teacher.schedule.few_steps
+        few = self.few_step_schedule.few_steps
         student.grid = grid
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "logvar" in names and "logvar" not in self.parts:
