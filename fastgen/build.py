@@ -12,13 +12,12 @@ from torch import nn
 
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
-from fastgen.critics import Discriminator
+from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
 from fastgen.schedules import VP, Flow, Schedule
-from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -64,6 +63,11 @@ class Cast:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
 
     @property
+    def two_times(self) -> bool:
+        """Whether a stage trains the student at pairs of times."""
+        return any(REGISTRY[s.objective.name].two_times for s in self.cfg.all_stages())
+
+    @property
     def few_step_schedule(self) -> Schedule:
         """The teacher's schedule, or the one whose few steps a student of another form takes."""
         return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
@@ -83,6 +87,7 @@ class Cast:
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
         adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
+        two_times = name in ("student", "target") and self.two_times
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -90,11 +95,17 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = name
-            self._adapter(base, name, lora, told is not None)
+            if two_times:
+                base.add_second_time()
+                base.requires_grad_(False)
+            self._adapter(base, name, lora, told is not None, two_times)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
             base = copy.deepcopy(base).float()
+        if two_times and adapter is None:
+            base.add_second_time()
+            base.to(self.device)
         if told and adapter is None:
             if self.cfg.student.sprint:
                 from fastgen.sprint import make_sprint
@@ -116,7 +127,7 @@ class Cast:
 
             init_student(self.parts[name], self.cfg.student.init)
 
-    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool, two_times: bool = False) -> None:
         if told:
             base.add_guidance()
             base.requires_grad_(False)
@@ -124,6 +135,7 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
+            targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,8 @@ class Backbone(nn.Module):
     def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
+        self.second_time = False
+        """whether the network also reads where its step ends, cond["r"] [B], as one more input channel"""
         self.adapter: str | None = None
         self.adapter_names: tuple[str, ...] = ()
 
@@ -49,7 +52,11 @@ class Backbone(nn.Module):
         dtype = next(self.net.parameters()).dtype
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
-        return self.family.call(self.net, x_t.to(dtype), self.net_time(t), cond).float()
+        if not self.second_time:
+            return self.family.call(self.net, x_t.to(dtype), self.net_time(t), cond).float()
+        gap = expand(self.schedule.gap(t, cond.get("r", t)), x_t).expand_as(x_t[:, :1])
+        out = self.family.call(self.net, torch.cat([x_t, gap], 1).to(dtype), self.net_time(t), cond)
+        return out[:, : x_t.shape[1]].float()
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D from the native prediction."""
@@ -66,6 +73,12 @@ class Backbone(nn.Module):
     def add_guidance(self) -> None:
         """Make the guidance scale an input of the network; call it before adapters are added."""
         self.net = self.family.add_guidance(self.net).eval()
+
+    def add_second_time(self) -> None:
+        """Make the end of a step an input of the network; call it before adapters are added."""
+        if not self.second_time:
+            self.net = self.family.add_second_time(self.net).eval()
+            self.second_time = True
 
     # -- features ------------------------------------------------------------------------------------------
     def features(
