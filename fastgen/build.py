@@ -166,11 +166,29 @@ class Cast:
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
+        if "weak" in names and "weak" not in self.parts:
+            self.parts["weak"] = self._weak(stage.objective.weak)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
         if "clip" in names and "clip" not in self.parts:
             self.parts["clip"] = self._clip(getattr(stage.objective, "host", stage.objective).clip)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
+
+    def _weak(self, path: str) -> Role:
+        """The weaker version of the teacher that autoguidance leads away from."""
+        if not path:
+            found = "not given, and objective.autoguidance leads away from a weaker model"
+            raise UserError(
+                "objective.weak", found, "an early checkpoint or a smaller model of the same data"
+            )
+        weak = load_teacher(path, weights=str(self.device) != "meta").to(self.device)
+        same = type(weak.schedule) is type(self.teacher.schedule)
+        if weak.codec.shape != self.teacher.codec.shape or not same:
+            found = f"{path} makes {weak.codec.shape} on a {type(weak.schedule).__name__} schedule"
+            allowed = f"as the teacher: {self.teacher.codec.shape}, {type(self.teacher.schedule).__name__}"
+            raise UserError("objective.weak", found, allowed)
+        weak.backbone.requires_grad_(False).eval()
+        return Role(weak.backbone)
 
     def _clip(self, path: str):
         """The image-text net that version 2 of SwiftBrush trains against."""

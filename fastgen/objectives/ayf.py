@@ -11,7 +11,8 @@ Paper: Sabour et al. 2025, arXiv 2506.14603 (Thm. 3.1 and 3.2). No official code
 
 Differs
 - the step's length enters as in `meanflow.py`; sampling is deterministic, over any list of times.
-- |.| is the root mean square, as for sCM here. The paper fine-tunes with a GAN at the end; a `ladd` stage can.
+- |.| is the root mean square, as for sCM here. The paper fine-tunes with a GAN at the end, which is left out:
+  a discriminator stage would train one time only.
 - lambda is one number here (`autoguidance`); the paper draws it from U(1, 3) and embeds it.
 - distribution of times: P_mean -0.8 and P_std 1.0; the paper's values for ImageNet were not checked.
 """
