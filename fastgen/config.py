@@ -105,6 +105,8 @@ class StudentConfig(Section):
     """export folder or LoRA file to start from; empty starts from the teacher"""
     lora: LoraConfig = LoraConfig()
     """adapter settings when kind is lora"""
+    net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """changes to the teacher's network config for an untrained student of another size; files only"""
 
 
 class CriticConfig(Section):
@@ -294,6 +296,8 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
+            raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
         self._check_guidance()
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
