@@ -42,6 +42,10 @@ class Cast:
         if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
             found = "found a range for an unconditional teacher, which has no guidance"
             raise UserError("student.guidance_embedding", found, "leave it out")
+        if cfg.student.fuse:
+            from fastgen.reload import locate
+
+            locate(cfg.student.fuse, "student.fuse")  # a wrong path is told now, not at the end
         names = {_base(p) for s in cfg.all_stages() for p in _wanted(s)}
         self.num_students = _num_students(cfg)
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}

@@ -191,6 +191,11 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
+    if info.get("nasa"):
+        notes.append(
+            "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
+            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
+        )
     if info.get("guidance_range"):
         low, high = info["guidance_range"]
         notes.append(
@@ -217,7 +222,10 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
         span = info.get("guidance_range")
-        how = "an input, see below" if span else "baked in: guidance_scale 1, negative prompts do nothing"
+        negative = (
+            "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
+        )
+        how = "an input, see below" if span else f"baked in: guidance_scale 1, {negative}"
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]),
             "between steps": info["sampler"],
@@ -258,6 +266,31 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "```",
         "",
         "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def members_card(info: dict, router) -> str:
+    """README.md over the folders of several students."""
+    lines = [f"# {info['name']}, {info['students']} students", ""]
+    if router.tensors and "table" in router.tensors:
+        table = router.tensors["table"][:-1].tolist()
+        lines += ["| class | folder |", "|---|---|"]
+        lines += [f"| {c} | `student{j}/` |" for c, j in enumerate(table)]
+    elif router.num > 1:
+        lines += [
+            "Prompts are cut along one axis of their mean text state (`router.safetensors`): the student's",
+            "number is how many `edges` lie below `(mean over tokens - mean) @ axis`.",
+        ]
+    lines += [
+        "",
+        "Each folder is an ordinary export with a card of its own. The numbers in those cards are of all",
+        "students together, each asked for its own conditions. fastgen's `sample.py` routes by itself:",
+        "",
+        "```sh",
+        "python sample.py --model . --num_images 16",
+        "```",
         "",
     ]
     return "\n".join(lines)

@@ -161,6 +161,7 @@ class Students(Student):
     def __init__(self, members: list[Student], router: Callable[[Cond], Tensor]):
         self.__dict__.update(vars(members[0]))  # schedule, time list and sampler are common
         self.members, self.router = members, router
+        self.trained = list(range(len(members)))  # by this run
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         part, out = self.router(cond).to(x_t.device), torch.empty_like(x_t, dtype=torch.float32)

@@ -23,7 +23,7 @@ Differs
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives.base import REGISTRY, AnyObjective, Batch, Objective, ObjectiveConfig, TimeConfig
@@ -44,6 +44,13 @@ class MSDConfig(ObjectiveConfig):
     """noise levels of the score matching"""
     only: tuple[int, ...] = ()
     """students to train in this run; empty trains all"""
+
+    @model_validator(mode="after")
+    def _known(self):
+        wrong = [j for j in self.only if not 0 <= j < self.num_students]
+        if wrong:
+            raise ValueError(f"objective.only: found {wrong[0]}; students are 0 to {self.num_students - 1}")
+        return self
 
 
 class MSD(Objective, config=MSDConfig):
@@ -77,8 +84,8 @@ class MSD(Objective, config=MSDConfig):
 
     def __init__(self, cfg, parts, rng, guidance=1.0):
         super().__init__(cfg, parts, rng, guidance)
-        self.router = self.student.router
-        self.hosts = {}
+        self.router, self.hosts = self.student.router, {}
+        self.student.trained = list(cfg.only or range(cfg.num_students))
         for j in cfg.only or range(cfg.num_students):
             own = {n.removesuffix(str(j)): p for n, p in parts.items() if n.endswith(str(j))}
             self.hosts[j] = hosted(cfg)(cfg.host, {**parts, **own}, rng, guidance)
