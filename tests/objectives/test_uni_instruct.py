@@ -10,6 +10,8 @@ from fastgen.run import main
 from fastgen.schedules import EDM
 from tests.objectives import gaussians
 from tests.objectives.gaussians import STUDENT, TEACHER, T
+from tests.objectives.modes import far_share
+from tests.objectives.toys import run_mixture
 from tests.replay import replay
 
 SHORT = {"f": "kl", "gan_weight": 0.1}
@@ -150,6 +152,24 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
     said = capsys.readouterr().err
     assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "run").exists()
+
+
+def test_p2_which_modes_a_divergence_keeps():
+    """Two modes, a student with room for one: reverse KL drops the far one, Jeffreys and forward KL do not.
+
+    JS does not escape from here in the expanded form (in f-distill's static form it does): its weight
+    r / (1 + r) is flat where the student is missing, and |Delta|^2 there is what pulls.
+    """
+    share = {name: far_share(name, expanded=True) for name in ("rkl", "js", "kl", "jeffreys")}
+    assert share["rkl"] < 0.01 and share["js"] < 0.01, share
+    assert abs(share["kl"] - 0.5) < 0.05 and share["jeffreys"] > 0.1, share
+
+
+@pytest.mark.parametrize("f", ["js", "kl"])
+def test_p2_distils_the_mixture(tmp_path, f):
+    objective = {"name": "uni_instruct", "f": f, "disc_weight": 0.3, "gan_weight": 0.003, "warmup_steps": 50}
+    before, after, *_ = run_mixture(tmp_path, objective, steps=250)
+    assert after < 0.02 and after < before / 4, (before, after)
 
 
 def test_p4_uni_instruct(tiny, tmp_path):

@@ -76,6 +76,7 @@ def run_mixture(
     batch=256,
     lr=1e-3,
     guidance=1.0,
+    sampler="renoise",
     **train,
 ):
     """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer)."""
@@ -92,7 +93,7 @@ def run_mixture(
         {
             "teacher": {"path": teacher, "guidance": guidance},
             "objective": objective,
-            "student": {"num_steps": num_steps},
+            "student": {"num_steps": num_steps, "sampler": sampler},
             "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
             "train": {
                 "max_train_steps": steps,
