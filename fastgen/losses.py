@@ -65,19 +65,26 @@ def denoising(
 ) -> Tensor:
     """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
-    weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "flow" w = ((alpha + sigma) / sigma)^2;
-    "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1); "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
+    weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
+    "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
+    "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
     weights = {
         "x0": lambda: torch.ones_like(a),
         "eps": lambda: (a / s) ** 2,
+        "snr1": lambda: ((a / s) ** 2).clamp(min=1),
         "flow": lambda: ((a + s) / s) ** 2,
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
     }
     w = weights[weighting]()
     return mse(D, x0, w if weight is None else w * weight)
+
+
+def clamped(cos: Tensor, margin: float) -> Tensor:
+    """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
+    return F.relu(margin - cos).mean()
 
 
 def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:

@@ -106,9 +106,12 @@ class Schedule:
         return ((1 - gamma) * u.double()).clamp(min=self.t_min)
 
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:
-        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t."""
+        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t.
+
+        (alpha, sigma) differ by c alone, so c is the ratio of their lengths, also where alpha is 0.
+        """
         u = other.t_from_lambda(self.log_snr(t))
-        return u, other.alpha(u) / self.alpha(t)
+        return u, torch.hypot(other.alpha(u), other.sigma(u)) / torch.hypot(self.alpha(t), self.sigma(t))
 
 
 class VP(Schedule):

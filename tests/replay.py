@@ -37,13 +37,13 @@ images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
 """
 
 
-def train(tiny, tmp_path, objective):
+def train(tiny, tmp_path, objective, teacher):
     """A few real steps on pictures, from the tiny flow teacher; the export folder."""
     (tmp_path / "set").mkdir()
     for i in range(10):
         Image.new("L", (16, 16), 25 * i).save(tmp_path / f"set/{i}.png")
     values = {
-        "teacher": {"path": str(tiny("flow"))},
+        "teacher": {"path": str(tiny("flow")), **(teacher or {})},
         "data": {"images": str(tmp_path / "set")},
         "objective": objective,
         "optim": {"student": {"lr": 1e-2}},
@@ -63,9 +63,9 @@ def plainly(code, folder):
     return load_file(folder / "images.safetensors")["images"]
 
 
-def replay(tiny, tmp_path, objective):
+def replay(tiny, tmp_path, objective, teacher=None):
     """A plain loop against the exported student in our code, and against the untrained teacher."""
-    export = train(tiny, tmp_path, objective)
+    export = train(tiny, tmp_path, objective, teacher)
     images = plainly(STUDENT, export)
     x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, cond = torch.ones(10, dtype=torch.float64), {"class_labels": torch.arange(10)}

@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "fastgen.schedules": (),
     "fastgen.losses": ("schedules",),
     "fastgen.divergences": ("losses", "schedules"),
+    "fastgen.tangents": ("errors",),
+    "fastgen.trigflow": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
     "fastgen.critics": ("backbones.base", "roles"),
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
@@ -32,6 +34,8 @@ OBJECTIVE_MAY = (
     "roles",
     "samplers",
     "schedules",
+    "tangents",
+    "trigflow",
 )
 
 

@@ -162,6 +162,11 @@ def critic_turn(
         yield loss, logs
 
 
+def drop_cond(obj: Objective, batch: Batch, share: float) -> dict[str, Tensor]:
+    """The condition, or with this probability the null condition for all of it (if there is one)."""
+    return batch.uncond if batch.uncond and float(obj.rng.rand(1)) < share else batch.cond
+
+
 # -- diagnostics -------------------------------------------------------------------------------------------
 @torch.no_grad()
 def diagnostics(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:

@@ -157,7 +157,12 @@ def test_renoising_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize("kind", ["flow", "vp"])
 def test_p2_four_steps_on_the_mixture(tmp_path, kind):
     before, after, *_ = run_mixture(
-        tmp_path, {"name": "tdm"}, f"analytic:gmm2d-{kind}", steps=250, num_steps=4, sampler="ode"
+        tmp_path,
+        {"name": "tdm"},
+        f"analytic:gmm2d-{kind}",
+        steps=250,
+        num_steps=4,
+        student={"sampler": "ode"},
     )
     assert after < 0.02 and after < before / 2, (before, after)
 

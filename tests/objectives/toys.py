@@ -76,7 +76,7 @@ def run_mixture(
     batch=256,
     lr=1e-3,
     guidance=1.0,
-    sampler="renoise",
+    student=None,
     **train,
 ):
     """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer)."""
@@ -93,7 +93,7 @@ def run_mixture(
         {
             "teacher": {"path": teacher, "guidance": guidance},
             "objective": objective,
-            "student": {"num_steps": num_steps, "sampler": sampler},
+            "student": {"num_steps": num_steps, **(student or {})},
             "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
             "train": {
                 "max_train_steps": steps,
