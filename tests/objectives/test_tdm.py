@@ -15,6 +15,7 @@ from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run
 from tests.replay import replay
 
 SHORT = {"student_every": 2}
+STUDENT = {"num_steps": 4, "sampler": "ode"}
 """settings of the contract battery"""
 SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
 
