@@ -77,7 +77,11 @@ class Cast:
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
-        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
+        counts = [
+            n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
+        ]
+        told = self.cfg.student.guidance_embedding if name != "critic" else None
+        adapter, told = None, (min(counts), max(counts)) if counts else told
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -96,7 +100,7 @@ class Cast:
         if name == "student":
             chosen = self.cfg.student
             self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
-            self.parts[name].guidance_range = told
+            self.parts[name].guidance_range, self.parts[name].told_steps = told, bool(counts)
         else:
             self.parts[name] = Role(base, adapter)
         if told:
@@ -143,6 +147,8 @@ class Cast:
         few = self.teacher.schedule.few_steps
         student.grid = grid
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+        if student.told_steps:
+            student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
         if "disc" in names and "disc" not in self.parts:

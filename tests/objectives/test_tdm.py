@@ -7,11 +7,12 @@ import torch
 
 from fastgen import losses
 from fastgen.objectives.tdm import TDM, TDMConfig
-from fastgen.roles import Student
+from fastgen.roles import Role, Student
 from fastgen.run import main
+from fastgen.samplers import sample_student
 from fastgen.schedules import EDM, VP, Flow
 from tests.objectives.gaussians import nodes
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.objectives.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
 from tests.replay import replay
 
 SHORT = {"student_every": 2}
@@ -66,7 +67,7 @@ def test_p1_the_kernel_has_the_marginal_of_fresh_noise(schedule):
     implied = (x_tau - S.alpha(tau)[:, None] * x) / S.sigma(tau)[:, None]
     for j in range(4):
         assert abs(implied[i == j].mean()) < 0.04 and abs(implied[i == j].var() - 1) < 0.06
-    w = objective.importance(x, x_tau, tau, n)
+    w = losses.tempered_ratio(schedule, x, x_tau, tau, n)
     torch.testing.assert_close(w[i == 3], torch.ones_like(w[i == 3]))  # m = 0: n' = n
     assert (w[i == 0] - 1).abs().max() > 0.1
 
@@ -90,7 +91,7 @@ def slope(weighted):
     x_tau, n = objective.carry(x, X, i, tau)
     w = (quad[:, None] * quad[None]).flatten()
     var = float((w * (x[:, 0] + 0.5) ** 2).sum())
-    w = w * objective.importance(x, x_tau, tau, n) if weighted else w
+    w = w * losses.tempered_ratio(S, x, x_tau, tau, n) if weighted else w
     w = (w / w.sum())[:, None]
     a, b = x - (w * x).sum(), x_tau - (w * x_tau).sum()
     alpha, sigma = float(S.alpha(tau[0])), float(S.sigma(tau[0]))
@@ -130,10 +131,10 @@ def test_p1_the_walk_is_deterministic_and_on_policy():
     """X_{i+1} is the DDIM step from X_i with the student's own noise: what its sampler visits."""
     objective = make(VP.scaled_linear())
     one = batch_of(double(8, 1))
-    states, ends = objective.rollout(one)
+    states, ends = objective.rollout(one.noise, one.cond)
     for last in range(4):
         torch.testing.assert_close(objective.student.generate(one.noise, {}, None, last), ends[last])
-    again, _ = objective.rollout(one)
+    again, _ = objective.rollout(one.noise, one.cond)
     assert all(torch.equal(a, b) for a, b in zip(states, again)) and torch.equal(states[0], one.noise)
 
 
@@ -144,6 +145,32 @@ def test_reads_no_image():
     one = batch_of(double(8, 1))
     one.x0 = None
     assert len(list(objective.step(one, 0))) == 2 and not TDM.requires_data(TDMConfig())
+
+
+class Told(GaussianNet):
+    """Keeps what it was told and when."""
+
+    def forward(self, x_t, t, cond):
+        self.seen.append((float(cond["guidance"][0]), float(t[0])))
+        return super().forward(x_t, t, cond)
+
+
+def test_p1_several_step_counts_are_told(monkeypatch):
+    """K is drawn per batch; student and critic hear it, the walk is every (4 / K)-th time of the grid."""
+    S = Flow()
+    objective = make(S, step_counts=(1, 2, 4))
+    nets = {n: Told(S, -0.5, 0.6) for n in ("student", "critic")}
+    objective.student.backbone, objective.critic.backbone = nets["student"], nets["critic"]
+    objective.student.grid = 4
+    walks = {1: [1.0], 2: [1.0, 0.5], 4: [1.0, 0.75, 0.5, 0.25]}
+    for num, walk in walks.items():
+        monkeypatch.setattr(objective.rng, "shared_randint", lambda high, n=num: (1, 2, 4).index(n))
+        for net in nets.values():
+            net.seen = []
+        list(objective.step(batch_of(double(8, 1)), 0))
+        assert [t for _, t in nets["student"].seen[:num]] == walk
+        assert {w for net in nets.values() for w, _ in net.seen} == {float(num)}
+    assert objective.student.taking(2).times == walks[2]
 
 
 def test_renoising_is_refused(capsys, tmp_path):
@@ -166,6 +193,23 @@ def test_p2_four_steps_on_the_mixture(tmp_path, kind):
         student={"sampler": "ode"},
     )
     assert after < 0.02 and after < before / 2, (before, after)
+
+
+def test_p2_several_step_counts(tmp_path):
+    """One student for one, two and four steps, better at each than the network it started from."""
+    objective = {"name": "tdm", "step_counts": [1, 2, 4]}
+    *_, trainer = run_mixture(tmp_path, objective, steps=250, num_steps=4, student={"sampler": "ode"})
+    mixture, codec = trainer.cast.teacher.backbone, trainer.cast.teacher.codec
+    real, labels = mixture.sample(1500, torch.Generator().manual_seed(7))
+    untrained = Role(mixture.trainable_copy())
+    for num in (1, 2, 4):
+        student = trainer.cast.parts["student"].taking(num)
+        assert student.guidance == num
+        before, after = (
+            energy_distance(real, sample_student(one, list(range(1500)), codec.shape, codec.labels(labels)))
+            for one in (student.taking(num, untrained), student)
+        )
+        assert after < 0.03 and after < before, (num, before, after)
 
 
 def test_p4_tdm(tiny, tmp_path):
