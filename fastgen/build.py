@@ -96,7 +96,11 @@ class Cast:
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         base = self.teacher.backbone
-        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
+        counts = [
+            n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
+        ]
+        told = self.cfg.student.guidance_embedding if name != "critic" else None
+        adapter, told = None, (min(counts), max(counts)) if counts else told
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -118,7 +122,7 @@ class Cast:
         if name == "student":
             chosen = self.cfg.student
             role = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
-            role.guidance_range = told
+            role.guidance_range, role.told_steps = told, bool(counts)
         if told:
             role.guidance = self.cfg.teacher.guidance
         base.eval()
@@ -185,6 +189,8 @@ class Cast:
         for one in (student, *getattr(student, "members", ())):
             one.grid = grid
             one.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+        if student.told_steps:
+            student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
         method = getattr(stage.objective, "host", stage.objective)

@@ -37,7 +37,8 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
         del call["num_inference_steps"]
     told = info.get("guidance_range") is not None
     baked = info["times"] and not told
-    call |= info["step"] | (family.guidance_off if baked else {"guidance_scale": float(info["guidance"])})
+    w = float(info["steps"] if info.get("told_steps") else info["guidance"])
+    call |= info["step"] | (family.guidance_off if baked else {"guidance_scale": w})
     call |= family.plain_call(what)
     merged, lora = lora and told, "" if told else lora
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
@@ -196,7 +197,12 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
             f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
         )
-    if info.get("guidance_range"):
+    if info.get("told_steps"):
+        notes.append(
+            "The network is told the number of steps through its input for the guidance scale: pass the "
+            "step count as `guidance_scale`. The guidance itself is baked in."
+        )
+    elif info.get("guidance_range"):
         low, high = info["guidance_range"]
         notes.append(
             f"The network takes the guidance scale as an input, trained for {low:g} to {high:g}: one call a "
@@ -225,7 +231,8 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         negative = (
             "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
         )
-        how = "an input, see below" if span else f"baked in: guidance_scale 1, {negative}"
+        told = span and not info.get("told_steps")
+        how = "an input, see below" if told else f"baked in: guidance_scale 1, {negative}"
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]),
             "between steps": info["sampler"],

@@ -130,6 +130,7 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
         "guidance": cfg.teacher.guidance,
         "guidance_range": student.guidance_range and list(student.guidance_range),
+        "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
         "teacher_scheduler": _plain(teacher.scheduler),
@@ -148,6 +149,8 @@ def other_steps(trainer, served: Serving) -> dict[str, dict]:
         other = serve(student.taking(num), teacher)
         changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
         given = {"sigmas": student.taking(num).times} if other.needs_loop else other.arguments
+        if student.told_steps:
+            given = {"num_inference_steps": num, **given, "guidance_scale": float(num)}
         found[str(num)] = {"scheduler": changed, "arguments": given}
     return found
 

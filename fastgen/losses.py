@@ -87,6 +87,15 @@ def clamped(cos: Tensor, margin: float) -> Tensor:
     return F.relu(margin - cos).mean()
 
 
+@torch.no_grad()
+def tempered_ratio(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, n: Tensor) -> Tensor:
+    """exp(-mean n'^2 / 2) / exp(-mean n^2 / 2), [B]: how much likelier x_t is from x with fresh noise than by
+    the noise n it was made of, n' = (x_t - alpha x) / sigma, tempered by the dimension (TDM, 2503.06674).
+    """
+    implied = (x_t - expand(schedule.alpha(t), x) * x) / expand(schedule.sigma(t), x)
+    return (0.5 * (per_sample_mean(n**2) - per_sample_mean(implied**2))).exp()
+
+
 def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:
     """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair.
 

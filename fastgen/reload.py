@@ -125,7 +125,9 @@ def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
     times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
     student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
     if info.get("guidance_range"):
-        student.guidance_range, student.guidance = tuple(info["guidance_range"]), float(info["guidance"])
+        student.told_steps = info.get("told_steps", False)
+        student.guidance_range = tuple(info["guidance_range"])
+        student.guidance = float(len(times) if student.told_steps else info["guidance"])
     return student
 
 

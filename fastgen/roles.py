@@ -90,6 +90,8 @@ class Student(Role):
 
     guidance_range: tuple[float, float] | None = None
     """guidance scales a student that is told w is trained for"""
+    told_steps = False
+    """whether that input holds the number of steps instead of w"""
 
     def __init__(
         self,
@@ -109,6 +111,8 @@ class Student(Role):
         other = copy.copy(self)
         if num not in (0, len(self.times)):
             other.times = self.schedule.few_steps(num, self.grid)
+        if self.told_steps:
+            other.guidance = float(len(other.times))
         if role is not None:
             other.backbone, other.adapter, other.guidance = role.backbone, role.adapter, role.guidance
         return other

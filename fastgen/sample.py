@@ -127,7 +127,7 @@ class Painter:
             if not self.role.grid:
                 _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
             self.role = self.role.taking(self.steps)
-        if self.is_student and self.role.guidance_range:
+        if self.is_student and self.role.guidance_range and not self.role.told_steps:
             low, high = self.role.guidance_range
             if not low <= guidance <= high:
                 _warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
@@ -197,7 +197,7 @@ def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device
 def contenders(args, loaded, device) -> list[Painter]:
     """The model asked for, then its teacher if compared; warns of flags that cannot act."""
     guided = not loaded.is_student or args.compare_teacher
-    told = loaded.is_student and loaded.role.guidance_range is not None
+    told = loaded.is_student and loaded.role.guidance_range and not loaded.role.told_steps
     nasa_scale = _nasa_scale(args, loaded)
     for flag, acts in (("negative_prompt", guided or nasa_scale), ("guidance", guided or told)):
         if getattr(args, flag) not in ("", None) and not acts:
