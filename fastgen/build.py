@@ -42,10 +42,12 @@ class Cast:
         self.teacher.backbone.requires_grad_(False).eval()
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
+        few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
-            self._make(name, kinds[name], alone="teacher" not in names)
+            self._make(name, kinds[name], alone)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
