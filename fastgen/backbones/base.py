@@ -99,7 +99,8 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [self.family.feature_map(self.net, found[i], x_t).float() for i in range(len(chosen))], D
+        tokens = [self.family.image_tokens(self.net, found[i], x_t, cond) for i in range(len(chosen))]
+        return [self.family.feature_map(self.net, out, x_t).float() for out in tokens], D
 
     # -- adapters ------------------------------------------------------------------------------------------
     def add_adapter(

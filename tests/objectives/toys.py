@@ -92,7 +92,7 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
-    optim = {"student": optim, "critic": optim | {"lr": 2 * lr}}
+    optim = {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}}
     one = {"objective": objective, "optim": optim}
     several = [
         {"name": str(i), "objective": o, "max_train_steps": n, "num_steps": few, "optim": optim}
