@@ -84,7 +84,9 @@ class Cast:
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
-        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
+        adapter, told = None, None
+        if name in ("student", "target", "previous"):
+            told = self.cfg.student.guidance_embedding
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
