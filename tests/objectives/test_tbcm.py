@@ -1,4 +1,4 @@
-"""TBCM: points on the teacher's own trajectory, no call wasted, sCM's loss there; the mixture without data."""
+"""TBCM: points on the teacher's trajectory, no call wasted, sCM's loss there; the mixture without data."""
 
 import pytest
 import torch
