@@ -19,7 +19,7 @@ from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
-from fastgen.schedules import VP
+from fastgen.schedules import VP, Flow, Schedule
 from fastgen.trigflow import LogVariance
 
 
@@ -53,10 +53,12 @@ class Cast:
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         kinds |= {"path": self.critic_kind}
+        few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
-            self._make(name, kinds[name], alone="teacher" not in names)
+            self._make(name, kinds[name], alone)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
@@ -69,6 +71,11 @@ class Cast:
     @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+
+    @property
+    def few_step_schedule(self) -> Schedule:
+        """The teacher's schedule, or the one whose few steps a student of another form takes."""
+        return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
 
     def backbones(self) -> list[nn.Module]:
         """Distinct networks, teacher first."""
@@ -99,8 +106,9 @@ class Cast:
         counts = [
             n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
         ]
-        told = self.cfg.student.guidance_embedding if name != "critic" else None
-        adapter, told = None, (min(counts), max(counts)) if counts else told
+        adapter, told = None, (min(counts), max(counts)) if counts else None
+        if name in ("student", "target", "previous") and not counts:
+            told = self.cfg.student.guidance_embedding
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -116,6 +124,10 @@ class Cast:
         elif not alone:
             base = copy.deepcopy(base).float()
         if told and adapter is None:
+            if self.cfg.student.sprint:
+                from fastgen.sprint import make_sprint
+
+                make_sprint(base)
             base.add_guidance()
             base.to(self.device)
         role = Role(base, adapter)
@@ -164,7 +176,7 @@ class Cast:
         base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:
-        s, schedule = self.cfg.student, self.teacher.schedule
+        s, schedule = self.cfg.student, self.few_step_schedule
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
@@ -185,7 +197,7 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few = self.teacher.schedule.few_steps
+        few = self.few_step_schedule.few_steps
         for one in (student, *getattr(student, "members", ())):
             one.grid = grid
             one.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
@@ -217,22 +229,23 @@ class Cast:
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
     def _disc(self, objective, member: int = 0) -> Discriminator:
+        objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
         features = getattr(objective, "disc_features", "teacher")
         role = self.parts[features if features in self.parts else "teacher"]
         role = role.members[member] if hasattr(role, "members") else role
         codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps = objective.disc_taps or (
-            role.backbone.family.default_taps(role.backbone.net)
-            if hasattr(role.backbone, "family")
-            else (-1,)
-        )
+        taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
+        if not objective.disc_taps and hasattr(role.backbone, "family"):
+            family, net = role.backbone.family, role.backbone.net
+            depths = getattr(objective, "disc_depths", 0)
+            taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
-            mean = getattr(objective, "disc_mean", False)
-            return Discriminator(role, taps, example, mean).to(self.device)
+            head = "mean" if getattr(objective, "disc_mean", False) else head
+            return Discriminator(role, taps, example, head).to(self.device)
 
 
 def _base(name: str) -> str:

@@ -101,6 +101,8 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    sprint: bool = False
+    """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
     fuse: str = ""
@@ -309,6 +311,10 @@ class RunConfig(Section):
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
         self._check_guidance()
+        if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
+            raise ValueError(
+                "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
+            )
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
