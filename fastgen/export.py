@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastgen import __version__, lora
+from fastgen import __version__, lora, nasa
 from fastgen.backbones import Teacher, hub_folder
-from fastgen.cards import model_card, read_command
+from fastgen.cards import members_card, model_card, read_command
 from fastgen.checkpoint import write_text
 from fastgen.lora import load_lora_into
 from fastgen.objectives import REGISTRY
 from fastgen.reload import Loaded, init_student, load_export, sample_command
-from fastgen.roles import Student
+from fastgen.roles import Student, Students
 from fastgen.schedules import TrigFlow
 from fastgen.serving import Serving, scheduler_for
 from fastgen.sprint import shipped
@@ -56,19 +56,45 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     else:
         served = Serving(teacher.scheduler)
     info = describe(trainer, teacher, student, served, distilled)
+    info["name"] = export_name(info, trainer.cfg.output_dir)
     chosen = trainer.cfg.train.export_dtype
     dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
-    name, files = export_name(info, trainer.cfg.output_dir), {}
-    if student.adapter is None:
-        document = _document(teacher, info)
-        export_folder(teacher, student.backbone.net, temporary, served.scheduler, document, dtype)
+    told = results, read_command(Path(trainer.folder))
+    if hasattr(student, "members"):
+        _export_members(teacher, student, temporary, served, info, dtype, told)
     else:
-        files = _export_lora(teacher, student, temporary, name, served, info, dtype)
-        write_text(temporary / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
-    command = read_command(Path(trainer.folder))
-    write_text(temporary / "README.md", model_card(name, teacher, info, results, command, files))
+        _export_one(teacher, student, temporary, served, info, dtype, told)
     shutil.rmtree(folder, ignore_errors=True)
     return temporary.rename(folder)
+
+
+def _export_one(
+    teacher: Teacher, student: Student, folder: Path, served: Serving, info: dict, dtype, told: tuple
+) -> None:
+    """One student's files and card."""
+    name, files = info["name"], {}
+    if student.adapter is None:
+        document = _document(teacher, info)
+        export_folder(teacher, student.backbone.net, folder, served.scheduler, document, dtype)
+    else:
+        files = _export_lora(teacher, student, folder, name, served, info, dtype)
+        write_text(folder / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
+    if info["nasa"]:
+        shutil.copyfile(nasa.__file__, folder / "nasa.py")
+    write_text(folder / "README.md", model_card(name, teacher, info, *told, files))
+
+
+def _export_members(
+    teacher: Teacher, students: Students, folder: Path, served: Serving, info: dict, dtype, told: tuple
+) -> None:
+    """A folder for each student, whole in itself, and the router that says whose condition is whose."""
+    for j, member in enumerate(students.members):
+        (folder / f"student{j}").mkdir()
+        _export_one(teacher, member, folder / f"student{j}", served, info, dtype, told)
+    students.router.save(folder)
+    info = {**info, "students": len(students.members), "trained_students": students.trained}
+    write_text(folder / "fastgen.json", json.dumps(_document(teacher, info), indent=2))
+    write_text(folder / "README.md", members_card(info, students.router))
 
 
 def serve(student: Student, teacher: Teacher) -> Serving:
@@ -103,8 +129,10 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "others": other_steps(cfg, teacher, student, served) if distilled else {},
         "needs_loop": served.needs_loop,
         "gaps": gaps(student) if distilled else None,
+        "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
         "guidance": cfg.teacher.guidance,
         "guidance_range": student.guidance_range and list(student.guidance_range),
+        "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
         "teacher_scheduler": _plain(teacher.scheduler),
@@ -133,6 +161,8 @@ def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dic
         other = serve(student.taking(num), teacher)
         changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
         given = {"sigmas": student.taking(num).times} if other.needs_loop else other.arguments
+        if student.told_steps:
+            given = {"num_inference_steps": num, **given, "guidance_scale": float(num)}
         found[str(num)] = {"scheduler": changed, "arguments": given}
     return found
 

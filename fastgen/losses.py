@@ -66,6 +66,7 @@ def denoising(
     """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
+    "snr_plus_1" w = SNR + 1;
     "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
     "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
     """
@@ -74,6 +75,7 @@ def denoising(
         "x0": lambda: torch.ones_like(a),
         "eps": lambda: (a / s) ** 2,
         "snr1": lambda: ((a / s) ** 2).clamp(min=1),
+        "snr_plus_1": lambda: (a / s) ** 2 + 1,
         "flow": lambda: ((a + s) / s) ** 2,
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
@@ -85,6 +87,15 @@ def denoising(
 def clamped(cos: Tensor, margin: float) -> Tensor:
     """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
     return F.relu(margin - cos).mean()
+
+
+@torch.no_grad()
+def tempered_ratio(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, n: Tensor) -> Tensor:
+    """exp(-mean n'^2 / 2) / exp(-mean n^2 / 2), [B]: how much likelier x_t is from x with fresh noise than by
+    the noise n it was made of, n' = (x_t - alpha x) / sigma, tempered by the dimension (TDM, 2503.06674).
+    """
+    implied = (x_t - expand(schedule.alpha(t), x) * x) / expand(schedule.sigma(t), x)
+    return (0.5 * (per_sample_mean(n**2) - per_sample_mean(implied**2))).exp()
 
 
 def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from fastgen import lora
 from fastgen.backbones import Teacher, load_teacher
 from fastgen.errors import UserError
 from fastgen.paths import PACKAGE, resolve
-from fastgen.roles import Role, Student
+from fastgen.roles import Role, Student, Students
+from fastgen.router import Router
 from fastgen.sprint import is_sprint, make_sprint
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -39,9 +40,10 @@ class Loaded:
     def to(self, device, dtype=torch.float32) -> "Loaded":
         """Move everything; the denoiser alone takes `dtype`."""
         self.teacher.to(device)
-        self.role.backbone.to(device)
-        if dtype != torch.float32 and hasattr(self.role.backbone, "net"):
-            torch.nn.Module.to(self.role.backbone.net, dtype)
+        for role in getattr(self.role, "members", [self.role]):
+            role.backbone.to(device)
+            if dtype != torch.float32 and hasattr(role.backbone, "net"):
+                torch.nn.Module.to(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
@@ -93,6 +95,8 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         return _load_lora(found, base, key)
     file = found / "fastgen.json"
     info = _read(file, key).get("export", {}) if file.is_file() else {}
+    if "students" in info:
+        return _load_members(found, info, base, key)
     if "lora" in info:
         return _load_lora(found / info["lora"], base, key)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
@@ -107,6 +111,13 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     return Loaded(role, teacher, info, str(path))
 
 
+def _load_members(found: Path, info: dict, base: str | None, key: str) -> Loaded:
+    """Several students and their router."""
+    router = Router.load(found, key)
+    loaded = [load_export(found / f"student{j}", base, key) for j in range(info["students"])]
+    return Loaded(Students([one.role for one in loaded], router), loaded[0].teacher, info, str(found))
+
+
 def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
     """The student an export describes, with its time list."""
     scheduler = info.get("scheduler", {})
@@ -117,7 +128,9 @@ def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
     times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
     student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
     if info.get("guidance_range"):
-        student.guidance_range, student.guidance = tuple(info["guidance_range"]), float(info["guidance"])
+        student.told_steps = info.get("told_steps", False)
+        student.guidance_range = tuple(info["guidance_range"])
+        student.guidance = float(len(times) if student.told_steps else info["guidance"])
     return student
 
 
@@ -193,6 +206,26 @@ def _init_full(student: Role, path: str, key: str) -> None:
         found = f"{path} is another network ({wrong[0]} differs)"
         raise UserError(key, found, "an export of a student of this teacher")
     net.load_state_dict(state)
+
+
+@torch.no_grad()
+def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
+    """own <- weight own + (1 - weight) other, by name; other is the student at path, its LoRA merged
+    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4).
+    """
+    key = "student.fuse"
+    other = load_export(path, key=key)
+    net = other.role.backbone.net
+    if other.role.adapter is not None:
+        layers = lora.collect(net, other.role.adapter)
+        net = lora.without_adapters(net)
+        lora.merge(net, layers)
+    state = {f"net.{n}": p for n, p in net.state_dict().items()}
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    if wrong:
+        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "a student of this teacher")
+    for name, value in own.items():
+        value.lerp_(state[name].to(value), 1 - weight)
 
 
 def sample_command(path: str | Path) -> str:

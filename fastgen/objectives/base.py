@@ -155,6 +155,11 @@ class Objective:
         return 0
 
     @classmethod
+    def step_counts(cls, cfg) -> tuple[int, ...]:
+        """Step counts that student and critic are told, through the class's own input for w; empty: none."""
+        return ()
+
+    @classmethod
     def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
         """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
         is.

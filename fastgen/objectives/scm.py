@@ -80,17 +80,24 @@ class SCM(Objective, config=SCMConfig):
 
 
 def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int, w: float | Tensor, told: dict):
-    """(loss, logs) of the box, for any objective with a student (and teacher and logvar part); told is the
-    student's cond, w the teacher's guidance.
+    """(loss, logs) of the box at noised data, for any objective with a student (and teacher and logvar part);
+    told is the student's cond, w the teacher's guidance.
     """
     x0, rng, sd = batch.x0, objective.rng, cfg.sigma_data
     view = TrigView(objective.schedule, sd)
     t = view.time(objective.sample_t(len(x0), cfg.time))
     x_t = view.trig.noise(x0, rng.randn_like(x0), t)  # x_t = cos t x0 + sin t z
+    with torch.no_grad():
+        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
+    return loss_at(objective, cfg, x_t, t, d, k, told)
+
+
+def loss_at(objective: Objective, cfg: SCMConfig, x_t: Tensor, t: Tensor, d: Tensor, k: int, told: dict):
+    """(loss, logs) at any points x_t, t of TrigFlow with the velocity d of the ODE that is followed there."""
+    sd, view = cfg.sigma_data, TrigView(objective.schedule, cfg.sigma_data)
     cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
     student = view.velocity(lambda x, tau: objective.student(x, tau, told))
     with torch.no_grad():
-        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
         scaled = t.cos() * t.sin()
         J = tangent(student, (x_t, t), (cos * sin * d, scaled), cfg.tangent)  # cos t sin t dF/dt
     F = student(x_t, t)

@@ -13,6 +13,8 @@ noise level, one critic serves them all.
   student:  x* = x + D_real^w(x_tau) - D_fake(x_tau)
             loss = huber(x - sg x*) / mean|x - D_real^w|,   huber(d) = sqrt(d^2 + c^2) - c by element
 
+  step_counts (TDM-unify): K is drawn per batch from the list and told to student and critic.
+
 Differs
 - authors' list is 899, 674, 449, 224 of 1000; here any `student.timesteps` (the schedule's own by default),
   with `student.sampler: ode`, so that plain DDIM or Euler schedulers walk it.
@@ -24,7 +26,7 @@ Differs
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives import matching
@@ -47,10 +49,20 @@ class TDMConfig(ObjectiveConfig):
     """bound of the signal-to-noise weight of the critic"""
     importance: bool = True
     """weigh the critic's samples by w_is; without, it learns a denoiser that is biased"""
+    step_counts: tuple[int, ...] = ()
+    """train these step counts at once, each a divisor of the largest, K being told to the networks through
+    their class's input for the guidance scale; empty trains student.num_steps alone
+    """
     metric: Literal["huber", "l2"] = "huber"
     """the student's distance to x*"""
     huber_c: float = Field(1e-3, gt=0)
     """constant of the Huber distance"""
+
+    @model_validator(mode="after")
+    def _counts_share_a_grid(self):
+        if any(n < 1 or max(self.step_counts) % n for n in self.step_counts):
+            raise ValueError(f"step_counts: found {list(self.step_counts)}; each must divide the largest")
+        return self
 
 
 class TDM(Objective, config=TDMConfig):
@@ -68,23 +80,42 @@ class TDM(Objective, config=TDMConfig):
         return {name: round(n, 3) for name, n in calls.items()}
 
     @classmethod
+    def step_counts(cls, cfg):
+        return cfg.step_counts
+
+    @classmethod
+    def grid_steps(cls, cfg):
+        return max(cfg.step_counts, default=0)
+
+    @classmethod
     def unsampled(cls, cfg, num_steps, sampler):
+        if cfg.step_counts and num_steps not in cfg.step_counts:
+            return f"tdm trains objective.step_counts {list(cfg.step_counts)}"
         return "" if sampler == "ode" or num_steps == 1 else "tdm trains a deterministic walk, use ode"
 
     def prepare(self):
         self.grid = self.schedule.from_unit(torch.linspace(0, 1, 1001, dtype=torch.float64))
-        times = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
-        self.where = torch.searchsorted(self.grid, times - 1e-9).clamp(max=1000)  # t_1 .. t_K, clean end
+        self.plan(len(self.student.times))
+
+    def plan(self, num):
+        """Fix the walk of this step: t_1 .. t_K, and where they and the clean end lie on the grid."""
+        self.times = self.student.taking(num).times
+        edges = torch.tensor([*self.times, self.schedule.t_min], dtype=torch.float64)
+        self.where = torch.searchsorted(self.grid, edges - 1e-9).clamp(max=1000)
 
     def step(self, batch, k):
-        cfg = self.cfg
-        states, ends = self.rollout(batch)
+        cfg, told = self.cfg, batch.cond
+        if cfg.step_counts:
+            self.plan(cfg.step_counts[self.rng.shared_randint(len(cfg.step_counts))])
+            steps = torch.full((len(batch.noise),), float(len(self.times)), device=batch.noise.device)
+            told = {**batch.cond, "guidance": steps}
+        states, ends = self.rollout(batch.noise, told)
         i, tau = self.draw(len(batch.noise))
         with self.turn("critic"):
             X, x = (torch.stack(v)[i, torch.arange(len(i))] for v in (states, ends))
             x_tau, n = self.carry(x, X, i, tau)  # x_tau ~ q(x_tau | x_m)
-            fake = self.critic(x_tau, tau, batch.cond)
-            w = self.importance(x, x_tau, tau, n)  # w_is
+            fake = self.critic(x_tau, tau, told)
+            w = losses.tempered_ratio(self.schedule, x, x_tau, tau, n)  # w_is
             snr = (2 * self.schedule.log_snr(tau)).exp().clamp(max=cfg.snr_clip)
             loss = losses.mse(fake, x, w * snr if cfg.importance else snr)  # w_is min(SNR, 5) |D_fake - x|^2
             logs = matching.critic_error(self.schedule, fake, x, x_tau, tau, batch.cond)
@@ -94,11 +125,11 @@ class TDM(Objective, config=TDMConfig):
         i, tau = self.draw(len(batch.noise))
         with self.turn("student"):
             X = torch.stack(states)[i, torch.arange(len(i))]
-            x = self.student(X, self.time(i), batch.cond)  # x = G(X_i, t_i, c)
+            x = self.student(X, self.time(i), told)  # x = G(X_i, t_i, c)
             with torch.no_grad():
                 x_tau, _ = self.carry(x, X, i, tau)
                 real = self.teacher.guided(x_tau, tau, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                fake = self.critic(x_tau, tau, batch.cond)  # D_fake
+                fake = self.critic(x_tau, tau, told)  # D_fake
                 goal = x + real - fake  # x*
                 scale = losses.per_sample_mean((x - real).abs()).clamp(min=1e-6)
             if cfg.metric == "huber":
@@ -108,21 +139,20 @@ class TDM(Objective, config=TDMConfig):
             yield loss, matching.diagnostics(x, real, fake)
 
     @torch.no_grad()
-    def rollout(self, batch):
+    def rollout(self, noise, cond):
         """The student's inputs X_1 .. X_K on its own trajectory, and its estimates x_1 .. x_K there."""
-        S, times = self.schedule, self.student.times
-        X, states, ends = batch.noise * S.prior_std(times[0]), [], []
-        for j in range(len(times)):
-            t = self.student.time(j, X)
+        S, X, states, ends = self.schedule, noise * self.schedule.prior_std(self.times[0]), [], []
+        for time, following in zip(self.times, [*self.times[1:], None]):
+            t = noise.new_full((len(noise),), time, dtype=torch.float64)
             states.append(X)
-            ends.append(self.student(X, t, batch.cond))
-            if j + 1 < len(times):
-                X = S.ode_step(ends[-1], X, t, self.student.time(j + 1, X))  # the same predicted noise
+            ends.append(self.student(X, t, cond))
+            if following is not None:
+                X = S.ode_step(ends[-1], X, t, torch.full_like(t, following))  # the same predicted noise
         return states, ends
 
     def draw(self, num):
         """Segment i [B] and tau [B], uniform on the grid between the segment's end and its start."""
-        i = self.rng.randint(len(self.student.times), num)
+        i = self.rng.randint(len(self.times), num)
         where = self.where.to(i.device)
         low = where[i + 1].clamp(min=round(1000 * self.cfg.tau_low))
         high = torch.maximum(where[i] - round(1000 * self.cfg.tau_gap), low)
@@ -130,21 +160,14 @@ class TDM(Objective, config=TDMConfig):
         return i, self.grid.to(i.device)[chosen]
 
     def time(self, i):
-        """The student's times of rows in segments i, [B]."""
-        return torch.tensor(self.student.times, dtype=torch.float64, device=i.device)[i]
+        """The times t_i of rows in segments i, [B]."""
+        return torch.tensor(self.times, dtype=torch.float64, device=i.device)[i]
 
     def carry(self, x, X, i, tau):
         """x_tau and the noise n it took, from the end state x_m of the step that made x of X."""
         S, n = self.schedule, self.rng.randn_like(x)
-        t, last = self.time(i), (i == len(self.student.times) - 1)
+        t, last = self.time(i), (i == len(self.times) - 1)
         m = self.grid.to(i.device)[self.where.to(i.device)[i + 1]]
         x_m = jump(S, x, X, t, torch.where(last, S.t_min, m))  # alpha x + sigma eps_G; x at the clean end
         clean = expand(last.double(), x).bool()
         return torch.where(clean, S.noise(x, n, tau), S.renoise(x_m, n, m, tau)), n
-
-    @torch.no_grad()
-    def importance(self, x, x_tau, tau, n):
-        """w_is [B]: the ratio q(x_tau | x) / q(x_tau | x_m) tempered by the dimension."""
-        S = self.schedule
-        implied = (x_tau - expand(S.alpha(tau), x) * x) / expand(S.sigma(tau), x)  # n'
-        return (0.5 * (losses.per_sample_mean(n**2) - losses.per_sample_mean(implied**2))).exp()

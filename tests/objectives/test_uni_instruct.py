@@ -9,7 +9,8 @@ from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
 from fastgen.run import main
 from fastgen.schedules import EDM
 from tests.objectives import gaussians
-from tests.objectives.gaussians import STUDENT, TEACHER, T
+from tests.objectives.modes import far_share
+from tests.objectives.toys import run_mixture
 from tests.replay import replay
 
 SHORT = {"f": "kl", "gan_weight": 0.1}
@@ -29,8 +30,8 @@ KNOWN = {  # d/d(m, s) of E_q h |Delta|^2 at t = 0.7, in score space
 
 def integrand(name):
     """E_q [ h(r) |Delta|^2 ], everything moving with (m, s)."""
-    mean, std = (torch.tensor(v, dtype=torch.float64) for v in TEACHER)
-    t = torch.tensor(T, dtype=torch.float64)
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in gaussians.TEACHER)
+    t = torch.tensor(gaussians.T, dtype=torch.float64)
 
     def value(x_t, m, s):
         log_r = gaussians.log_density(x_t, mean, std, t) - gaussians.log_density(x_t, m, s, t)
@@ -53,7 +54,7 @@ def surrogate(name, mode="logit", detach_x0=False, power=1.0, terms=("sim", "fgm
             found = found + divergences.ratio_path(EDM(), x, x_t, t, real, fake, h, k, r2h)
         return found * scale
 
-    return gaussians.surrogate(loss)[1] / T**4
+    return gaussians.surrogate(loss)[1] / gaussians.T**4
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -84,7 +85,7 @@ def test_p1_reverse_kl_is_sid():
         _, sid = gaussians.surrogate(
             lambda x, x_t, t, real, fake, log_r, a=alpha: divergences.score_identity(x, real, fake, a)
         )
-        torch.testing.assert_close(surrogate("rkl", terms=terms), 2 * sid / T**4)
+        torch.testing.assert_close(surrogate("rkl", terms=terms), 2 * sid / gaussians.T**4)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,10 @@ def test_p1_reverse_kl_is_sid():
 )
 def test_p1_expansion(name, known):
     """D_f at t = 0 minus D_f at t = 6 is the integral of t E_q h |Delta|^2."""
-    (mp, sp), (m, s) = ([torch.tensor(v, dtype=torch.float64) for v in pair] for pair in (TEACHER, STUDENT))
+    (mp, sp), (m, s) = (
+        [torch.tensor(v, dtype=torch.float64) for v in pair]
+        for pair in (gaussians.TEACHER, gaussians.STUDENT)
+    )
     u, w = gaussians.nodes(60)
 
     def at(t, value):
@@ -125,7 +129,7 @@ def test_p1_static_gradients():
                 TABLE[n].h(log_r.exp()).detach() * ((fake - real).detach() * x)[:, 0]
             )
         )
-        torch.testing.assert_close(found / T**2, torch.tensor(wanted).double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found / gaussians.T**2, torch.tensor(wanted).double(), rtol=0, atol=1e-4)
 
 
 def test_needs_data_only_with_a_ratio():
@@ -150,6 +154,24 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
     said = capsys.readouterr().err
     assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "run").exists()
+
+
+def test_p2_which_modes_a_divergence_keeps():
+    """Two modes, a student with room for one: reverse KL drops the far one, Jeffreys and forward KL do not.
+
+    JS does not escape from here in the expanded form (in f-distill's static form it does): its weight
+    r / (1 + r) is flat where the student is missing, and |Delta|^2 there is what pulls.
+    """
+    share = {name: far_share(name, expanded=True) for name in ("rkl", "js", "kl", "jeffreys")}
+    assert share["rkl"] < 0.01 and share["js"] < 0.01, share
+    assert abs(share["kl"] - 0.5) < 0.05 and share["jeffreys"] > 0.1, share
+
+
+@pytest.mark.parametrize("f", ["js", "kl"])
+def test_p2_distils_the_mixture(tmp_path, f):
+    objective = {"name": "uni_instruct", "f": f, "disc_weight": 0.3, "gan_weight": 0.003, "warmup_steps": 50}
+    before, after, *_ = run_mixture(tmp_path, objective, steps=250)
+    assert after < 0.02 and after < before / 4, (before, after)
 
 
 def test_p4_uni_instruct(tiny, tmp_path):
