@@ -37,12 +37,14 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     call |= info["arguments"] if not info["bound"] else {}
     if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
         del call["num_inference_steps"]
-    embedded = info["embedded_guidance"]
-    call |= family.guidance_call(embedded)
+    told = info.get("guidance_range") is not None
+    w = float(info["steps"] if info.get("told_steps") else info["guidance"])
+    call |= info["step"] | family.guidance_call(w if told else info["embedded_guidance"])
     if not info["times"] and info["guidance"] != 1:
         call |= family.guided_call(info["guidance"])
     call |= family.plain_call(what)
-    on_base = lora and family.lora_loader
+    own = told or info["gaps"]  # an input that the base has not
+    on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])
     source = repr(shown_path(info["base"])) if on_base else '"merged"' if lora else '"."'
     note = "" if lora else "  # this folder"
@@ -61,6 +63,9 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
         ]
+    if info["gaps"]:
+        call["latents"] = "latents"
+        lines += _gap_lines(family, info["gaps"], codec.shape)
     if info["bound"]:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",
@@ -79,9 +84,22 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
         *lines,
         f"{'frames' if moving else 'image'} = pipe(",
         f"    {', '.join(asked)},",
-        *_wrapped([f"{k}={v!r}" for k, v in call.items()]),
+        *_wrapped([f"{k}={v if k == 'latents' else repr(v)}" for k, v in call.items()]),
         f").{'frames' if family.temporal else 'images'}[0]",
         'export_to_gif(frames, "sample.gif")' if moving else 'image.save("sample.png")',
+    ]
+
+
+def _gap_lines(family, gaps: list[float], shape: tuple[int, ...]) -> list[str]:
+    """A pipeline whose network reads the length of each step as one more channel of its latent."""
+    return [
+        f"gaps, forward = iter({gaps}), pipe.{family.component}.forward",
+        "",
+        "def with_gap(x, *args, **kwargs):  # the network also reads how long its step is",
+        "    return forward(torch.cat([x, torch.full_like(x[:, :1], next(gaps))], 1), *args, **kwargs)",
+        "",
+        f"pipe.{family.component}.forward = with_gap",
+        f"latents = torch.randn(1, {', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
     ]
 
 
@@ -96,8 +114,16 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
             step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
             f"        out = null + {w} * (out - null)",
         ]
-    step += ["        x = scheduler.step(out, t, x, generator=generator).prev_sample"]
+    if info["gaps"]:
+        read = "torch.cat([x, torch.full_like(x[:, :1], gap)], 1)"
+        if edm:
+            read = read.replace("[x, ", "[scheduler.scale_model_input(x, t), ")
+        step = [f"        out = net({read}, t{label}).sample"]
+    given = _keywords(info["step"])
+    step += [f"        x = scheduler.step(out, t, x{given}, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
+    if info["gaps"]:
+        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {info['gaps']}):  # gap: the step's length"
     if info["needs_loop"]:
         loop = _renoise_loop(info["times"], label)
     arguments = dict(info["arguments"])
@@ -205,16 +231,41 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
     if student and info["arguments"]:
         given = _keywords(info["arguments"])[2:]
         notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
-    elif student and len(info["times"]) > 1:
+    elif student and len(info["times"]) > 1 and not info["grid"]:
         notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
+    for num, change in info["others"].items():
+        set_to = "".join(f", `{k}={v!r}`" for k, v in change["scheduler"].items())
+        given = _keywords(change["arguments"])[2:] or f"num_inference_steps={num}"
+        loaded = f" with the scheduler loaded with {set_to[2:]}" if set_to else ""
+        notes.append(f"In {num} step{'s' * (num != '1')}: pass `{given}`{loaded}.")
     if lora:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if lora and not teacher.backbone.family.lora_loader:
+    if info.get("nasa"):
         notes.append(
-            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged "
-            "network for it; "
+            "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
+            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
+        )
+    if info.get("told_steps"):
+        notes.append(
+            "The network is told the number of steps through its input for the guidance scale: pass the "
+            "step count as `guidance_scale`. The guidance itself is baked in."
+        )
+    elif info.get("guidance_range"):
+        low, high = info["guidance_range"]
+        notes.append(
+            f"The network takes the guidance scale as an input, trained for {low:g} to {high:g}: one call a "
+            "step, and `guidance_scale` works as usual; negative prompts do nothing."
+        )
+    if lora and info.get("guidance_range"):
+        notes.append(
+            "`merged/` holds the network for plain diffusers, whose LoRA loader cannot add the layer for w."
+        )
+    elif lora and not teacher.backbone.family.lora_loader:
+        notes.append(
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the "
+            "merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
@@ -227,10 +278,16 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     trained = f"{info['trained_steps']} steps"
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
+        span = info.get("guidance_range")
+        negative = (
+            "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
+        )
+        told = span and not info.get("told_steps")
+        how = "an input, see below" if told else f"baked in: guidance_scale 1, {negative}"
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]),
             "between steps": info["sampler"],
-            "guidance": f"{info['guidance']:g}, baked in: guidance_scale 1, negative prompts do nothing",
+            "guidance": f"{info['guidance']:g}, {how}",
             "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
         }
     else:
@@ -267,6 +324,31 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "```",
         "",
         "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def members_card(info: dict, router) -> str:
+    """README.md over the folders of several students."""
+    lines = [f"# {info['name']}, {info['students']} students", ""]
+    if router.tensors and "table" in router.tensors:
+        table = router.tensors["table"][:-1].tolist()
+        lines += ["| class | folder |", "|---|---|"]
+        lines += [f"| {c} | `student{j}/` |" for c, j in enumerate(table)]
+    elif router.num > 1:
+        lines += [
+            "Prompts are cut along one axis of their mean text state (`router.safetensors`): the student's",
+            "number is how many `edges` lie below `(mean over tokens - mean) @ axis`.",
+        ]
+    lines += [
+        "",
+        "Each folder is an ordinary export with a card of its own. The numbers in those cards are of all",
+        "students together, each asked for its own conditions. fastgen's `sample.py` routes by itself:",
+        "",
+        "```sh",
+        "python sample.py --model . --num_images 16",
+        "```",
         "",
     ]
     return "\n".join(lines)

@@ -99,12 +99,24 @@ class StudentConfig(Section):
     """network evaluations per sample; the time list follows the exported scheduler's grid"""
     timesteps: tuple[float, ...] = ()
     """explicit time list in the schedule's units, descending; overrides num_steps"""
-    sampler: Literal["renoise", "ode"] = "renoise"
-    """between steps: add fresh noise, or continue along the ODE with the predicted noise"""
+    sampler: Literal["renoise", "ode", "tcd"] = "renoise"
+    """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
+    gamma: float = Field(0.0, ge=0, le=1)
+    """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
+    guidance_embedding: tuple[float, float] | None = None
+    """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    sprint: bool = False
+    """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
+    fuse: str = ""
+    """export of another student of this teacher, averaged into this one at the end of the run"""
+    fuse_weight: float | None = Field(None, ge=0, le=1)
+    """this student's share of that average; null is 0.5"""
     lora: LoraConfig = LoraConfig()
     """adapter settings when kind is lora"""
+    net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """changes to the teacher's network config for an untrained student of another size; files only"""
 
 
 class CriticConfig(Section):
@@ -283,6 +295,10 @@ class RunConfig(Section):
             ),
         )
 
+    def reads_data(self) -> bool:
+        """Whether any stage reads real images; those of a data-free run are never opened."""
+        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+
     @model_validator(mode="after")
     def _cross_checks(self):
         if not self.stages and self.objective is None:
@@ -295,14 +311,37 @@ class RunConfig(Section):
             )
         for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
             raise ValueError(
-                f"{key}.lora.use_dora: found true; readers of LoRA files drop DoRA's magnitudes, use_rslora is exact"
+                f"{key}.lora.use_dora: found true; readers of LoRA files drop DoRA's magnitudes; "
+                "use_rslora is exact"
             )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
+            raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
+        if self.student.fuse and self.student.kind == "lora":
+            raise ValueError(
+                "student.fuse: found a LoRA student; only a full network takes an average: kind full"
+            )
+        if self.student.fuse_weight is not None and not self.student.fuse:
+            raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
+        self._check_guidance()
+        if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
+            raise ValueError(
+                "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
+            )
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
+            )
+        if self.student.gamma and self.student.sampler != "tcd":
+            raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
+        self._check_steps()
+        counts = (self.student.num_steps, len(times), *self.eval.student_steps)
+        two = [s.objective.name for s in self.all_stages() if REGISTRY[s.objective.name].two_times]
+        if two and max(counts) > 1 and self.student.sampler != "ode":
+            raise ValueError(
+                f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
             )
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
@@ -313,6 +352,27 @@ class RunConfig(Section):
                     "set data.name or data.images"
                 )
         return self
+
+    def _check_guidance(self) -> None:
+        """Whether every stage trains the range of guidance that the student is to be told."""
+        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.teacher.guidance
+        if span is None:
+            return
+        if not 0 <= span[0] < span[1] or not span[0] <= w <= span[1]:
+            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] around teacher.guidance {w:g}")
+        for name in (s.objective.name for s in self.all_stages()):
+            if not REGISTRY[name].draws_guidance:
+                able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
+                raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
+
+    def _check_steps(self) -> None:
+        """The step counts that are sampled and measured must be among those the last stage trains."""
+        last, s = self.all_stages()[-1], self.student
+        own = ("student.num_steps", last.num_steps or len(s.timesteps) or s.num_steps)
+        for key, num in (own, *(("eval.student_steps", n) for n in self.eval.student_steps)):
+            why = REGISTRY[last.objective.name].unsampled(last.objective, num, s.sampler)
+            if why:
+                raise ValueError(f"{key}: found {num} with sampler {s.sampler}; {why}")
 
 
 def validate(values: dict) -> RunConfig:

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastgen.backbones import Teacher
 from fastgen.checkpoint import write_tensors
 from fastgen.codecs import select
+from fastgen.datasets import load_images, load_labels
 from fastgen.errors import UserError
-from fastgen.media import read_folder
+from fastgen.media import file_names, read_captions, read_folder
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
 
@@ -36,11 +37,13 @@ class Data:
         rows: Tensor,
         uncond: dict[str, Tensor],
         shape,
+        texts: list[str] | None = None,
         own: dict[str, Tensor] | None = None,
         own_null: dict[str, Tensor] | None = None,
     ):
+        """texts: the caption of each row of the condition table."""
         self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
-        self.own, self.own_null = own or {}, own_null or {}
+        self.own, self.own_null, self.texts = own or {}, own_null or {}, texts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +79,8 @@ class Data:
                 x0 = None if self.x0 is None else self.x0[index].float().to(device)
                 cond = {n: v.to(device) for n, v in self.cond(index).items()}
                 uncond = {n: v.to(device) for n, v in self.null(index).items()}
-                window.append(Batch(x0, cond, uncond, noise.to(device), index))
+                texts = [self.texts[i] for i in self.rows[index].tolist()] if self.texts else None
+                window.append(Batch(x0, cond, uncond, noise.to(device), index, texts))
             yield window
             k += 1
 
@@ -108,8 +112,10 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
 
 def _text_rows(
     codec, captions: list[str], device, cache_dir: str = "", key: str = ""
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Each distinct caption encoded once, and the row of every sample; kept under cache_dir if given."""
+) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+    """Each distinct caption encoded once (kept under cache_dir if given), the row of every sample, and the
+    captions by row.
+    """
     unique = sorted(set(captions))
     for text in unique:
         lost = codec.cut(text)
@@ -121,12 +127,12 @@ def _text_rows(
     if file is not None and file.exists():
         from safetensors.torch import load_file
 
-        return load_file(file), rows
+        return load_file(file), rows, unique
     parts = [codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
     table = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
     if file is not None:
         write_tensors(file, table)
-    return table, rows
+    return table, rows, unique
 
 
 def _prompt_file(codec, prompts: list[str], cache_dir: str, key: str) -> Path:
@@ -155,36 +161,22 @@ def _shown(cfg, codec, images: Tensor | None, device) -> tuple[dict[str, Tensor]
     return tuple({k: torch.cat([p[i][k] for p in parts]).cpu() for k in parts[0][i]} for i in (0, 1))
 
 
-def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
-    """The data section of a run, in the teacher's own terms."""
+def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
+    """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
+    goes with them.
+    """
     codec = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if teacher.path.startswith("analytic:"):
         x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
-    images = labels = captions = None
-    if cfg.name in BUNDLED:
-        from fastgen.datasets import load_images
-
-        found = load_images(cfg.name, "train")
-        images, labels, captions = found.images, found.labels, found.captions
-    elif cfg.images:
-        sample = codec.decode(torch.zeros(1, *codec.shape, device=device))
-        images, captions = read_folder(Path(cfg.images), tuple(sample.shape[1:]), cfg.on_bad_image)
-    elif cfg.prompts:
-        captions = _read_prompts(Path(cfg.prompts))
-    elif cfg.name:
-        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(BUNDLED)}")
-    if cfg.limit:
-        images, labels, captions = (
-            v[: cfg.limit] if v is not None else None for v in (images, labels, captions)
-        )
+    images, labels, captions = _read(cfg, codec, device, pixels)
     x0 = None
     if images is not None:
         _check_size(images, codec, device)
         x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
-    num = len(images) if images is not None else len(captions or []) or 10_000
-    own: tuple = ()
+    num = next((len(v) for v in (images, labels, captions) if v is not None), 10_000)
+    own, texts = (), None
     if hasattr(codec, "prompts"):
         if codec.family.needs_image:
             own = _shown(cfg, codec, images, device)
@@ -197,7 +189,7 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
                 "this text-to-image teacher needs captions and the set has none",
                 "metadata.jsonl with file_name and text, or .txt side-cars",
             )
-        table, rows = _text_rows(codec, list(captions), device, cfg.cache_dir, teacher.path)
+        table, rows, texts = _text_rows(codec, list(captions), device, cfg.cache_dir, teacher.path)
         if own:
             table = {k: v for k, v in table.items() if k not in own[0]}
             uncond = {k: v for k, v in uncond.items() if k not in own[1]}
@@ -207,7 +199,31 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
         table = _label_table(codec)
     else:
         table, rows = {}, torch.zeros(num).long()
-    return Data(x0, table, rows, uncond, codec.shape, *own)
+    return Data(x0, table, rows, uncond, codec.shape, texts, *own)
+
+
+def _read(cfg, codec, device, pixels: bool) -> tuple:
+    """(images, labels, captions) of a set, None for what it has not or what is not asked for."""
+    images = labels = captions = None
+    if cfg.name in BUNDLED and not pixels:
+        labels, captions = load_labels(cfg.name)
+    elif cfg.name in BUNDLED:
+        found = load_images(cfg.name, "train")
+        images, labels, captions = found.images, found.labels, found.captions
+    elif cfg.images and not pixels:
+        captions = read_captions(Path(cfg.images), file_names(Path(cfg.images)))
+    elif cfg.images:
+        sample = codec.decode(torch.zeros(1, *codec.shape, device=device))
+        images, captions = read_folder(Path(cfg.images), tuple(sample.shape[1:]), cfg.on_bad_image)
+    elif cfg.prompts:
+        captions = _read_prompts(Path(cfg.prompts))
+    elif cfg.name:
+        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(BUNDLED)}")
+    if cfg.limit:
+        images, labels, captions = (
+            v[: cfg.limit] if v is not None else None for v in (images, labels, captions)
+        )
+    return images, labels, captions
 
 
 def _label_table(codec) -> dict[str, Tensor]:

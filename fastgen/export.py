@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastgen import __version__, lora
+from fastgen import __version__, lora, nasa
 from fastgen.backbones import Teacher, hub_folder
 from fastgen.backbones.family import part_name
-from fastgen.cards import model_card, read_command
+from fastgen.cards import members_card, model_card, read_command
 from fastgen.checkpoint import write_text
 from fastgen.lora import load_lora_into
 from fastgen.objectives import REGISTRY
 from fastgen.reload import Loaded, init_student, load_export, sample_command
-from fastgen.roles import Student
-from fastgen.serving import Serving, scheduler_for
+from fastgen.roles import Student, Students
+from fastgen.schedules import TrigFlow
+from fastgen.serving import Serving, scheduler_for, serve
+from fastgen.sprint import shipped
 
 __all__ = [
     "Loaded",
@@ -44,33 +46,56 @@ COPIED = (
 
 def export_student(trainer, folder: Path, results: dict) -> Path:
     """Write the student as it stands (call inside the EMA swap), beside `folder` and then in its place."""
-    teacher, student = trainer.cast.teacher, trainer.cast.parts["student"]
+    teacher, student = shipped(trainer.cast.teacher, trainer.cast.parts["student"])
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
     if distilled:
-        family = teacher.backbone.family
-        served = scheduler_for(
-            list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family
-        )
+        served = serve(student, teacher)
     else:
         served = Serving(teacher.scheduler)
-    info = describe(trainer, served, distilled)
+    info = describe(trainer, teacher, student, served, distilled)
+    info["name"] = export_name(info, trainer.cfg.output_dir)
     chosen = trainer.cfg.train.export_dtype
     dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
-    name, files = export_name(info, trainer.cfg.output_dir), {}
-    if student.adapter is None:
-        document = _document(teacher, info)
-        export_folder(teacher, student.backbone.net, temporary, served.scheduler, document, dtype)
+    told = results, read_command(Path(trainer.folder))
+    if hasattr(student, "members"):
+        _export_members(teacher, student, temporary, served, info, dtype, told)
     else:
-        files = _export_lora(teacher, student, temporary, name, served, info, dtype)
-        write_text(temporary / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
-    command = read_command(Path(trainer.folder))
-    write_text(temporary / "README.md", model_card(name, teacher, info, results, command, files))
+        _export_one(teacher, student, temporary, served, info, dtype, told)
     shutil.rmtree(folder, ignore_errors=True)
     return temporary.rename(folder)
+
+
+def _export_one(
+    teacher: Teacher, student: Student, folder: Path, served: Serving, info: dict, dtype, told: tuple
+) -> None:
+    """One student's files and card."""
+    name, files = info["name"], {}
+    if student.adapter is None:
+        document = _document(teacher, info)
+        export_folder(teacher, student.backbone.net, folder, served.scheduler, document, dtype)
+    else:
+        files = _export_lora(teacher, student, folder, name, served, info, dtype)
+        write_text(folder / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
+    if info["nasa"]:
+        shutil.copyfile(nasa.__file__, folder / "nasa.py")
+    write_text(folder / "README.md", model_card(name, teacher, info, *told, files))
+
+
+def _export_members(
+    teacher: Teacher, students: Students, folder: Path, served: Serving, info: dict, dtype, told: tuple
+) -> None:
+    """A folder for each student, whole in itself, and the router that says whose condition is whose."""
+    for j, member in enumerate(students.members):
+        (folder / f"student{j}").mkdir()
+        _export_one(teacher, member, folder / f"student{j}", served, info, dtype, told)
+    students.router.save(folder)
+    info = {**info, "students": len(students.members), "trained_students": students.trained}
+    write_text(folder / "fastgen.json", json.dumps(_document(teacher, info), indent=2))
+    write_text(folder / "README.md", members_card(info, students.router))
 
 
 def export_name(info: dict, output_dir: str) -> str:
@@ -81,10 +106,9 @@ def export_name(info: dict, output_dir: str) -> str:
     return f"{base}-{info['objective']}-{info['steps']}step"
 
 
-def describe(trainer, served: Serving, distilled: bool) -> dict:
+def describe(trainer, teacher: Teacher, student: Student, served: Serving, distilled: bool) -> dict:
     """What a file must say about itself, so that nothing needs to be remembered to sample it."""
-    cfg, student = trainer.cfg, trainer.cast.parts["student"]
-    teacher = trainer.cast.teacher
+    cfg = trainer.cfg
     return {
         "version": __version__,
         "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
@@ -94,15 +118,50 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "sampler": student.sampler,
         "scheduler": _plain(served.scheduler),
         "arguments": served.arguments,
+        "step": served.step,
+        "gamma": student.gamma,
+        "grid": student.grid,
+        "others": other_steps(cfg, teacher, student, served) if distilled else {},
         "needs_loop": served.needs_loop,
         "bound": served.bound,
         "embedded_guidance": getattr(teacher.codec, "guidance", None),
+        "gaps": gaps(student) if distilled else None,
+        "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
         "guidance": cfg.teacher.guidance,
+        "guidance_range": student.guidance_range and list(student.guidance_range),
+        "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
         "teacher_scheduler": _plain(teacher.scheduler),
         "trained_steps": trainer.step,
     }
+
+
+def gaps(student: Student) -> list[float] | None:
+    """What the extra input channel of a two-time network is filled with at each step."""
+    if not getattr(student.backbone, "second_time", False):
+        return None
+    times = torch.tensor([student.times, student.ends()], dtype=torch.float64)
+    return student.schedule.gap(times[0], times[1]).tolist()
+
+
+def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dict[str, dict]:
+    """For each other step count of one model, what to change in the scheduler and what to pass: of a student
+    trained on a grid, or of a SANA-Sprint student, trained at all times.
+    """
+    objective, own, found = cfg.all_stages()[-1].objective, _plain(served.scheduler), {}
+    for num in (1, 2, 4, 8):
+        refused = REGISTRY[objective.name].unsampled(objective, num, student.sampler)
+        most = 4 if isinstance(teacher.schedule, TrigFlow) else student.grid
+        if num == len(student.times) or num > most or refused:
+            continue
+        other = serve(student.taking(num), teacher)
+        changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
+        given = {"sigmas": student.taking(num).times} if other.needs_loop else other.arguments
+        if student.told_steps:
+            given = {"num_inference_steps": num, **given, "guidance_scale": float(num)}
+        found[str(num)] = {"scheduler": changed, "arguments": given}
+    return found
 
 
 def _plain(scheduler) -> dict:
@@ -175,6 +234,8 @@ def _export_lora(
 ) -> dict:
     """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists."""
     family, net = teacher.backbone.family, student.backbone.net
+    told = bool(info["guidance_range"] or info["gaps"])  # plain diffusers cannot add such an input
+    loads = family.lora_loader and not told
     files, base = {"lora": f"{name}-lora.safetensors"}, family.parts(net)
     for i, (part, adapted) in enumerate(family.adapted(net).items()):
         layers = lora.collect(adapted, student.adapter)
@@ -183,15 +244,15 @@ def _export_lora(
         header = _header(name, family, info, layers)
         file = folder / (part_name(files["lora"], part) if i else files["lora"])
         lora.write_peft(file, layers, family.component, header, dtype)
-        if not i and family.reads_kohya(layers):
+        if not i and family.reads_kohya(layers) and not told:
             twin = folder / f"{name}-lora-kohya.safetensors"
             files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
         base[part] = lora.without_adapters(adapted)
         _verify(base[part], file, layers, dtype)
-        if not family.lora_loader:
+        if not loads:
             lora.merge(base[part], layers)
     served.scheduler.save_pretrained(folder / "scheduler")
-    if not family.lora_loader:
+    if not loads:
         whole = family.assemble(base, _index(teacher))
         export_folder(teacher, whole, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
@@ -212,6 +273,7 @@ def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
 def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str]:
     """Metadata that hubs and user interfaces show, and ours."""
     steps, scheduler = info["steps"], info["scheduler"]["_class_name"]
+    w = f"{info['guidance']:.1f}" if info["guidance_range"] else "1.0"
     kinds = {"epsilon": "epsilon", "v_prediction": "v"}
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -219,7 +281,7 @@ def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str
         "modelspec.architecture": f"{family.net_class}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": kinds.get(info["scheduler"].get("prediction_type", ""), ""),
-        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance 1.0, {scheduler}",
+        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance {w}, {scheduler}",
         "ss_base_model_version": family.name,
         "ss_network_dim": str(max(a.shape[0] for a, _ in layers.values())),
         "ss_network_alpha": str(max(a.shape[0] for a, _ in layers.values())),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastgen.codecs import select
 from fastgen.objectives import REGISTRY
-from fastgen.roles import Student
+from fastgen.roles import Role
 from fastgen.samplers import ImageNoise, sample_student, sample_teacher
 
 
@@ -88,12 +88,8 @@ class Judge:
             noise = ImageNoise(seeds, shape, device).first
             num = steps or self.cfg.teacher.num_steps
             return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
-        times = student.schedule.steps(steps) if steps and steps != len(student.times) else student.times
-        if who == "untrained_student":
-            student = Student(cast.teacher.backbone, None, times, student.sampler)
-        elif times is not student.times:
-            student = Student(student.backbone, student.adapter, times, student.sampler)
-        return sample_student(student, seeds, shape, cond, device)
+        untrained = Role(cast.teacher.backbone) if who == "untrained_student" else None
+        return sample_student(student.taking(steps, untrained), seeds, shape, cond, device)
 
     def score(self, images: Tensor) -> dict[str, float]:
         """Metrics of images made for the first len(images) requests."""

@@ -14,29 +14,40 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".gif", ".webp", ".png", ".mp4", ".mov", ".webm")
 
 
-def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tensor, list[str] | None]:
-    """uint8 images [N, C, H, W] (clips [N, C, F, H, W] for a size of four) and captions of a folder; files
-    that cannot be read are named and skipped, or fatal.
-    """
+def file_names(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[Path]:
+    """Files of these kinds in a folder, sorted."""
     if not folder.is_dir():
         raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
-    kinds = IMAGES if len(size) == 3 else CLIPS
-    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
+
+
+def read_captions(folder: Path, names: list[Path]) -> list[str] | None:
+    """The text that goes with each file, from metadata.jsonl or a .txt beside it; None if any has none."""
     captions: dict[str, str] = {}
     if (folder / "metadata.jsonl").exists():
         lines = (folder / "metadata.jsonl").read_text().splitlines()
         captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
-    found, texts, bad = [], [], []
+    texts = []
     for path in names:
+        side = path.with_suffix(".txt")
+        beside = side.read_text().strip() if side.exists() else None
+        texts.append(captions.get(str(path.relative_to(folder)), beside))
+    return texts if texts and all(t is not None for t in texts) else None
+
+
+def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tensor, list[str] | None]:
+    """uint8 images [N, C, H, W] (clips [N, C, F, H, W] for a size of four) and captions of a folder; files
+    that cannot be read are named and skipped, or fatal.
+    """
+    kinds = IMAGES if len(size) == 3 else CLIPS
+    found, kept, bad = [], [], []
+    for path in file_names(folder, kinds):
         try:
             found.append(read_image(path, size) if len(size) == 3 else read_clip(path, size))
         except OSError as error:
             bad.append(f"{path.name} ({error})")
             continue
-        side = path.with_suffix(".txt")
-        texts.append(
-            captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None)
-        )
+        kept.append(path)
     if bad and on_bad == "error":
         raise UserError(
             "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
@@ -45,7 +56,7 @@ def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tenso
         print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
     if not found:
         raise UserError("data.images", f"{folder} holds no readable image", f"{', '.join(kinds)} files")
-    return torch.stack(found), (None if any(t is None for t in texts) else texts)
+    return torch.stack(found), read_captions(folder, kept)
 
 
 def read_image(path: Path, size: tuple[int, int, int]) -> Tensor:

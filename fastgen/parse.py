@@ -28,7 +28,7 @@ def merge(base: dict, over: dict) -> dict:
             continue
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         if both and not (
-            key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")
+            key in ("objective", "host") and value.get("name", out[key].get("name")) != out[key].get("name")
         ):
             out[key] = merge(out[key], value)
         else:
@@ -157,7 +157,7 @@ def _finding(item: dict, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{key}: not given, and it has no default"
     if kind == "value_error":
-        return str(item["ctx"]["error"])
+        return f"{key}.{item['ctx']['error']}" if loc else str(item["ctx"]["error"])
     found, hint = repr(item["input"]), ""
     if kind == "literal_error":
         choices = item["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")

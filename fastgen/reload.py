@@ -11,7 +11,9 @@ from fastgen import lora
 from fastgen.backbones import Teacher, load_teacher
 from fastgen.errors import UserError
 from fastgen.paths import PACKAGE, resolve
-from fastgen.roles import Role, Student
+from fastgen.roles import Role, Student, Students
+from fastgen.router import Router
+from fastgen.sprint import is_sprint, make_sprint
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -38,9 +40,10 @@ class Loaded:
     def to(self, device, dtype=torch.float32) -> "Loaded":
         """Move everything; the denoiser alone takes `dtype`."""
         self.teacher.to(device)
-        self.role.backbone.to(device)
-        if dtype != torch.float32 and hasattr(self.role.backbone, "net"):
-            torch.nn.Module.to(self.role.backbone.net, dtype)
+        for role in getattr(self.role, "members", [self.role]):
+            role.backbone.to(device)
+            if dtype != torch.float32 and hasattr(role.backbone, "net"):
+                torch.nn.Module.to(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
@@ -92,6 +95,8 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         return _load_lora(found, base, key)
     file = found / "fastgen.json"
     info = _read(file, key).get("export", {}) if file.is_file() else {}
+    if "students" in info:
+        return _load_members(found, info, base, key)
     if "lora" in info:
         return _load_lora(found / info["lora"], base, key)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
@@ -100,8 +105,33 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         raise UserError(key, f"{found} {what}", "an export folder, a LoRA .safetensors or a teacher folder")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
-        role = Student(role.backbone, None, list(info["times"]), info["sampler"])
+        role = _student(role.backbone, None, info, key)
+        if role.guidance_range:
+            teacher.codec.guidance = None  # the student itself says what it is told
     return Loaded(role, teacher, info, str(path))
+
+
+def _load_members(found: Path, info: dict, base: str | None, key: str) -> Loaded:
+    """Several students and their router."""
+    router = Router.load(found, key)
+    loaded = [load_export(found / f"student{j}", base, key) for j in range(info["students"])]
+    return Loaded(Students([one.role for one in loaded], router), loaded[0].teacher, info, str(found))
+
+
+def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
+    """The student an export describes, with its time list."""
+    scheduler = info.get("scheduler", {})
+    name, original = scheduler.get("_class_name", ""), scheduler.get("original_inference_steps")
+    if name in ("LCMScheduler", "TCDScheduler") and not original:
+        found = f"the {name} of this export names no original_inference_steps"
+        raise UserError(key, found, "without it its times are unknown; export the run again")
+    times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
+    student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
+    if info.get("guidance_range"):
+        student.told_steps = info.get("told_steps", False)
+        student.guidance_range = tuple(info["guidance_range"])
+        student.guidance = float(len(times) if student.told_steps else info["guidance"])
+    return student
 
 
 def _read(file: Path, key: str) -> dict:
@@ -122,6 +152,10 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone = role.backbone
     if not hasattr(backbone, "net"):
         raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
+    if info.get("gaps"):
+        backbone.add_second_time()
+    if info.get("guidance_range"):
+        backbone.add_guidance()
     parts = backbone.family.adapted(backbone.net)
     for part, layers in lora.read_parts(file, parts, key).items():
         lora.inject(parts[part], layers, "student")
@@ -130,7 +164,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone.requires_grad_(False)
     role = Role(backbone, "student")
     if info["times"]:
-        role = Student(backbone, "student", list(info["times"]), info["sampler"])
+        role = _student(backbone, "student", info, key)
     return Loaded(role, teacher, info, str(file))
 
 
@@ -161,14 +195,40 @@ def init_student(student: Role, path: str) -> None:
 
 
 def _init_full(student: Role, path: str, key: str) -> None:
-    net = student.backbone.net
-    state = load_teacher(path).backbone.net.state_dict()
+    net, source = student.backbone.net, load_teacher(path).backbone
+    if getattr(student.backbone, "second_time", False):
+        source.add_second_time()
+    if is_sprint(student.backbone) and source.family.name == "sana":
+        make_sprint(source)
+    elif student.guidance is not None:
+        source.add_guidance()
+    state = source.net.state_dict()
     own = net.state_dict()
     wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:
         found = f"{path} is another network ({wrong[0]} differs)"
         raise UserError(key, found, "an export of a student of this teacher")
     net.load_state_dict(state)
+
+
+@torch.no_grad()
+def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
+    """own <- weight own + (1 - weight) other, by name; other is the student at path, its LoRA merged
+    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4).
+    """
+    key = "student.fuse"
+    other = load_export(path, key=key)
+    net = other.role.backbone.net
+    if other.role.adapter is not None:
+        layers = lora.collect(net, other.role.adapter)
+        net = lora.without_adapters(net)
+        lora.merge(net, layers)
+    state = {f"net.{n}": p for n, p in net.state_dict().items()}
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    if wrong:
+        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "a student of this teacher")
+    for name, value in own.items():
+        value.lerp_(state[name].to(value), 1 - weight)
 
 
 def sample_command(path: str | Path) -> str:

@@ -27,6 +27,25 @@ def solver_step(schedule: Schedule, D: Denoiser, x_t: Tensor, t: Tensor, u: Tens
     return torch.where(expand(u <= schedule.t_min, x_t).bool(), x_u, corrected)
 
 
+def jump(schedule: Schedule, D: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """The boundary parameterisation: DDIM from t to u with the denoiser held, so x_t itself at u = t.
+
+    At the clean end of the schedule it is D, which is what few-step samplers return.
+    """
+    clean = expand(u <= schedule.t_min * 1.0001 + 1e-9, x_t).bool()
+    return torch.where(clean, D, schedule.ode_step(D, x_t, t.clamp(min=1e-6), u))
+
+
+def segment_ends(num: int, segments: int) -> Tensor:
+    """Where each of a grid's num intervals, noise first, must land: the index of its segment's end [num].
+
+    Segments are counted from the data end, edges at floor(j num / segments) as in PCM (arXiv 2405.18407).
+    """
+    from_data = torch.arange(num - 1, -1, -1)
+    segment = ((from_data + 1) * segments - 1) // num
+    return num - segment * num // segments
+
+
 def teacher_grid(schedule: Schedule, num: int) -> list[float]:
     """num + 1 times from noise to data, as the teacher's own scheduler spaces them (trailing)."""
     return [*schedule.steps(num), schedule.t_min]

@@ -10,6 +10,7 @@ Prediction kinds: "x0"; "eps"; "v" = alpha eps - sigma x0 (Salimans & Ho 2022, a
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,14 @@ class Schedule:
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), decreasing in t."""
         return self.alpha(t).log() - self.sigma(t).log()
+
+    def level(self, t: Tensor) -> Tensor:
+        """sigma / (alpha + sigma): the time of a rectified flow at the same signal-to-noise ratio."""
+        return self.sigma(t) / (self.alpha(t) + self.sigma(t))
+
+    def gap(self, t: Tensor, r: Tensor) -> Tensor:
+        """Length of a step from t to r, as level(t) - level(r)."""
+        return self.level(t) - self.level(r)
 
     # -- conversions ---------------------------------------------------------------------------------------
     def to_x0(self, kind: str, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -91,10 +100,26 @@ class Schedule:
         """Standard deviation of the pure noise that few-step sampling starts from at time t."""
         return 1.0
 
+    def few_steps(self, num: int, grid: int = 0) -> list[float]:
+        """Times of a num-step sample: the schedule's own, or every (grid / num)-th of a grid that the student
+        was trained on, picked as LCMScheduler and TCDScheduler pick them.
+        """
+        if not grid:
+            return self.steps(num)
+        times = self.steps(grid)
+        return [times[int(i)] for i in np.linspace(0, grid, num, endpoint=False)]
+
+    def toward_data(self, u: Tensor, gamma: float) -> Tensor:
+        """The time s = (1 - gamma) u of TCD's sampling (arXiv 2402.19159, Alg. 3)."""
+        return ((1 - gamma) * u.double()).clamp(min=self.t_min)
+
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:
-        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t."""
+        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t.
+
+        (alpha, sigma) differ by c alone, so c is the ratio of their lengths, also where alpha is 0.
+        """
         u = other.t_from_lambda(self.log_snr(t))
-        return u, other.alpha(u) / self.alpha(t)
+        return u, torch.hypot(other.alpha(u), other.sigma(u)) / torch.hypot(self.alpha(t), self.sigma(t))
 
 
 class VP(Schedule):
@@ -147,6 +172,10 @@ class VP(Schedule):
         """u in [0, 1] to a time on the training grid (whole timesteps, as the networks were trained)."""
         return (u.double() * self.t_max).round()
 
+    def toward_data(self, u: Tensor, gamma: float) -> Tensor:
+        """Whole timesteps, as TCDScheduler rounds them."""
+        return super().toward_data(u, gamma).floor()
+
     def steps(self, num: int) -> list[float]:
         """The grid LCMScheduler visits with `original_inference_steps=num`: 999, 749, 499, 249 for four."""
         stride = self.num_timesteps // num
@@ -154,12 +183,14 @@ class VP(Schedule):
 
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise."""
+    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise; with
+    `angles` few steps are those of SCMScheduler (1.3 rad second of two, else even in the angle).
+    """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, angles: bool = False):
+        self.shift, self.angles = shift, angles
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -182,6 +213,9 @@ class Flow(Schedule):
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def steps(self, num: int) -> list[float]:
+        if self.angles:
+            times = TrigFlow(middle=1.3).steps(num)
+            return [1.0, *(math.sin(t) / (math.sin(t) + math.cos(t)) for t in times[1:])]
         return self.from_unit(1 - torch.arange(num, dtype=torch.float64) / num).tolist()
 
 

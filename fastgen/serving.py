@@ -27,6 +27,8 @@ class Serving:
     scheduler: object
     arguments: dict = field(default_factory=dict)
     """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
+    step: dict = field(default_factory=dict)
+    """keywords of `step` (and of the pipeline call)"""
     needs_loop: bool = False
     """no diffusers scheduler does these steps; the model card has the loop"""
     bound: bool = False
@@ -41,11 +43,20 @@ class Serving:
 
 
 def scheduler_for(
-    times: list[float], sampler: str, schedule: Schedule, teacher_scheduler, family=None
+    times: list[float],
+    sampler: str,
+    schedule: Schedule,
+    teacher_scheduler,
+    family=None,
+    grid: int = 0,
+    gamma: float = 0.0,
 ) -> Serving:
-    """The scheduler for a student's own time list (see the table in each function)."""
+    """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
+    serves every step count that the grid holds.
+    """
     if isinstance(schedule, VP):
-        served = _vp(times, sampler, teacher_scheduler)
+        on_grid = times == schedule.few_steps(len(times), grid)
+        served = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
     elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
         served = _cm(times, sampler, schedule, teacher_scheduler)
     elif isinstance(schedule, EDM):
@@ -60,6 +71,15 @@ def scheduler_for(
     if served.arguments and family is not None and (family.kind == "text" or family.label_key):
         served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
     return served
+
+
+def serve(student, teacher) -> Serving:
+    """The scheduler of a student at its time list, beside its teacher."""
+    family = getattr(teacher.backbone, "family", None)
+    own = student.grid, student.gamma
+    return scheduler_for(
+        list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family, *own
+    )
 
 
 def _accepted(pipeline: str) -> set[str]:
@@ -91,24 +111,27 @@ def _noise_levels(teacher_scheduler) -> dict:
     }
 
 
-def _vp(times: list[float], sampler: str, teacher_scheduler) -> Serving:
-    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing.
+def _vp(
+    times: list[float], sampler: str, teacher_scheduler, original: int, gamma: float, on_grid: bool
+) -> Serving:
+    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing;
+    tcd: TCDScheduler, whose eta is our gamma.
 
     Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
     if any(t != round(t) for t in times):
         raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
     kept = _noise_levels(teacher_scheduler)
     num, total = len(times), kept["num_train_timesteps"]
     ints = [int(t) for t in times]
-    stride = total // num
-    on_grid = ints == [(num - i) * stride - 1 for i in range(num)]
-    if sampler == "renoise":
-        scheduler = LCMScheduler(**kept, original_inference_steps=num, clip_sample=False)
-        return Serving(scheduler, {} if on_grid else {"timesteps": ints})
-    if on_grid and total % num == 0:
+    if sampler != "ode":
+        cls = LCMScheduler if sampler == "renoise" else TCDScheduler
+        scheduler = cls(**kept, original_inference_steps=original, clip_sample=False)
+        step = {"eta": gamma} if sampler == "tcd" else {}
+        return Serving(scheduler, {} if on_grid else {"timesteps": ints}, step)
+    if total % num == 0 and ints == [(num - i) * (total // num) - 1 for i in range(num)]:
         more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
         return Serving(DDIMScheduler(**kept, **more))
     more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}

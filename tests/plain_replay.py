@@ -43,6 +43,7 @@ def pipeline_images(case):
         guidance_scale=1.0,
         output_type="pt",
         **case["call"],
+        **case.get("step", {}),
     ).images
     return images.float()
 
@@ -78,7 +79,7 @@ def loop_images(case):
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(x, t) if edm else x
                 out = net(scaled, t, class_labels=labels).sample
-                x = scheduler.step(out, t, x, generator=streams).prev_sample
+                x = scheduler.step(out, t, x, generator=streams, **case.get("step", {})).prev_sample
     x = torch.pixel_shuffle(x, case["patch"]) if case["patch"] > 1 else x
     return (x / 2 + 0.5).clamp(0, 1)
 

@@ -64,13 +64,20 @@ def ours(loaded, condition: list) -> torch.Tensor:
     return draw(painter, cond, SEEDS, batch_size=2)[0]
 
 
-def replay_case(name: str, folder: Path, teacher, base: Path) -> dict:
-    """What plain_replay.py needs: only facts that stand in the export and its card."""
+def replay_case(name: str, folder: Path, teacher, base: Path, steps: int = 0) -> dict:
+    """What plain_replay.py needs: only facts that stand in the export and its card; `steps` for another
+    count than the export's own.
+    """
     document = json.loads((folder / "fastgen.json").read_text())
     info = document["export"]
     scheduler = info["scheduler"]["_class_name"]
     case = {"name": name, "folder": str(folder), "seeds": SEEDS, "scheduler": scheduler}
     call = info["arguments"] or {"num_inference_steps": info["steps"]}
+    if steps:
+        other = info["others"][str(steps)]
+        call = other["arguments"] or {"num_inference_steps": steps}
+        case["override"] = other["scheduler"]
+    case["step"] = info["step"]
     if not hasattr(teacher.codec, "prompts"):
         if "lora" in info:
             case["folder"] = str(folder / "merged")

@@ -121,3 +121,27 @@ def test_step_lists():
     assert Flow(3.0).steps(4) == pytest.approx([1, 0.9, 0.75, 0.5])
     assert EDM().steps(1) == pytest.approx([80])
     assert TrigFlow().steps(2) == pytest.approx([math.pi / 2, math.pi / 4])
+
+
+@pytest.mark.parametrize("num, segments, ends", [(50, 4, (0, 239, 499, 739)), (40, 4, (0, 249, 499, 749))])
+def test_segment_ends(num, segments, ends):
+    """PCM's table: edges at floor(j K / k), each segment ending at the predecessor of its first point."""
+    from fastgen.samplers import segment_ends, teacher_grid
+
+    grid = torch.tensor(teacher_grid(VP.scaled_linear(), num))
+    where = segment_ends(num, segments)
+    assert sorted(set(grid[where].tolist())) == list(ends)
+    assert (where > torch.arange(num)).all() and (where.diff() >= 0).all()
+    assert segment_ends(num, num).tolist() == list(range(1, num + 1)) and set(
+        segment_ends(num, 1).tolist()
+    ) == {num}
+
+
+@each
+def test_jump_is_the_identity_in_place_and_d_at_the_clean_end(schedule):
+    from fastgen.samplers import jump
+
+    x, D = torch.randn(2, 6, 3, dtype=torch.float64)
+    t = schedule.from_unit(torch.full((6,), 0.4))
+    torch.testing.assert_close(jump(schedule, D, x, t, t), x, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(jump(schedule, D, x, t, torch.full((6,), schedule.t_min).double()), D)

@@ -41,6 +41,21 @@ def test_times_off_the_grid_are_passed_along(times):
     np.testing.assert_allclose(flow.scheduler.sigmas[:-1], [1.0, 0.9, 0.3], rtol=1e-6)
 
 
+@pytest.mark.parametrize("grid", [40, 50])
+def test_one_scheduler_serves_every_count_of_a_grid(grid):
+    """LCM and TCD read original_inference_steps; our times are those they pick, whatever divides what."""
+    from diffusers import DDIMScheduler
+
+    S, theirs = VP.scaled_linear(), DDIMScheduler(beta_schedule="scaled_linear")
+    for sampler, gamma in (("renoise", 0.0), ("tcd", 0.3)):
+        served = scheduler_for(S.few_steps(4, grid), sampler, S, theirs, grid, gamma)
+        assert served.arguments == {} and served.step == ({"eta": 0.3} if sampler == "tcd" else {})
+        for num in (1, 2, 3, 4, 7, 8):
+            served.scheduler.set_timesteps(num)
+            assert served.scheduler.timesteps.tolist() == S.few_steps(num, grid)
+    assert S.few_steps(4, 50) != S.few_steps(4) and S.few_steps(4, 40) == S.few_steps(4)
+
+
 def test_edm_serving():
     from diffusers import EDMEulerScheduler
 

@@ -46,14 +46,24 @@ class GaussianMixture(nn.Module):
         return log_w.masked_fill(~allowed, -math.inf)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._posterior(x_t, t, cond)[0]
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps=(-1,), score: bool = False):
+        """x_t, D and the components' responsibilities as one [B, C, 1, 1] map."""
+        D, r = self._posterior(x_t, t, cond)
+        return [torch.cat([x_t, D, r.to(x_t)], 1)[..., None, None]], D if score else None
+
+    def _posterior(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """(D, r_k)."""
         x = x_t.double()
         a, s = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         var = a**2 * self.stds**2 + s**2  # [B, K]
         gap = x[:, None] - a[..., None] * self.means  # [B, K, D]
         log_r = self._log_weights(x, cond) - 0.5 * gap.square().sum(-1) / var - 0.5 * x.shape[1] * var.log()
         mean = self.means + (a * self.stds**2 / var)[..., None] * gap
-        D = (log_r.softmax(1)[..., None] * mean).sum(1)
-        return D if x_t.dtype == torch.float64 else D.float()
+        r = log_r.softmax(1)
+        D = (r[..., None] * mean).sum(1)
+        return D if x_t.dtype == torch.float64 else D.float(), r
 
     raw = forward
 
@@ -109,12 +119,34 @@ class MLPDenoiser(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width)
         self.mid = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, dim)
+        self.guidance: nn.Linear | None = None
+        self.second: nn.Sequential | None = None
         self.register_buffer("freqs", torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]))
 
-    def _hidden(self, x: Tensor, phase: Tensor, cond: Cond) -> Tensor:
+    def add_guidance(self) -> None:
+        """Make cond["guidance"] [B] an input; the output does not depend on it yet."""
+        if self.guidance is None:
+            self.guidance = nn.Linear(1, self.out.in_features, bias=False)
+            nn.init.zeros_(self.guidance.weight)
+
+    second_time = property(lambda self: self.second is not None)
+
+    def add_second_time(self) -> None:
+        """Make cond["r"] [B], the end of the step, an input; the output does not depend on it yet."""
+        if self.second is None:
+            width = self.out.in_features
+            self.second = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width, bias=False))
+            nn.init.zeros_(self.second[2].weight)
+
+    def _hidden(self, x: Tensor, t: Tensor, phase: Tensor, cond: Cond) -> Tensor:
         waves = phase.to(x.dtype)[:, None] * self.freqs.to(x.dtype)
         h = self.inp(x) + self.time(torch.cat([waves.sin(), waves.cos()], 1))
         h = h + self.label(cond["class_labels"] if "class_labels" in cond else torch.zeros(len(x)).long())
+        if self.guidance is not None:
+            h = h + self.guidance(cond["guidance"].to(h)[:, None] - 1)
+        if self.second is not None:
+            gap = torch.zeros(len(x)) if "r" not in cond else self.schedule.gap(t, cond["r"])
+            h = h + self.second(gap.to(h)[:, None])
         for layer in self.mid:
             h = h + layer(nn.functional.silu(h))
         return h
@@ -126,16 +158,17 @@ class MLPDenoiser(nn.Module):
             expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())
         ), torch.atan2(s, a * sd)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, phase, cond)))
+        phase = phase if net_t is None else self._coefficients(x_t, net_t)[1]
+        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, phase, cond)))
 
     raw = forward
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps=(-1,), score: bool = False):
         """The last hidden layer as a [B, C, 1, 1] map."""
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        h = self._hidden(c_in * x_t, phase, cond)
+        h = self._hidden(c_in * x_t, t, phase, cond)
         D = c_skip * x_t + c_out * self.out(nn.functional.silu(h)) if score else None
         return [h[..., None, None]], D
 

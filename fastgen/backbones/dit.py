@@ -5,7 +5,7 @@ one sequence: DiT, PixArt, SANA, SANA-Sprint, Lumina2, Z-Image.
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, fold_tokens
+from fastgen.backbones.family import Cond, Family, fold_tokens, rebuilt
 from fastgen.schedules import expand
 
 MASKED = ("encoder_hidden_states", "encoder_attention_mask")
@@ -82,13 +82,34 @@ class Sana(Family):
     """
 
     name, net_class, pipelines = "sana", "SanaTransformer2DModel", ("SanaPipeline",)
-    keys, factor, max_length = MASKED, 32, 300
+    keys, factor, max_length = (*MASKED, "guidance"), 32, 300
     lora_targets = (*ATTENTION, "conv_inverted", "conv_point")
     final_layers = ("proj_out", "time_embed.*", "caption_projection.*", "patch_embed.*")
+    input_layer = "patch_embed.proj"
+    guidance_layers = ("time_embed.guidance_embedder.linear_1", "time_embed.guidance_embedder.linear_2")
     call_arguments = {"complex_human_instruction": None, "use_resolution_binning": False}
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return super().call(net, x, time * net.config.timestep_scale, cond)
+        return super().call(net, x, time * net.config.timestep_scale, self.scaled(net, x, cond))
+
+    def scaled(self, net: nn.Module, x: Tensor, cond: Cond) -> Cond:
+        """With the guidance scale as SanaSprintPipeline passes it, if the network takes one; 1 if untold."""
+        if not net.config.guidance_embeds:
+            return {k: v for k, v in cond.items() if k != "guidance"}
+        w = cond.get("guidance", torch.ones(len(x), device=x.device))
+        return {**cond, "guidance": w.float() * net.config.guidance_embeds_scale}
+
+    @torch.no_grad()
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """SANA-Sprint's embedder beside the time's: first layer as the time's, last layer zero."""
+        if net.config.guidance_embeds:
+            return net
+        told = rebuilt(net, ("time_embed.emb.", "time_embed."), guidance_embeds=True)
+        embedder = told.time_embed.guidance_embedder
+        embedder.linear_1.load_state_dict(told.time_embed.timestep_embedder.linear_1.state_dict())
+        embedder.linear_2.weight.zero_()
+        embedder.linear_2.bias.zero_()
+        return told
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
         return masked_shapes(codec.max_length, net.config.caption_channels)
@@ -113,7 +134,7 @@ class SanaSprint(Sana):
     keys = (*MASKED, "guidance")
 
     def matches(self, index: dict, config: dict) -> bool:
-        return bool(config.get("guidance_embeds"))
+        return bool(config.get("guidance_embeds")) and index.get("_class_name") in (None, *self.pipelines)
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         s = expand(time, x)

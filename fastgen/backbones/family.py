@@ -118,6 +118,11 @@ class Family:
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
+    input_layer: str = "conv_in"
+    """convolution that reads the latent; a second time enters as one more of its channels"""
+    guidance_layers: tuple[str, ...] = ()
+    """layers that `add_guidance` makes; a LoRA student adapts them too"""
+
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
     """keywords a plain pipeline call needs to do what we do"""
@@ -176,6 +181,28 @@ class Family:
 
     def guidance_embedded(self, net: nn.Module) -> bool:
         return self.default_guidance is not None
+
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """The same function by a network that also takes cond["guidance"] [B]; new layers end in zeros."""
+        raise UserError(
+            "student.guidance_embedding",
+            f"{self.net_class} has no input for the guidance scale",
+            "leave it out: the student learns teacher.guidance alone",
+        )
+
+    @torch.no_grad()
+    def add_second_time(self, net: nn.Module) -> nn.Module:
+        """The same function by a network with one more input channel, whose weights are zero."""
+        layer = dict(net.named_modules()).get(self.input_layer)
+        width = net.config.in_channels
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
+            told = f"{self.net_class} has no plain convolution over its latent for a second time to enter by"
+            raise UserError("objective.name", told, "a method whose network takes one time")
+        wider = type(net).from_config({**net.config, "in_channels": width + 1})
+        state, key = net.state_dict(), f"{self.input_layer}.weight"
+        state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
+        wider.load_state_dict(state)
+        return wider.to(layer.weight.device)
 
     # -- latents --------------------------------------------------------------------------------------------
     def channels(self, net: nn.Module) -> int:
@@ -263,6 +290,11 @@ class Family:
         """Taps a discriminator reads unless told otherwise."""
         return (len(self.taps(net)) * 3 // 4,)
 
+    def spread_taps(self, net: nn.Module, num: int) -> tuple[int, ...]:
+        """Up to `num` taps, evenly from a first fraction of the depth to the last (LADD)."""
+        total = len(self.taps(net))
+        return tuple(sorted({round((i + 1) * total / num) - 1 for i in range(num)} - {-1}))
+
     def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
         """Of a tapped output, the image's part, where a block holds text and image in one sequence."""
         return out
@@ -300,14 +332,15 @@ class Family:
         layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
         hit = {e: [n for n in layers if n == e or n.endswith(f".{e}")] for e in endings}
         leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
-        default = set(endings) == set(self.lora_targets)
+        added = {*self.guidance_layers, self.input_layer}
+        default = set(endings) - added == set(self.lora_targets) - added
         for ending, found in hit.items():
             if not found and not default:
                 told = f"no layer of {self.net_class} ends in {ending!r}"
                 raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
             final = sorted(n for n in found if self._is_final(n, inside))
             if default:
-                hit[ending] = [n for n in found if n not in final]
+                hit[ending] = [n for n in found if n not in final or n == ending in added]
             elif final and found != [ending]:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
@@ -335,6 +368,14 @@ class Family:
 def part_name(file: str, part: str) -> str:
     """Name of the adapter file of a denoiser's further network, beside the first one's."""
     return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
+
+
+def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:
+    """The network of a changed config with the same weights, `rename`d; new layers keep their fresh ones."""
+    with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
+        fresh = type(net).from_config({**net.config, **changes})
+    fresh.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
+    return fresh
 
 
 def patch_of(net: nn.Module) -> int:

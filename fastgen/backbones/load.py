@@ -379,4 +379,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         found = f"{type(scheduler).__name__} noises by {kind}, and {family.name} is trained by"
         allowed = "mend scheduler/scheduler_config.json"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
-    return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)
+    backbone = Backbone(net.eval(), family, schedule, found)
+    if info.get("export", {}).get("gaps") and "lora" not in info["export"]:
+        backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])
+    return Teacher(backbone, codec, scheduler, path, info)

@@ -1,12 +1,23 @@
 """UNet families: UNet2DModel (class labels or nothing), and the text-conditioned ones of Stable Diffusion."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.family import Cond, Family, rebuilt
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+def guidance_features(w: Tensor, dim: int) -> Tensor:
+    """What Stable Diffusion pipelines pass as `timestep_cond` [B, dim]: sin and cos of 1000 (w - 1) at
+    frequencies from 1 down to 1e-4 (LCM, arXiv 2310.04378).
+    """
+    frequency = torch.exp(torch.arange(dim // 2, device=w.device) * (-math.log(1e4) / (dim // 2 - 1)))
+    phase = (1000 * (w.float() - 1))[:, None] * frequency
+    return torch.cat([phase.sin(), phase.cos()], 1)
 
 
 class UNet(Family):
@@ -59,6 +70,8 @@ class SD(UNet):
     name, net_class, pipelines = "sd", "UNet2DConditionModel", ("StableDiffusionPipeline",)
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", *RESNET)
     kohya_prefix = "lora_unet"
+    keys = ("encoder_hidden_states", "timestep_cond")
+    guidance_layers = ("time_embedding.cond_proj",)
     index_extra = {
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
@@ -66,7 +79,23 @@ class SD(UNet):
     }
 
     def matches(self, index: dict, config: dict) -> bool:
-        return not (config.get("time_cond_proj_dim") or config.get("addition_embed_type"))
+        bare_lcm = not index and config.get("time_cond_proj_dim")
+        return not (config.get("addition_embed_type") or bare_lcm)
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        dim = net.config.time_cond_proj_dim
+        if dim and "guidance" in cond:
+            cond = {**cond, "timestep_cond": guidance_features(cond["guidance"], dim)}
+        return super().call(net, x, time, cond)
+
+    @torch.no_grad()
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """`time_cond_proj_dim` of latent consistency models: the pipeline then tells w, without guiding."""
+        if net.config.time_cond_proj_dim:
+            return net
+        told = rebuilt(net, time_cond_proj_dim=256)
+        told.time_embedding.cond_proj.weight.zero_()
+        return told
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.cross_attention_dim)}
@@ -85,17 +114,8 @@ class LCM(SD):
     final_layers = (*UNet.final_layers, "time_embedding.cond_proj")
 
     def matches(self, index: dict, config: dict) -> bool:
-        return bool(config.get("time_cond_proj_dim")) and not config.get("addition_embed_type")
-
-    def given(self, x: Tensor, cond: Cond) -> Cond:
-        return super().given(x, cond) | {"timestep_cond": cond["w_embedding"].to(x.dtype)}
-
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        from diffusers import LatentConsistencyModelPipeline
-
-        embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding  # uses nothing of its pipeline
-        w = embed(None, (cond["guidance"] - 1).cpu(), net.config.time_cond_proj_dim)
-        return super().call(net, x, time, cond | {"w_embedding": w.to(x.device)})
+        bare = not index and bool(config.get("time_cond_proj_dim"))
+        return not config.get("addition_embed_type") and (index.get("_class_name") in self.pipelines or bare)
 
 
 class SDXL(SD):

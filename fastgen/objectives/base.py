@@ -9,10 +9,10 @@ ordinary `if k % r`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
 from fastgen.rng import Rng
@@ -28,6 +28,25 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
+
+
+def _any_objective(value: Any) -> Any:
+    """The config of whichever method a mapping names."""
+    if isinstance(value, ObjectiveConfig):
+        return value
+    name = value.get("name") if isinstance(value, dict) else value
+    if name not in REGISTRY:
+        raise ValueError(f"objective.host.name: found {name!r}; allowed: {', '.join(REGISTRY)}")
+    try:
+        return REGISTRY[name].config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("objective", "host", *first["loc"])))
+        raise ValueError(f"{key}: {first['msg']}; found {first['input']!r}") from None
+
+
+AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_any_objective)]
+"""The settings of another method, for methods that are wrapped around one"""
 
 
 class TimeConfig(BaseModel):
@@ -47,10 +66,28 @@ class TimeConfig(BaseModel):
     """standard deviation of the (logit- or log-) normal kinds"""
 
 
+def check_segments(cfg, num: int, key: str = "segments"):
+    """Validator of configs with segments: they must divide a grid of num steps."""
+    if num % cfg.segments:
+        raise ValueError(f"{key}: {cfg.segments} segments do not divide a grid of {num} steps; use a divisor")
+    return cfg
+
+
+def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> str:
+    """Why a student trained on the segments of a grid cannot be sampled so; empty if it can."""
+    if num_steps > grid:
+        return f"the grid it is trained on has {grid} steps"
+    if segments > 1 and sampler == "renoise":
+        return f"trained to land at the ends of {segments} segments, not at data: use student.sampler ode"
+    if num_steps % segments:
+        return f"trained on {segments} segments: use a multiple of {segments}"
+    return ""
+
+
 @dataclass
 class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each
-    row.
+    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
+    its caption where there is one.
     """
 
     x0: Tensor | None
@@ -58,6 +95,7 @@ class Batch:
     uncond: dict[str, Tensor]
     noise: Tensor
     index: Tensor
+    texts: list[str] | None = None
 
 
 class Objective:
@@ -68,6 +106,10 @@ class Objective:
     config: type[ObjectiveConfig]
     needs_data = True
     """whether `step` reads batch.x0"""
+    draws_guidance = False
+    """whether `step` can train a student that is told w (student.guidance_embedding), through `tell`"""
+    two_times = False
+    """whether the student also reads where its step ends: u(x_t, t, r) instead of D(x_t, t)"""
     few_step = True
     """whether the student becomes a few-step generator; if not, it is sampled by the ODE, like a teacher"""
 
@@ -106,6 +148,23 @@ class Objective:
     def requires_data(cls, cfg) -> bool:
         """Whether these settings read real data."""
         return cls.needs_data
+
+    @classmethod
+    def grid_steps(cls, cfg) -> int:
+        """Steps of the grid that any step count may be drawn from; 0 where the time list is fixed."""
+        return 0
+
+    @classmethod
+    def step_counts(cls, cfg) -> tuple[int, ...]:
+        """Step counts that student and critic are told, through the class's own input for w; empty: none."""
+        return ()
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
+        """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
+        is.
+        """
+        return ""
 
     @classmethod
     def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
@@ -147,6 +206,24 @@ class Objective:
         if time.kind == "logit_normal":
             return self.schedule.from_unit(torch.sigmoid(normal).clamp(1e-3, 1 - 1e-6))
         return self.schedule.t_from_lambda(-normal).clamp(self.schedule.t_min, self.schedule.t_max)
+
+    def tell(self, batch: Batch) -> tuple[float | Tensor, dict[str, Tensor]]:
+        """(w of this step, the student's cond): teacher.guidance, or w ~ U(range) [B] that the student is
+        told.
+        """
+        span = self.student.guidance_range
+        if span is None:
+            return self.guidance, batch.cond
+        w = span[0] + (span[1] - span[0]) * self.rng.rand(len(batch.noise)).float()
+        return w, {**batch.cond, "guidance": w}
+
+    def drop_condition(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        """The batch's conditions, the empty one in a share of its rows."""
+        if not share:
+            return batch.cond
+        drop = self.rng.rand(len(batch.noise)) < share
+        at = lambda c: drop.to(c.device).reshape(-1, *[1] * (c.ndim - 1))  # noqa: E731
+        return {n: torch.where(at(c), batch.uncond[n], c) for n, c in batch.cond.items()}
 
     def generate(self, batch: Batch, last: int | None = None) -> Tensor:
         """The student's sample for this batch's noise."""

@@ -28,7 +28,7 @@ from pydantic import Field
 from fastgen import losses
 from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.samplers import solver_step
+from fastgen.samplers import jump, segment_ends, solver_step
 from fastgen.schedules import expand
 
 
@@ -78,15 +78,15 @@ class Consistency(Objective, config=ConsistencyConfig):
         num = len(grid) - 1
         i = self.rng.randint(num, len(x0))
         t, r = grid[i], grid[i + 1]
-        e = grid[(i * cfg.segments // num + 1) * num // cfg.segments]  # end of the segment
+        e = grid[segment_ends(num, cfg.segments).to(i.device)[i]]  # end of the segment
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 x_r = solver_step(S, self.denoiser(batch), x_t, t, r, cfg.solver)
                 target_net = self.target if cfg.target_decay else self.student
-                target = self.jump(target_net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
+                target = jump(S, target_net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary: x_r at the end
-            pred = self.jump(self.student(x_t, t, batch.cond), x_t, t, e)
+            pred = jump(S, self.student(x_t, t, batch.cond), x_t, t, e)
             weight = None if cfg.weighting == "uniform" else torch.full((len(x0),), float(num)).to(x0)
             if cfg.metric == "l2":
                 loss = losses.mse(pred, target, weight)
@@ -101,11 +101,6 @@ class Consistency(Objective, config=ConsistencyConfig):
         if self.cfg.mode == "training":
             return lambda x, t: batch.x0
         return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)
-
-    def jump(self, D, x, t, e):
-        """J: DDIM from t to e with D held; D itself where e is the clean end of the grid."""
-        clean = expand(e <= self.schedule.t_min * 1.0001 + 1e-9, x).bool()
-        return torch.where(clean, D, self.schedule.ode_step(D, x, t.clamp(min=1e-6), e))
 
     def grid(self, k: int) -> torch.Tensor:
         """The N + 1 descending times of step k."""

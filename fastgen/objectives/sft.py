@@ -12,7 +12,6 @@ Differs: nothing; the weight makes the loss a plain regression of the network's 
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from fastgen import losses
@@ -46,15 +45,10 @@ class SFT(Objective, config=SFTConfig):
         with self.turn("student"):
             num = len(batch.x0)
             t, eps = self.sample_t(num, self.cfg.time), self.rng.randn_like(batch.x0)
-            drop = self.rng.rand(num) < self.cfg.cond_dropout
-            cond = {n: torch.where(_like(drop, c), batch.uncond[n], c) for n, c in batch.cond.items()}
+            cond = self.drop_condition(batch, self.cfg.cond_dropout)
             x_t = self.schedule.noise(batch.x0, eps, t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
             weighting = (
                 self.student.backbone.prediction if self.cfg.weighting == "auto" else self.cfg.weighting
             )
             yield losses.denoising(self.schedule, D, batch.x0, t, weighting), {}  # w(t) |D - x0|^2
-
-
-def _like(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return mask.reshape(-1, *[1] * (x.ndim - 1))

@@ -19,7 +19,11 @@ from fastgen.rng import Rng
 
 MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
-SHORT = {n: importlib.import_module(f"tests.objectives.test_{n}").SHORT for n in OURS}
+TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in OURS}
+SHORT = {n: module.SHORT for n, module in TESTS.items()}
+TEACHER = {n: getattr(module, "TEACHER", {}) for n, module in TESTS.items()}
+STUDENT = {n: getattr(module, "STUDENT", {}) for n, module in TESTS.items()}
+"""settings of teacher and student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -27,8 +31,8 @@ def make(name, teacher, kind="full", **train):
     """(config, cast, objective) of a method over a teacher folder."""
     cfg = config.validate(
         {
-            "teacher": {"path": str(teacher), "guidance": 1.5},
-            "student": {"kind": kind, "lora": {"rank": 2}},
+            "teacher": {"path": str(teacher), "guidance": 1.5, **TEACHER.get(name, {})},
+            "student": {"kind": kind, "lora": {"rank": 2}, **STUDENT.get(name, {})},
             "critic": {"lora": {"rank": 2}},
             "objective": {"name": name, **SHORT.get(name, {})},
             "data": {"name": "fashion"},

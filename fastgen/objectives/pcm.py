@@ -1,0 +1,126 @@
+"""PCM: phased consistency model.
+
+Paper: Wang et al. 2024, arXiv 2405.18407 (Alg. 1 and 2).
+
+  the K-step DDIM grid in M phases;  n ~ U;  t = t_n, r = t_{n+1};  e = end of the phase that holds t
+  x_t = alpha x0 + sigma eps
+  x_r = DDIM step t -> r with D_real^w                 CFG-free: w = 1, captions dropped at times
+  pred   = F(x_t, t, e; theta),  target = sg F(x_r, r, e; theta-),  x_r itself at r = e     (eq. 4-6)
+      F: DDIM jump with D held
+  update G     with  mean sqrt(d^2 + c^2) - c  +  gan_weight gen(Disc(pred_v))              (eq. 9)
+  update Disc  with  disc(Disc(sg pred_v), Disc(target_v))       v ~ U over the phase; both noised from e
+
+The student is sampled in M deterministic steps, one a phase. The real side of the discriminator is the
+target, not data: the adversarial term keeps to the teacher's ODE.
+
+Differs
+- authors: discriminator and generator take turns by the parity of the step; here both move on every step.
+- v is a point of the solver's grid, above e.
+- authors: softplus-free hinge with relu(1 - fake) on the generator's side; -fake here, as LADD.
+- the authors' 50 steps in 4 phases do not divide; a divisor is asked for, so that phases end where the
+  sampler stops. Their SDXL runs use 40 steps and 4 phases.
+- no EMA target, as in the authors' code; target_decay gives one.
+- CFG-free (guided_solver false): the student stays unguided, and guidance_scale works when it is sampled.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from fastgen import losses
+from fastgen.ema import ema_update
+from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
+from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
+from fastgen.schedules import expand
+
+
+class PCMConfig(ObjectiveConfig):
+    """Phased consistency distillation."""
+
+    name: Literal["pcm"] = "pcm"
+    grid_steps: int = Field(40, ge=1)
+    """steps K of the solver's grid"""
+    segments: int = Field(4, ge=1)
+    """phases M; must divide the grid, and the student takes a multiple of it in steps"""
+    guided_solver: bool = True
+    """step with the guided teacher; false keeps guidance for sampling (CFG-free)"""
+    cond_dropout: float = Field(0.0, ge=0, lt=1)
+    """share of the batch whose condition is left out; the authors take 0.1 without the guided solver"""
+    huber_c: float = Field(1e-3, gt=0)
+    """constant of the elementwise pseudo-Huber"""
+    target_decay: float = Field(0.0, ge=0, lt=1)
+    """EMA decay of the target network; 0 uses the student itself"""
+    gan_weight: float = Field(0.1, ge=0)
+    """weight of the adversarial consistency loss; 0 drops the discriminator"""
+    gan_loss: Literal["hinge", "softplus"] = "hinge"
+    """form of the adversarial pair"""
+    disc_taps: tuple[int, ...] = ()
+    """teacher features the heads read, by index; empty takes the family's default"""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        return check_segments(self, self.grid_steps)
+
+
+class PCM(Objective, config=PCMConfig):
+    @classmethod
+    def player_parts(cls, cfg):
+        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
+
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher", "target") if cfg.target_decay else ("teacher",)
+
+    @classmethod
+    def grid_steps(cls, cfg):
+        return cfg.grid_steps
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        guided = cfg.guided_solver and guidance != 1
+        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
+        calls["teacher"] = 2 if guided else 1
+        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
+
+    def step(self, batch, k):
+        cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps
+        grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
+        n = self.rng.randint(K, len(x0))
+        end = segment_ends(K, cfg.segments).to(n.device)[n]
+        t, r, e = grid[n], grid[n + 1], grid[end]
+        cond, w = self.drop_condition(batch, cfg.cond_dropout), self.guidance if cfg.guided_solver else 1.0
+        if cfg.target_decay and k == 0:
+            ema_update(self.target.trainable(), self.student.trainable(), 0.0)
+        with self.turn("student"):
+            x_t = S.noise(x0, self.rng.randn_like(x0), t)
+            with torch.no_grad():
+                x_r = solver_step(
+                    S, lambda x, u: self.teacher.guided(x, u, cond, batch.uncond, w), x_t, t, r, "euler"
+                )
+                net = self.target if cfg.target_decay else self.student
+                target = jump(S, net(x_r, r.clamp(min=grid[-2]), cond), x_r, r, e)  # F(x_r, r, e; theta-)
+                target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary of the phase
+            pred = jump(S, self.student(x_t, t, cond), x_t, t, e)  # F(x_t, t, e; theta)
+            huber = losses.pseudo_huber(pred, target, cfg.huber_c)
+            loss, logs = huber, {"huber": huber}
+            if cfg.gan_weight:
+                length = K // cfg.segments
+                v = grid[end - length + self.rng.randint(length, len(x0))]
+                fake = S.renoise(pred, self.rng.randn_like(x0), e, v)
+                logs["gan"] = losses.gan_generator(self.disc(fake, v, cond), cfg.gan_loss)
+                loss = loss + cfg.gan_weight * logs["gan"]
+            yield loss, logs
+        if cfg.target_decay and self.sync:
+            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+        if cfg.gan_weight:
+            with self.turn("disc"):
+                fake_logits = self.disc(fake.detach(), v, cond)
+                real = S.renoise(target, self.rng.randn_like(x0), e, v)
+                real_logits = self.disc(real, v, cond)
+                loss = losses.gan_discriminator(fake_logits, real_logits, cfg.gan_loss)
+                yield loss, {"logit_fake": fake_logits[0].mean(), "logit_real": real_logits[0].mean()}

@@ -1,0 +1,132 @@
+"""TSCD: trajectory segmented consistency distillation, the first part of Hyper-SD.
+
+Papers: Ren et al. 2024, arXiv 2404.13686 (Sec. 3.1); with it TCD, Zheng et al. 2024, arXiv 2402.19159 (gamma
+sampling) and CTM, Kim et al. 2023, arXiv 2310.02279 (targets inside the trajectory).
+
+  a stage has k segments of the teacher's K-step DDIM grid, k = 8, 4, 2, 1 in turn; each starts from the last
+  n ~ U;  t = t_n, r = t_{n+1};  e = end of the segment that holds t
+  x_t = alpha x0 + sigma eps
+  x_r = DDIM step t -> r with D_real^w                              (or with the last stage's student)
+  u   ~ U over the grid's points in [e, r]                          e itself with probability end_prob
+  pred   = Psi(x_t, t, u; theta),  target = sg Psi(x_r, r, u; theta-),  x_r itself at u = r       (eq. 2-4)
+      Psi(x, t, u) = alpha_u D(x, t) + sigma_u (x - alpha_t D(x, t)) / sigma_t
+  update G     with  mse_weight |pred - target|^2 + gan_weight gen(Disc(pred_u'))                 (eq. 7)
+  update Disc  with  disc(Disc(sg pred_u'), Disc(x0_u'))            u' ~ U(u, start of the segment)
+
+Differs
+- no training code was released; the paper gives the directions of the weights, not their values: MSE leads
+  at 8 and 4 segments, the adversarial part at 2 and 1.
+- u and u' are points of the solver's grid, so that they are whole timesteps on VP.
+- the network is not told u: the same D serves every u of a segment, which is exact for one u and a
+  compromise for several. end_prob above 0 favours the end, which one-segment stages need most.
+- heads read the frozen teacher's features, so only the heads are trained.
+- student and discriminator both move on every step.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from fastgen import losses
+from fastgen.ema import ema_update
+from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
+from fastgen.samplers import segment_ends, solver_step, teacher_grid
+from fastgen.schedules import expand
+
+
+class TSCDConfig(ObjectiveConfig):
+    """One stage of trajectory segmented consistency distillation."""
+
+    name: Literal["tscd"] = "tscd"
+    grid_steps: int = Field(40, ge=1)
+    """steps K of the solver's grid; the student is sampled in any number up to it"""
+    segments: int = Field(8, ge=1)
+    """segments k of this stage; must divide the grid"""
+    end_prob: float = Field(0.0, ge=0, le=1)
+    """share of the batch whose target time is the segment's end"""
+    ode_teacher: Literal["original", "previous"] = "original"
+    """whose ODE is stepped along: the guided teacher's, or that of the student the last stage left"""
+    target_decay: float = Field(0.0, ge=0, lt=1)
+    """EMA decay of the target network; 0 uses the student itself"""
+    mse_weight: float = Field(1.0, ge=0)
+    """weight of the consistency loss"""
+    gan_weight: float = Field(0.0, ge=0)
+    """weight of the adversarial loss; 0 drops the discriminator"""
+    gan_loss: Literal["hinge", "softplus"] = "hinge"
+    """form of the adversarial pair"""
+    disc_taps: tuple[int, ...] = ()
+    """teacher features the heads read, by index; empty takes the family's default"""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        return check_segments(self, self.grid_steps)
+
+
+class TSCD(Objective, config=TSCDConfig):
+    @classmethod
+    def player_parts(cls, cfg):
+        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
+
+    @classmethod
+    def uses(cls, cfg):
+        more = {"target": cfg.target_decay, "previous": cfg.ode_teacher == "previous"}
+        return ("teacher", *(n for n, wanted in more.items() if wanted))
+
+    @classmethod
+    def grid_steps(cls, cfg):
+        return cfg.grid_steps
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
+        own = cfg.ode_teacher == "previous"
+        calls["previous" if own else "teacher"] = 1 if own or guidance == 1 else 2
+        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
+
+    def step(self, batch, k):
+        cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps
+        grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
+        n = self.rng.randint(K, len(x0))
+        end = segment_ends(K, cfg.segments).to(n.device)[n]
+        inside = n + 1 + (self.rng.rand(len(x0)) * (end - n)).long()
+        u_at = torch.where(self.rng.rand(len(x0)) < cfg.end_prob, end, inside)
+        t, r, u = grid[n], grid[n + 1], grid[u_at]
+        if k == 0:
+            for copy in (p for p in ("target", "previous") if p in self.parts):
+                ema_update(self.parts[copy].trainable(), self.student.trainable(), 0.0)
+        with self.turn("student"):
+            x_t = S.noise(x0, self.rng.randn_like(x0), t)
+            with torch.no_grad():
+                x_r = solver_step(S, self.denoiser(batch), x_t, t, r, "euler")
+                net, near = self.target if cfg.target_decay else self.student, r.clamp(min=grid[-2])
+                target = S.ode_step(net(x_r, near, batch.cond), x_r, near, u)  # Psi(x_r, r, u; theta-)
+                target = torch.where(expand(u == r, x_r).bool(), x_r, target)
+            pred = S.ode_step(self.student(x_t, t, batch.cond), x_t, t, u)  # Psi(x_t, t, u; theta)
+            mse = losses.mse(pred, target)
+            loss, logs = cfg.mse_weight * mse, {"mse": mse}
+            if cfg.gan_weight:
+                start = end - K // cfg.segments
+                v = grid[start + (self.rng.rand(len(x0)) * (u_at - start)).long()]  # u'
+                fake = S.renoise(pred, self.rng.randn_like(x0), u, v)
+                logs["gan"] = losses.gan_generator(self.disc(fake, v, batch.cond), cfg.gan_loss)
+                loss = loss + cfg.gan_weight * logs["gan"]
+            yield loss, logs
+        if cfg.target_decay and self.sync:
+            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+        if cfg.gan_weight:
+            with self.turn("disc"):
+                fake_logits = self.disc(fake.detach(), v, batch.cond)
+                real_logits = self.disc(S.noise(x0, self.rng.randn_like(x0), v), v, batch.cond)
+                loss = losses.gan_discriminator(fake_logits, real_logits, cfg.gan_loss)
+                yield loss, {"logit_fake": fake_logits[0].mean(), "logit_real": real_logits[0].mean()}
+
+    def denoiser(self, batch):
+        """D whose ODE is stepped along: the guided teacher, or the last stage's student, guided already."""
+        if self.cfg.ode_teacher == "previous":
+            return lambda x, t: self.previous(x, t, batch.cond)
+        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)

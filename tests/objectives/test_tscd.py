@@ -1,0 +1,2 @@
+SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "ode_teacher": "previous", "target_decay": 0.5}
+STUDENT = {"sampler": "ode", "num_steps": 2}
