@@ -1,4 +1,4 @@
-"""Diff-Instruct: its gradient is that of the KL, its critic is needed, and any generator may be the student."""
+"""Diff-Instruct: its gradient is that of the KL, its critic is needed, any generator may be the student."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.objectives.toys import (
 )
 from tests.replay import replay
 
-SHORT = {"student_every": 2}
+SHORT = {"student_every": 1}
 """settings of the contract battery"""
 
 
@@ -127,7 +127,9 @@ def test_p2_a_generator_that_never_was_a_diffusion_model():
     parts = {"student": student, "critic": Role(mixture.trainable_copy()), "teacher": Role(mixture)}
     time = {"kind": "log_normal", "mean": -0.8, "std": 1.2}
     objective = DiffInstruct(DiffInstructConfig(student_every=2, time=time, critic_time=time), parts, rng())
-    optimizers = {n: torch.optim.Adam(p.trainable().values(), 2e-3, (0.0, 0.99)) for n, p in objective.players.items()}
+    optimizers = {
+        n: torch.optim.Adam(p.trainable().values(), 2e-3, (0.0, 0.99)) for n, p in objective.players.items()
+    }
     real, labels = mixture.sample(1000, torch.Generator().manual_seed(5))
 
     def draw(num, seed):
@@ -154,7 +156,9 @@ def test_p2_a_generator_that_never_was_a_diffusion_model():
 
 @pytest.mark.parametrize("teacher", ["analytic:gmm2d-edm"])
 def test_p2_distils_the_mixture(tmp_path, teacher):
-    before, after, *_ = run_mixture(tmp_path, {"name": "diff_instruct", "student_every": 2}, teacher, steps=300)
+    before, after, *_ = run_mixture(
+        tmp_path, {"name": "diff_instruct", "student_every": 2}, teacher, steps=300
+    )
     assert after < 0.03 and after < before / 3, (before, after)
 
 

@@ -1,4 +1,4 @@
-"""DMD version 1: the normalised gradient, and the regression that anchors each noise to the teacher's sample."""
+"""DMD version 1: the normalised gradient, and the regression on the teacher's own samples."""
 
 import torch
 
@@ -35,14 +35,18 @@ def student_turn(objective, batch):
 
 
 def batch(num=64):
-    return batch_of(torch.zeros(num, 1), torch.randn(num, 1, generator=torch.Generator().manual_seed(3)).double())
+    return batch_of(
+        torch.zeros(num, 1), torch.randn(num, 1, generator=torch.Generator().manual_seed(3)).double()
+    )
 
 
 def test_p1_normaliser_is_scale_free():
     """x, D_real, D_fake scaled together: the gradient stays (eq. 8)."""
     x = torch.randn(16, 4, requires_grad=True)
     real, fake = torch.randn(2, 16, 4)
-    grads = [torch.autograd.grad(losses.distribution_matching(x * c, real * c, fake * c), x)[0] for c in (1, 3.0)]
+    grads = [
+        torch.autograd.grad(losses.distribution_matching(x * c, real * c, fake * c), x)[0] for c in (1, 3.0)
+    ]
     torch.testing.assert_close(grads[1], 3.0 * grads[0])  # the chain rule's own factor, and no other
 
 
