@@ -35,7 +35,8 @@ class Cast:
         self.teacher = self._load()
         asked = {"teacher.guidance": cfg.teacher.guidance}
         for stage in cfg.all_stages():
-            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+            for key, method in (("objective", stage.objective), ("objective.host", _method(stage))):
+                asked |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
         for key, w in asked.items():
             if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
                 raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
@@ -184,6 +185,10 @@ class Cast:
             found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
             raise UserError("objective.grid_steps", found, "use a divisor")
         times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
+        if isinstance(schedule, VP) and any(t != round(t) for t in times):
+            raise UserError(
+                "student.timesteps", f"found {times}", "whole numbers: the schedule has no others"
+            )
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -205,7 +210,7 @@ class Cast:
             student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
-        method = getattr(stage.objective, "host", stage.objective)
+        method = _method(stage)
         if "disc" in map(_base, names) and "disc" not in self.parts:
             num = range(self.num_students)
             self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
@@ -246,6 +251,11 @@ class Cast:
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
             head = "mean" if getattr(objective, "disc_mean", False) else head
             return Discriminator(role, taps, example, head).to(self.device)
+
+
+def _method(stage: StageConfig):
+    """The settings of a stage's method, or of the one it is wrapped around."""
+    return getattr(stage.objective, "host", stage.objective)
 
 
 def _base(name: str) -> str:
