@@ -43,6 +43,9 @@ class Cast:
         if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
             found = "found a range for an unconditional teacher, which has no guidance"
             raise UserError("student.guidance_embedding", found, "leave it out")
+        clips = any(getattr(_method(s), "clip_weight", 0) for s in cfg.all_stages())
+        if clips and not hasattr(self.teacher.codec, "prompts"):
+            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -229,8 +232,6 @@ class Cast:
         """The image-text net that version 2 of SwiftBrush trains against."""
         from fastgen.imagetext import Alignment, image_text
 
-        if not hasattr(self.teacher.codec, "prompts"):
-            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
     def _disc(self, objective, member: int = 0) -> Discriminator:
