@@ -34,7 +34,7 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        self._check_null()
+        self._check_asked()
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -65,13 +65,16 @@ class Cast:
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
 
-    def _check_null(self) -> None:
-        """Guidance and label dropout need a null condition that the teacher knows."""
+    def _check_asked(self) -> None:
+        """Guidance and label dropout need a null condition that the teacher knows, a CLIP loss its text."""
         codec, cfg = self.teacher.codec, self.cfg
         conditional = bool(codec.null(1))
         asked = {"teacher.guidance": cfg.teacher.guidance}
         for stage in cfg.all_stages():
-            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+            for key, method in (("objective", stage.objective), ("objective.host", _method(stage))):
+                asked |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
+            if getattr(_method(stage), "clip_weight", 0) and not hasattr(codec, "prompts"):
+                raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         if cfg.student.guidance_embedding:
             asked["student.guidance_embedding"] = max(cfg.student.guidance_embedding)
         what = "a teacher without a null class" if conditional else "an unconditional teacher"
@@ -214,6 +217,10 @@ class Cast:
             found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
             raise UserError("objective.grid_steps", found, "use a divisor")
         times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
+        if isinstance(schedule, VP) and any(t != round(t) for t in times):
+            raise UserError(
+                "student.timesteps", f"found {times}", "whole numbers: the schedule has no others"
+            )
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -239,7 +246,7 @@ class Cast:
             self.parts["logvar"] = LogVariance().to(self.device)
         if "weak" in names and "weak" not in self.parts:
             self.parts["weak"] = self._weak(stage.objective.weak)
-        method = getattr(stage.objective, "host", stage.objective)
+        method = _method(stage)
         if "disc" in map(_base, names) and "disc" not in self.parts:
             num = range(self.num_students)
             self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
@@ -274,8 +281,6 @@ class Cast:
         """The image-text net that version 2 of SwiftBrush trains against."""
         from fastgen.imagetext import Alignment, image_text
 
-        if not hasattr(self.teacher.codec, "prompts"):
-            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
     def _disc(self, objective, member: int = 0) -> Discriminator:
@@ -296,6 +301,11 @@ class Cast:
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
             head = "mean" if getattr(objective, "disc_mean", False) else head
             return Discriminator(role, taps, example, head).to(self.device)
+
+
+def _method(stage: StageConfig):
+    """The settings of a stage's method, or of the one it is wrapped around."""
+    return getattr(stage.objective, "host", stage.objective)
 
 
 def _base(name: str) -> str:

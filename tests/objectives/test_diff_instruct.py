@@ -1,4 +1,4 @@
-"""Diff-Instruct: its gradient is that of the KL, it needs its critic, any generator is a student."""
+"""Diff-Instruct: its gradient is that of the KL, its critic is needed, any generator may be the student."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.objectives.toys import (
 )
 from tests.replay import replay
 
-SHORT = {"student_every": 2}
+SHORT = {"student_every": 1}
 """settings of the contract battery"""
 
 

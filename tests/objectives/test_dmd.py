@@ -1,4 +1,4 @@
-"""DMD version 1: the normalised gradient, and the regression that ties noises to samples."""
+"""DMD version 1: the normalised gradient, and the regression on the teacher's own samples."""
 
 import torch
 

@@ -17,6 +17,7 @@ from fastgen.roles import Students
 from fastgen.router import Router
 from fastgen.run import main
 from fastgen.schedules import EDM
+from tests import replay
 from tests.objectives.toys import (
     AffineStudent,
     CountingRole,
@@ -25,7 +26,6 @@ from tests.objectives.toys import (
     gaussian_role,
     run_mixture,
 )
-from tests.replay import STUDENT, plainly
 
 HOST = {"name": "diff_instruct", "student_every": 1}
 SHORT = {"num_students": 1, "host": HOST}
@@ -250,7 +250,7 @@ def test_p4_msd_each_student_in_plain_diffusers(tiny, tmp_path):
     loaded = load_export(export)
     with torch.no_grad():
         ours = loaded.codec.decode(loaded.role(x, t, cond))
-    plain = [plainly(STUDENT, export / f"student{j}") for j in range(2)]
+    plain = [replay.plainly(replay.STUDENT, export / f"student{j}") for j in range(2)]
     routed = torch.cat([plain[0][:5], plain[1][5:]])
     assert (routed - ours).abs().max() < 1e-3
     assert (plain[0][5:] - ours[5:]).abs().max() > 1e-3, "the other student draws something else"
