@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from fastgen.backbones import Source, Teacher, load_teacher
+from fastgen.backbones.base import Backbone
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
-from fastgen.errors import UserError
+from fastgen.errors import UserError, first_line, suggest
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
-from fastgen.roles import Role, Student
-from fastgen.schedules import VP
+from fastgen.roles import Members, Role, Student, Students
+from fastgen.router import Router
+from fastgen.schedules import VP, Flow, Schedule
 from fastgen.trigflow import LogVariance
 
 
@@ -40,16 +42,23 @@ class Cast:
         if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
             found = "found a range for an unconditional teacher, which has no guidance"
             raise UserError("student.guidance_embedding", found, "leave it out")
-        names = {p for s in cfg.all_stages() for p in _wanted(s)}
+        if cfg.student.fuse:
+            from fastgen.reload import locate
+
+            locate(cfg.student.fuse, "student.fuse")  # a wrong path is told now, not at the end
+        names = {_base(p) for s in cfg.all_stages() for p in _wanted(s)}
+        self.num_students = _num_students(cfg)
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         kinds |= {"path": self.critic_kind}
+        few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
-            self._make(name, kinds[name], alone="teacher" not in names)
+            self._make(name, kinds[name], alone)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
@@ -63,9 +72,14 @@ class Cast:
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
 
+    @property
+    def few_step_schedule(self) -> Schedule:
+        """The teacher's schedule, or the one whose few steps a student of another form takes."""
+        return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
+
     def backbones(self) -> list[nn.Module]:
         """Distinct networks, teacher first."""
-        roles = [p for p in self.parts.values() if isinstance(p, Role)]
+        roles = [r for p in self.parts.values() for r in getattr(p, "members", [p]) if isinstance(r, Role)]
         return list({id(r.backbone): r.backbone for r in roles}.values())
 
     def _load(self) -> Teacher:
@@ -76,40 +90,79 @@ class Cast:
         return load_teacher(**asked, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
+        """One role under a name, or one for each of several students."""
+        if not self.num_students:
+            self.parts[name] = self._role(name, name, kind, alone)
+            return
+        members = [self._role(name, f"{name}{j}", kind, False) for j in range(self.num_students)]
+        if name == "student":
+            router = Router.for_codec(self.teacher.codec, self.num_students)
+            self.parts[name] = Students(members, router)
+        else:
+            self.parts[name] = Members(members)
+
+    def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         base = self.teacher.backbone
         counts = [
             n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
         ]
-        told = self.cfg.student.guidance_embedding if name != "critic" else None
-        adapter, told = None, (min(counts), max(counts)) if counts else told
+        adapter, told = None, (min(counts), max(counts)) if counts else None
+        if name in ("student", "target", "previous") and not counts:
+            told = self.cfg.student.guidance_embedding
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
                     f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
                 )
             lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
-            adapter = name
-            self._adapter(base, name, lora, told is not None)
+            adapter = adapter_name
+            self._adapter(base, adapter, lora, told is not None)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
+        elif self.cfg.student.net and name == "student":
+            base = self._other_net()
         elif not alone:
             base = copy.deepcopy(base).float()
         if told and adapter is None:
+            if self.cfg.student.sprint:
+                from fastgen.sprint import make_sprint
+
+                make_sprint(base)
             base.add_guidance()
             base.to(self.device)
+        role = Role(base, adapter)
         if name == "student":
             chosen = self.cfg.student
-            self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
-            self.parts[name].guidance_range, self.parts[name].told_steps = told, bool(counts)
-        else:
-            self.parts[name] = Role(base, adapter)
+            role = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
+            role.guidance_range, role.told_steps = told, bool(counts)
         if told:
-            self.parts[name].guidance = self.cfg.teacher.guidance
+            role.guidance = self.cfg.teacher.guidance
         base.eval()
         if name == "student" and self.cfg.student.init and str(self.device) != "meta":
             from fastgen.export import init_student
 
-            init_student(self.parts[name], self.cfg.student.init)
+            init_student(role, self.cfg.student.init)
+        return role
+
+    def _other_net(self) -> nn.Module:
+        """An untrained network of the teacher's class with some of its config changed."""
+        base, changes = self.teacher.backbone, self.cfg.student.net
+        config = dict(base.net.config)
+        unknown = [k for k in changes if k not in config]
+        if unknown:
+            found = f"{type(base.net).__name__} has no {unknown[0]!r}{suggest(unknown[0], config)}"
+            raise UserError("student.net", found, "keys of the teacher's own config.json")
+        try:
+            with torch.device(self.device):
+                net = type(base.net).from_config({**config, **changes})
+        except Exception as error:  # whatever a network's constructor raises
+            raise UserError("student.net", f"refused ({first_line(error)})", "mend the change") from None
+        return Backbone(net, base.family, base.schedule, base.prediction)
+
+    def divide(self, data) -> None:
+        """Give each of several students its part of the prompts."""
+        if self.num_students:
+            self.parts["student"].router.divide(data.cond_table)
 
     def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
         if told:
@@ -123,7 +176,7 @@ class Cast:
         base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:
-        s, schedule = self.cfg.student, self.teacher.schedule
+        s, schedule = self.cfg.student, self.few_step_schedule
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
@@ -144,18 +197,28 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few = self.teacher.schedule.few_steps
-        student.grid = grid
-        student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+        few = self.few_step_schedule.few_steps
+        for one in (student, *getattr(student, "members", ())):
+            one.grid = grid
+            one.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if student.told_steps:
             student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
-        if "disc" in names and "disc" not in self.parts:
-            self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
+        method = getattr(stage.objective, "host", stage.objective)
+        if "disc" in map(_base, names) and "disc" not in self.parts:
+            num = range(self.num_students)
+            self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
         if "clip" in names and "clip" not in self.parts:
-            self.parts["clip"] = self._clip(getattr(stage.objective, "host", stage.objective).clip)
-        return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
+            self.parts["clip"] = self._clip(method.clip)
+        return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
+
+    def _part(self, name: str):
+        """A part by name; "critic2" is the critic of student 2."""
+        if name in self.parts:
+            return self.parts[name]
+        base = _base(name)
+        return self.parts[base].members[int(name.removeprefix(base))]
 
     def _clip(self, path: str):
         """The image-text net that version 2 of SwiftBrush trains against."""
@@ -165,22 +228,38 @@ class Cast:
             raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
 
-    def _disc(self, objective) -> Discriminator:
+    def _disc(self, objective, member: int = 0) -> Discriminator:
+        objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
         features = getattr(objective, "disc_features", "teacher")
         role = self.parts[features if features in self.parts else "teacher"]
+        role = role.members[member] if hasattr(role, "members") else role
         codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps = objective.disc_taps or (
-            role.backbone.family.default_taps(role.backbone.net)
-            if hasattr(role.backbone, "family")
-            else (-1,)
-        )
+        taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
+        if not objective.disc_taps and hasattr(role.backbone, "family"):
+            family, net = role.backbone.family, role.backbone.net
+            depths = getattr(objective, "disc_depths", 0)
+            taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
-            mean = getattr(objective, "disc_mean", False)
-            return Discriminator(role, taps, example, mean).to(self.device)
+            head = "mean" if getattr(objective, "disc_mean", False) else head
+            return Discriminator(role, taps, example, head).to(self.device)
+
+
+def _base(name: str) -> str:
+    """The kind of part a numbered one is: "critic2" is a critic."""
+    return name.rstrip("0123456789")
+
+
+def _num_students(cfg: RunConfig) -> int:
+    """Students of a run with several, else 0."""
+    found = {getattr(s.objective, "num_students", 0) for s in cfg.all_stages()}
+    if len(found) > 1:
+        told = f"found {', '.join(map(str, sorted(found)))} in different stages (0: no such method)"
+        raise UserError("objective.num_students", told, "the same in every stage")
+    return found.pop()
 
 
 def _wanted(stage: StageConfig) -> list[str]:

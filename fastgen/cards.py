@@ -33,7 +33,7 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     """Text-to-image: an ordinary pipeline call."""
     scheduler = info["scheduler"]["_class_name"]
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"]:
+    if info["arguments"] and "num_inference_steps" not in info["arguments"]:
         del call["num_inference_steps"]
     told = info.get("guidance_range") is not None
     baked = info["times"] and not told
@@ -194,6 +194,11 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
+    if info.get("nasa"):
+        notes.append(
+            "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
+            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
+        )
     if info.get("told_steps"):
         notes.append(
             "The network is told the number of steps through its input for the guidance scale: pass the "
@@ -225,11 +230,11 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
         span = info.get("guidance_range")
-        how = (
-            "an input, see below"
-            if span and not info.get("told_steps")
-            else "baked in: guidance_scale 1, negative prompts do nothing"
+        negative = (
+            "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
         )
+        told = span and not info.get("told_steps")
+        how = "an input, see below" if told else f"baked in: guidance_scale 1, {negative}"
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]),
             "between steps": info["sampler"],
@@ -270,6 +275,31 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "```",
         "",
         "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def members_card(info: dict, router) -> str:
+    """README.md over the folders of several students."""
+    lines = [f"# {info['name']}, {info['students']} students", ""]
+    if router.tensors and "table" in router.tensors:
+        table = router.tensors["table"][:-1].tolist()
+        lines += ["| class | folder |", "|---|---|"]
+        lines += [f"| {c} | `student{j}/` |" for c, j in enumerate(table)]
+    elif router.num > 1:
+        lines += [
+            "Prompts are cut along one axis of their mean text state (`router.safetensors`): the student's",
+            "number is how many `edges` lie below `(mean over tokens - mean) @ axis`.",
+        ]
+    lines += [
+        "",
+        "Each folder is an ordinary export with a card of its own. The numbers in those cards are of all",
+        "students together, each asked for its own conditions. fastgen's `sample.py` routes by itself:",
+        "",
+        "```sh",
+        "python sample.py --model . --num_images 16",
+        "```",
         "",
     ]
     return "\n".join(lines)

@@ -101,10 +101,18 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    sprint: bool = False
+    """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
+    fuse: str = ""
+    """export of another student of this teacher, averaged into this one at the end of the run"""
+    fuse_weight: float | None = Field(None, ge=0, le=1)
+    """this student's share of that average; null is 0.5"""
     lora: LoraConfig = LoraConfig()
     """adapter settings when kind is lora"""
+    net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """changes to the teacher's network config for an untrained student of another size; files only"""
 
 
 class CriticConfig(Section):
@@ -294,7 +302,19 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
+            raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
+        if self.student.fuse and self.student.kind == "lora":
+            raise ValueError(
+                "student.fuse: found a LoRA student; only a full network takes an average: kind full"
+            )
+        if self.student.fuse_weight is not None and not self.student.fuse:
+            raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
         self._check_guidance()
+        if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
+            raise ValueError(
+                "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
+            )
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"

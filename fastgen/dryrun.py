@@ -60,7 +60,7 @@ def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
     trained = sum(
         sum(p.numel() for p in r.trainable().values())
         for n, r in cast.parts.items()
-        if n != "teacher" and isinstance(r, Role)
+        if n != "teacher" and hasattr(r, "trainable")
     )
     heads = sum(
         p.numel() for m in cast.parts.values() if isinstance(m, torch.nn.Module) for p in m.parameters()

@@ -92,6 +92,8 @@ def finish(trainer, judge: Judge) -> dict:
     best = cfg.eval.keep == "best" and kept.exists()
     if best:
         _load_best(trainer, kept)
+    if cfg.student.fuse:
+        _fuse(trainer)
     with averaged(trainer):
         results = measure(cfg, judge)
         decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
@@ -129,13 +131,24 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def _kept(trainer) -> dict[str, Tensor]:
+    """The weights that are measured and exported: the first average, or the raw ones."""
+    decays = trainer.ema.decays
+    return trainer.ema.averages[decays[0]] if decays else trainer.student.trainable()
+
+
+def _fuse(trainer) -> None:
+    from fastgen.reload import fuse
+
+    student = trainer.cfg.student
+    weight = 0.5 if student.fuse_weight is None else student.fuse_weight
+    fuse(_kept(trainer), student.fuse, weight)
+
+
 @torch.no_grad()
 def _load_best(trainer, file: Path) -> None:
     from safetensors.torch import load_file
 
     best = load_file(file)
-    target = (
-        trainer.ema.averages[trainer.ema.decays[0]] if trainer.ema.decays else trainer.student.trainable()
-    )
-    for name, value in target.items():
+    for name, value in _kept(trainer).items():
         value.copy_(best[name])

@@ -66,6 +66,7 @@ def denoising(
     """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
+    "snr_plus_1" w = SNR + 1;
     "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
     "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
     """
@@ -74,6 +75,7 @@ def denoising(
         "x0": lambda: torch.ones_like(a),
         "eps": lambda: (a / s) ** 2,
         "snr1": lambda: ((a / s) ** 2).clamp(min=1),
+        "snr_plus_1": lambda: (a / s) ** 2 + 1,
         "flow": lambda: ((a + s) / s) ** 2,
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
@@ -113,3 +115,19 @@ def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softp
     else:
         pairs = [0.5 * (F.relu(1 + f).mean() + F.relu(1 - r).mean()) for f, r in zip(fake, real)]
     return torch.stack(pairs).mean()
+
+
+def r1(logits: list[Tensor], x: Tensor) -> Tensor:
+    """Mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv 1801.04406).
+
+    x is the very tensor that went into the discriminator, noised, and requires grad; its attention needs a
+    second derivative, which of torch's kernels only "math" has.
+    """
+    score = torch.stack([y.flatten(1).mean(1) if y.ndim > 1 else y for y in logits]).mean(0)
+    (grad,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return grad.flatten(1).square().sum(1).mean()
+
+
+def approximate_r1(logits: list[Tensor], perturbed: list[Tensor]) -> Tensor:
+    """Mean squared change of the logits under a small perturbation of their input (APT, arXiv 2501.08316)."""
+    return torch.stack([F.mse_loss(p, y) for y, p in zip(logits, perturbed)]).mean()

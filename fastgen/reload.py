@@ -11,7 +11,9 @@ from fastgen import lora
 from fastgen.backbones import Teacher, load_teacher
 from fastgen.errors import UserError
 from fastgen.paths import PACKAGE, resolve
-from fastgen.roles import Role, Student
+from fastgen.roles import Role, Student, Students
+from fastgen.router import Router
+from fastgen.sprint import is_sprint, make_sprint
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -38,9 +40,10 @@ class Loaded:
     def to(self, device, dtype=torch.float32) -> "Loaded":
         """Move everything; the denoiser alone takes `dtype`."""
         self.teacher.to(device)
-        self.role.backbone.to(device)
-        if dtype != torch.float32 and hasattr(self.role.backbone, "net"):
-            torch.nn.Module.to(self.role.backbone.net, dtype)
+        for role in getattr(self.role, "members", [self.role]):
+            role.backbone.to(device)
+            if dtype != torch.float32 and hasattr(role.backbone, "net"):
+                torch.nn.Module.to(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
@@ -92,6 +95,8 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
         return _load_lora(found, base, key)
     file = found / "fastgen.json"
     info = _read(file, key).get("export", {}) if file.is_file() else {}
+    if "students" in info:
+        return _load_members(found, info, base, key)
     if "lora" in info:
         return _load_lora(found / info["lora"], base, key)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
@@ -101,7 +106,16 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
         role = _student(role.backbone, None, info, key)
+        if role.guidance_range:
+            teacher.codec.guidance = None  # the student itself says what it is told
     return Loaded(role, teacher, info, str(path))
+
+
+def _load_members(found: Path, info: dict, base: str | None, key: str) -> Loaded:
+    """Several students and their router."""
+    router = Router.load(found, key)
+    loaded = [load_export(found / f"student{j}", base, key) for j in range(info["students"])]
+    return Loaded(Students([one.role for one in loaded], router), loaded[0].teacher, info, str(found))
 
 
 def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
@@ -177,7 +191,9 @@ def init_student(student: Role, path: str) -> None:
 
 def _init_full(student: Role, path: str, key: str) -> None:
     net, source = student.backbone.net, load_teacher(path).backbone
-    if student.guidance is not None:
+    if is_sprint(student.backbone) and source.family.name == "sana":
+        make_sprint(source)
+    elif student.guidance is not None:
         source.add_guidance()
     state = source.net.state_dict()
     own = net.state_dict()
@@ -186,6 +202,26 @@ def _init_full(student: Role, path: str, key: str) -> None:
         found = f"{path} is another network ({wrong[0]} differs)"
         raise UserError(key, found, "an export of a student of this teacher")
     net.load_state_dict(state)
+
+
+@torch.no_grad()
+def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
+    """own <- weight own + (1 - weight) other, by name; other is the student at path, its LoRA merged
+    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4).
+    """
+    key = "student.fuse"
+    other = load_export(path, key=key)
+    net = other.role.backbone.net
+    if other.role.adapter is not None:
+        layers = lora.collect(net, other.role.adapter)
+        net = lora.without_adapters(net)
+        lora.merge(net, layers)
+    state = {f"net.{n}": p for n, p in net.state_dict().items()}
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    if wrong:
+        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "a student of this teacher")
+    for name, value in own.items():
+        value.lerp_(state[name].to(value), 1 - weight)
 
 
 def sample_command(path: str | Path) -> str:

@@ -44,10 +44,11 @@ class Role:
             return cond
         return {**cond, "guidance": torch.full((len(x),), self.guidance, device=x.device)}
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """D [B, ...] in float32 at x_t [B, ...], t [B]."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
+        """D [B, ...] in float32 at x_t [B, ...], t [B]; net_t is a time to tell the network in t's place."""
         with self._acting() as net:
-            return net(x_t, t, self._told(cond, x_t))
+            more = () if net_t is None else (net_t,)
+            return net(x_t, t, self._told(cond, x_t), *more)
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's native prediction."""
@@ -159,6 +160,44 @@ class Student(Role):
         return torch.full((len(x),), self.times[i], dtype=torch.float64, device=x.device)
 
 
+class Students(Student):
+    """Several few-step generators behind one router: each row is drawn by the student of its condition."""
+
+    def __init__(self, members: list[Student], router: Callable[[Cond], Tensor]):
+        self.__dict__.update(vars(members[0]))  # schedule, time list and sampler are common
+        self.members, self.router = members, router
+        self.trained = list(range(len(members)))  # by this run
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        part, out = self.router(cond).to(x_t.device), torch.empty_like(x_t, dtype=torch.float32)
+        for j, member in enumerate(self.members):
+            rows = (part.expand(len(x_t)) == j).nonzero()[:, 0]
+            if len(rows):
+                out[rows] = member(x_t[rows], t[rows], {n: c[rows] for n, c in cond.items()})
+        return out
+
+    def taking(self, num: int, role: Role | None = None) -> Student:
+        return super().taking(num) if role is None else self.members[0].taking(num, role)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return Members(self.members).trainable()
+
+
+class Members:
+    """One part of each student of a run with several."""
+
+    def __init__(self, members: list):
+        self.members = members
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {f"{j}.{n}": p for j, m in enumerate(self.members) for n, p in learned(m).items()}
+
+
+def learned(part) -> dict[str, nn.Parameter]:
+    """What a part learns: a role says so itself, of a plain module it is everything."""
+    return part.trainable() if hasattr(part, "trainable") else dict(part.named_parameters())
+
+
 class Player:
     """A named set of parts that one optimizer updates, e.g. critic = fake-score network + discriminator
     heads.
@@ -168,8 +207,7 @@ class Player:
         self.name, self.parts = name, parts
         self._trainable: dict[str, nn.Parameter] = {}
         for part_name, part in parts.items():
-            named = part.trainable() if hasattr(part, "trainable") else dict(part.named_parameters())
-            self._trainable.update({f"{part_name}.{n}": p for n, p in named.items()})
+            self._trainable.update({f"{part_name}.{n}": p for n, p in learned(part).items()})
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every learned parameter by dotted name; fixed when the player is cast, so turns switch fast."""

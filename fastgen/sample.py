@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastgen.errors import UserError
@@ -27,7 +28,8 @@ def _flags() -> argparse.ArgumentParser:
     add("--base", default="", help="base of a LoRA file, if not the one its header names")
     add("--prompt", action="append", default=[], help="what to draw; may be repeated")
     add("--prompts", default="", metavar="FILE", help="text file, one prompt a line")
-    add("--negative_prompt", default="", help="for teachers; a student with guidance baked in ignores it")
+    add("--negative_prompt", default="", help="for teachers, and for students with NASA")
+    add("--nasa_scale", type=float, default=None, help="negative prompt of a student; default: its export's")
     add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
     add("--num_images", type=int, default=0, help="in all, going round prompts or labels; default one each")
     add("--steps", type=int, default=0, help="default: what the model was trained for")
@@ -115,7 +117,9 @@ def conditions(args, codec) -> tuple[dict, list]:
 class Painter:
     """One contender: a student with its times, or a teacher with its steps and guidance."""
 
-    def __init__(self, loaded, steps: int, guidance: float, null: dict):
+    def __init__(self, loaded, steps: int, guidance: float, null: dict, nasa_scale: float = 0.0):
+        """nasa_scale: subtract the attention to `null`, a student's negative prompt (see nasa.py)."""
+        self.nasa_scale = nasa_scale
         self.role, self.codec, self.null = loaded.role, loaded.codec, null
         self.guidance, self.is_student = guidance, loaded.is_student
         self.steps = steps or (len(self.role.times) if self.is_student else 20)
@@ -143,11 +147,27 @@ class Painter:
         from fastgen.samplers import ImageNoise, sample_student, sample_teacher
 
         if self.is_student:
-            return self.codec.decode(sample_student(self.role, seeds, self.codec.shape, cond, device))
+            with self._negative():
+                return self.codec.decode(sample_student(self.role, seeds, self.codec.shape, cond, device))
         noise = ImageNoise(seeds, self.codec.shape, device).first
         uncond = {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
         w = self.guidance if self.null else 1.0
         return self.codec.decode(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
+
+    @contextmanager
+    def _negative(self):
+        """The student's networks under NASA while it draws; a LoRA's teacher shares them afterwards."""
+        from fastgen import nasa
+
+        nets = [r.backbone.net for r in getattr(self.role, "members", [self.role])] if self.nasa_scale else []
+        states, mask = (self.null.get(f"encoder_{k}") for k in ("hidden_states", "attention_mask"))
+        for net in nets:
+            nasa.attach(net, states, self.nasa_scale, mask)
+        try:
+            yield
+        finally:
+            for net in nets:
+                nasa.remove(net)
 
 
 def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device="cpu"):
@@ -178,9 +198,11 @@ def contenders(args, loaded, device) -> list[Painter]:
     """The model asked for, then its teacher if compared; warns of flags that cannot act."""
     guided = not loaded.is_student or args.compare_teacher
     told = loaded.is_student and loaded.role.guidance_range and not loaded.role.told_steps
-    for flag, acts in (("negative_prompt", guided), ("guidance", guided or told)):
+    nasa_scale = _nasa_scale(args, loaded)
+    for flag, acts in (("negative_prompt", guided or nasa_scale), ("guidance", guided or told)):
         if getattr(args, flag) not in ("", None) and not acts:
-            _warn(f"--{flag} has no effect: guidance is baked into the student")
+            way = "; --nasa_scale 0.5 subtracts it (NASA)" if flag == "negative_prompt" else ""
+            _warn(f"--{flag} has no effect: guidance is baked into the student{way}")
     guidance = args.guidance if args.guidance is not None else float(loaded.info.get("guidance", 1.0))
     steps = args.steps or (0 if loaded.is_student else loaded.info.get("steps", 0))
     found = [loaded]
@@ -194,8 +216,21 @@ def contenders(args, loaded, device) -> list[Painter]:
         else:
             null = one.codec.null(1)
         wanted = steps if one is loaded else args.teacher_steps or one.info.get("teacher_steps", 20)
-        painters.append(Painter(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}))
+        scale = nasa_scale if one is loaded else 0.0
+        painters.append(Painter(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}, scale))
     return painters
+
+
+def _nasa_scale(args, loaded) -> float:
+    """NASA's scale for the student asked, 0 where nothing is to be subtracted."""
+    if args.nasa_scale is not None and args.nasa_scale < 0:
+        raise UserError("--nasa_scale", f"found {args.nasa_scale}", "0 or more")
+    able = loaded.is_student and hasattr(loaded.codec, "prompts")
+    if args.nasa_scale is not None and not (args.negative_prompt and able):
+        _warn("--nasa_scale has no effect without a --negative_prompt for a student asked by text")
+    if not args.negative_prompt or not able:
+        return 0.0
+    return float(loaded.info.get("nasa", 0.0) if args.nasa_scale is None else args.nasa_scale)
 
 
 def _dtype(name: str):

@@ -83,6 +83,7 @@ class Trainer:
         self.step = 0  # windows over all stages
         self.seconds = 0.0
         self.total = sum(s.max_train_steps for s in cfg.all_stages())
+        cast.divide(data)
         self.student = cast.parts["student"]
         self.ema = EMA(self.student.trainable(), cfg.train.ema_decay)
         self.logs: dict[str, list[float]] = defaultdict(list)
@@ -111,7 +112,7 @@ class Trainer:
         """Objective, optimizers and parameter lists of a stage."""
         self.objective = self.cast.stage(stage, self.rng)
         self.params = {n: p.trainable() for n, p in self.objective.players.items()}
-        self.optim_cfg = {n: getattr(stage.optim, n) for n in self.params}
+        self.optim_cfg = {n: getattr(stage.optim, n.rstrip("0123456789")) for n in self.params}
         self.optimizers = {
             n: self.acc.prepare(make_optimizer(list(p.values()), self.optim_cfg[n]))
             for n, p in self.params.items()

@@ -71,6 +71,14 @@ class DisBack(Objective, config=DisBackConfig):
         return REGISTRY[cfg.host.name].requires_data(cfg.host)
 
     @classmethod
+    def grid_steps(cls, cfg):
+        return REGISTRY[cfg.host.name].grid_steps(cfg.host)
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return REGISTRY[cfg.host.name].unsampled(cfg.host, num_steps, sampler)
+
+    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         return REGISTRY[cfg.host.name].evaluations(cfg.host, guidance, num_steps)
 

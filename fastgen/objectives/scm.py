@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from fastgen import losses
 from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
@@ -56,6 +57,8 @@ class SCMConfig(ObjectiveConfig):
 
 
 class SCM(Objective, config=SCMConfig):
+    draws_guidance = True
+
     @classmethod
     def player_parts(cls, cfg):
         return {"student": ("student", "logvar") if cfg.adaptive else ("student",)}
@@ -71,20 +74,30 @@ class SCM(Objective, config=SCMConfig):
         return calls | ({"teacher": 1 if guidance == 1 else 2} if cfg.mode == "distillation" else {})
 
     def step(self, batch, k):
+        w, told = self.tell(batch)
         with self.turn("student"):
-            yield scm_loss(self, self.cfg, batch, k)
+            yield scm_loss(self, self.cfg, batch, k, w, told)
 
 
-def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int):
-    """(loss, logs) of the box above, for any objective with a student (and teacher and logvar part)."""
+def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int, w: float | Tensor, told: dict):
+    """(loss, logs) of the box at noised data, for any objective with a student (and teacher and logvar part);
+    told is the student's cond, w the teacher's guidance.
+    """
     x0, rng, sd = batch.x0, objective.rng, cfg.sigma_data
     view = TrigView(objective.schedule, sd)
     t = view.time(objective.sample_t(len(x0), cfg.time))
     x_t = view.trig.noise(x0, rng.randn_like(x0), t)  # x_t = cos t x0 + sin t z
-    cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
-    student = view.velocity(lambda x, tau: objective.student(x, tau, batch.cond))
     with torch.no_grad():
-        d = sd * view.velocity(_denoiser(objective, cfg, batch))(x_t, t)  # dx_t/dt
+        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
+    return loss_at(objective, cfg, x_t, t, d, k, told)
+
+
+def loss_at(objective: Objective, cfg: SCMConfig, x_t: Tensor, t: Tensor, d: Tensor, k: int, told: dict):
+    """(loss, logs) at any points x_t, t of TrigFlow with the velocity d of the ODE that is followed there."""
+    sd, view = cfg.sigma_data, TrigView(objective.schedule, cfg.sigma_data)
+    cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
+    student = view.velocity(lambda x, tau: objective.student(x, tau, told))
+    with torch.no_grad():
         scaled = t.cos() * t.sin()
         J = tangent(student, (x_t, t), (cos * sin * d, scaled), cfg.tangent)  # cos t sin t dF/dt
     F = student(x_t, t)
@@ -99,12 +112,12 @@ def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int):
     error = weight.to(F) * losses.per_sample_mean((F - target) ** 2)  # |F - F- - g|^2 / s
     logs = {"tangent": size.mean(), "error": error.detach().mean()}
     if cfg.adaptive:
-        w = objective.logvar(t)
-        error = (-w).exp() * error + w
+        log_var = objective.logvar(t)
+        error = (-log_var).exp() * error + log_var
     return error.mean(), logs
 
 
-def normalised(g: torch.Tensor, cfg: SCMConfig) -> torch.Tensor:
+def normalised(g: Tensor, cfg: SCMConfig) -> Tensor:
     """g / (|g| + c), or g clipped (Sec. 4.1)."""
     if cfg.tangent_norm == "clip":
         return g.clamp(-1, 1)
@@ -115,8 +128,8 @@ def normalised(g: torch.Tensor, cfg: SCMConfig) -> torch.Tensor:
     return g / (expand(norm, g) + cfg.tangent_c)
 
 
-def _denoiser(objective: Objective, cfg: SCMConfig, batch: Batch):
+def _denoiser(objective: Objective, cfg: SCMConfig, batch: Batch, w: float | Tensor):
     """D whose ODE is followed: the guided teacher, or the data point itself."""
     if cfg.mode == "training":
         return lambda x, tau: batch.x0
-    return lambda x, tau: objective.teacher.guided(x, tau, batch.cond, batch.uncond, objective.guidance)
+    return lambda x, tau: objective.teacher.guided(x, tau, batch.cond, batch.uncond, w)

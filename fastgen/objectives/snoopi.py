@@ -35,6 +35,9 @@ class SnoopiConfig(SwiftBrushConfig):
     clip_margin: float = Field(0.37, gt=0, le=1)
     """tau: samples whose cosine is above it feel nothing"""
 
+    nasa_scale: float = Field(0.5, ge=0)
+    """scale of NASA that the export is sampled with when a negative prompt is given"""
+
     @model_validator(mode="after")
     def _ordered(self):
         if self.min_guidance > self.max_guidance:

@@ -77,9 +77,12 @@ def run_mixture(
     lr=1e-3,
     guidance=1.0,
     student=None,
+    stages=(),
     **train,
 ):
-    """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer)."""
+    """Distil an exact mixture by an objective, or by stages of (objective, steps, num_steps); returns (energy
+    distance before, after, samples after, its trainer).
+    """
     from accelerate import Accelerator
 
     from fastgen import config
@@ -89,14 +92,19 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
+    optim = {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}}
+    one = {"objective": objective, "optim": optim}
+    several = [
+        {"name": str(i), "objective": o, "max_train_steps": n, "num_steps": few, "optim": optim}
+        for i, (o, n, few) in enumerate(stages)
+    ]
     cfg = config.validate(
         {
             "teacher": {"path": teacher, "guidance": guidance},
-            "objective": objective,
             "student": {"num_steps": num_steps, **(student or {})},
-            "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
+            **({"stages": several} if stages else one),
             "train": {
-                "max_train_steps": steps,
+                **({} if stages else {"max_train_steps": steps}),
                 "train_batch_size": batch,
                 "checkpointing_steps": 0,
                 "ema_decay": [0.99],

@@ -1,0 +1,209 @@
+"""DisBack: what recording learns, the order of the path, and hosts that it leaves as they are."""
+
+import pytest
+import torch
+
+from fastgen.objectives.base import REGISTRY
+from fastgen.objectives.disback import DisBack, DisBackConfig
+from fastgen.schedules import EDM
+from tests.objectives.toys import (
+    AffineStudent,
+    CountingRole,
+    GaussianNet,
+    batch_of,
+    gaussian_role,
+    rng,
+    run_mixture,
+)
+from tests.replay import replay
+
+SHORT = {
+    "record_steps": 1,
+    "nodes": 1,
+    "switch_every": 1,
+    "host": {"name": "diff_instruct", "student_every": 1},
+}
+"""settings of the contract battery"""
+
+S = EDM()
+HOST = {"name": "diff_instruct", "student_every": 1}
+
+
+def players(m=-1.0, s=0.3):
+    return {
+        "student": AffineStudent(S, m, s),
+        "critic": CountingRole(GaussianNet(S, 0.5, 1.0)),  # the teacher's copy
+        "path": CountingRole(GaussianNet(S, 0.0, 0.1)),
+        "teacher": gaussian_role(S, 0.5, 1.0),
+    }
+
+
+def make(cls=DisBack, **cfg):
+    objective = cls(DisBackConfig(**{"host": HOST, **cfg}), players(), rng())
+    objective.prepare()
+    return objective
+
+
+def train(objective, steps, lrs, start=0, num=512):
+    """Run steps with Adam at lrs by player; logs of every turn."""
+    optimizers = {n: torch.optim.Adam(p.trainable().values(), lrs[n]) for n, p in objective.players.items()}
+    told = []
+    for k in range(start, start + steps):
+        objective.rng.reset(k)
+        noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for loss, logs in objective.step(batch_of(noise, noise), k):
+            told.append((k, objective.active, logs))
+            for player in objective.players.values():
+                player.requires_grad_(player.name == objective.active)
+            optimizers[objective.active].zero_grad()
+            loss.backward()
+            optimizers[objective.active].step()
+    return told
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """400 steps of recording on a student at N(-1, 0.3^2), eight nodes."""
+    objective = make(record_steps=400, nodes=8, switch_every=10)
+    told = train(objective, 400, {"student": 0.1, "critic": 0.02})
+    return objective, told
+
+
+def test_p1_the_path_ends_at_the_students_own_score(recorded):
+    """P_N is the closed-form denoiser of G_0; the nodes between lead there from the teacher."""
+    objective, told = recorded
+    assert {active for _, active, _ in told} == {"critic"}, "recording leaves the student alone"
+    m, s = (float(p) for p in objective.nodes[-1])
+    assert abs(m + 1.0) < 0.05 and abs(abs(s) - 0.3) < 0.05, (m, s)
+    means = [float(node[0]) for node in objective.nodes]
+    assert all(a > b - 0.05 for a, b in zip([0.5, *means], means)), means
+
+
+def test_p1_no_gradient_against_the_last_node(recorded):
+    """Student distribution == target: with P_N in the teacher's place the host's gradient is nearly none."""
+    objective, _ = recorded
+    gaps = []
+    for j in (8, 0):
+        objective.host.teacher = objective.target(j)
+        batch = batch_of(torch.zeros(256, 1), torch.randn(256, 1).double())
+        _, logs = next(objective.host.step(batch, 0))
+        gaps.append(float(logs["real_fake_gap"]))
+    assert gaps[0] < 0.05 * gaps[1], gaps
+
+
+def test_p1_targets_descend_to_the_teacher():
+    """Interval 3, four nodes: 3 3 3 2 2 2 1 1 1 0 0 ... and 0 is the teacher itself."""
+    objective = make(record_steps=4, nodes=4, switch_every=3)
+    assert [objective.index(4 + i) for i in range(12)] == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
+    train(objective, 4, {"student": 0.1, "critic": 0.1})
+    seen = []
+    for i in range(12):
+        train(objective, 1, {"student": 1e-3, "critic": 1e-3}, start=4 + i)
+        seen.append(objective.host.teacher)
+        if objective.index(4 + i):
+            loaded = [float(p) for p in objective.path.trainable().values()]
+            assert loaded == [float(p) for p in objective.nodes[objective.index(4 + i) - 1]]
+    assert [t is objective.teacher for t in seen] == [False] * 9 + [True] * 3
+
+
+def test_p1_without_nodes_it_is_the_host():
+    """N = 0: bit for bit the host method."""
+    plain = REGISTRY["diff_instruct"](DisBackConfig(host=HOST).host, players(), rng())
+    wrapped = make(record_steps=0, nodes=0)
+    for objective in (plain, wrapped):
+        train(objective, 12, {"student": 0.05, "critic": 0.05})
+    for p, q in zip(plain.student.trainable().values(), wrapped.student.trainable().values()):
+        assert torch.equal(p, q)
+
+
+class Forward(DisBack, config=type("_ForwardConfig", (DisBackConfig,), {"__module__": __name__})):
+    """The path walked the wrong way round: from the teacher to where the student already is."""
+
+    def index(self, k):
+        return min((k - self.cfg.record_steps) // self.cfg.switch_every, self.cfg.nodes)
+
+
+REGISTRY["disback"] = DisBack  # the negative is no method
+
+
+def test_p1_negative_forward_order_leaves_the_student_where_it_was():
+    ends = {}
+    for cls in (DisBack, Forward):
+        objective = make(cls, record_steps=200, nodes=4, switch_every=20)
+        train(objective, 200, {"student": 0.05, "critic": 0.03})
+        train(objective, 400, {"student": 0.02, "critic": 0.05}, start=200)
+        ends[cls.__name__] = objective.student.backbone.m.item()
+    assert abs(ends["DisBack"] - 0.5) < 0.25 and abs(ends["Forward"] + 1.0) < 0.4, ends
+
+
+def test_nodes_are_part_of_a_resumed_run():
+    objective = make(record_steps=4, nodes=2, switch_every=3)
+    train(objective, 4, {"student": 0.1, "critic": 0.1})
+    again = make(record_steps=4, nodes=2, switch_every=3)
+    for name, tensor in again.state().items():
+        tensor.copy_(objective.state()[name])
+    for one, other in zip(objective.nodes, again.nodes):
+        assert all(torch.equal(p, q) for p, q in zip(one, other))
+
+
+@pytest.mark.parametrize(
+    "cfg,said",
+    [
+        ({"nodes": 5, "record_steps": 0}, "objective.nodes"),
+        ({"nodes": 0, "record_steps": 5}, "objective.nodes"),
+        ({"nodes": 9, "record_steps": 5}, "objective.nodes"),
+        ({"host": {"name": "consistency"}}, "has no critic"),
+        ({"host": {"name": "dmd3"}}, "objective.host.name"),
+        ({"host": {"name": "dmd2", "student_every": 0}}, "objective.host.student_every"),
+    ],
+)
+def test_settings_that_make_no_path_are_refused(cfg, said):
+    with pytest.raises(ValueError, match=said):
+        DisBackConfig(**cfg)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        {"name": "dmd2", "gan_weight": 0.1, "disc_weight": 0.1, "student_every": 1},
+        {"name": "swiftbrush"},
+        {"name": "dmd", "teacher_steps": 2},
+    ],
+    ids=lambda h: h["name"],
+)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_around_any_score_distillation(tiny, host, kind):
+    """Recording, backtracking and the teacher's turn with each host, on copies and on adapters."""
+    from fastgen import config
+    from fastgen.build import Cast
+    from tests.objectives.test_contract import batch, play
+
+    cfg = config.validate(
+        {
+            "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+            "student": {"kind": kind, "lora": {"rank": 2}},
+            "critic": {"lora": {"rank": 2}},
+            "objective": {"name": "disback", "record_steps": 2, "nodes": 2, "switch_every": 1, "host": host},
+            "data": {"name": "tinted"},
+        }
+    )
+    cast = Cast(cfg)
+    objective = cast.stage(cfg.all_stages()[0], rng())
+    objective.prepare()
+    one = batch(cast)
+    players = [{p for p, _ in play(objective, one, k, check=True)} for k in range(5)]
+    assert players[:2] == [{"critic"}] * 2 and all(p == {"student", "critic"} for p in players[2:])
+    assert not all(torch.equal(a, b) for a, b in zip(*objective.nodes)), "the nodes differ"
+
+
+def test_p2_distils_the_mixture(tmp_path):
+    objective = {"name": "disback", "record_steps": 40, "nodes": 3, "switch_every": 30}
+    objective["host"] = {"name": "diff_instruct", "student_every": 2}
+    before, after, *_ = run_mixture(tmp_path, objective, "analytic:gmm2d-edm", steps=300)
+    assert after < 0.03 and after < before / 3, (before, after)
+
+
+def test_p4_disback(tiny, tmp_path):
+    replay(
+        tiny, tmp_path, {"name": "disback", "record_steps": 1, "nodes": 1, "switch_every": 1, "host": HOST}
+    )
