@@ -3,7 +3,7 @@
 Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, arXiv 2405.14867 (Sec. 4.2,
 SDXL one step).
 
-  for each condition c of the data, `noises` times:  z ~ N(0, I);  states x_t, end point y of the guided ODE from z
+  for each condition c of the data (`noises` times):  z ~ N(0, I);  states x_t, end y of the guided ODE from z
   step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: t = T, x_T = z
 
 Differs
