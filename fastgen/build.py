@@ -35,6 +35,7 @@ class Cast:
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
         self._check_asked()
+        self._check_told()
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -87,6 +88,15 @@ class Cast:
                 raise UserError(
                     "objective.cond_dropout", f"found {drop} for a teacher without a null class", "use 0"
                 )
+
+    def _check_told(self) -> None:
+        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
+        if not self.cfg.student.guidance_embedding:
+            return
+        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
+        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
+            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
+            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
 
     @property
     def critic_kind(self) -> str:

@@ -21,7 +21,7 @@ MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
 TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in OURS}
 SHORT = {n: module.SHORT for n, module in TESTS.items()}
-TEACHER = {n: getattr(module, "TEACHER", {}) for n, module in TESTS.items()}
+TEACHER = {n: getattr(module, "SHORT_TEACHER", {}) for n, module in TESTS.items()}
 STUDENT = {n: getattr(module, "STUDENT", {}) for n, module in TESTS.items()}
 """settings of teacher and student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
