@@ -104,9 +104,6 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
-        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
-            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
-            raise UserError("objective.grid_steps", found, "use a divisor")
         times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from fastgen.export import load_export
 from fastgen.run import main
+from fastgen.sample import Painter, draw
+from tests.tiny import PROMPTS
 
 BLOCK = """
 import sys
@@ -37,16 +39,18 @@ images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
 """
 
 
-def train(tiny, tmp_path, objective):
-    """A few real steps on pictures, from the tiny flow teacher; the export folder."""
+def train(tiny, tmp_path, objective, family="flow", **more):
+    """A few real steps on pictures, from a tiny teacher; the export folder."""
     (tmp_path / "set").mkdir()
     for i in range(10):
         Image.new("L", (16, 16), 25 * i).save(tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text(PROMPTS[i % 2])
     values = {
-        "teacher": {"path": str(tiny("flow"))},
+        "teacher": {"path": str(tiny(family))},
         "data": {"images": str(tmp_path / "set")},
         "objective": objective,
         "optim": {"student": {"lr": 1e-2}},
+        **more,
         "train": {"max_train_steps": 4, "train_batch_size": 4, "validation_steps": 0, "ema_decay": [0.5]},
         "eval": {"num_samples": 0},
     }
@@ -75,3 +79,42 @@ def replay(tiny, tmp_path, objective):
         untrained = base.codec.decode(base.role(x, t, cond))
     assert (images - ours).abs().max() < 1e-3
     assert (images - untrained).abs().max() > 1e-2
+
+
+COUNTS = """
+import json, torch, diffusers
+from diffusers import StableDiffusionPipeline
+info = json.load(open("fastgen.json"))["export"]
+pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+kind = getattr(diffusers, info["scheduler"]["_class_name"])
+pipe.load_lora_weights(".", weight_name=info["lora"])
+pipe.set_progress_bar_config(disable=True)
+def draw(num, **override):
+    pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler", **override)
+    seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
+    call = {"num_inference_steps": num, "height": 16, "width": 16, "guidance_scale": 1.0, **info["step"]}
+    return pipe(PROMPTS, generator=seeds, output_type="pt", **call).images.float()
+images = torch.stack([draw(n) for n in NUMS] + [draw(NUMS[-1], **OTHER)])
+"""
+
+
+def replay_counts(tiny, tmp_path, objective, scheduler, counts=(1, 2, 4, 8), other=None, **student):
+    """One Stable Diffusion LoRA, drawn by StableDiffusionPipeline at several step counts through the
+    scheduler as exported; another setting of that scheduler gives other images.
+    """
+    student = {"kind": "lora", "lora": {"rank": 4, "lora_alpha": 40}, "num_steps": 4, **student}
+    export = train(tiny, tmp_path, objective, "sd", student=student)
+    values = {"BASE": str(tiny("sd")), "PROMPTS": list(PROMPTS), "NUMS": counts, "OTHER": other}
+    code = "".join(f"{k} = {v!r}\n" for k, v in values.items()) + COUNTS
+    plain = plainly(code, export)
+    loaded, base = load_export(str(export)), load_export(str(tiny("sd")))
+    assert loaded.info["scheduler"]["_class_name"] == scheduler
+    cond = loaded.codec.prompts(list(PROMPTS))
+    for num, theirs in zip(counts, plain):
+        mine = draw(Painter(loaded, num, 1.0, {}), cond, [11, 12], 2)[0]
+        assert (theirs - mine).abs().max() < 1e-3, num
+        base.role = loaded.role.taking(num, base.role)
+        untrained = draw(Painter(base, 0, 1.0, {}), cond, [11, 12], 2)[0]
+        assert (theirs - untrained).abs().max() > 1e-2, num
+    assert (plain[-1] - plain[-2]).abs().max() > 3e-3, "the scheduler's setting does not show"
+    return loaded

@@ -9,7 +9,16 @@ from fastgen.objectives.consistency import Consistency, ConsistencyConfig
 from fastgen.roles import Role, Student
 from fastgen.samplers import jump, solver_step
 from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.objectives.toys import (
+    Constant,
+    GaussianNet,
+    PerTime,
+    batch_of,
+    fit,
+    gaussian_role,
+    rng,
+    run_mixture,
+)
 from tests.replay import replay
 
 SHORT = {"num_scales": 4, "target_decay": 0.5}
@@ -74,39 +83,13 @@ def test_p1_solver_orders():
     assert 7.0 < error(0.02, "heun") / error(0.01, "heun") < 9.0
 
 
-class PerTime(torch.nn.Module):
-    """D(x, t_i) = gain_i x: one free number per grid time."""
-
-    prediction = "x0"
-
-    def __init__(self, schedule, grid):
-        super().__init__()
-        self.schedule, self.grid = schedule, grid
-        self.gain = torch.nn.Parameter(torch.ones(len(grid), dtype=torch.float64))
-
-    def forward(self, x_t, t, cond):
-        i = (self.grid[None] - t[:, None]).abs().argmin(1)
-        return self.gain[i][:, None] * x_t
-
-    raw = forward
-
-
 def test_p1_fixed_point_is_the_product_of_solver_gains():
     """A linear student learns the teacher's N-step Euler map, not the exact flow."""
     S, s0, N = EDM(sigma_min=0.02, sigma_max=5.0), 0.5, 6
     grid = S.from_unit(torch.linspace(1, 0, N + 1, dtype=torch.float64))
     net = PerTime(S, grid)
     objective = make(S, net, teacher=(0.0, s0), num_scales=N, metric="l2")
-    optimizer = torch.optim.Adam(net.parameters(), 0.05)
-    for k in range(1500):
-        objective.rng.reset(k)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * (1 - k / 1500)
-        x0 = s0 * objective.rng.randn(256, 1).double()
-        for loss, _ in objective.step(batch_of(x0), k):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    fit(objective, lambda rng: s0 * rng.randn(256, 1).double(), 1500)
     gains = 1 + (grid[1:] - grid[:-1]) * grid[:-1] / (s0**2 + grid[:-1] ** 2)
     expected = torch.stack([gains[i:].prod() for i in range(N)])
     exact = ((s0**2 + grid[-1] ** 2) / (s0**2 + grid[:-1] ** 2)).sqrt()
@@ -154,22 +137,10 @@ def test_p1_negative_without_boundary_a_constant_has_no_loss():
     """
     S = Flow()
 
-    class Constant(torch.nn.Module):
-        prediction, schedule = "x0", S
-
-        def __init__(self):
-            super().__init__()
-            self.c = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-        def forward(self, x_t, t, cond):
-            return self.c.expand_as(x_t)
-
-        raw = forward
-
     x0 = torch.randn(256, 1)
-    pinned = make(S, Constant(), num_scales=4, metric="l2")
+    pinned = make(S, Constant(S), num_scales=4, metric="l2")
     with_boundary = next(pinned.step(batch_of(x0), 0))[0]
-    loose = make(S, Constant(), num_scales=4, metric="l2")
+    loose = make(S, Constant(S), num_scales=4, metric="l2")
     loose.rng.randint = lambda high, num: torch.arange(num) % (high - 1)  # never the last interval
     without = next(loose.step(batch_of(x0), 0))[0]
     assert without == 0 and with_boundary > 0.01
@@ -216,7 +187,7 @@ def test_p2_distils_the_mixture(tmp_path, name):
 
 def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
-    before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3)
+    before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3, sampler="ode")
     assert after < 0.03, (before, after)
 
 

@@ -1,15 +1,29 @@
-"""LCM: boundary, the skipping solver, guidance in the solver, its fixed point, and what LCMScheduler makes of it."""
+"""LCM: boundary, skipping solver, guidance in the solver, fixed point, and several step counts of one LoRA."""
+
+import json
 
 import pytest
 import torch
 
 from fastgen.errors import UserError
+from fastgen.export import export_student, load_export
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.roles import Role, Student
 from fastgen.samplers import teacher_grid
 from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, PerTime, batch_of, rng, run_mixture
+from tests.objectives.toys import (
+    Constant,
+    GaussianNet,
+    PerTime,
+    Spy,
+    batch_of,
+    captured,
+    fit,
+    rng,
+    run_mixture,
+)
 from tests.replay import replay_counts
+from tests.test_export import make_run
 
 SHORT = {"grid_steps": 10, "guidance_range": [1.5, 3.0], "target_decay": 0.5}
 """settings of the contract battery"""
@@ -18,8 +32,59 @@ SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
+def make(schedule, net, teacher=None, target=None, guidance=1.0, **cfg):
+    teacher = teacher or Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
+    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    if target is not None:
+        parts["target"] = Role(target)
+    return LCM(LCMConfig(**{"metric": "l2", **cfg}), parts, rng(), guidance)
+
+
+def at(objective, n):
+    """Fix the interval."""
+    objective.rng.randint = lambda high, num: torch.full((num,), n)
+    return objective
+
+
+@each
+def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatch):
+    """In the last interval the networks' own opinion does not matter; earlier they do."""
+    x0, targets = torch.randn(16, 1, dtype=torch.float64), {}
+    for n in (9, 4):
+        for mean in (0.0, 9.0):
+            objective = at(make(schedule, GaussianNet(schedule, mean, 3.0), grid_steps=10), n)
+            targets[n, mean] = captured(monkeypatch, "mse", objective, batch_of(x0))[1]
+            x_t, t, D = objective.teacher.seen[0]
+            end = torch.full((16,), teacher_grid(schedule, 10)[n + 1], dtype=torch.float64)
+            same = torch.equal(targets[n, mean], schedule.ode_step(D, x_t, t, end))
+            assert same == (n == 9)
+    assert torch.equal(targets[9, 0.0], targets[9, 9.0])
+    assert (targets[4, 0.0] - targets[4, 9.0]).abs().max() > 0.1
+
+
+def test_p1_solver_skips_k_timesteps():
+    """K = 50 of T = 1000: from 20 n - 1 to 20 (n - 1) - 1, the last one to 0, with one teacher call."""
+    S = SCHEDULES["vp"]
+    objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50)
+    objective.rng.randint = lambda high, num: torch.arange(50)
+    objective.student = Spy(objective.student.backbone)
+    next(objective.step(batch_of(torch.randn(50, 1)), 0))
+    (_, t, _), (_, r, _) = objective.teacher.seen[0], objective.student.seen[0]
+    assert len(objective.teacher.seen) == 1 and len(objective.student.seen) == 2
+    assert t.tolist() == [20.0 * n - 1 for n in range(50, 0, -1)]
+    assert r[:-1].tolist() == [20.0 * n - 1 for n in range(49, 0, -1)]
+
+
+def test_p1_one_interval_is_regression_on_the_teachers_one_step_estimate(monkeypatch):
+    """K = 1 on a flow: the target is D^w(x_T) itself."""
+    S = Flow()
+    objective = make(S, GaussianNet(S, 0.3, 1.0), grid_steps=1)
+    _, target, _ = captured(monkeypatch, "mse", objective, batch_of(torch.randn(8, 1, dtype=torch.float64)))
+    assert torch.equal(target, objective.teacher.seen[0][2])
+
+
 class Asked(GaussianNet):
-    """Exact denoiser whose mean is the condition, so that guidance moves it."""
+    """Its mean is the condition, so that guidance moves its estimate."""
 
     def forward(self, x_t, t, cond):
         return super().forward(x_t, t, cond) + cond["m"].to(x_t).reshape(-1, 1)
@@ -27,96 +92,78 @@ class Asked(GaussianNet):
     raw = forward
 
 
-class Spy(Role):
-    """Notes the arguments and outputs of every call."""
-
-    def __init__(self, backbone):
-        super().__init__(backbone)
-        self.seen = []
-
-    def __call__(self, x_t, t, cond):
-        out = super().__call__(x_t, t, cond)
-        self.seen.append((x_t, t, out))
-        return out
-
-
-def make(schedule, student_net, teacher=None, target=None, guidance=1.0, **cfg):
-    teacher = teacher or Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
-    parts = {"student": Student(student_net, None, schedule.steps(1)), "teacher": teacher}
-    if target is not None:
-        parts["target"] = target
-    return LCM(LCMConfig(**cfg), parts, rng(), guidance)
-
-
-def captured(objective, batch, monkeypatch):
-    """(pred, target, loss) of one step."""
-    from fastgen import losses
-
-    seen, original = {}, losses.mse
-    monkeypatch.setattr(losses, "mse", lambda p, t: seen.update(p=p, t=t) or original(p, t))
-    loss, _ = next(objective.step(batch, 0))
-    return seen["p"], seen["t"], loss
-
-
-@each
-def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatch):
-    """At the last interval the target network does not matter; one interval earlier it does."""
-    x0 = torch.randn(16, 1, dtype=torch.float64)
-    targets = {}
-    for name, at in (("last", 9), ("earlier", 8)):
-        for mean in (0.0, 9.0):
-            target = Role(GaussianNet(schedule, mean, 3.0))
-            net = GaussianNet(schedule, mean, 3.0)
-            objective = make(schedule, net, target=target, grid_steps=10, metric="l2", target_decay=0.9)
-            objective.rng.randint = lambda high, num, at=at: torch.full((num,), at)
-            targets[name, mean] = captured(objective, batch_of(x0), monkeypatch)[1]
-            x_t, t, D = objective.teacher.seen[0]
-            grid = torch.tensor(teacher_grid(schedule, 10))
-            if name == "last":
-                x_r = schedule.ode_step(D, x_t, t, grid[10].expand(16).double())
-                assert torch.equal(targets[name, mean], x_r)
-    assert torch.equal(targets["last", 0.0], targets["last", 9.0])
-    assert (targets["earlier", 0.0] - targets["earlier", 9.0]).abs().min() > 0.1
-
-
-def test_p1_solver_skips_k_timesteps(monkeypatch):
-    """K = 50 of T = 1000: from 20 n - 1 to 20 (n - 1) - 1, the last one to 0; one teacher call each."""
-    S = SCHEDULES["vp"]
-    objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50)
-    objective.rng.randint = lambda high, num: torch.arange(50)
-    student = objective.student = objective.parts["student"] = Spy(objective.student.backbone)
-    student.times = [999.0]
-    next(objective.step(batch_of(torch.randn(50, 1)), 0))
-    (_, t, _), (_, r, _) = objective.teacher.seen[0], student.seen[0]
-    assert len(objective.teacher.seen) == 1
-    assert t.tolist() == [20.0 * n - 1 for n in range(50, 0, -1)]
-    assert r[:-1].tolist() == [20.0 * n - 1 for n in range(49, 0, -1)]
-    assert make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50).config.grid_steps == 50 if False else True
-
-
-@pytest.mark.parametrize("w", [1.0, 2.5])
-def test_p1_guidance_is_ho_and_salimans_scale(w, monkeypatch):
-    """D_uncond + w (D_cond - D_uncond): w = 1 is no guidance, and LCM's own w is one less."""
-    S, x0 = Flow(), torch.randn(8, 1, dtype=torch.float64)
-    batch = batch_of(x0)
+def test_p1_guidance_counts_from_one(monkeypatch):
+    """Our w is Ho and Salimans'; LCM's code counts from 0: D_cond + (w - 1)(D_cond - D_uncond)."""
+    S, batch = Flow(), batch_of(torch.randn(8, 1, dtype=torch.float64))
     batch.cond, batch.uncond = {"m": torch.full((8,), 2.0)}, {"m": torch.full((8,), 0.5)}
-    found = []
-    for how in ({"guidance": w}, {"guidance_range": (w, w)}):
-        teacher = Role(Asked(S, 0.0, 0.5))
-        objective = make(S, Asked(S, 0.0, 0.5), teacher, grid_steps=4, metric="l2", **how)
-        objective.rng.randint = lambda high, num: torch.full((num,), 3)
-        objective.rng.reset(0)
-        found.append(captured(objective, batch, monkeypatch)[1])
-    x_t = S.noise(x0, objective.rng.__class__(0).randn_like(x0), torch.full((8,), 0.25))
-    plain = GaussianNet(S, 0.0, 0.5)
-    objective.rng.reset(0)
-    if w == 1.0:
-        objective.rng.rand(0)
-    torch.testing.assert_close(found[0] - found[0].mean(), found[0] - found[0].mean())
-    lcm_w = w - 1  # the paper's convention: D_cond + w (D_cond - D_uncond)
-    shift = 2.0 + lcm_w * (2.0 - 0.5)
-    for target in found:
-        # D^w = exact denoiser + shift, and the last target of a flow is D^w itself
-        residual = target - shift
-        assert residual.abs().max() < 2.5 and abs(float(residual.mean())) < 0.5
-    del x_t, plain
+    targets = {}
+    for w in (1.0, 2.5):
+        for how in ({"guidance": w}, {"guidance_range": (w, w)}):
+            objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), grid_steps=4, **how), 3)
+            objective.rng.randn_like = torch.zeros_like
+            targets[w, len(targets) % 2] = captured(monkeypatch, "mse", objective, batch)[1].detach()
+    conditional = targets[1.0, 0]  # w = 1 is no guidance
+    for w in (1.0, 2.5):
+        expected = conditional + (w - 1) * (2.0 - 0.5)
+        torch.testing.assert_close(targets[w, 0], expected)
+        torch.testing.assert_close(targets[w, 1], expected)
+
+
+def test_p1_fixed_point_is_the_product_of_ddim_gains():
+    """A linear student learns the teacher's K-step DDIM map, and the exact flow is told apart from it."""
+    S, s0, K = VP.scaled_linear(), 0.5, 6
+    grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64)
+    net = PerTime(S, grid)
+    fit(make(S, net, grid_steps=K), lambda rng: s0 * rng.randn(256, 1).double(), 1200)
+    a, s = S.alpha(grid), S.sigma(grid)
+    D = a * s0**2 / (a**2 * s0**2 + s**2)  # the exact denoiser's gain
+    gains = a[1:] * D[:-1] + s[1:] * (1 - a[:-1] * D[:-1]) / s[:-1]
+    expected = torch.stack([gains[i:].prod() for i in range(K)])
+    exact = ((a[-1] ** 2 * s0**2 + s[-1] ** 2) / (a**2 * s0**2 + s**2)).sqrt()[:-1]
+    torch.testing.assert_close(net.gain[:-1].detach(), expected, rtol=0.03, atol=0.003)
+    assert (expected - exact).abs().max() > 0.03
+
+
+def test_p1_target_carries_no_gradient_and_follows_by_the_decay():
+    S = Flow()
+    student, target = GaussianNet(S, 1.0, 0.6), GaussianNet(S, 0.0, 0.6)
+    objective = make(S, student, target=target, target_decay=0.9, grid_steps=4)
+    turns = objective.step(batch_of(torch.randn(32, 1)), 1)
+    next(turns)[0].backward()
+    assert student.m.grad.abs() > 0 and target.m.grad is None and target.m == 0
+    assert next(turns, None) is None
+    assert target.m.item() == pytest.approx(0.1)
+    next(objective.step(batch_of(torch.randn(32, 1)), 0))  # a stage begins: the target is the student
+    assert target.m.item() == pytest.approx(1.0)
+
+
+def test_p1_negative_without_boundary_a_constant_has_no_loss():
+    S, x0 = Flow(), torch.randn(64, 1)
+    loose = at(make(S, Constant(S), grid_steps=4), 2)
+    pinned = at(make(S, Constant(S), grid_steps=4), 3)
+    assert next(loose.step(batch_of(x0), 0))[0] == 0 and next(pinned.step(batch_of(x0), 0))[0] > 0.01
+
+
+@pytest.mark.parametrize("teacher", ["gmm2d-flow", "gmm2d-vp"])
+def test_p2_distils_the_mixture(tmp_path, teacher):
+    objective = {"name": "lcm", "grid_steps": 16, "metric": "l2"}
+    before, after, _, _ = run_mixture(tmp_path, objective, f"analytic:{teacher}", steps=400, lr=2e-3)
+    assert after < before * 0.5 and after < 0.08, (before, after)
+
+
+def test_p4_lcm(tiny, tmp_path):
+    """1, 2, 4 and 8 steps through LCMScheduler, which reads the grid from the export."""
+    objective = {"name": "lcm", "grid_steps": 50}
+    found = replay_counts(tiny, tmp_path, objective, "LCMScheduler", other={"original_inference_steps": 10})
+    assert found.info["scheduler"]["original_inference_steps"] == 50
+    assert found.role.grid == 50
+
+
+def test_lcm_scheduler_without_its_original_steps_is_refused(tiny, tmp_path):
+
+    folder = export_student(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
+    document = json.loads((folder / "fastgen.json").read_text())
+    del document["export"]["scheduler"]["original_inference_steps"]
+    (folder / "fastgen.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="original_inference_steps"):
+        load_export(folder)

@@ -31,6 +31,80 @@ class GaussianNet(nn.Module):
     raw = forward
 
 
+class PerTime(nn.Module):
+    """D(x, t_i) = gain_i x: one free number per grid time."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule, grid):
+        super().__init__()
+        self.schedule, self.grid = schedule, grid
+        self.gain = nn.Parameter(torch.ones(len(grid), dtype=torch.float64))
+
+    def forward(self, x_t, t, cond):
+        i = (self.grid[None] - t[:, None]).abs().argmin(1)
+        return self.gain[i][:, None] * x_t
+
+    raw = forward
+
+
+class Constant(nn.Module):
+    """D = c whatever it is asked."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule, self.c = schedule, nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x_t, t, cond):
+        return self.c.expand_as(x_t)
+
+    raw = forward
+
+
+class Spy(Role):
+    """A role that keeps the arguments and outputs of every call."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.seen = []
+
+    def __call__(self, x_t, t, cond):
+        out = super().__call__(x_t, t, cond)
+        self.seen.append((x_t, t, out))
+        return out
+
+
+def captured(monkeypatch, loss, objective, batch, k=0):
+    """(pred, target, value) of the first yield, `loss` being the name of the function it calls."""
+    from fastgen import losses
+
+    seen, original = {}, getattr(losses, loss)
+
+    def spy(pred, target, *rest):
+        seen.update(pred=pred, target=target)
+        return original(pred, target, *rest)
+
+    monkeypatch.setattr(losses, loss, spy)
+    value, _ = next(objective.step(batch, k))
+    monkeypatch.setattr(losses, loss, original)
+    return seen["pred"], seen["target"], value
+
+
+def fit(objective, draw, steps, lr=0.05):
+    """Plain training of a closed-form student; `draw(rng)` makes x0."""
+    params = list(objective.players["student"].trainable().values())
+    optimizer = torch.optim.Adam(params, lr)
+    for k in range(steps):
+        objective.rng.reset(k)
+        optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        for loss, _ in objective.step(batch_of(draw(objective.rng)), k):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
 class AffineStudent(Student):
     """x = m + s z whatever the time: the generator of the closed forms."""
 
@@ -76,9 +150,13 @@ def run_mixture(
     batch=256,
     lr=1e-3,
     guidance=1.0,
+    sampler="renoise",
     **train,
 ):
-    """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer)."""
+    """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer).
+
+    A list of objectives makes a run of as many stages, each `steps` long.
+    """
     from accelerate import Accelerator
 
     from fastgen import config
@@ -88,14 +166,19 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
+    optim = {"student": optim, "critic": optim | {"lr": 2 * lr}, "disc": optim}
+    if isinstance(objective, list):
+        shared = {"optim": optim, "max_train_steps": steps}
+        what = {"stages": [{"name": str(i), "objective": o, **shared} for i, o in enumerate(objective)]}
+    else:
+        what = {"objective": objective, "optim": optim}
+        train["max_train_steps"] = steps
     cfg = config.validate(
         {
             "teacher": {"path": teacher, "guidance": guidance},
-            "objective": objective,
-            "student": {"num_steps": num_steps},
-            "optim": {"student": optim, "critic": optim | {"lr": 2 * lr}},
+            **what,
+            "student": {"num_steps": num_steps, "sampler": sampler},
             "train": {
-                "max_train_steps": steps,
                 "train_batch_size": batch,
                 "checkpointing_steps": 0,
                 "ema_decay": [0.99],
