@@ -1,4 +1,4 @@
-"""LCM: boundary, skipping solver, guidance in the solver, fixed point, and several step counts of one LoRA."""
+"""LCM: boundary, skipping solver, guidance in the solver, fixed point; several step counts of one LoRA."""
 
 import json
 
