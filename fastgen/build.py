@@ -5,11 +5,12 @@ objective that plays them.
 import copy
 import json
 import zlib
+from dataclasses import fields
 
 import torch
 from torch import nn
 
-from fastgen.backbones import Teacher, load_teacher
+from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
 from fastgen.errors import UserError
@@ -33,6 +34,9 @@ class Cast:
             raise UserError(
                 "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
             )
+        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
+            found = "found a range for an unconditional teacher, which has no guidance"
+            raise UserError("student.guidance_embedding", found, "leave it out")
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -64,11 +68,12 @@ class Cast:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
-        return load_teacher(t.path, t.prediction, t.blueprint, t.allow_download, weights).to(self.device)
+        asked = {f.name: getattr(t, f.name) for f in fields(Source) if f.name != "weights"}
+        return load_teacher(**asked, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
-        adapter = None
+        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -76,27 +81,37 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
             adapter = name
-            self._adapter(base, name, lora)
+            self._adapter(base, name, lora, told is not None)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
-            base = copy.deepcopy(base)
+            base = copy.deepcopy(base).float()
+        if told and adapter is None:
+            base.add_guidance()
+            base.to(self.device)
         if name == "student":
             chosen = self.cfg.student
             self.parts[name] = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
+            self.parts[name].guidance_range = told
         else:
             self.parts[name] = Role(base, adapter)
+        if told:
+            self.parts[name].guidance = self.cfg.teacher.guidance
         base.eval()
         if name == "student" and self.cfg.student.init and str(self.device) != "meta":
             from fastgen.export import init_student
 
             init_student(self.parts[name], self.cfg.student.init)
 
-    def _adapter(self, base, name: str, lora: LoraConfig) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+        if told:
+            base.add_guidance()
+            base.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
-            base.add_adapter(name, lora.rank, lora.lora_alpha, targets)
+            targets += base.family.guidance_layers if told else ()
+            base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:

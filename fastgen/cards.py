@@ -35,14 +35,14 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
     if info["arguments"]:
         del call["num_inference_steps"]
-    call |= info["step"] | {"guidance_scale": 1.0 if info["times"] else float(info["guidance"])}
-    if family.name == "sana":
-        length = what.get("max_sequence_length", 300)
-        call |= {"max_sequence_length": length, "complex_human_instruction": None}
-        call["use_resolution_binning"] = False
+    told = info.get("guidance_range") is not None
+    baked = info["times"] and not told
+    call |= info["step"] | (family.guidance_off if baked else {"guidance_scale": float(info["guidance"])})
+    call |= family.plain_call(what)
+    merged, lora = lora and told, "" if told else lora
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
-    source = repr(shown_path(info["base"])) if lora else '"."'
-    note = "" if lora else "  # this folder"
+    source = repr(shown_path(info["base"])) if lora else '"merged"' if merged else '"."'
+    note = "" if lora or merged else "  # this folder"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
@@ -191,7 +191,17 @@ def _notes(info: dict, codec, files: dict) -> list[str]:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
     if files.get("kohya"):
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if lora and not hasattr(codec, "prompts"):
+    if info.get("guidance_range"):
+        low, high = info["guidance_range"]
+        notes.append(
+            f"The network takes the guidance scale as an input, trained for {low:g} to {high:g}: one call a "
+            "step, and `guidance_scale` works as usual; negative prompts do nothing."
+        )
+    if lora and info.get("guidance_range"):
+        notes.append(
+            "`merged/` holds the network for plain diffusers, whose LoRA loader cannot add the layer for w."
+        )
+    elif lora and not hasattr(codec, "prompts"):
         notes.append(
             "diffusers has no LoRA loader for UNet2DModel: `merged/` holds the merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
@@ -206,10 +216,12 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     trained = f"{info['trained_steps']} steps"
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
     if student:
+        span = info.get("guidance_range")
+        how = "an input, see below" if span else "baked in: guidance_scale 1, negative prompts do nothing"
         settings |= {
             "times": ", ".join(f"{t:g}" for t in info["times"]),
             "between steps": info["sampler"],
-            "guidance": f"{info['guidance']:g}, baked in: guidance_scale 1, negative prompts do nothing",
+            "guidance": f"{info['guidance']:g}, {how}",
             "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
         }
     else:

@@ -14,20 +14,27 @@ from fastgen.errors import UserError
 
 
 class LabelCodec(nn.Module):
-    """Pixels, optionally folded patch x patch into channels, with class labels; the last label row is the
-    null class.
+    """Pixels (folded patch x patch into channels) or an autoencoder's latents, with class labels; the row
+    after the last class is the null class.
     """
 
-    def __init__(self, shape: tuple[int, int, int], patch: int = 1, num_classes: int = 0, class_names=None):
+    def __init__(self, shape: tuple[int, ...], patch: int = 1, num_classes: int = 0, class_names=None):
         super().__init__()
         self.shape, self.patch, self.num_classes = shape, patch, num_classes
         self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.has_null = num_classes > 0
+        """whether the network has a row for the null class"""
+        self.family, self.vae = None, None
 
     def encode(self, images: Tensor) -> Tensor:
+        if self.vae is not None:
+            return encode_latents(self.family, self.vae, images)
         return F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images
 
     def decode(self, x0: Tensor) -> Tensor:
         """Images in [0, 1]."""
+        if self.vae is not None:
+            return decode_latents(self.family, self.vae, x0)
         images = F.pixel_shuffle(x0, self.patch) if self.patch > 1 else x0
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -43,69 +50,130 @@ class LabelCodec(nn.Module):
         return {"class_labels": labels.long()}
 
     def null(self, num: int) -> Cond:
-        return {"class_labels": torch.full((num,), self.num_classes)} if self.num_classes else {}
+        """The null class; class 0, as a placeholder that is never guided with, where the network has none."""
+        row = self.num_classes if self.has_null else 0
+        return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
 
 
 class TextCodec(nn.Module):
-    """A latent autoencoder and a text encoder of a diffusers text-to-image pipeline."""
+    """An autoencoder and text encoders, seen through the pipeline class that holds them (denoiser and
+    scheduler left out), so that prompts are encoded by the very code that will sample the student.
+    """
 
     num_classes = 0
+    has_null = True
 
-    def __init__(
-        self, shape, vae: nn.Module, tokenizer, text_encoder: nn.Module, max_length: int, masked: bool
-    ):
+    def __init__(self, family, net: nn.Module, pipe, shape: tuple[int, ...], max_length: int = 0):
         super().__init__()
-        self.shape, self.vae, self.text_encoder = shape, vae, text_encoder
-        self.tokenizer, self.max_length, self.masked = tokenizer, max_length, masked
+        self.family, self.pipe, self.shape = family, pipe, shape
+        self.max_length = max_length
+        self.guidance = family.default_guidance if family.guidance_embedded(net) else None
+        """what the network's guidance input is given, where it has one"""
+        parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
+        self.vae = parts.pop("vae", None)
+        self.encoders = nn.ModuleDict(parts)
+        self.cond_shapes = family.cond_shapes(net, self)
         self.requires_grad_(False).eval()
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        factor = spatial_factor(self.family, self.pipe)
+        return self.shape[-2] * factor, self.shape[-1] * factor
+
     def encode(self, images: Tensor) -> Tensor:
-        encoded = self.vae.encode(images.to(self.vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        return ((latents.float() - self._shift) * self.vae.config.scaling_factor).contiguous()
+        return encode_latents(self.family, self.vae, images)
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Images in [0, 1]; differentiable."""
-        latents = x0.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        return (self.vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        """Images (or frames [B, C, F, H, W]) in [0, 1]; differentiable."""
+        return decode_latents(self.family, self.vae, x0)
 
     def decode_size(self) -> int:
         """Height (and width) in pixels of a decoded sample."""
-        return self.decode(torch.zeros(1, *self.shape, device=self.vae.device)).shape[-1]
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.decode(torch.zeros(1, *self.shape, device=self.device)).shape[-1]
 
     @torch.no_grad()
-    def prompts(self, prompts: list[str]) -> Cond:
-        """Text states [B, L, C], with the attention mask [B, L] where the family uses one."""
-        if self.masked:  # SanaPipeline does the same before it tokenizes
-            prompts = [p.lower().strip() for p in prompts]
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        device = self.text_encoder.device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        if device.type == "meta":  # laid out for --dry_run: shapes are all there is
-            states = torch.empty(*ids.shape, self.text_encoder.config.hidden_size, device=device)
-            return {"encoder_hidden_states": states} | (
-                {"encoder_attention_mask": mask} if self.masked else {}
-            )
-        if not self.masked:
-            return {"encoder_hidden_states": self.text_encoder(ids)[0].float()}
-        states = self.text_encoder(ids, attention_mask=mask)[0].float()
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+    def prompts(self, prompts: list[str], images: Tensor | None = None) -> Cond:
+        """What the network is asked with; images [B, 3, H, W] in [-1, 1] where the family needs one."""
+        if self.device.type == "meta" or self.pipe is None:
+            return self._shapes(len(prompts))
+        self._check_encoders()
+        return self._whole(self.family.encode(self, list(prompts)), len(prompts), images)
+
+    @torch.no_grad()
+    def null(self, num: int, images: Tensor | None = None) -> Cond:
+        """What the pipeline guides away from by default."""
+        if self.device.type == "meta" or self.pipe is None:
+            return self._shapes(num)
+        if "_null" not in self.__dict__:
+            self._check_encoders()
+            self._null = {k: v.cpu() for k, v in self.family.null(self).items()}
+        rows = {k: v.to(self.device).expand(num, *v.shape[1:]) for k, v in self._null.items()}
+        return self._whole(rows, num, images)
+
+    def _whole(self, cond: Cond, num: int, images: Tensor | None) -> Cond:
+        """With the parts that no text encoder makes: image and embedded guidance."""
+        if self.family.needs_image:
+            if images is None:  # a placeholder of the right shape: zeros are mid-grey
+                images = torch.zeros(num, 3, *self.pixels)
+            cond = cond | self.family.encode_image(self, images.to(self.device))
+        if self.guidance is not None:
+            cond = cond | {"guidance": torch.full((num,), float(self.guidance), device=self.device)}
+        return cond
+
+    def _shapes(self, num: int) -> Cond:
+        """Zeros in the shapes of a condition: laid out for --dry_run, shapes are all there is."""
+        given = {k: (v, torch.float32) if isinstance(v, tuple) else v for k, v in self.cond_shapes.items()}
+        rows = {k: torch.zeros(num, *s, dtype=d, device=self.device) for k, (s, d) in given.items()}
+        if self.guidance is not None:
+            rows["guidance"] = torch.full((num,), float(self.guidance), device=self.device)
+        return rows
+
+    def _check_encoders(self) -> None:
+        if self.encoders is None:
+            raise UserError("prompts", "the text encoders were freed after caching", "encode prompts before")
+
+    def free(self) -> int:
+        """Let go of the text encoders once every prompt is encoded; how many bytes that returns."""
+        self.null(1)
+        freed = sum(p.numel() * p.element_size() for p in self.encoders.parameters())
+        for name in self.encoders:
+            setattr(self.pipe, name, None)
+        self.encoders = None
+        return freed
 
     def cut(self, prompt: str) -> str:
         """The tail of the prompt that does not fit the tokenizer's length, or an empty string."""
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        return self.tokenizer.decode(ids[room:]) if len(ids) > room else ""
+        tokenizer = getattr(self.pipe, self.family.tokenizer)
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        room = self.max_length - tokenizer.num_special_tokens_to_add()
+        return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
-    def null(self, num: int) -> Cond:
-        return {k: v.expand(num, *v.shape[1:]) for k, v in self.prompts([""]).items()}
+
+def spatial_factor(family, pipe) -> int:
+    """Pixels per latent side."""
+    for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
+        if getattr(pipe, name, None):
+            return getattr(pipe, name)
+    return family.factor
+
+
+@torch.no_grad()
+def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
+    """x0 of images in [-1, 1]."""
+    encoded = vae.encode(images.to(vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return family.normalise(vae, latents.float()).contiguous()
+
+
+def decode_latents(family, vae: nn.Module, x0: Tensor) -> Tensor:
+    """Images in [0, 1] of x0."""
+    latents = family.denormalise(vae, x0).to(vae.dtype)
+    return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
 
 
 def stack(conds: list[Cond]) -> Cond:

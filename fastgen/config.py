@@ -47,6 +47,26 @@ class TeacherConfig(Section):
     """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
     allow_download: bool = False
     """let a hub id be fetched over the network"""
+    dtype: Literal["bf16", "fp16"] | None = None
+    """precision of frozen weights; null is float32. What is trained (copies, adapters) stays float32"""
+    height: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    width: int | None = Field(None, ge=1)
+    """pixels; null is the size the network was made for"""
+    num_frames: int | None = Field(None, ge=1)
+    """frames of a video teacher; null is what it was made for"""
+    embedded_guidance: float | None = Field(None, ge=0)
+    """guidance that the network takes as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the family's"""
+    attention: (
+        Literal["auto", "native", "math", "flash", "efficient", "cudnn", "flex", "xformers", "sage"] | None
+    ) = None
+    """attention kernel; null and auto leave PyTorch's choice"""
+    vae_tiling: bool = False
+    """encode and decode in tiles: less memory at large sizes"""
+    vae_slicing: bool = False
+    """encode and decode one image at a time"""
+    family: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); files only"""
     blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
 
@@ -58,6 +78,10 @@ class LoraConfig(Section):
     """rank of the update"""
     lora_alpha: float = Field(16, gt=0)
     """scale numerator; the update is multiplied by lora_alpha / rank"""
+    use_rslora: bool = False
+    """multiply by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)"""
+    use_dora: bool = False
+    """weight-decomposed adapters (arXiv 2402.09353); refused: LoRA readers drop their magnitudes"""
     target_modules: tuple[str, ...] = ()
     """module-name endings to adapt; empty takes the family's default"""
 
@@ -75,6 +99,8 @@ class StudentConfig(Section):
     """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
     gamma: float = Field(0.0, ge=0, le=1)
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
+    guidance_embedding: tuple[float, float] | None = None
+    """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
     lora: LoraConfig = LoraConfig()
@@ -264,6 +290,7 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        self._check_guidance()
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
@@ -280,6 +307,18 @@ class RunConfig(Section):
                     "set data.name or data.images"
                 )
         return self
+
+    def _check_guidance(self) -> None:
+        """Whether every stage trains the range of guidance that the student is to be told."""
+        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.teacher.guidance
+        if span is None:
+            return
+        if not 0 <= span[0] < span[1] or not span[0] <= w <= span[1]:
+            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] around teacher.guidance {w:g}")
+        for name in (s.objective.name for s in self.all_stages()):
+            if not REGISTRY[name].draws_guidance:
+                able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
+                raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
 
     def _check_steps(self) -> None:
         """The step counts that are sampled and measured must be among those the last stage trains."""

@@ -37,13 +37,16 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.parts["student"]
-    calls = REGISTRY[stage.objective.name].evaluations(
-        stage.objective, cfg.teacher.guidance, len(student.times)
-    )
+    calls = REGISTRY[stage.objective.name].evaluations(stage.objective, _guidance(cfg), len(student.times))
     spelled = ", ".join(f"{n} {v:g}" for n, v in calls.items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
     return lines
+
+
+def _guidance(cfg: RunConfig) -> float:
+    """A guidance that costs what the run's costs: drawn ones always take both passes."""
+    return cfg.student.guidance_embedding[1] if cfg.student.guidance_embedding else cfg.teacher.guidance
 
 
 def _count(backbone, base_only: bool = False) -> int:
@@ -101,6 +104,6 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
 def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
     """Network passes whose graphs live together, on average over turns and rounded up."""
     cls = REGISTRY[stage.objective.name]
-    calls = cls.evaluations(stage.objective, cfg.teacher.guidance, num_steps)
+    calls = cls.evaluations(stage.objective, _guidance(cfg), num_steps)
     with_grad = sum(v for n, v in calls.items() if n.endswith("+grad"))
     return max(1, math.ceil(with_grad / len(cls.player_parts(stage.objective))))

@@ -102,6 +102,7 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "others": other_steps(trainer, served) if distilled and student.grid else {},
         "needs_loop": served.needs_loop,
         "guidance": cfg.teacher.guidance,
+        "guidance_range": student.guidance_range and list(student.guidance_range),
         "base": cfg.teacher.path if distilled or student.adapter else "",
         "teacher_steps": cfg.teacher.num_steps,
         "teacher_scheduler": _plain(teacher.scheduler),
@@ -142,16 +143,20 @@ def export_folder(
     """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
     family = teacher.backbone.family
     folder.mkdir(parents=True, exist_ok=True)
-    _save_net(net, folder / family.component, dtype)
+    parts = family.parts(net)
+    for name, part in parts.items():
+        _save_net(part, folder / name, dtype)
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
     index = {}
     if source is not None and (source / "model_index.json").is_file():
         index = json.loads((source / "model_index.json").read_text())
     index |= {
-        "_class_name": family.pipeline,
+        "_class_name": index["_class_name"]
+        if index.get("_class_name") in family.pipelines
+        else family.pipeline,
         "_diffusers_version": version("diffusers"),
-        family.component: ["diffusers", family.net_class],
+        **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     for part in COPIED:
@@ -160,9 +165,7 @@ def export_folder(
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
             index.setdefault(part, _library_class(source / part, part))
-    if family.name == "sd":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        index["requires_safety_checker"] = False
+    index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
     write_text(folder / "fastgen.json", json.dumps(info, indent=2))
     return folder
@@ -193,12 +196,13 @@ def _export_lora(
     file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
-    if family.kohya_prefix:
+    told = info["guidance_range"] is not None  # plain diffusers cannot add the layer that takes w
+    if family.kohya_prefix and not told:
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
     base = lora.without_adapters(net)
     _verify(base, file, layers, dtype)
-    if not hasattr(teacher.codec, "prompts"):
+    if told or not hasattr(teacher.codec, "prompts"):
         lora.merge(base, layers)
         export_folder(teacher, base, folder / "merged", served.scheduler, _document(teacher, info), dtype)
     return files
@@ -219,6 +223,7 @@ def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
 def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str]:
     """Metadata that hubs and user interfaces show, and ours."""
     steps, scheduler = info["steps"], info["scheduler"]["_class_name"]
+    w = f"{info['guidance']:.1f}" if info["guidance_range"] else "1.0"
     kinds = {"epsilon": "epsilon", "v_prediction": "v"}
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -226,7 +231,7 @@ def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str
         "modelspec.architecture": f"{family.net_class}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": kinds.get(info["scheduler"].get("prediction_type", ""), ""),
-        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance 1.0, {scheduler}",
+        "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance {w}, {scheduler}",
         "ss_base_model_version": family.name,
         "ss_network_dim": str(max(a.shape[0] for a, _ in layers.values())),
         "ss_network_alpha": str(max(a.shape[0] for a, _ in layers.values())),

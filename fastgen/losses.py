@@ -52,13 +52,15 @@ def denoising(
 ) -> Tensor:
     """Denoising score matching w(t) |D - x0|^2, per sample.
 
-    weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "flow" w = ((alpha + sigma) / sigma)^2;
-    "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1); "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
+    weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
+    "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
+    "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
     weights = {
         "x0": lambda: torch.ones_like(a),
         "eps": lambda: (a / s) ** 2,
+        "snr1": lambda: ((a / s) ** 2).clamp(min=1),
         "flow": lambda: ((a + s) / s) ** 2,
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,

@@ -112,7 +112,10 @@ def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
         found = f"the {name} of this export names no original_inference_steps"
         raise UserError(key, found, "without it its times are unknown; export the run again")
     times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
-    return Student(backbone, adapter, times, info["sampler"], gamma, grid)
+    student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
+    if info.get("guidance_range"):
+        student.guidance_range, student.guidance = tuple(info["guidance_range"]), float(info["guidance"])
+    return student
 
 
 def _read(file: Path, key: str) -> dict:
@@ -133,6 +136,8 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone = role.backbone
     if not hasattr(backbone, "net"):
         raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
+    if info.get("guidance_range"):
+        backbone.add_guidance()
     lora.inject(backbone.net, layers, "student")
     backbone.adapter_names += ("student",)
     backbone.set_adapter(None)
@@ -169,8 +174,10 @@ def init_student(student: Role, path: str) -> None:
 
 
 def _init_full(student: Role, path: str, key: str) -> None:
-    net = student.backbone.net
-    state = load_teacher(path).backbone.net.state_dict()
+    net, source = student.backbone.net, load_teacher(path).backbone
+    if student.guidance is not None:
+        source.add_guidance()
+    state = source.net.state_dict()
     own = net.state_dict()
     wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:

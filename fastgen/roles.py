@@ -5,6 +5,7 @@ the teacher with adapters off, the others with the adapter of their name on. Obj
 difference.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,9 @@ from fastgen.schedules import Schedule
 
 class Role:
     """A backbone under one adapter (or as it is): D, guided D, raw prediction and features."""
+
+    guidance: float | None = None
+    """what a network with w as an input is told where cond["guidance"] is missing; None: no such input"""
 
     def __init__(self, backbone: nn.Module, adapter: str | None = None):
         self.backbone, self.adapter = backbone, adapter
@@ -34,22 +38,28 @@ class Role:
         else:
             yield self.backbone
 
+    def _told(self, cond: Cond, x: Tensor) -> Cond:
+        """cond with the guidance scale [B], where this network takes one."""
+        if self.guidance is None or "guidance" in cond:
+            return cond
+        return {**cond, "guidance": torch.full((len(x),), self.guidance, device=x.device)}
+
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """D [B, ...] in float32 at x_t [B, ...], t [B]."""
         with self._acting() as net:
-            return net(x_t, t, cond)
+            return net(x_t, t, self._told(cond, x_t))
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's native prediction."""
         with self._acting() as net:
-            return net.raw(x_t, t, cond)
+            return net.raw(x_t, t, self._told(cond, x_t))
 
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
     ):
         """(feature maps, D or None) from one pass."""
         with self._acting() as net:
-            return net.features(x_t, t, cond, taps, score)
+            return net.features(x_t, t, self._told(cond, x_t), taps, score)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor:
         """D_uncond + w (D_cond - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598), both in one batched
@@ -78,6 +88,9 @@ class Role:
 class Student(Role):
     """The role that becomes a few-step generator: it carries the time list it will be sampled with."""
 
+    guidance_range: tuple[float, float] | None = None
+    """guidance scales a student that is told w is trained for"""
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -93,9 +106,18 @@ class Student(Role):
 
     def taking(self, num: int, role: Role | None = None) -> "Student":
         """The same network (or another in its place) sampled in num steps; 0 keeps the time list."""
-        where, few = role or self, self.schedule.few_steps
-        times = self.times if num in (0, len(self.times)) else few(num, self.grid)
-        return Student(where.backbone, where.adapter, times, self.sampler, self.gamma, self.grid)
+        other = copy.copy(self)
+        if num not in (0, len(self.times)):
+            other.times = self.schedule.few_steps(num, self.grid)
+        if role is not None:
+            other.backbone, other.adapter, other.guidance = role.backbone, role.adapter, role.guidance
+        return other
+
+    def at(self, guidance: float) -> "Student":
+        """The same network told another guidance scale."""
+        other = copy.copy(self)
+        other.guidance = guidance
+        return other
 
     def generate(
         self, noise: Tensor, cond: Cond, randn_like: Callable[[Tensor], Tensor], last: int | None = None

@@ -123,6 +123,11 @@ class Painter:
             if not self.role.grid:
                 _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
             self.role = self.role.taking(self.steps)
+        if self.is_student and self.role.guidance_range:
+            low, high = self.role.guidance_range
+            if not low <= guidance <= high:
+                _warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
+            self.role = self.role.at(guidance)
 
     @property
     def name(self) -> str:
@@ -172,8 +177,9 @@ def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device
 def contenders(args, loaded, device) -> list[Painter]:
     """The model asked for, then its teacher if compared; warns of flags that cannot act."""
     guided = not loaded.is_student or args.compare_teacher
-    for flag in ("negative_prompt", "guidance"):
-        if getattr(args, flag) not in ("", None) and not guided:
+    told = loaded.is_student and loaded.role.guidance_range is not None
+    for flag, acts in (("negative_prompt", guided), ("guidance", guided or told)):
+        if getattr(args, flag) not in ("", None) and not acts:
             _warn(f"--{flag} has no effect: guidance is baked into the student")
     guidance = args.guidance if args.guidance is not None else float(loaded.info.get("guidance", 1.0))
     steps = args.steps or (0 if loaded.is_student else loaded.info.get("steps", 0))

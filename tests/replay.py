@@ -39,14 +39,14 @@ images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
 """
 
 
-def train(tiny, tmp_path, objective, family="flow", **more):
+def train(tiny, tmp_path, objective, teacher=None, family="flow", **more):
     """A few real steps on pictures, from a tiny teacher; the export folder."""
     (tmp_path / "set").mkdir()
     for i in range(10):
         Image.new("L", (16, 16), 25 * i).save(tmp_path / f"set/{i}.png")
         (tmp_path / f"set/{i}.txt").write_text(PROMPTS[i % 2])
     values = {
-        "teacher": {"path": str(tiny(family))},
+        "teacher": {"path": str(tiny(family)), **(teacher or {})},
         "data": {"images": str(tmp_path / "set")},
         "objective": objective,
         "optim": {"student": {"lr": 1e-2}},
@@ -67,9 +67,9 @@ def plainly(code, folder):
     return load_file(folder / "images.safetensors")["images"]
 
 
-def replay(tiny, tmp_path, objective):
+def replay(tiny, tmp_path, objective, teacher=None):
     """A plain loop against the exported student in our code, and against the untrained teacher."""
-    export = train(tiny, tmp_path, objective)
+    export = train(tiny, tmp_path, objective, teacher)
     images = plainly(STUDENT, export)
     x = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, cond = torch.ones(10, dtype=torch.float64), {"class_labels": torch.arange(10)}
@@ -103,7 +103,7 @@ def replay_counts(tiny, tmp_path, objective, scheduler, counts=(1, 2, 4, 8), oth
     scheduler as exported; another setting of that scheduler gives other images.
     """
     student = {"kind": "lora", "lora": {"rank": 4, "lora_alpha": 40}, "num_steps": 4, **student}
-    export = train(tiny, tmp_path, objective, "sd", student=student)
+    export = train(tiny, tmp_path, objective, family="sd", student=student)
     values = {"BASE": str(tiny("sd")), "PROMPTS": list(PROMPTS), "NUMS": counts, "OTHER": other}
     code = "".join(f"{k} = {v!r}\n" for k, v in values.items()) + COUNTS
     plain = plainly(code, export)

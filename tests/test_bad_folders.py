@@ -48,8 +48,8 @@ BROKEN = {
         "unet cannot be read",
     ),
     "no network": ("flow", lambda f: shutil.rmtree(f / "unet"), "config.json does not exist"),
-    "no tokenizer": ("sd", lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer cannot be read"),
-    "no autoencoder": ("sd", lambda f: shutil.rmtree(f / "vae"), "vae/config.json does not exist"),
+    "no tokenizer": ("sd", lambda f: shutil.rmtree(f / "tokenizer"), "lacks its part 'tokenizer'"),
+    "no autoencoder": ("sd", lambda f: shutil.rmtree(f / "vae"), "lacks its part 'vae'"),
     "text encoder unknown": (
         "sd",
         lambda f: edit(f / "text_encoder/config.json", architectures=["ClipTextModell"]),

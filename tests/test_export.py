@@ -95,12 +95,7 @@ def replay_case(name: str, folder: Path, teacher, base: Path, steps: int = 0) ->
         }
     size = teacher.codec.decode_size()
     call = {**call, "height": size, "width": size}
-    if teacher.backbone.family.name == "sana":
-        call |= {
-            "max_sequence_length": document["max_sequence_length"],
-            "complex_human_instruction": None,
-            "use_resolution_binning": False,
-        }
+    call |= teacher.backbone.family.plain_call(document)
     where = {"base": str(base), "lora": info["lora"]} if "lora" in info else {}
     return {
         **case,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastgen.backbones.dit import perturb_zero_layers
+from fastgen.backbones.family import perturb_zero_layers
 
 PROMPTS = ("a red dress on a grey background", "a blue boot on a white background")
 

@@ -109,12 +109,21 @@ class MLPDenoiser(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width)
         self.mid = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, dim)
+        self.guidance: nn.Linear | None = None
         self.register_buffer("freqs", torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]))
+
+    def add_guidance(self) -> None:
+        """Make cond["guidance"] [B] an input; the output does not depend on it yet."""
+        if self.guidance is None:
+            self.guidance = nn.Linear(1, self.out.in_features, bias=False)
+            nn.init.zeros_(self.guidance.weight)
 
     def _hidden(self, x: Tensor, phase: Tensor, cond: Cond) -> Tensor:
         waves = phase.to(x.dtype)[:, None] * self.freqs.to(x.dtype)
         h = self.inp(x) + self.time(torch.cat([waves.sin(), waves.cos()], 1))
         h = h + self.label(cond["class_labels"] if "class_labels" in cond else torch.zeros(len(x)).long())
+        if self.guidance is not None:
+            h = h + self.guidance(cond["guidance"].to(h)[:, None] - 1)
         for layer in self.mid:
             h = h + layer(nn.functional.silu(h))
         return h

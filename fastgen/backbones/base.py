@@ -1,4 +1,4 @@
-"""A diffusers denoiser seen as D(x_t, t, cond) -> x0, with guidance, feature taps and adapters in one place.
+"""A diffusers denoiser seen as D(x_t, t, cond) -> x0, with feature taps, tangents and adapters in one place.
 
 `Family` declares what differs between denoiser classes; `Backbone` does what is the same for all of them.
 """
@@ -9,47 +9,10 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgen.errors import UserError
-from fastgen.schedules import EDM, VP, Schedule, expand
+from fastgen.backbones.family import FLOW_TIMES, Cond, Family
+from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
-Cond = dict[str, Tensor]
-
-
-class Family:
-    """What one diffusers class does differently. Subclasses set the attributes and, where needed, the
-    methods.
-    """
-
-    name: str
-    net_class: str
-    component = "unet"
-    pipeline: str
-    """folder name of the network inside a pipeline, and the pipeline class that samples it"""
-    lora_targets: tuple[str, ...] = ()
-    """module-name suffixes that a LoRA student adapts by default"""
-    kohya_prefix: str | None = None
-    flow_time_scale = 1000.0
-    """what the network's time argument is at t = 1 of a flow schedule"""
-
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """The network's native output for x [B, C, ...] at its own time argument [B]."""
-        raise NotImplementedError
-
-    def taps(self, net: nn.Module) -> list[nn.Module]:
-        """Modules whose outputs serve as features, shallow to deep."""
-        raise NotImplementedError
-
-    def default_taps(self, net: nn.Module) -> tuple[int, ...]:
-        """Taps a discriminator reads unless told otherwise."""
-        raise NotImplementedError
-
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-        """A tapped output as [B, C, h, w]."""
-        return out
-
-    def feature_channels(self, net: nn.Module) -> list[int]:
-        """Channels of each tap."""
-        raise NotImplementedError
+__all__ = ["Backbone", "Cond", "Family"]
 
 
 class _Reached(Exception):
@@ -72,11 +35,14 @@ class Backbone(nn.Module):
     # -- prediction ----------------------------------------------------------------------------------------
     def net_time(self, t: Tensor) -> Tensor:
         """The schedule's t as this network's time argument, float32 [B]."""
+        t = t.double()
         if isinstance(self.schedule, EDM):
-            return (0.25 * t.double().log()).float()
+            return (self.family.edm_time * t.log()).float()
         if isinstance(self.schedule, VP):
             return t.float()
-        return (t.double() * self.family.flow_time_scale).float()
+        if isinstance(self.schedule, TrigFlow):  # the flow level with the same signal-to-noise ratio
+            t = t.sin() / (t.sin() + t.cos())
+        return FLOW_TIMES[self.family.flow_time](t).float()
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Native prediction of the network, [B, C, ...] float32."""
@@ -90,11 +56,16 @@ class Backbone(nn.Module):
         if self.prediction != "edm":
             return self.schedule.to_x0(self.prediction, out, x_t, t)
         var, t = self.schedule.sigma_data**2, t.double()
-        skip, scale = var / (t**2 + var), t * var**0.5 / (t**2 + var).sqrt()
+        gap = t - self.schedule.t_min if self.family.boundary else t
+        skip, scale = var / (gap**2 + var), gap * var**0.5 / (t**2 + var).sqrt()
         return expand(skip, x_t) * x_t + expand(scale, x_t) * out
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
+
+    def add_guidance(self) -> None:
+        """Make the guidance scale an input of the network; call it before adapters are added."""
+        self.net = self.family.add_guidance(self.net).eval()
 
     # -- features ------------------------------------------------------------------------------------------
     def features(
@@ -111,7 +82,7 @@ class Backbone(nn.Module):
 
         def hook(index: int):
             def keep(_module, _args, out):
-                found[index] = out[0] if isinstance(out, tuple) else out
+                found[index] = out[self.family.tap_output] if isinstance(out, tuple) else out
                 if not score and len(found) == len(chosen):
                     raise _Reached
 
@@ -129,28 +100,24 @@ class Backbone(nn.Module):
         return [self.family.feature_map(self.net, found[i], x_t).float() for i in range(len(chosen))], D
 
     # -- adapters ------------------------------------------------------------------------------------------
-    def add_adapter(self, name: str, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
-        """Inject a LoRA named `name`; `using(name)` switches it on."""
+    def add_adapter(
+        self, name: str, rank: int, alpha: float, targets: tuple[str, ...], rs: bool = False
+    ) -> None:
+        """Inject a LoRA named `name`; `using(name)` switches it on. rs scales by alpha / sqrt(rank)."""
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             init_lora_weights="gaussian",
-            target_modules=list(targets),
+            target_modules=self.family.lora_modules(self.net, tuple(targets)),
             lora_dropout=0.0,
+            use_rslora=rs,
         )
-        try:
-            inject_adapter_in_model(config, self.net, adapter_name=name)
-        except ValueError as error:
-            leaves = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in self.net.named_modules() if isinstance(m, nn.Linear)}
-            )
-            raise UserError(
-                "target_modules",
-                f"no module of {type(self.net).__name__} matches {list(targets)}",
-                f"linear layers here end in {leaves}",
-            ) from error
+        inject_adapter_in_model(config, self.net, adapter_name=name)
+        for key, parameter in self.net.named_parameters():
+            if "lora_" in key and f".{name}." in key:  # adapters learn in float32 over a half-precision base
+                parameter.data = parameter.data.float()
         self.adapter_names += (name,)
         self.set_adapter(None)
 

@@ -1,9 +1,9 @@
-"""Transformer families: SANA."""
+"""Transformer families that attend across from image to text: SANA."""
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.base import Cond, Family
+from fastgen.backbones.family import Cond, Family, rebuilt
 
 
 class Sana(Family):
@@ -11,39 +11,52 @@ class Sana(Family):
     timestep_scale.
     """
 
-    name, net_class, pipeline, component = "sana", "SanaTransformer2DModel", "SanaPipeline", "transformer"
+    name, net_class, pipelines = "sana", "SanaTransformer2DModel", ("SanaPipeline",)
+    keys = ("encoder_hidden_states", "encoder_attention_mask", "guidance")
+    factor, max_length = 32, 300
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+    final_layers = ("proj_out", "time_embed.*", "caption_projection.*", "patch_embed.*")
+    guidance_layers = ("time_embed.guidance_embedder.linear_1", "time_embed.guidance_embedder.linear_2")
+    call_arguments = {"complex_human_instruction": None, "use_resolution_binning": False}
+
+    def plain_call(self, info: dict) -> dict:
+        return {"max_sequence_length": self.max_length} | super().plain_call(info)
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        out = net(
-            x,
-            encoder_hidden_states=cond["encoder_hidden_states"].to(x.dtype),
-            encoder_attention_mask=cond["encoder_attention_mask"],
-            timestep=time * net.config.timestep_scale,
-            return_dict=False,
-        )[0]
-        return out[:, : x.shape[1]]
+        return super().call(net, x, time * net.config.timestep_scale, self.scaled(net, x, cond))
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
-        return list(net.transformer_blocks)
+    def scaled(self, net: nn.Module, x: Tensor, cond: Cond) -> Cond:
+        """With the guidance scale as SanaSprintPipeline passes it, if the network takes one; 1 if untold."""
+        if not net.config.guidance_embeds:
+            return {k: v for k, v in cond.items() if k != "guidance"}
+        w = cond.get("guidance", torch.ones(len(x), device=x.device))
+        return {**cond, "guidance": w.float() * net.config.guidance_embeds_scale}
 
-    def default_taps(self, net: nn.Module) -> tuple[int, ...]:
-        return (len(net.transformer_blocks) * 3 // 4,)
+    @torch.no_grad()
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """SANA-Sprint's embedder beside the time's: first layer as the time's, last layer zero."""
+        if net.config.guidance_embeds:
+            return net
+        told = rebuilt(net, ("time_embed.emb.", "time_embed."), guidance_embeds=True)
+        embedder = told.time_embed.guidance_embedder
+        embedder.linear_1.load_state_dict(told.time_embed.timestep_embedder.linear_1.state_dict())
+        embedder.linear_2.weight.zero_()
+        embedder.linear_2.bias.zero_()
+        return told
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-        patch = net.config.patch_size
-        return out.transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        length = codec.max_length
+        return {
+            "encoder_hidden_states": (length, net.config.caption_channels),
+            "encoder_attention_mask": (length,),
+        }
 
-    def feature_channels(self, net: nn.Module) -> list[int]:
-        width = net.config.num_attention_heads * net.config.attention_head_dim
-        return [width] * len(net.transformer_blocks)
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        states, mask, _, _ = codec.pipe.encode_prompt(
+            prompts, False, device=codec.device, max_sequence_length=codec.max_length
+        )
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
 
-def perturb_zero_layers(net: nn.Module, std: float = 0.02) -> None:
-    """Give zero-initialised layers small random weights, so that an untrained network's output depends on
-    its input.
-    """
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(0, std)
+FAMILIES = (Sana(),)

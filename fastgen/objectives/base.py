@@ -86,6 +86,8 @@ class Objective:
     config: type[ObjectiveConfig]
     needs_data = True
     """whether `step` reads batch.x0"""
+    draws_guidance = False
+    """whether `step` can train a student that is told w (student.guidance_embedding), through `tell`"""
     few_step = True
     """whether the student becomes a few-step generator; if not, it is sampled by the ODE, like a teacher"""
 
@@ -177,6 +179,16 @@ class Objective:
         if time.kind == "logit_normal":
             return self.schedule.from_unit(torch.sigmoid(normal).clamp(1e-3, 1 - 1e-6))
         return self.schedule.t_from_lambda(-normal).clamp(self.schedule.t_min, self.schedule.t_max)
+
+    def tell(self, batch: Batch) -> tuple[float | Tensor, dict[str, Tensor]]:
+        """(w of this step, the student's cond): teacher.guidance, or w ~ U(range) [B] that the student is
+        told.
+        """
+        span = self.student.guidance_range
+        if span is None:
+            return self.guidance, batch.cond
+        w = span[0] + (span[1] - span[0]) * self.rng.rand(len(batch.noise)).float()
+        return w, {**batch.cond, "guidance": w}
 
     def drop_condition(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """The batch's conditions, the empty one in a share of its rows."""

@@ -187,7 +187,9 @@ def test_p2_distils_the_mixture(tmp_path, name):
 
 def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
-    before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3, sampler="ode")
+    before, after, _, _ = run_mixture(
+        tmp_path, objective, steps=400, num_steps=4, lr=2e-3, student={"sampler": "ode"}
+    )
     assert after < 0.03, (before, after)
 
 

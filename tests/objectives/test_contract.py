@@ -18,6 +18,8 @@ from fastgen.rng import Rng
 TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
 SHORT = {n: test.SHORT for n, test in TESTS.items()}
 STUDENT = {n: getattr(test, "STUDENT", {}) for n, test in TESTS.items()}
+TEACHER = {n: getattr(test, "TEACHER", {}) for n, test in TESTS.items()}
+"""settings of the teacher and the student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -25,7 +27,7 @@ def make(name, teacher, kind="full", **train):
     """(config, cast, objective) of a method over a teacher folder."""
     cfg = config.validate(
         {
-            "teacher": {"path": str(teacher)},
+            "teacher": {"path": str(teacher), **TEACHER[name]},
             "student": {"kind": kind, "lora": {"rank": 2}, **STUDENT[name]},
             "critic": {"lora": {"rank": 2}},
             "objective": {"name": name, **SHORT[name]},

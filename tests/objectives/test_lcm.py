@@ -25,7 +25,7 @@ from tests.objectives.toys import (
 from tests.replay import replay_counts
 from tests.test_export import make_run
 
-SHORT = {"grid_steps": 10, "guidance_range": [1.5, 3.0], "target_decay": 0.5}
+SHORT = {"grid_steps": 10, "target_decay": 0.5}
 """settings of the contract battery"""
 
 SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
@@ -62,15 +62,28 @@ def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatc
     assert (targets[4, 0.0] - targets[4, 9.0]).abs().max() > 0.1
 
 
+class Told(Student):
+    """Notes the times and conditions it is given."""
+
+    def __init__(self, student):
+        super().__init__(student.backbone, None, student.times)
+        self.guidance_range, self.times_seen, self.conds = student.guidance_range, [], []
+
+    def __call__(self, x_t, t, cond):
+        self.times_seen.append(t)
+        self.conds.append(cond)
+        return super().__call__(x_t, t, cond)
+
+
 def test_p1_solver_skips_k_timesteps():
     """K = 50 of T = 1000: from 20 n - 1 to 20 (n - 1) - 1, the last one to 0, with one teacher call."""
     S = SCHEDULES["vp"]
     objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50)
     objective.rng.randint = lambda high, num: torch.arange(50)
-    objective.student = Spy(objective.student.backbone)
+    objective.student = Told(objective.student)
     next(objective.step(batch_of(torch.randn(50, 1)), 0))
-    (_, t, _), (_, r, _) = objective.teacher.seen[0], objective.student.seen[0]
-    assert len(objective.teacher.seen) == 1 and len(objective.student.seen) == 2
+    t, (r, again) = objective.teacher.seen[0][1], objective.student.times_seen
+    assert len(objective.teacher.seen) == 1 and torch.equal(t, again)
     assert t.tolist() == [20.0 * n - 1 for n in range(50, 0, -1)]
     assert r[:-1].tolist() == [20.0 * n - 1 for n in range(49, 0, -1)]
 
@@ -98,15 +111,18 @@ def test_p1_guidance_counts_from_one(monkeypatch):
     batch.cond, batch.uncond = {"m": torch.full((8,), 2.0)}, {"m": torch.full((8,), 0.5)}
     targets = {}
     for w in (1.0, 2.5):
-        for how in ({"guidance": w}, {"guidance_range": (w, w)}):
-            objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), grid_steps=4, **how), 3)
+        for told in (False, True):
+            objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), guidance=w, grid_steps=4), 3)
             objective.rng.randn_like = torch.zeros_like
-            targets[w, len(targets) % 2] = captured(monkeypatch, "mse", objective, batch)[1].detach()
-    conditional = targets[1.0, 0]  # w = 1 is no guidance
-    for w in (1.0, 2.5):
-        expected = conditional + (w - 1) * (2.0 - 0.5)
-        torch.testing.assert_close(targets[w, 0], expected)
-        torch.testing.assert_close(targets[w, 1], expected)
+            if told:
+                objective.guidance, objective.student.guidance_range = 9.0, (w, w)
+                objective.student = Told(objective.student)
+            targets[w, told] = captured(monkeypatch, "mse", objective, batch)[1].detach()
+            if told:
+                assert [c["guidance"].unique().tolist() for c in objective.student.conds] == [[w], [w]]
+    conditional = targets[1.0, False]  # w = 1 is no guidance
+    for (w, _), target in targets.items():
+        torch.testing.assert_close(target, conditional + (w - 1) * (2.0 - 0.5))
 
 
 def test_p1_fixed_point_is_the_product_of_ddim_gains():

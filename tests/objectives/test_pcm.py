@@ -127,7 +127,7 @@ def test_bad_input_in_one_line():
 
 def test_p2_four_phases_in_four_steps(tmp_path):
     objective = {"name": "pcm", "grid_steps": 20, "segments": 4, "huber_c": 0.1, "gan_weight": 0.0}
-    more = {"num_steps": 4, "sampler": "ode", "lr": 2e-3}
+    more = {"num_steps": 4, "student": {"sampler": "ode"}, "lr": 2e-3}
     before, after, _, _ = run_mixture(tmp_path, objective, "analytic:gmm2d-vp", steps=250, **more)
     assert after < before * 0.5 and after < 0.05, (before, after)
 

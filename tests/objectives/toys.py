@@ -150,7 +150,7 @@ def run_mixture(
     batch=256,
     lr=1e-3,
     guidance=1.0,
-    sampler="renoise",
+    student=None,
     **train,
 ):
     """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer).
@@ -177,7 +177,7 @@ def run_mixture(
         {
             "teacher": {"path": teacher, "guidance": guidance},
             **what,
-            "student": {"num_steps": num_steps, "sampler": sampler},
+            "student": {"num_steps": num_steps, **(student or {})},
             "train": {
                 "train_batch_size": batch,
                 "checkpointing_steps": 0,

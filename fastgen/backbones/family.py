@@ -1,0 +1,305 @@
+"""What one family of diffusers denoisers does differently, as a declaration.
+
+A family states attributes; most need no method. `call` is the network seen from outside: x is always the
+plain latent [B, C, h, w] ([B, C, f, h, w] for video), time the network's own, and what comes back is the
+native prediction in the shape of x. Packing, ids, masks, sign and channels to keep live behind it.
+"""
+
+from fnmatch import fnmatch
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgen.errors import UserError
+
+Cond = dict[str, Tensor]
+FLOW_TIMES = {"t1000": lambda t: 1000 * t, "unit": lambda t: t, "reversed": lambda t: 1 - t}
+
+
+class Parts(nn.Module):
+    """Several networks that act as one denoiser (two experts, a UNet and its ControlNet), by folder name."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.names = tuple(parts)
+
+    @property
+    def config(self):
+        """Config of the first part, the denoiser itself."""
+        return getattr(self, self.names[0]).config
+
+    def enable_gradient_checkpointing(self, function=None) -> None:
+        for name in self.names:
+            getattr(self, name).enable_gradient_checkpointing(function)
+
+
+class Family:
+    """One declaration; instances stand in a module's FAMILIES tuple, the most particular first."""
+
+    # -- which one ------------------------------------------------------------------------------------------
+    name: str
+    net_class: str
+    """diffusers class of the denoiser"""
+    component: str = "transformer"
+    """its folder inside a pipeline"""
+    extra: tuple[str, ...] = ()
+    """further folders whose networks act with it (see `Parts`); those missing in a pipeline are left out"""
+    pipelines: tuple[str, ...] = ()
+    """pipeline classes that hold it; an export without a source folder names the first"""
+
+    # -- the call -------------------------------------------------------------------------------------------
+    sample_key: str = "hidden_states"
+    time_key: str = "timestep"
+    keys: tuple[str, ...] = ("encoder_hidden_states",)
+    """cond entries handed to the network under their own names, floats in the network's dtype"""
+    flow_time: Literal["t1000", "unit", "reversed"] = "t1000"
+    """the network's time argument at level t of a flow: 1000 t, t or 1 - t"""
+    edm_time: float = 0.25
+    """the network's time argument at noise level sigma of an EDM schedule, over ln sigma"""
+    sign: int = 1
+    """-1 where the network's output is the negative of the scheduler's prediction"""
+    boundary: bool = False
+    """EDM preconditioning with the boundary condition of consistency models, D(x, sigma_min) = x"""
+
+    # -- conditions -----------------------------------------------------------------------------------------
+    kind: Literal["text", "labels"] = "text"
+    """asked by prompts (and images), or by class labels (or nothing)"""
+    max_length: int | None = None
+    """tokens of a prompt where the pipeline leaves the choice; None is the tokenizer's own limit"""
+    tokenizer: str = "tokenizer"
+    """the pipeline's tokenizer that limits a prompt"""
+    default_guidance: float | None = None
+    """guidance that the network takes as an input (w-embedded, guidance-distilled); None if it has none"""
+    needs_image: bool = False
+    """cond holds an image (first frame, control image) besides the text"""
+
+    # -- sizes ----------------------------------------------------------------------------------------------
+    factor: int = 8
+    """pixels per latent side, unless the pipeline's autoencoder says another"""
+    temporal: int = 0
+    """frames per latent frame (frames = temporal k + 1); 0 for images"""
+    divisor: int = 1
+    """what the sides of a latent must be divisible by"""
+    default_grid: tuple[int, ...] = ()
+    """latent (h, w) or (f, h, w) where neither the user nor the config says one"""
+
+    # -- students -------------------------------------------------------------------------------------------
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """module-name endings that a LoRA student adapts by default"""
+    lora_parts: tuple[str, ...] = ()
+    """of `Parts`, those that adapters may touch; empty means the first alone"""
+    final_layers: tuple[str, ...] = ()
+    """patterns of modules (time embedding, output layer) that a LoRA ending should not hit by accident"""
+    lora_loader: bool = True
+    """whether the pipeline has load_lora_weights; if not, `fastgen.lora.load_lora_into` reads the file"""
+    kohya_prefix: str | None = None
+    unreached: dict[str, str] = {}
+    """patterns of parameters that no gradient reaches, and why"""
+    tap_output: int = 0
+    """which output of a tapped block is the image stream, where it returns several"""
+
+    guidance_layers: tuple[str, ...] = ()
+    """layers that `add_guidance` makes; a LoRA student adapts them too"""
+
+    # -- the exported pipeline ------------------------------------------------------------------------------
+    call_arguments: dict = {}
+    """keywords a plain pipeline call needs to do what we do"""
+    guidance_off: dict = {"guidance_scale": 1.0}
+    """keywords that switch the pipeline's own guidance off"""
+    index_extra: dict = {}
+    """entries that a model_index.json of ours needs besides the components"""
+    default_sigmas: bool = False
+    """the pipeline hands 1 - k/N to the scheduler itself, so that `shift` alone places the steps"""
+
+    @property
+    def pipeline(self) -> str:
+        return self.pipelines[0] if self.pipelines else ""
+
+    def matches(self, index: dict, config: dict) -> bool:
+        """Whether a folder's model_index.json and denoiser config.json are this family's; the class is."""
+        return True
+
+    # -- the call -------------------------------------------------------------------------------------------
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """Native prediction, shaped like x, at the network's own time [B]."""
+        given = {self.sample_key: x, self.time_key: time, **self.given(x, cond), "return_dict": False}
+        return self.sign * net(**given)[0][:, : x.shape[1]]
+
+    def given(self, x: Tensor, cond: Cond) -> Cond:
+        """The cond entries of `keys`, floats in x's dtype; those absent are not passed."""
+        found = {k: cond[k] for k in self.keys if k in cond}
+        return {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in found.items()}
+
+    # -- conditions -----------------------------------------------------------------------------------------
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of each cond entry, told without a text encoder: for --dry_run and examples."""
+        raise NotImplementedError(f"{self.name} declares no cond_shapes")
+
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        """Prompts through the pipeline's own encode_prompt (codec.pipe), in float32."""
+        raise NotImplementedError(f"{self.name} declares no encode")
+
+    def null(self, codec) -> Cond:
+        """One row: what the pipeline guides away from when no negative prompt is given."""
+        return self.encode(codec, [""])
+
+    def encode_image(self, codec, images: Tensor) -> Cond:
+        """The image part of cond, from pixels [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError(f"{self.name} takes no image")
+
+    def has_null(self, net: nn.Module, classes: int) -> bool:
+        """Whether a class-conditional network has a row for 'no class', the one after the last class."""
+        return 0 < classes < (net.config.get("num_class_embeds") or 0)
+
+    def guidance_embedded(self, net: nn.Module) -> bool:
+        return self.default_guidance is not None
+
+    def add_guidance(self, net: nn.Module) -> nn.Module:
+        """The same function by a network that also takes cond["guidance"] [B]; new layers end in zeros."""
+        raise UserError(
+            "student.guidance_embedding",
+            f"{self.net_class} has no input for the guidance scale",
+            "leave it out: the student learns teacher.guidance alone",
+        )
+
+    # -- latents --------------------------------------------------------------------------------------------
+    def channels(self, net: nn.Module) -> int:
+        """Channels of x0."""
+        return net.config.in_channels
+
+    def grid(self, net: nn.Module) -> tuple[int, ...]:
+        """Latent (h, w) or (f, h, w) that the network was made for."""
+        size = net.config.get("sample_size")
+        if size is None:
+            return self.default_grid
+        return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
+        """Autoencoder latents to x0."""
+        return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+        """x0 to what the autoencoder decodes."""
+        return x0 / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+    def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
+        """Pixels in [-1, 1] of denormalised latents."""
+        return vae.decode(z, return_dict=False)[0]
+
+    # -- the scheduler --------------------------------------------------------------------------------------
+    def shift(self, scheduler, net: nn.Module, grid: tuple[int, ...]) -> float:
+        """Time shift s of the teacher's flow scheduler at this latent size (`s u / (1 + (s - 1) u)`)."""
+        config = scheduler.config
+        if config.get("use_dynamic_shifting"):
+            return dynamic_shift(config, self.tokens(net, grid))
+        return config.get("flow_shift") or config.get("shift") or 1.0
+
+    def tokens(self, net: nn.Module, grid: tuple[int, ...]) -> int:
+        """Length of the image's token sequence, on which dynamic shifts depend."""
+        return int(torch.tensor(grid).prod()) // self.divisor**2
+
+    def plain_call(self, info: dict) -> dict:
+        """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
+        length = info.get("max_sequence_length")
+        return self.call_arguments | ({"max_sequence_length": length} if length else {})
+
+    def pipeline_latents(self, noise: Tensor, schedule) -> Tensor:
+        """Unit noise as the pipeline's `latents` argument takes it (packed, scaled, transposed)."""
+        return noise
+
+    # -- features -------------------------------------------------------------------------------------------
+    def taps(self, net: nn.Module) -> list[nn.Module]:
+        """Modules whose outputs serve as features, shallow to deep."""
+        return list(net.transformer_blocks)
+
+    def default_taps(self, net: nn.Module) -> tuple[int, ...]:
+        """Taps a discriminator reads unless told otherwise."""
+        return (len(self.taps(net)) * 3 // 4,)
+
+    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        """A tapped output as [B, C, h, w]; video frames are stacked along h."""
+        return fold_tokens(out, x, patch_of(net))
+
+    def feature_channels(self, net: nn.Module) -> list[int]:
+        """Channels of each tap."""
+        width = net.config.num_attention_heads * net.config.attention_head_dim
+        return [width] * len(self.taps(net))
+
+    # -- networks of several parts --------------------------------------------------------------------------
+    def parts(self, net: nn.Module) -> dict[str, nn.Module]:
+        """Networks by component folder."""
+        return {n: getattr(net, n) for n in net.names} if isinstance(net, Parts) else {self.component: net}
+
+    def assemble(self, parts: dict[str, nn.Module]) -> nn.Module:
+        """The denoiser out of its parts, by component folder."""
+        return parts[self.component] if len(parts) == 1 else Parts(**parts)
+
+    def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
+        """Full names of the layers that adapters with these endings touch; a UserError where none, or the
+        network's last layer, would be.
+        """
+        inside = [f"{p}." for p in self.lora_parts or net.names[:1]] if isinstance(net, Parts) else [""]
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        found = [n for n, m in net.named_modules() if isinstance(m, kinds) and n.startswith(tuple(inside))]
+        layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
+        hit = {e: [n for n in layers if n == e or n.endswith(f".{e}")] for e in endings}
+        leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
+        default = set(endings) - set(self.guidance_layers) == set(self.lora_targets)
+        for ending, found in hit.items():
+            if not found and not default:
+                told = f"no layer of {self.net_class} ends in {ending!r}"
+                raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
+            final = [n for n in found if any(fnmatch(n, f"*{p}") for p in self.final_layers)]
+            if final and ending not in final:
+                told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
+                raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
+        names = sorted({n for found in hit.values() for n in found})
+        if not names:
+            told = f"no layer of {self.net_class} ends in any of {list(endings)}"
+            raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
+        return names
+
+    def is_unreached(self, name: str) -> bool:
+        """Whether a parameter is a documented exception to 'gradient reaches everything'."""
+        return any(fnmatch(name, pattern) for pattern in self.unreached)
+
+
+def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:
+    """The network of a changed config with the same weights, `rename`d; new layers keep their fresh ones."""
+    with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
+        fresh = type(net).from_config({**net.config, **changes})
+    fresh.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
+    return fresh
+
+
+def patch_of(net: nn.Module) -> int:
+    size = net.config.get("patch_size") or 1
+    return size if isinstance(size, int) else size[-1]
+
+
+def fold_tokens(out: Tensor, x: Tensor, patch: int) -> Tensor:
+    """Tokens [B, N, C], row-major over x's patches, as [B, C, h, w] with frames stacked along h."""
+    w = x.shape[-1] // patch
+    return out.transpose(1, 2).unflatten(2, (out.shape[1] // w, w))
+
+
+def dynamic_shift(config, tokens: int) -> float:
+    """FLUX's resolution-dependent shift: mu linear in the tokens, exp(mu) unless declared linear."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    if config.get("time_shift_type", "exponential") == "linear":
+        return float(mu)
+    return float(torch.tensor(mu, dtype=torch.float64).exp())
+
+
+def perturb_zero_layers(net: nn.Module, std: float = 0.02) -> None:
+    """Give zero-initialised layers small random weights, so that an untrained network's output depends on
+    its input.
+    """
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, std)

@@ -1,0 +1,342 @@
+"""`load_teacher`: a folder, hub id or blueprint to a denoiser with its codec."""
+
+import importlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastgen.backbones.base import Backbone
+from fastgen.backbones.family import Family
+from fastgen.backbones.registry import detect
+from fastgen.backbones.schedulers import load_scheduler, schedule_of
+from fastgen.errors import UserError, first_line
+from fastgen.paths import resolve
+from fastgen.schedules import Schedule
+
+DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_THE_CODECS = ("scheduler", "safety_checker")
+
+
+@dataclass
+class Teacher:
+    """Everything one folder holds: the denoiser, the codec around it, and what an export must repeat."""
+
+    backbone: nn.Module
+    codec: nn.Module
+    scheduler: object = None
+    path: str = ""
+    info: dict | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.backbone.schedule
+
+    def to(self, device) -> "Teacher":
+        self.backbone.to(device)
+        self.codec.to(device)
+        return self
+
+
+def read_json(path: Path, key: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(key, f"{path} does not exist", "expected a diffusers folder with this part") from None
+    except json.JSONDecodeError as error:
+        raise UserError(key, f"{path} is not valid JSON ({error})", "") from None
+
+
+def load_part(folder: Path, key: str, cls, weights: bool = True, dtype=torch.float32):
+    """`from_pretrained` of one sub-folder, safetensors only, with file trouble told in one line.
+
+    With weights=False the files' headers are checked and the network is laid out on the meta device.
+    """
+    from safetensors import SafetensorError
+
+    files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    if not any(f.endswith(".safetensors") for f in files):
+        pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        found = (
+            f"{folder} holds only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
+        )
+        raise UserError(key, found, "fastgen reads .safetensors files only")
+    try:
+        if not weights:
+            return _layout(folder, cls)
+        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            key, f"{folder} cannot be read ({first_line(error)})", "the file may be truncated; copy it again"
+        ) from None
+
+
+def _layout(folder: Path, cls):
+    """An empty network of the folder's config; its weight files are opened but not read."""
+    from safetensors import safe_open
+
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            handle.keys()
+    with torch.device("meta"):
+        if hasattr(cls, "load_config"):
+            return cls.from_config(cls.load_config(folder, local_files_only=True))
+        return cls(cls.config_class.from_pretrained(folder, local_files_only=True)).eval()
+
+
+def component_class(folder: Path) -> type:
+    """The diffusers or transformers class a component's config names."""
+    import diffusers
+    import transformers
+
+    config = read_json(folder / "config.json", "teacher.path")
+    library, name = diffusers, config.get("_class_name", "")
+    if config.get("architectures"):
+        library, name = transformers, config["architectures"][0]
+    if not hasattr(library, name) or not name:
+        raise UserError(
+            "teacher.path", f"{folder / 'config.json'} names {name!r}", f"a class of {library.__name__}"
+        )
+    return getattr(library, name)
+
+
+def hub_folder(path: str, allow_network: bool) -> Path:
+    """A local folder for `path`: itself, a bundled asset, or (only when asked for by name) a hub snapshot."""
+    try:
+        folder = resolve(path)
+    except FileNotFoundError as error:
+        raise UserError("teacher.path", str(error), "see assets/teachers") from None
+    if folder.is_dir():
+        return folder
+    looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))
+    if not looks_like_id:
+        raise UserError(
+            "teacher.path",
+            f"{path!r} is not a folder",
+            "a diffusers folder, assets:teachers/NAME or a hub id",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        skip = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*"]
+        return Path(snapshot_download(path, ignore_patterns=skip, local_files_only=not allow_network))
+    except Exception as error:
+        hint = "set teacher.allow_download true to fetch it" if not allow_network else first_line(error)
+        raise UserError(
+            "teacher.path", f"{path!r} is neither a folder nor in the local hub cache", hint
+        ) from None
+
+
+@dataclass
+class Source:
+    """What a teacher is asked for, in the words of the config's teacher section."""
+
+    path: str = ""
+    prediction: str = "auto"
+    blueprint: dict | None = None
+    allow_download: bool = False
+    weights: bool = True
+    family: dict | None = None
+    dtype: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    embedded_guidance: float | None = None
+
+    def family_of(self, index: dict, config: dict) -> Family:
+        if self.family:
+            from fastgen.backbones.generic import declared
+
+            return declared(self.family, config.get("_class_name", ""))
+        return detect(index, config)
+
+
+def load_tokenizer(folder: Path):
+    """A tokenizer, its trouble told in one line."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raise many kinds
+        told = f"{folder} cannot be read ({first_line(error)})"
+        raise UserError("teacher.path", told, "copy it again") from None
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _component(folder: Path, name: str, declared, source: Source):
+    """One part of a pipeline beside the denoiser, or None where the index leaves it out."""
+    if declared == [None, None] or not (declared or (folder / name).is_dir()):
+        return None
+    if not (folder / name).is_dir():
+        raise UserError("teacher.path", f"{folder} lacks its part {name!r}", "copy the whole folder")
+    if "tokenizer" in name:
+        return load_tokenizer(folder / name)
+    if (folder / name / "config.json").is_file():
+        cls = component_class(folder / name)
+        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
+    library, cls = declared or ("transformers", "AutoImageProcessor")
+    where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    return getattr(importlib.import_module(where), cls).from_pretrained(folder / name, local_files_only=True)
+
+
+def load_pipe(folder: Path, family: Family, index: dict, source: Source):
+    """The pipeline of a folder without its denoiser and scheduler."""
+    import diffusers
+
+    name = index.get("_class_name")
+    cls = getattr(diffusers, name if name in family.pipelines else family.pipeline)
+    left_out = (family.component, *family.extra, *NOT_THE_CODECS)
+    given = {}
+    for key, parameter in inspect.signature(cls.__init__).parameters.items():
+        if key == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if key in left_out:
+            given[key] = None
+        elif isinstance(index.get(key), list) or (folder / key).is_dir():
+            given[key] = _component(folder, key, index.get(key), source)
+        elif key in index:
+            given[key] = index[key]
+        elif parameter.default is parameter.empty:
+            given[key] = None
+    missing = [k for k in ("vae", "text_encoder", "tokenizer") if k in given and given[k] is None]
+    if missing and not index.get(missing[0]):
+        raise UserError("teacher.path", f"{folder} lacks its part {missing[0]!r}", "copy the whole folder")
+    if "requires_safety_checker" in given:
+        given["requires_safety_checker"] = False
+    pipe = cls(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _grid(family: Family, net, source: Source, factor: int) -> tuple[int, ...]:
+    """Latent (h, w) or (f, h, w) of the size asked for, or of the size the network was made for."""
+    grid = list(family.grid(net))
+    for key, at in (("height", -2), ("width", -1)):
+        asked = getattr(source, key)
+        if asked is None:
+            continue
+        step = factor * family.divisor
+        if asked % step:
+            raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
+        grid[at] = asked // factor
+    if source.num_frames is not None:
+        if not family.temporal:
+            raise UserError("teacher.num_frames", f"found {source.num_frames}", f"{family.name} makes images")
+        if (source.num_frames - 1) % family.temporal:
+            allowed = f"{family.temporal} k + 1 for {family.name}'s autoencoder"
+            raise UserError("teacher.num_frames", f"found {source.num_frames}", allowed)
+        grid[0] = (source.num_frames - 1) // family.temporal + 1
+    return tuple(grid)
+
+
+def _label_codec(folder: Path | None, family: Family, net, info: dict, source: Source):
+    from fastgen.codecs import LabelCodec
+
+    rows = net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
+    classes = info.get("num_classes", rows)
+    grid = _grid(family, net, source, family.factor)
+    codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
+    codec.has_null = family.has_null(net, classes)
+    codec.family = family
+    if folder is not None and (folder / "vae").is_dir():
+        cls = component_class(folder / "vae")
+        codec.vae = load_part(folder / "vae", "teacher.path", cls, source.weights, DTYPES[source.dtype])
+        codec.vae.requires_grad_(False).eval()
+    return codec
+
+
+def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dict, source: Source):
+    from fastgen.codecs import TextCodec, spatial_factor
+
+    pipe = None if folder is None else load_pipe(folder, family, index, source)
+    grid = _grid(family, net, source, spatial_factor(family, pipe))
+    length = info.get("max_sequence_length") or family.max_length
+    if length is None:
+        length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77
+    codec = TextCodec(family, net, pipe, (family.channels(net), *grid), length)
+    if source.embedded_guidance is not None:
+        if codec.guidance is None:
+            told = f"found {source.embedded_guidance} for {family.name}, which takes no guidance as an input"
+            raise UserError("teacher.embedded_guidance", told, "leave it out; see teacher.guidance")
+        codec.guidance = source.embedded_guidance
+    return codec
+
+
+def _from_blueprint(source: Source):
+    """(family, untrained network, scheduler, info, index) of diffusers configs."""
+    import diffusers
+
+    blueprint = source.blueprint
+    for part in ("net", "scheduler"):
+        if not isinstance(blueprint.get(part), dict):
+            raise UserError(
+                f"teacher.blueprint.{part}", "not given", "a diffusers config with its _class_name"
+            )
+    scheduler, index = load_scheduler(blueprint["scheduler"]), blueprint.get("index", {})
+    family = source.family_of(index, blueprint["net"])
+    configs = {family.component: blueprint["net"], **blueprint.get("extra", {})}
+    try:
+        with torch.device("cpu" if source.weights else "meta"):
+            parts = {k: getattr(diffusers, c["_class_name"]).from_config(c) for k, c in configs.items()}
+    except Exception as error:  # whatever a network's constructor raises
+        raise UserError(
+            "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
+        ) from None
+    return family, family.assemble(parts), scheduler, blueprint.get("info", {}), index
+
+
+def _from_folder(folder: Path, source: Source):
+    """(family, network, scheduler, info, index) of a diffusers folder."""
+    import diffusers
+
+    info = read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
+    noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
+    scheduler = load_scheduler(
+        noised_by or read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
+    )
+    index = (
+        read_json(folder / "model_index.json", "teacher.path")
+        if (folder / "model_index.json").exists()
+        else {}
+    )
+    part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
+    family = source.family_of(index, read_json(folder / part / "config.json", "teacher.path"))
+    names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
+    parts = {}
+    for name in names:
+        config = read_json(folder / name / "config.json", "teacher.path")
+        cls = getattr(diffusers, config["_class_name"])
+        parts[name] = load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
+    return family, family.assemble(parts), scheduler, info, index
+
+
+def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
+    """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
+
+    With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained
+    from its diffusers config, and `path` (if any) supplies the autoencoder and text encoder. With
+    weights=False the networks are laid out on the meta device: shapes without numbers. The other keywords
+    are those of `Source`.
+    """
+    from fastgen.backbones.analytic import load_analytic
+
+    source = Source(path, prediction, **asked)
+    if path.startswith("analytic:"):
+        return load_analytic(path.removeprefix("analytic:"))
+    if not path and source.blueprint is None:
+        raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
+    folder = hub_folder(path, source.allow_download) if path else None
+    made = _from_blueprint(source) if source.blueprint is not None else _from_folder(folder, source)
+    family, net, scheduler, info, index = made
+    if folder is not None and not index and (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json", "teacher.path")
+    if family.kind == "labels":
+        codec = _label_codec(folder, family, net, info, source)
+    else:
+        codec = _text_codec(folder, family, net, info, index, source)
+    schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
+    return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)

@@ -1,0 +1,123 @@
+"""Guidance distillation: the target's identities, the told range on an exact mixture, the export replayed."""
+
+import torch
+
+from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
+from fastgen.roles import Role, Student
+from fastgen.samplers import sample_teacher
+from fastgen.schedules import Flow
+from tests.objectives.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {}
+TEACHER = {"guidance": 4.0}
+"""settings of the contract battery"""
+
+
+class TwoMeans(GaussianNet):
+    """Exact denoiser of N(m_c, s^2) for class 1 and of N(m_0, s^2) for the null class 0."""
+
+    def forward(self, x_t, t, cond):
+        shift = 2.0 * cond["class_labels"].double()[:, None]
+        a = self.schedule.alpha(t)[:, None]
+        return super().forward(x_t.double() - a * shift, t, cond) + shift
+
+
+class Recorder(Student):
+    """Keeps what it was told; its answer is right for w = 1."""
+
+    def __call__(self, x_t, t, cond):
+        self.seen = x_t, t, cond
+        return super().__call__(x_t, t, cond)
+
+
+def make(span=None, guidance=1.0, batch=64):
+    S = Flow()
+    student = Recorder(TwoMeans(S, 0.3, 0.5), None, S.steps(4), "ode")
+    student.guidance_range = span
+    parts = {"student": student, "teacher": Role(TwoMeans(S, 0.3, 0.5).requires_grad_(False))}
+    objective = GuidanceDistillation(GuidanceDistillationConfig(), parts, rng(), guidance)
+    one = batch_of(torch.randn(batch, 1).double())
+    one.cond = {"class_labels": torch.ones(batch).long()}
+    one.uncond = {"class_labels": torch.zeros(batch).long()}
+    return objective, one
+
+
+def test_p1_without_guidance_the_teacher_is_the_answer():
+    objective, one = make()
+    loss, _ = next(objective.step(one, 0))
+    assert float(loss.detach()) < 1e-12
+    objective, one = make(guidance=3.0)
+    loss, _ = next(objective.step(one, 0))
+    assert float(loss.detach()) > 1e-2
+
+
+def test_p1_target_is_affine_in_w_and_told_as_drawn():
+    """D^w - D_c = (w - 1)(D_c - D_u), whose second difference in w is zero; w = 0 is D_u."""
+    objective, one = make((0.0, 8.0))
+    next(objective.step(one, 0))
+    x_t, t, cond = objective.student.seen
+    w = cond["guidance"]
+    assert w.min() >= 0 and w.max() <= 8 and w.std() > 1.5
+    teacher = objective.teacher
+    D = [teacher.guided(x_t, t, one.cond, one.uncond, torch.full_like(w, v)) for v in (0.0, 1.0, 2.0, 3.0)]
+    torch.testing.assert_close(D[0], teacher(x_t, t, one.uncond))
+    torch.testing.assert_close(D[1], teacher(x_t, t, one.cond))
+    torch.testing.assert_close(D[3] - 2 * D[2] + D[1], torch.zeros_like(D[0]), atol=1e-6, rtol=0)
+    drawn = teacher.guided(x_t, t, one.cond, one.uncond, w)
+    torch.testing.assert_close(drawn - D[1], (w[:, None] - 1) * (D[1] - D[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_p1_w_taken_for_omega_moves_the_mean():
+    """Negative check: told w - 1 where w is meant, every target is off by D_c - D_u."""
+    objective, one = make((1.0, 8.0))
+    next(objective.step(one, 0))
+    x_t, t, cond = objective.student.seen
+    w = cond["guidance"]
+    right, wrong = (objective.teacher.guided(x_t, t, one.cond, one.uncond, v) for v in (w, w - 1))
+    gap = objective.teacher(x_t, t, one.cond) - objective.teacher(x_t, t, one.uncond)
+    torch.testing.assert_close(right - wrong, gap, rtol=1e-4, atol=1e-5)
+    assert gap.abs().mean() > 0.1
+
+
+def test_p1_prediction_kinds_commute_with_guidance():
+    S, w = Flow(), 3.5
+    x_t, c, u = torch.randn(3, 8, 2, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 8).double()
+    for kind in ("eps", "v", "flow", "score"):
+        out_c, out_u = (S.from_x0(kind, D, x_t, t) for D in (c, u))
+        back = S.to_x0(kind, out_u + w * (out_c - out_u), x_t, t)
+        torch.testing.assert_close(back, u + w * (c - u), rtol=1e-5, atol=1e-5)
+
+
+def test_p2_one_network_for_a_range_of_w(tmp_path):
+    """Samples at w = 1, 2, 4 match those of guided sampling with the exact teacher, at half its calls."""
+    _, _, _, trainer = run_mixture(
+        tmp_path,
+        {"name": "guidance_distillation", "time": {"low": 0.0, "high": 1.0}},
+        steps=700,
+        num_steps=12,
+        lr=2e-3,
+        guidance=2.0,
+        student={"sampler": "ode", "guidance_embedding": [1.0, 5.0]},
+    )
+    cast = trainer.cast
+    codec, student, teacher = cast.teacher.codec, cast.parts["student"], cast.parts["teacher"]
+    labels = torch.arange(900) % 3
+    noise = torch.randn(900, 2, generator=torch.Generator().manual_seed(3))
+    cond, uncond = codec.labels(labels), codec.null(900)
+    found = {}
+    with torch.no_grad():
+        for w in (1.0, 2.0, 4.0):
+            guided = sample_teacher(teacher, noise, cond, uncond, 12, w)
+            mine = student.at(w).generate(noise, cond, torch.randn_like)
+            found[w] = float((mine - guided).square().mean().sqrt()), energy_distance(mine, guided)
+        apart = energy_distance(
+            sample_teacher(teacher, noise, cond, uncond, 12, 1.0),
+            sample_teacher(teacher, noise, cond, uncond, 12, 4.0),
+        )
+    assert all(distance < apart / 5 for _, distance in found.values()), (found, apart)
+
+
+def test_p4_guidance_distillation(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "guidance_distillation"}, TEACHER)
