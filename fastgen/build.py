@@ -14,10 +14,13 @@ from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator
 from fastgen.errors import UserError
+from fastgen.nets import FeatureNet, Perceptual
 from fastgen.objectives import REGISTRY, Objective
+from fastgen.paths import asset
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
-from fastgen.schedules import VP
+from fastgen.schedules import VP, Flow, Schedule
+from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -30,10 +33,12 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        asked = {"teacher.guidance": cfg.teacher.guidance}
+        for stage in cfg.all_stages():
+            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+        for key, w in asked.items():
+            if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
+                raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
         if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
             found = "found a range for an unconditional teacher, which has no guidance"
             raise UserError("student.guidance_embedding", found, "leave it out")
@@ -42,10 +47,13 @@ class Cast:
         self.teacher.backbone.requires_grad_(False).eval()
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
+        kinds |= {"path": self.critic_kind}
+        few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         for name in sorted(
             (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
         ):  # copies before adapters
-            self._make(name, kinds[name], alone="teacher" not in names)
+            self._make(name, kinds[name], alone)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
@@ -58,6 +66,11 @@ class Cast:
     @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+
+    @property
+    def few_step_schedule(self) -> Schedule:
+        """The teacher's schedule, or the one whose few steps a student of another form takes."""
+        return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
 
     def backbones(self) -> list[nn.Module]:
         """Distinct networks, teacher first."""
@@ -79,7 +92,7 @@ class Cast:
                 raise UserError(
                     f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
                 )
-            lora = self.cfg.critic.lora if name == "critic" else self.cfg.student.lora
+            lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = name
             self._adapter(base, name, lora, told is not None)
         elif hasattr(base, "trainable_copy"):
@@ -87,6 +100,10 @@ class Cast:
         elif not alone:
             base = copy.deepcopy(base).float()
         if told and adapter is None:
+            if self.cfg.student.sprint:
+                from fastgen.sprint import make_sprint
+
+                make_sprint(base)
             base.add_guidance()
             base.to(self.device)
         if name == "student":
@@ -115,7 +132,7 @@ class Cast:
         base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:
-        s, schedule = self.cfg.student, self.teacher.schedule
+        s, schedule = self.cfg.student, self.few_step_schedule
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
@@ -133,29 +150,51 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few = self.teacher.schedule.few_steps
+        few = self.few_step_schedule.few_steps
         student.grid = grid
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+        if "logvar" in names and "logvar" not in self.parts:
+            self.parts["logvar"] = LogVariance().to(self.device)
         if "disc" in names and "disc" not in self.parts:
-            self.parts["disc"] = self._disc(stage.objective)
+            self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
+        if "clip" in names and "clip" not in self.parts:
+            self.parts["clip"] = self._clip(getattr(stage.objective, "host", stage.objective).clip)
+        if "perceptual" in names and "perceptual" not in self.parts:
+            self.parts["perceptual"] = self._perceptual()
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
 
+    def _clip(self, path: str):
+        """The image-text net that version 2 of SwiftBrush trains against."""
+        from fastgen.imagetext import Alignment, image_text
+
+        if not hasattr(self.teacher.codec, "prompts"):
+            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
+        return Alignment(image_text(path, str(self.device)), self.teacher.codec)
+
+    def _perceptual(self) -> Perceptual:
+        measured = (self.teacher.info or {}).get("measure")
+        if not measured:
+            found = f"perceptual for {self.cfg.teacher.path}, whose images no bundled net knows"
+            raise UserError("objective.metric", found, "use l2, l1 or huber")
+        return Perceptual(self.teacher.codec, FeatureNet.load(asset(f"measure/{measured}"))).to(self.device)
+
     def _disc(self, objective) -> Discriminator:
+        objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
         features = getattr(objective, "disc_features", "teacher")
         role = self.parts[features if features in self.parts else "teacher"]
         codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps = objective.disc_taps or (
-            role.backbone.family.default_taps(role.backbone.net)
-            if hasattr(role.backbone, "family")
-            else (-1,)
-        )
+        taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
+        if not objective.disc_taps and hasattr(role.backbone, "family"):
+            family, net = role.backbone.family, role.backbone.net
+            depths = getattr(objective, "disc_depths", 0)
+            taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
         t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
         cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.train.seed)
-            return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
-                self.device
-            )
+            example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
+            head = "mean" if getattr(objective, "disc_mean", False) else head
+            return Discriminator(role, taps, example, head).to(self.device)
 
 
 def _wanted(stage: StageConfig) -> list[str]:

@@ -33,7 +33,7 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     """Text-to-image: an ordinary pipeline call."""
     scheduler = info["scheduler"]["_class_name"]
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
-    if info["arguments"]:
+    if info["arguments"] and "num_inference_steps" not in info["arguments"]:
         del call["num_inference_steps"]
     told = info.get("guidance_range") is not None
     baked = info["times"] and not told

@@ -158,14 +158,14 @@ def spatial_factor(family, pipe) -> int:
     """Pixels per latent side."""
     for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
         if getattr(pipe, name, None):
-            return getattr(pipe, name)
+            return getattr(pipe, name) * family.folded
     return family.factor
 
 
 @torch.no_grad()
 def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    encoded = vae.encode(images.to(vae.dtype))
+    encoded = vae.encode(family.vae_input(images).to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     return family.normalise(vae, latents.float()).contiguous()
 

@@ -101,6 +101,8 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    sprint: bool = False
+    """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
     """export folder or LoRA file to start from; empty starts from the teacher"""
     lora: LoraConfig = LoraConfig()
@@ -277,6 +279,10 @@ class RunConfig(Section):
             ),
         )
 
+    def reads_data(self) -> bool:
+        """Whether any stage reads real images; those of a data-free run are never opened."""
+        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+
     @model_validator(mode="after")
     def _cross_checks(self):
         if not self.stages and self.objective is None:
@@ -291,6 +297,10 @@ class RunConfig(Section):
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
         self._check_guidance()
+        if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
+            raise ValueError(
+                "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
+            )
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
             raise ValueError(
                 "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"

@@ -27,19 +27,56 @@ def make_head(channels: int, size: int, width: int = 128) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Discriminator(nn.Module):
-    """Heads over feature taps of a role. The role's own weights belong to whichever player holds them."""
+class SpectralConv(nn.Conv2d):
+    """A convolution divided by the largest singular value of its weight, found exactly: heads are small."""
 
-    def __init__(self, role: Role, taps: tuple[int, ...], example: tuple[Tensor, Tensor, Cond]):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight / torch.linalg.matrix_norm(self.weight.flatten(1), 2)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class PatchHead(nn.Module):
+    """One logit per token, [B, h w] from [B, C, h, w]: the StyleGAN-T head of LADD (arXiv 2403.12015)."""
+
+    def __init__(self, channels: int, width: int = 64):
+        super().__init__()
+        self.inp = nn.Sequential(SpectralConv(channels, width, 1), _norm(width), nn.LeakyReLU(0.2))
+        self.mid = nn.Sequential(
+            SpectralConv(width, width, 3, padding=1, padding_mode="circular"),
+            _norm(width),
+            nn.LeakyReLU(0.2),
+        )
+        self.out = SpectralConv(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        return self.out((h + self.mid(h)) / 2**0.5).flatten(1)
+
+
+class Discriminator(nn.Module):
+    """Heads over feature taps of a role. The role's own weights belong to whichever player holds them.
+
+    head: "pooled", one logit per map; "patch", one per token; "mean", no heads: the channel mean of a map.
+    """
+
+    def __init__(
+        self, role: Role, taps: tuple[int, ...], example: tuple[Tensor, Tensor, Cond], head: str = "pooled"
+    ):
         super().__init__()
         self.taps = taps
         self._role = [role]  # in a list, so that the network is not registered as part of the heads
+        self.heads = nn.ModuleList()
+        if head == "mean":
+            return
         with torch.no_grad():
             maps, _ = role.features(*example, taps=taps)
-        self.heads = nn.ModuleList(make_head(m.shape[1], m.shape[2]) for m in maps)
+        self.heads = nn.ModuleList(
+            PatchHead(m.shape[1]) if head == "patch" else make_head(m.shape[1], m.shape[2]) for m in maps
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
-        """Logits, one [B] per head; with score=True also D of the same pass."""
+        """Logits per head, [B], [B, tokens] or [B, h, w]; with score=True also D of the same pass."""
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
-        logits = [head(m) for head, m in zip(self.heads, maps)]
+        logits = [head(m) for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgen.backbones import Teacher
 from fastgen.checkpoint import write_tensors
 from fastgen.codecs import select
+from fastgen.datasets import load_images, load_labels
 from fastgen.errors import UserError
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
@@ -28,9 +29,17 @@ class Data:
     """x0 table [N, ...] or None, condition table, and for each sample its condition row."""
 
     def __init__(
-        self, x0: Tensor | None, cond_table: dict[str, Tensor], rows: Tensor, uncond: dict[str, Tensor], shape
+        self,
+        x0: Tensor | None,
+        cond_table: dict[str, Tensor],
+        rows: Tensor,
+        uncond: dict[str, Tensor],
+        shape,
+        texts: list[str] | None = None,
     ):
+        """texts: the caption of each row of the condition table."""
         self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
+        self.texts = texts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +66,8 @@ class Data:
                 x0 = None if self.x0 is None else self.x0[index].float().to(device)
                 cond = {n: v.to(device) for n, v in self.cond(index).items()}
                 uncond = {n: v.to(device) for n, v in self.null(batch_size).items()}
-                window.append(Batch(x0, cond, uncond, noise.to(device), index))
+                texts = [self.texts[i] for i in self.rows[index].tolist()] if self.texts else None
+                window.append(Batch(x0, cond, uncond, noise.to(device), index, texts))
             yield window
             k += 1
 
@@ -70,22 +80,36 @@ class Data:
         return int(self._order[offset])
 
 
+def image_names(folder: Path) -> list[Path]:
+    """Image files of a folder, sorted."""
+    if not folder.is_dir():
+        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+
+
+def read_captions(folder: Path, names: list[Path]) -> list[str] | None:
+    """The text that goes with each image, from metadata.jsonl or a .txt beside it; None if any has none."""
+    captions: dict[str, str] = {}
+    if (folder / "metadata.jsonl").exists():
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
+    texts = []
+    for path in names:
+        side = path.with_suffix(".txt")
+        beside = side.read_text().strip() if side.exists() else None
+        texts.append(captions.get(str(path.relative_to(folder)), beside))
+    return texts if texts and all(t is not None for t in texts) else None
+
+
 def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[Tensor, list[str] | None]:
     """Images [N, C, H, W] uint8 and captions of a folder; unreadable files are named and skipped, or
     fatal.
     """
     from PIL import Image
 
-    if not folder.is_dir():
-        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
-    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    captions: dict[str, str] = {}
-    if (folder / "metadata.jsonl").exists():
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
-    images, texts, bad = [], [], []
+    images, kept, bad = [], [], []
     channels, height, width = size
-    for path in names:
+    for path in image_names(folder):
         try:
             with Image.open(path) as image:
                 fitted = image.convert("L" if channels == 1 else "RGB")
@@ -100,10 +124,7 @@ def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[
             continue
         array = torch.from_numpy(np.array(fitted))
         images.append(array[None] if channels == 1 else array.permute(2, 0, 1))
-        side = path.with_suffix(".txt")
-        texts.append(
-            captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None)
-        )
+        kept.append(path)
     if bad and on_bad == "error":
         raise UserError(
             "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
@@ -112,7 +133,7 @@ def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[
         print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
     if not images:
         raise UserError("data.images", f"{folder} holds no readable image", "png, jpg or webp files")
-    return torch.stack(images), (None if any(t is None for t in texts) else texts)
+    return torch.stack(images), read_captions(folder, kept)
 
 
 @torch.no_grad()
@@ -131,8 +152,8 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
     return load_file(file)["x0"]
 
 
-def _text_rows(codec, captions: list[str], device) -> tuple[dict[str, Tensor], Tensor]:
-    """Each distinct caption encoded once, and the row of every sample."""
+def _text_rows(codec, captions: list[str], device) -> tuple[dict, Tensor, list[str]]:
+    """Each distinct caption encoded once, the row of every sample, and the captions by row."""
     unique = sorted(set(captions))
     for text in unique:
         lost = codec.cut(text)
@@ -141,22 +162,26 @@ def _text_rows(codec, captions: list[str], device) -> tuple[dict[str, Tensor], T
     parts = [codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
     table = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
     where = {text: i for i, text in enumerate(unique)}
-    return table, torch.tensor([where[t] for t in captions])
+    return table, torch.tensor([where[t] for t in captions]), unique
 
 
-def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
-    """The data section of a run, in the teacher's own terms."""
+def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
+    """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
+    goes with them.
+    """
     codec = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if teacher.path.startswith("analytic:"):
         x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     images = labels = captions = None
-    if cfg.name in BUNDLED:
-        from fastgen.datasets import load_images
-
+    if cfg.name in BUNDLED and not pixels:
+        labels, captions = load_labels(cfg.name)
+    elif cfg.name in BUNDLED:
         found = load_images(cfg.name, "train")
         images, labels, captions = found.images, found.labels, found.captions
+    elif cfg.images and not pixels:
+        captions = read_captions(Path(cfg.images), image_names(Path(cfg.images)))
     elif cfg.images:
         sample = codec.decode(torch.zeros(1, *codec.shape, device=device))
         images, captions = read_folder(Path(cfg.images), tuple(sample.shape[1:]), cfg.on_bad_image)
@@ -172,7 +197,8 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
     if images is not None:
         _check_size(images, codec, device)
         x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
-    num = len(images) if images is not None else len(captions or []) or 10_000
+    num = next((len(v) for v in (images, labels, captions) if v is not None), 10_000)
+    texts = None
     if hasattr(codec, "prompts"):
         if captions is None:
             raise UserError(
@@ -180,14 +206,14 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
                 "this text-to-image teacher needs captions and the set has none",
                 "metadata.jsonl with file_name and text, or .txt side-cars",
             )
-        table, rows = _text_rows(codec, list(captions), device)
+        table, rows, texts = _text_rows(codec, list(captions), device)
     elif codec.num_classes:
         rows = torch.arange(num) % codec.num_classes if labels is None else labels
         codec.labels(rows)
         table = _label_table(codec)
     else:
         table, rows = {}, torch.zeros(num).long()
-    return Data(x0, table, rows, uncond, codec.shape)
+    return Data(x0, table, rows, uncond, codec.shape, texts)
 
 
 def _label_table(codec) -> dict[str, Tensor]:

@@ -39,15 +39,29 @@ class Images:
         return len(self.labels)
 
 
-def load_images(name: str, split: str = "train") -> Images:
-    """Load a bundled set: digits (1x8x8), fashion (1x32x32) or tinted (3x32x32, with captions)."""
+def load_labels(name: str, split: str = "train") -> tuple[torch.Tensor, list[str] | None]:
+    """Labels and captions of a bundled set in the order of its images, of which none is read."""
+    labels = _member(name, split, "labels").astype(np.int64)
+    if name == "tinted":
+        ids, captions = _tints(labels, TINTS if split == "train" else 1)
+        return torch.from_numpy(ids["garment"]), captions
+    return torch.from_numpy(labels), None
+
+
+def _member(name: str, split: str, part: str) -> np.ndarray:
+    """One array of a bundled file."""
     if name not in NAMES:
         raise ValueError(f"unknown image set {name!r}: choose one of {', '.join(NAMES)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     source = asset("data/digits.npz" if name == "digits" else "data/fashion.npz")
     with np.load(source, allow_pickle=False) as file:
-        grey, labels = file[f"{split}_images"], file[f"{split}_labels"].astype(np.int64)
+        return file[f"{split}_{part}"]
+
+
+def load_images(name: str, split: str = "train") -> Images:
+    """Load a bundled set: digits (1x8x8), fashion (1x32x32) or tinted (3x32x32, with captions)."""
+    grey, labels = _member(name, split, "images"), _member(name, split, "labels").astype(np.int64)
     if name == "digits":
         grey = np.round(grey * (255 / 16)).astype(np.uint8)
         names = tuple(str(i) for i in range(10))
@@ -83,13 +97,17 @@ def _tint_of(index: np.ndarray, variant: int) -> tuple[np.ndarray, np.ndarray]:
     return h % len(COLOURS), h // len(COLOURS) % len(BACKGROUNDS)
 
 
-def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
-    tints = [_tint_of(np.arange(len(grey)), v) for v in range(variants)]
+def _tints(labels: np.ndarray, variants: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Attribute ids and captions of every variant of images with these labels."""
+    tints = [_tint_of(np.arange(len(labels)), v) for v in range(variants)]
     colour, background = (np.concatenate([t[i] for t in tints]) for i in range(2))
-    garment = np.tile(labels, variants)
-    images = tint(np.tile(grey, (variants, 1, 1)), colour, background)
-    captions = [caption(*ids) for ids in zip(garment.tolist(), colour.tolist(), background.tolist())]
-    ids = {"garment": garment, "colour": colour, "background": background}
+    ids = {"garment": np.tile(labels, variants), "colour": colour, "background": background}
+    return ids, [caption(*row) for row in zip(*(v.tolist() for v in ids.values()))]
+
+
+def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
+    ids, captions = _tints(labels, variants)
+    images = tint(np.tile(grey, (variants, 1, 1)), ids["colour"], ids["background"])
     ids = {key: torch.from_numpy(value) for key, value in ids.items()}
     return Images(torch.from_numpy(images), ids["garment"], 10, GARMENTS, captions, ids)
 

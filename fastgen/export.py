@@ -16,7 +16,9 @@ from fastgen.lora import load_lora_into
 from fastgen.objectives import REGISTRY
 from fastgen.reload import Loaded, init_student, load_export, sample_command
 from fastgen.roles import Student
+from fastgen.schedules import TrigFlow
 from fastgen.serving import Serving, scheduler_for
+from fastgen.sprint import shipped
 
 __all__ = [
     "Loaded",
@@ -43,7 +45,7 @@ COPIED = (
 
 def export_student(trainer, folder: Path, results: dict) -> Path:
     """Write the student as it stands (call inside the EMA swap), beside `folder` and then in its place."""
-    teacher, student = trainer.cast.teacher, trainer.cast.parts["student"]
+    teacher, student = shipped(trainer.cast.teacher, trainer.cast.parts["student"])
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -53,7 +55,7 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
         served = serve(student, teacher)
     else:
         served = Serving(teacher.scheduler)
-    info = describe(trainer, served, distilled)
+    info = describe(trainer, teacher, student, served, distilled)
     chosen = trainer.cfg.train.export_dtype
     dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
     name, files = export_name(info, trainer.cfg.output_dir), {}
@@ -83,10 +85,9 @@ def export_name(info: dict, output_dir: str) -> str:
     return f"{base}-{info['objective']}-{info['steps']}step"
 
 
-def describe(trainer, served: Serving, distilled: bool) -> dict:
+def describe(trainer, teacher: Teacher, student: Student, served: Serving, distilled: bool) -> dict:
     """What a file must say about itself, so that nothing needs to be remembered to sample it."""
-    cfg, student = trainer.cfg, trainer.cast.parts["student"]
-    teacher = trainer.cast.teacher
+    cfg = trainer.cfg
     return {
         "version": __version__,
         "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
@@ -99,7 +100,7 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
         "step": served.step,
         "gamma": student.gamma,
         "grid": student.grid,
-        "others": other_steps(trainer, served) if distilled and student.grid else {},
+        "others": other_steps(cfg, teacher, student, served) if distilled else {},
         "needs_loop": served.needs_loop,
         "guidance": cfg.teacher.guidance,
         "guidance_range": student.guidance_range and list(student.guidance_range),
@@ -110,13 +111,15 @@ def describe(trainer, served: Serving, distilled: bool) -> dict:
     }
 
 
-def other_steps(trainer, served: Serving) -> dict[str, dict]:
-    """For each other step count of one model: what to change in the scheduler, and what to pass."""
-    cfg, student, teacher = trainer.cfg, trainer.cast.parts["student"], trainer.cast.teacher
+def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dict[str, dict]:
+    """For each other step count of one model, what to change in the scheduler and what to pass: of a student
+    trained on a grid, or of a SANA-Sprint student, trained at all times.
+    """
     objective, own, found = cfg.all_stages()[-1].objective, _plain(served.scheduler), {}
     for num in (1, 2, 4, 8):
         refused = REGISTRY[objective.name].unsampled(objective, num, student.sampler)
-        if num == len(student.times) or num > student.grid or refused:
+        most = 4 if isinstance(teacher.schedule, TrigFlow) else student.grid
+        if num == len(student.times) or num > most or refused:
             continue
         other = serve(student.taking(num), teacher)
         changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
@@ -197,7 +200,7 @@ def _export_lora(
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
     told = info["guidance_range"] is not None  # plain diffusers cannot add the layer that takes w
-    if family.kohya_prefix and not told:
+    if family.reads_kohya(layers) and not told:
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
     base = lora.without_adapters(net)

@@ -18,6 +18,21 @@ def mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
+def l1(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """mean w |pred - target|."""
+    loss = per_sample_mean((pred - target).abs())
+    return (loss if weight is None else loss * weight.to(loss)).mean()
+
+
+def feature_distance(pred: list[Tensor], target: list[Tensor], weight: Tensor | None = None) -> Tensor:
+    """Squares between feature maps [B, C, h, w] of unit length along C, summed over maps (LPIPS without its
+    learned weights, Zhang et al. 2018, arXiv 1801.03924, eq. 1).
+    """
+    unit = [(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p, q in zip(pred, target)]
+    loss = sum(((p - q) ** 2).sum(1).flatten(1).mean(1) for p, q in unit)
+    return (loss if weight is None else loss * weight.to(loss)).mean()
+
+
 def pseudo_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None = None) -> Tensor:
     """Elementwise sqrt(d^2 + c^2) - c (LCM, arXiv 2310.04378, Sec. 4)."""
     loss = per_sample_mean(((pred - target) ** 2 + c**2).sqrt() - c)
@@ -35,24 +50,38 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
-def distribution_matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Surrogate whose gradient in x is (D_fake - D_real) / mean|x - D_real|, over numel (DMD2, eq. 5-7 of
-    2311.18828).
+def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Surrogate whose gradient in x is w (D_fake - D_real), over numel: the gradient of every score
+    distillation; methods differ in w, a number or [B].
 
     x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
     """
     with torch.no_grad():
-        scale = per_sample_mean((x - real).abs()).clamp(min=1e-6)
-        target = x - (fake - real) / expand(scale, x)
+        w = expand(weight, x) if isinstance(weight, Tensor) else weight
+        target = x - w * (fake - real)
     return 0.5 * F.mse_loss(x, target)
 
 
+def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """score_difference with w = weight / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
+    return score_difference(
+        x, real, fake, weight / per_sample_mean((x - real).abs()).detach().clamp(min=1e-6)
+    )
+
+
 def denoising(
-    schedule: Schedule, D: Tensor, x0: Tensor, t: Tensor, weighting: str = "eps", sigma_data: float = 0.5
+    schedule: Schedule,
+    D: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    weighting: str = "eps",
+    sigma_data: float = 0.5,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Denoising score matching w(t) |D - x0|^2, per sample.
+    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
 
     weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
+    "snr_plus_1" w = SNR + 1;
     "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
     "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
     """
@@ -61,17 +90,28 @@ def denoising(
         "x0": lambda: torch.ones_like(a),
         "eps": lambda: (a / s) ** 2,
         "snr1": lambda: ((a / s) ** 2).clamp(min=1),
+        "snr_plus_1": lambda: (a / s) ** 2 + 1,
         "flow": lambda: ((a + s) / s) ** 2,
         "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
     }
-    return mse(D, x0, weights[weighting]())
+    w = weights[weighting]()
+    return mse(D, x0, w if weight is None else w * weight)
 
 
-def gan_generator(logits: list[Tensor], kind: str = "softplus") -> Tensor:
-    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair."""
+def clamped(cos: Tensor, margin: float) -> Tensor:
+    """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
+    return F.relu(margin - cos).mean()
+
+
+def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:
+    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair.
+
+    Logits are [B] or maps [B, h, w]; weight [B] multiplies each sample's term.
+    """
     f = {"softplus": lambda y: F.softplus(-y), "hinge": lambda y: -y}[kind]
-    return torch.stack([f(y).mean() for y in logits]).mean()
+    terms = [per_sample_mean(f(y)[:, None]) for y in logits]
+    return torch.stack([(term if weight is None else term * weight).mean() for term in terms]).mean()
 
 
 def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softplus") -> Tensor:
@@ -81,3 +121,19 @@ def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softp
     else:
         pairs = [0.5 * (F.relu(1 + f).mean() + F.relu(1 - r).mean()) for f, r in zip(fake, real)]
     return torch.stack(pairs).mean()
+
+
+def r1(logits: list[Tensor], x: Tensor) -> Tensor:
+    """Mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv 1801.04406).
+
+    x is the very tensor that went into the discriminator, noised, and requires grad; its attention needs a
+    second derivative, which of torch's kernels only "math" has.
+    """
+    score = torch.stack([y.flatten(1).mean(1) if y.ndim > 1 else y for y in logits]).mean(0)
+    (grad,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+    return grad.flatten(1).square().sum(1).mean()
+
+
+def approximate_r1(logits: list[Tensor], perturbed: list[Tensor]) -> Tensor:
+    """Mean squared change of the logits under a small perturbation of their input (APT, arXiv 2501.08316)."""
+    return torch.stack([F.mse_loss(p, y) for y, p in zip(logits, perturbed)]).mean()

@@ -28,7 +28,7 @@ def merge(base: dict, over: dict) -> dict:
             continue
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         if both and not (
-            key == "objective" and value.get("name", out[key].get("name")) != out[key].get("name")
+            key in ("objective", "host") and value.get("name", out[key].get("name")) != out[key].get("name")
         ):
             out[key] = merge(out[key], value)
         else:

@@ -12,6 +12,7 @@ from fastgen.backbones import Teacher, load_teacher
 from fastgen.errors import UserError
 from fastgen.paths import PACKAGE, resolve
 from fastgen.roles import Role, Student
+from fastgen.sprint import is_sprint, make_sprint
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -101,6 +102,8 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     role, teacher = _as_role(load_teacher(str(found)))
     if info.get("times"):
         role = _student(role.backbone, None, info, key)
+        if role.guidance_range:
+            teacher.codec.guidance = None  # the student itself says what it is told
     return Loaded(role, teacher, info, str(path))
 
 
@@ -175,7 +178,9 @@ def init_student(student: Role, path: str) -> None:
 
 def _init_full(student: Role, path: str, key: str) -> None:
     net, source = student.backbone.net, load_teacher(path).backbone
-    if student.guidance is not None:
+    if is_sprint(student.backbone) and source.family.name == "sana":
+        make_sprint(source)
+    elif student.guidance is not None:
         source.add_guidance()
     state = source.net.state_dict()
     own = net.state_dict()

@@ -122,7 +122,7 @@ def run(cfg, known) -> int:
         torch.set_num_threads(cfg.train.num_threads)
     accelerator = _accelerator(cfg)
     cast = Cast(cfg, accelerator.device)
-    data = load_data(cfg.data, cast.teacher, accelerator.device)
+    data = load_data(cfg.data, cast.teacher, accelerator.device, pixels=cfg.reads_data())
     validator = finish.Validator(cfg, cast, data, folder)
     _open(
         cfg, folder, known.overwrite, accelerator

@@ -106,9 +106,12 @@ class Schedule:
         return ((1 - gamma) * u.double()).clamp(min=self.t_min)
 
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:
-        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t."""
+        """Time u of `other` with the same signal-to-noise ratio, and the factor c with x_u = c x_t.
+
+        (alpha, sigma) differ by c alone, so c is the ratio of their lengths, also where alpha is 0.
+        """
         u = other.t_from_lambda(self.log_snr(t))
-        return u, other.alpha(u) / self.alpha(t)
+        return u, torch.hypot(other.alpha(u), other.sigma(u)) / torch.hypot(self.alpha(t), self.sigma(t))
 
 
 class VP(Schedule):
@@ -172,12 +175,14 @@ class VP(Schedule):
 
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise."""
+    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise; with
+    `angles` few steps are those of SCMScheduler (1.3 rad second of two, else even in the angle).
+    """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, angles: bool = False):
+        self.shift, self.angles = shift, angles
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -200,6 +205,9 @@ class Flow(Schedule):
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def steps(self, num: int) -> list[float]:
+        if self.angles:
+            times = TrigFlow(middle=1.3).steps(num)
+            return [1.0, *(math.sin(t) / (math.sin(t) + math.cos(t)) for t in times[1:])]
         return self.from_unit(1 - torch.arange(num, dtype=torch.float64) / num).tolist()
 
 
@@ -239,12 +247,15 @@ class EDM(Schedule):
 
 
 class TrigFlow(Schedule):
-    """alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2] (Lu & Song 2024, arXiv 2410.11081)."""
+    """alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
+
+    `middle` is where the second of two steps stands; None is half-way.
+    """
 
     t_min, t_max = 0.0, math.pi / 2
 
-    def __init__(self, sigma_data: float = 1.0):
-        self.sigma_data = sigma_data
+    def __init__(self, sigma_data: float = 1.0, middle: float | None = None):
+        self.sigma_data, self.middle = sigma_data, middle
 
     def alpha(self, t: Tensor) -> Tensor:
         return t.double().cos()
@@ -268,4 +279,6 @@ class TrigFlow(Schedule):
         return u.double() * self.t_max
 
     def steps(self, num: int) -> list[float]:
+        if num == 2 and self.middle is not None:
+            return [self.t_max, self.middle]
         return [self.t_max * (1 - i / num) for i in range(num)]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastgen.errors import UserError
-from fastgen.schedules import EDM, VP, Flow, Schedule
+from fastgen.schedules import EDM, VP, Flow, Schedule, TrigFlow
 
 VP_KEYS = (
     "num_train_timesteps",
@@ -46,9 +46,12 @@ def scheduler_for(
     teacher_scheduler,
     grid: int = 0,
     gamma: float = 0.0,
+    default_sigmas: bool = False,
 ) -> Serving:
     """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
     serves every step count that the grid holds.
+
+    With default_sigmas the pipeline itself hands 1 - k / N to a flow scheduler, as FLUX's does.
     """
     if isinstance(schedule, VP):
         on_grid = times == schedule.few_steps(len(times), grid)
@@ -56,8 +59,12 @@ def scheduler_for(
     if isinstance(schedule, EDM):
         return _edm(times, sampler, schedule, dict(teacher_scheduler.config))
     if isinstance(schedule, Flow):
-        return _flow(times, sampler, schedule)
-    raise UserError("export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow or EDM")
+        return _flow(times, sampler, schedule, default_sigmas)
+    if isinstance(schedule, TrigFlow):
+        return _trig(times, sampler, schedule, dict(teacher_scheduler.config))
+    raise UserError(
+        "export", f"no diffusers scheduler for {type(schedule).__name__}", "VP, flow, TrigFlow or EDM"
+    )
 
 
 def _vp(
@@ -88,7 +95,7 @@ def _vp(
     return Serving(scheduler, {"timesteps": ints})
 
 
-def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
+def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool) -> Serving:
     """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
 
     diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the
@@ -100,6 +107,8 @@ def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
 
     cls = FlowMatchLCMScheduler if sampler == "renoise" else FlowMatchEulerDiscreteScheduler
     num, s = len(times), schedule.shift
+    if default_sigmas and np.allclose(times, schedule.steps(num), atol=1e-9):
+        return Serving(cls(shift=s))
     if num > 1 and np.allclose(times, schedule.steps(num), atol=1e-9):
         bent, u_min = s, 0.001
         for _ in range(50):
@@ -110,6 +119,21 @@ def _flow(times: list[float], sampler: str, schedule: Flow) -> Serving:
     if times == [1.0]:
         return Serving(cls(shift=s))
     return Serving(cls(shift=1.0), {"sigmas": list(times)})
+
+
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, config: dict) -> Serving:
+    """SCMScheduler, which adds fresh noise between steps. It is told `timesteps` with the final 0, or that no
+    second of two steps is asked for.
+    """
+    from diffusers import SCMScheduler
+
+    num, scheduler = len(times), SCMScheduler.from_config(config)
+    if sampler != "renoise" and num > 1:
+        raise UserError("student.sampler", f"found {sampler!r}", "renoise: SCMScheduler adds fresh noise")
+    plain = {"num_inference_steps": num, "intermediate_timesteps": None}
+    if times != schedule.steps(num):
+        return Serving(scheduler, plain | {"timesteps": [*times, 0.0], "max_timesteps": None})
+    return Serving(scheduler, {} if num == 2 and schedule.middle is not None else plain)
 
 
 def _edm(times: list[float], sampler: str, schedule: EDM, config: dict) -> Serving:

@@ -17,11 +17,26 @@ MAY_IMPORT = {
     "fastgen.rng": (),
     "fastgen.schedules": (),
     "fastgen.losses": ("schedules",),
+    "fastgen.divergences": ("losses", "schedules"),
+    "fastgen.tangents": ("errors",),
+    "fastgen.trigflow": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
     "fastgen.critics": ("backbones.base", "roles"),
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
 }
-OBJECTIVE_MAY = ("errors", "ema", "losses", "objectives", "rng", "roles", "samplers", "schedules")
+OBJECTIVE_MAY = (
+    "divergences",
+    "errors",
+    "ema",
+    "losses",
+    "objectives",
+    "rng",
+    "roles",
+    "samplers",
+    "schedules",
+    "tangents",
+    "trigflow",
+)
 
 
 def imports(path: Path) -> set[str]:

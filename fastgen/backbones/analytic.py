@@ -46,14 +46,24 @@ class GaussianMixture(nn.Module):
         return log_w.masked_fill(~allowed, -math.inf)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self._posterior(x_t, t, cond)[0]
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps=(-1,), score: bool = False):
+        """x_t, D and the components' responsibilities as one [B, C, 1, 1] map."""
+        D, r = self._posterior(x_t, t, cond)
+        return [torch.cat([x_t, D, r.to(x_t)], 1)[..., None, None]], D if score else None
+
+    def _posterior(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """(D, r_k)."""
         x = x_t.double()
         a, s = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         var = a**2 * self.stds**2 + s**2  # [B, K]
         gap = x[:, None] - a[..., None] * self.means  # [B, K, D]
         log_r = self._log_weights(x, cond) - 0.5 * gap.square().sum(-1) / var - 0.5 * x.shape[1] * var.log()
         mean = self.means + (a * self.stds**2 / var)[..., None] * gap
-        D = (log_r.softmax(1)[..., None] * mean).sum(1)
-        return D if x_t.dtype == torch.float64 else D.float()
+        r = log_r.softmax(1)
+        D = (r[..., None] * mean).sum(1)
+        return D if x_t.dtype == torch.float64 else D.float(), r
 
     raw = forward
 
@@ -135,8 +145,9 @@ class MLPDenoiser(nn.Module):
             expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())
         ), torch.atan2(s, a * sd)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
+        phase = phase if net_t is None else self._coefficients(x_t, net_t)[1]
         return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, phase, cond)))
 
     raw = forward

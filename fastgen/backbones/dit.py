@@ -1,9 +1,75 @@
-"""Transformer families that attend across from image to text: SANA."""
+"""Transformer families that attend across from image to text, or know classes only, or put text and image in
+one sequence: DiT, PixArt, SANA, SANA-Sprint, Lumina2, Z-Image.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, rebuilt
+from fastgen.backbones.family import Cond, Family, fold_tokens, rebuilt
+from fastgen.schedules import expand
+
+MASKED = ("encoder_hidden_states", "encoder_attention_mask")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class DiT(Family):
+    """DiTTransformer2DModel: VP, ImageNet classes with 1000 as the null class; the output's second half is a
+    learned variance.
+    """
+
+    name, net_class, pipelines = "dit", "DiTTransformer2DModel", ("DiTPipeline",)
+    keys, kind, divisor = ("class_labels",), "labels", 2
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+    final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
+    lora_loader = False
+
+    def has_null(self, net: nn.Module, classes: int) -> bool:
+        return classes > 0  # the row that label dropout has added
+
+
+class PixArt(Family):
+    """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
+
+    name, net_class, pipelines = "pixart_sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
+    keys, divisor, max_length = MASKED, 2, 300
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+    final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
+    lora_loader = False
+    call_arguments = {"use_resolution_binning": False}
+
+    def given(self, x: Tensor, cond: Cond) -> Cond:
+        sizes = {"resolution": None, "aspect_ratio": None}
+        return super().given(x, cond) | {"added_cond_kwargs": sizes}
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        return masked_shapes(codec.max_length, net.config.caption_channels)
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        length = {"max_sequence_length": codec.max_length}
+        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+
+class PixArtAlpha(PixArt):
+    """PixArt-alpha; the 1024-pixel network is also told the size and the aspect ratio."""
+
+    name, pipelines, max_length = "pixart_alpha", ("PixArtAlphaPipeline",), 120
+
+    def matches(self, index: dict, config: dict) -> bool:
+        told = config.get("use_additional_conditions")
+        sized = config.get("sample_size") == 128 if told is None else told
+        return index.get("_class_name") in self.pipelines or (not index and sized)
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if not net.use_additional_conditions:
+            return super().call(net, x, time, cond)
+        size = [side * self.factor for side in x.shape[-2:]]
+        resolution = torch.tensor(size, dtype=x.dtype, device=x.device).expand(len(x), 2)
+        aspect = torch.full((len(x), 1), size[0] / size[1], dtype=x.dtype, device=x.device)
+        given = super().given(x, cond)
+        given["added_cond_kwargs"] = {"resolution": resolution, "aspect_ratio": aspect}
+        return net(x, timestep=time, **given, return_dict=False)[0][:, : x.shape[1]]
 
 
 class Sana(Family):
@@ -12,15 +78,11 @@ class Sana(Family):
     """
 
     name, net_class, pipelines = "sana", "SanaTransformer2DModel", ("SanaPipeline",)
-    keys = ("encoder_hidden_states", "encoder_attention_mask", "guidance")
-    factor, max_length = 32, 300
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
+    keys, factor, max_length = (*MASKED, "guidance"), 32, 300
+    lora_targets = (*ATTENTION, "conv_inverted", "conv_point")
     final_layers = ("proj_out", "time_embed.*", "caption_projection.*", "patch_embed.*")
     guidance_layers = ("time_embed.guidance_embedder.linear_1", "time_embed.guidance_embedder.linear_2")
     call_arguments = {"complex_human_instruction": None, "use_resolution_binning": False}
-
-    def plain_call(self, info: dict) -> dict:
-        return {"max_sequence_length": self.max_length} | super().plain_call(info)
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return super().call(net, x, time * net.config.timestep_scale, self.scaled(net, x, cond))
@@ -45,18 +107,147 @@ class Sana(Family):
         return told
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
-        length = codec.max_length
-        return {
-            "encoder_hidden_states": (length, net.config.caption_channels),
-            "encoder_attention_mask": (length,),
-        }
+        return masked_shapes(codec.max_length, net.config.caption_channels)
 
     @torch.no_grad()
     def encode(self, codec, prompts: list[str]) -> Cond:
-        states, mask, _, _ = codec.pipe.encode_prompt(
-            prompts, False, device=codec.device, max_sequence_length=codec.max_length
-        )
+        length = {"max_sequence_length": codec.max_length}
+        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
 
-FAMILIES = (Sana(),)
+class SanaSprint(Sana):
+    """SANA-Sprint (arXiv 2503.09641, Sec. 3.1): SANA's flow network, fine-tuned at times s in [0, 1] and with
+    embedded guidance, seen as a TrigFlow network.
+
+    x_t = cos(t) x0 + sin(t) eps is the flow's (1 - s) x0 + s eps up to the factor sqrt(s^2 + (1 - s)^2), at
+    s = sin t / (sin t + cos t); its velocity F = cos(t) eps - sin(t) x0 follows from the network's eps - x0.
+    """
+
+    name, pipelines = "sana_sprint", ("SanaSprintPipeline",)
+    flow_time, default_guidance = "unit", 4.5
+    keys = (*MASKED, "guidance")
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return bool(config.get("guidance_embeds")) and index.get("_class_name") in (None, *self.pipelines)
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        s = expand(time, x)
+        norm = (s**2 + (1 - s) ** 2).sqrt()
+        x_s = (x * norm).to(x.dtype)
+        cond = cond | {"guidance": cond["guidance"] * net.config.guidance_embeds_scale}
+        out = Family.call(self, net, x_s, time, cond)
+        return ((1 - 2 * s) * x_s + (1 - 2 * s + 2 * s**2) * out) / norm
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        length = {"max_sequence_length": codec.max_length}
+        states, mask = codec.pipe.encode_prompt(prompts, device=codec.device, **length)
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+
+class Lumina2(Family):
+    """Lumina2Transformer2DModel: flow, Gemma states with a mask; its time runs from noise to data."""
+
+    name, net_class, pipelines = "lumina2", "Lumina2Transformer2DModel", ("Lumina2Pipeline",)
+    keys, flow_time, sign, divisor, max_length = MASKED, "reversed", -1, 2, 256
+    lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
+    final_layers = ("norm_out.*", "time_caption_embed.*", "x_embedder", "*norm1.*")
+    default_sigmas = True
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+        return masked_shapes(codec.max_length, net.config.cap_feat_dim)
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        length = {"max_sequence_length": codec.max_length}
+        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+    @torch.no_grad()
+    def null(self, codec) -> Cond:
+        """An empty prompt without the system prompt that stands before every other one."""
+        length = {"max_sequence_length": codec.max_length}
+        _, _, states, mask = codec.pipe.encode_prompt([""], True, device=codec.device, **length)
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+    def tokens(self, net: nn.Module, grid: tuple[int, ...]) -> int:
+        """What Lumina2Pipeline takes for the sequence length: the size of axis 1 of unpacked latents."""
+        return net.config.in_channels
+
+    def taps(self, net: nn.Module) -> list[nn.Module]:
+        return list(net.layers)
+
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """Each row's image stands right after its own text."""
+        num = x.shape[-2] * x.shape[-1] // net.config.patch_size**2
+        index = cond["encoder_attention_mask"].sum(1, keepdim=True) + torch.arange(num, device=out.device)
+        return out.gather(1, index[..., None].expand(-1, -1, out.shape[-1]))
+
+    def feature_channels(self, net: nn.Module) -> list[int]:
+        return [net.config.hidden_size] * len(net.layers)
+
+
+class ZImage(Family):
+    """ZImageTransformer2DModel: flow, takes and gives lists; its time runs from noise to data. Padding is cut
+    off the text: the network pads to multiples of 32 with a token it has learned.
+    """
+
+    name, net_class, pipelines = "z_image", "ZImageTransformer2DModel", ("ZImagePipeline",)
+    flow_time, sign, divisor, max_length = "reversed", -1, 2, 512
+    default_grid, default_sigmas = (128, 128), True
+    lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    final_layers = (
+        "all_final_layer.*",
+        "t_embedder.*",
+        "cap_embedder.*",
+        "all_x_embedder.*",
+        "adaLN_modulation.*",
+    )
+    guidance_off = {"guidance_scale": 0.0}
+
+    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        texts = cond["cap_feats"].to(x.dtype)
+        if not texts.is_meta:
+            texts = [text[: int(mask.sum())] for text, mask in zip(texts, cond["cap_mask"])]
+        out = net(list(x[:, :, None]), time, list(texts), return_dict=False)[0]
+        return -torch.stack(out)[:, :, 0]
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict:
+        shape = (codec.max_length, net.config.cap_feat_dim)
+        return {"cap_feats": shape, "cap_mask": ((codec.max_length,), torch.bool)}
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        length = {"max_sequence_length": codec.max_length}
+        found, _ = codec.pipe.encode_prompt(prompts, codec.device, False, **length)
+        states, mask = pad_rows([text.float() for text in found], codec.max_length)
+        return {"cap_feats": states, "cap_mask": mask}
+
+    def taps(self, net: nn.Module) -> list[nn.Module]:
+        return list(net.layers)
+
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """The image stands first, before its padding and the text."""
+        return out[:, : x.shape[-2] * x.shape[-1] // net.config.all_patch_size[0] ** 2]
+
+    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+        return fold_tokens(out, x, net.config.all_patch_size[0])
+
+    def feature_channels(self, net: nn.Module) -> list[int]:
+        return [net.config.dim] * len(net.layers)
+
+
+def masked_shapes(length: int, width: int) -> dict:
+    """Text states with their mask."""
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": ((length,), torch.long)}
+
+
+def pad_rows(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Texts of different lengths as one [B, length, C] with its bool mask."""
+    states = torch.stack([nn.functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=states.device)
+    return states, torch.arange(length, device=states.device) < lengths[:, None]
+
+
+FAMILIES = (DiT(), PixArtAlpha(), PixArt(), SanaSprint(), Sana(), Lumina2(), ZImage())

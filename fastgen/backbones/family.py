@@ -79,6 +79,8 @@ class Family:
     # -- sizes ----------------------------------------------------------------------------------------------
     factor: int = 8
     """pixels per latent side, unless the pipeline's autoencoder says another"""
+    folded: int = 1
+    """side of the square of the autoencoder's latent pixels that is one pixel of x0, its rest in channels"""
     temporal: int = 0
     """frames per latent frame (frames = temporal k + 1); 0 for images"""
     divisor: int = 1
@@ -92,12 +94,16 @@ class Family:
     lora_parts: tuple[str, ...] = ()
     """of `Parts`, those that adapters may touch; empty means the first alone"""
     final_layers: tuple[str, ...] = ()
-    """patterns of modules (time embedding, output layer) that a LoRA ending should not hit by accident"""
+    """patterns of full module names (time embedding, output layer) that a LoRA ending should not hit by
+    accident; the default endings leave them out
+    """
     lora_loader: bool = True
     """whether the pipeline has load_lora_weights; if not, `fastgen.lora.load_lora_into` reads the file"""
     kohya_prefix: str | None = None
+    kohya_layers: tuple[str, ...] = ("*",)
+    """patterns of the layers that diffusers reads from kohya's names; with others no such file is written"""
     unreached: dict[str, str] = {}
-    """patterns of parameters that no gradient reaches, and why"""
+    """patterns of parameters that no gradient reaches ({last} is the last tapped block), and why"""
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
@@ -177,6 +183,10 @@ class Family:
             return self.default_grid
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
+    def vae_input(self, images: Tensor) -> Tensor:
+        """Images as the autoencoder takes them."""
+        return images
+
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         """Autoencoder latents to x0."""
         return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
@@ -210,6 +220,10 @@ class Family:
         """Unit noise as the pipeline's `latents` argument takes it (packed, scaled, transposed)."""
         return noise
 
+    def load_lora(self, pipe, folder, file: str) -> None:
+        """What a user writes to put an exported adapter into the pipeline."""
+        pipe.load_lora_weights(folder, weight_name=file)
+
     # -- features -------------------------------------------------------------------------------------------
     def taps(self, net: nn.Module) -> list[nn.Module]:
         """Modules whose outputs serve as features, shallow to deep."""
@@ -218,6 +232,15 @@ class Family:
     def default_taps(self, net: nn.Module) -> tuple[int, ...]:
         """Taps a discriminator reads unless told otherwise."""
         return (len(self.taps(net)) * 3 // 4,)
+
+    def spread_taps(self, net: nn.Module, num: int) -> tuple[int, ...]:
+        """Up to `num` taps, evenly from a first fraction of the depth to the last (LADD)."""
+        total = len(self.taps(net))
+        return tuple(sorted({round((i + 1) * total / num) - 1 for i in range(num)} - {-1}))
+
+    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """Of a tapped output, the image's part, where a block holds text and image in one sequence."""
+        return out
 
     def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
         """A tapped output as [B, C, h, w]; video frames are stacked along h."""
@@ -252,8 +275,10 @@ class Family:
             if not found and not default:
                 told = f"no layer of {self.net_class} ends in {ending!r}"
                 raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
-            final = [n for n in found if any(fnmatch(n, f"*{p}") for p in self.final_layers)]
-            if final and ending not in final:
+            final = sorted(n for n in found if self._is_final(n, inside))
+            if default:
+                hit[ending] = [n for n in found if n not in final]
+            elif final and ending not in final:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
         names = sorted({n for found in hit.values() for n in found})
@@ -262,9 +287,19 @@ class Family:
             raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
         return names
 
-    def is_unreached(self, name: str) -> bool:
+    def reads_kohya(self, layers) -> bool:
+        """Whether a file of these layers under kohya's names can be read back whole."""
+        known = all(any(fnmatch(name, pattern) for pattern in self.kohya_layers) for name in layers)
+        return self.kohya_prefix is not None and known
+
+    def _is_final(self, name: str, inside: list[str]) -> bool:
+        part = next((p for p in inside if name.startswith(p)), "")
+        return any(fnmatch(name.removeprefix(part), pattern) for pattern in self.final_layers)
+
+    def is_unreached(self, name: str, net: nn.Module) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
-        return any(fnmatch(name, pattern) for pattern in self.unreached)
+        last = str(len(self.taps(net)) - 1)
+        return any(fnmatch(name, pattern.replace("{last}", last)) for pattern in self.unreached)
 
 
 def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:

@@ -314,6 +314,15 @@ def _from_folder(folder: Path, source: Source):
     return family, family.assemble(parts), scheduler, info, index
 
 
+def _sized(source: Source, info: dict) -> dict:
+    """The size asked for, or else the one that fastgen.json notes, written back for exports to note."""
+    for key in ("height", "width", "num_frames", "embedded_guidance"):
+        if getattr(source, key) is None:
+            setattr(source, key, info.get(key))
+    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance")}
+    return {k: v for k, v in kept.items() if v is not None}
+
+
 def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 
@@ -332,6 +341,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     folder = hub_folder(path, source.allow_download) if path else None
     made = _from_blueprint(source) if source.blueprint is not None else _from_folder(folder, source)
     family, net, scheduler, info, index = made
+    info = {**info, **_sized(source, info)}
     if folder is not None and not index and (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json", "teacher.path")
     if family.kind == "labels":

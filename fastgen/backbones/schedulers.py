@@ -5,6 +5,9 @@ from fastgen.schedules import EDM, VP, Flow, Schedule, TrigFlow
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
+SCM_MIDDLE = 1.3
+"""second of two steps by default, in SCMScheduler and SANA-Sprint's pipeline"""
+
 
 def load_scheduler(config: dict):
     """A diffusers scheduler from its config dict (which names its class)."""
@@ -38,7 +41,7 @@ def _read(scheduler, shift: float | None) -> tuple[Schedule, str]:
     if name == "CMStochasticIterativeScheduler":  # consistency models: EDM preconditioning with a boundary
         return EDM(config.sigma_min, config.sigma_max, config.sigma_data, config.rho), "edm"
     if name == "SCMScheduler":  # latents of unit variance: the pipeline divides its own by sigma_data
-        return TrigFlow(), "v"
+        return TrigFlow(middle=SCM_MIDDLE), "v"
     if config.get("timestep_type") == "continuous" and kind == "v_prediction":  # EDM's form at sigma_data = 1
         return EDM(config.sigma_min, config.sigma_max, 1.0), "edm"
     if name.startswith(("FlowMatch", "FlowMap")) or kind == "flow_prediction":

@@ -9,10 +9,10 @@ ordinary `if k % r`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
 from fastgen.rng import Rng
@@ -28,6 +28,25 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
+
+
+def _any_objective(value: Any) -> Any:
+    """The config of whichever method a mapping names."""
+    if isinstance(value, ObjectiveConfig):
+        return value
+    name = value.get("name") if isinstance(value, dict) else value
+    if name not in REGISTRY:
+        raise ValueError(f"objective.host.name: found {name!r}; allowed: {', '.join(REGISTRY)}")
+    try:
+        return REGISTRY[name].config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("objective", "host", *first["loc"])))
+        raise ValueError(f"{key}: {first['msg']}; found {first['input']!r}") from None
+
+
+AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_any_objective)]
+"""The settings of another method, for methods that are wrapped around one"""
 
 
 class TimeConfig(BaseModel):
@@ -67,8 +86,8 @@ def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> st
 
 @dataclass
 class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...] and the data index of each
-    row.
+    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
+    its caption where there is one.
     """
 
     x0: Tensor | None
@@ -76,6 +95,7 @@ class Batch:
     uncond: dict[str, Tensor]
     noise: Tensor
     index: Tensor
+    texts: list[str] | None = None
 
 
 class Objective:

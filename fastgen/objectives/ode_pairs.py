@@ -18,11 +18,61 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from fastgen import losses
 from fastgen.errors import UserError
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Batch, Objective, ObjectiveConfig
 from fastgen.samplers import solver_step, teacher_grid
+
+
+class Pairs:
+    """Teacher trajectories by data index: the states at the student's times and the end point, made when
+    first asked for.
+    """
+
+    def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler"):
+        self.obj, self.solver, self.rows = obj, solver, {}
+        schedule, times = obj.schedule, obj.student.times
+        self.grid = teacher_grid(schedule, teacher_steps)
+        self.where = [min(range(teacher_steps), key=lambda j: abs(self.grid[j] - t)) for t in times]
+        off = [t for t, j in zip(times, self.where) if abs(self.grid[j] - t) > 1e-6 * schedule.t_max]
+        if off:
+            raise UserError(
+                "student.timesteps",
+                f"{off} are not on the teacher's grid of {teacher_steps} steps",
+                "make objective.teacher_steps a multiple of student.num_steps",
+            )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[B, len(times) + 1, ...]: x_t at each time of the student's list, then y."""
+        todo = [r for r, n in enumerate(batch.index.tolist()) if n not in self.rows]
+        if todo:
+            made = self._solve(batch, todo).cpu()
+            self.rows |= {int(batch.index[r]): row for r, row in zip(todo, made)}
+        return torch.stack([self.rows[n] for n in batch.index.tolist()]).to(batch.noise)
+
+    @torch.no_grad()
+    def _solve(self, batch: Batch, todo: list[int]) -> Tensor:
+        """The guided teacher's ODE for some rows of the batch, from the noise of their data index."""
+        obj, like = self.obj, batch.noise
+        seeds = [obj.rng.seed * 1_000_003 + int(batch.index[r]) for r in todo]
+        noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
+        x = torch.stack(noise).to(like) * obj.schedule.prior_std(self.grid[0])
+
+        def D(x_t: Tensor, t: Tensor) -> Tensor:
+            return obj.teacher.guided(x_t, t, cond, uncond, obj.guidance)
+
+        states = []
+        for j in range(len(self.grid) - 1):
+            states.append(x)
+            t, u = (
+                torch.full((len(x),), v, dtype=torch.float64, device=x.device) for v in self.grid[j : j + 2]
+            )
+            end = j == len(self.grid) - 2  # the last step is D itself
+            x = D(x, t) if end else solver_step(obj.schedule, D, x, t, u, self.solver)
+        return torch.stack([*(states[j] for j in self.where), x], 1)
 
 
 class ODEPairsConfig(ObjectiveConfig):
@@ -46,66 +96,17 @@ class ODEPairs(Objective, config=ODEPairsConfig):
         return {"student+grad": 1, "teacher (first epoch)": calls * (1 if guidance == 1 else 2)}
 
     def prepare(self):
-        self.pairs: dict[int, torch.Tensor] = {}
-        self.grid = teacher_grid(self.schedule, self.cfg.teacher_steps)
-        self.where = [
-            min(range(len(self.grid) - 1), key=lambda j: abs(self.grid[j] - t)) for t in self.student.times
-        ]
-        off = [
-            t
-            for t, j in zip(self.student.times, self.where)
-            if abs(self.grid[j] - t) > 1e-6 * self.schedule.t_max
-        ]
-        if off:
-            raise UserError(
-                "student.timesteps",
-                f"{off} are not on the teacher's grid of {self.cfg.teacher_steps} steps",
-                "make objective.teacher_steps a multiple of student.num_steps",
-            )
+        self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver)
 
     def step(self, batch, k):
-        num, times = len(batch.index), torch.tensor(self.student.times, dtype=torch.float64)
-        self.make_missing(batch)
-        i = self.rng.randint(len(times), num)
-        rows = [self.pairs[int(n)] for n in batch.index]  # [len(times) + 1, ...] each
-        x_t = torch.stack([row[j] for row, j in zip(rows, i.tolist())]).to(batch.noise)
-        y = torch.stack([row[-1] for row in rows]).to(batch.noise)
+        times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)
+        rows = self.pairs(batch)  # [B, len(times) + 1, ...]
+        i = self.rng.randint(len(times), len(rows))
+        x_t, y = rows[torch.arange(len(rows)), i.to(rows.device)], rows[:, -1]
         with self.turn("student"):
-            x = self.student(x_t, times.to(i.device)[i], batch.cond)  # D_theta(x_t, t, c)
+            x = self.student(x_t, times[i], batch.cond)  # D_theta(x_t, t, c)
             if self.cfg.metric == "l2":
                 loss = losses.mse(x, y)
             else:
                 loss = losses.sample_huber(x, y, 0.00054 * y[0].numel() ** 0.5)
             yield loss, {"error": (x - y).abs().mean()}
-
-    @torch.no_grad()
-    def make_missing(self, batch):
-        """Solve the teacher's ODE for the conditions of this batch that have no pair yet."""
-        todo = [r for r, n in enumerate(batch.index.tolist()) if n not in self.pairs]
-        if not todo:
-            return
-        seeds = [self.rng.seed * 1_000_003 + int(batch.index[r]) for r in todo]
-        noise = [
-            torch.randn(batch.noise.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds
-        ]
-        cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
-        x = torch.stack(noise).to(batch.noise) * self.schedule.prior_std(self.grid[0])
-        states = []
-        for j, t in enumerate(self.grid[:-1]):
-            t, u = (
-                torch.full((len(x),), v, dtype=torch.float64, device=x.device) for v in (t, self.grid[j + 1])
-            )
-            states.append(x)
-            if j == len(self.grid) - 2:
-                x = self.teacher.guided(x, t, cond, uncond, self.guidance)  # last step: D itself
-            else:
-                x = solver_step(
-                    self.schedule,
-                    lambda a, b: self.teacher.guided(a, b, cond, uncond, self.guidance),
-                    x,
-                    t,
-                    u,
-                    self.cfg.solver,
-                )
-        kept = torch.stack([*(states[j] for j in self.where), x], 1).cpu()  # [B, len(times) + 1, ...]
-        self.pairs |= {int(batch.index[r]): row for r, row in zip(todo, kept)}

@@ -32,8 +32,10 @@ def test_p1_pair_is_the_teachers_own_sample():
     noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(5)])
     sample = sample_teacher(objective.teacher, noise, {}, {}, 10)
     for i in range(5):
-        torch.testing.assert_close(objective.pairs[i][0].float(), noise[i])
-        torch.testing.assert_close(objective.pairs[i][1].float(), sample[i].float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(objective.pairs.rows[i][0].float(), noise[i])
+        torch.testing.assert_close(
+            objective.pairs.rows[i][1].float(), sample[i].float(), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_p1_many_steps_approach_the_exact_flow_map():
@@ -41,7 +43,7 @@ def test_p1_many_steps_approach_the_exact_flow_map():
     S = EDM()
     objective = make(S, 1, teacher_steps=80, solver="heun")
     next(objective.step(batch_of(torch.randn(6, 1)), 0))
-    pairs = torch.stack([objective.pairs[i] for i in range(6)])
+    pairs = torch.stack([objective.pairs.rows[i] for i in range(6)])
     exact = 0.5 + (pairs[:, 0] - 0.5) * 0.3 / (0.3**2 + 80.0**2) ** 0.5
     torch.testing.assert_close(pairs[:, 1], exact, rtol=0.02, atol=0.004)
 

@@ -151,11 +151,11 @@ def run_mixture(
     lr=1e-3,
     guidance=1.0,
     student=None,
+    stages=(),
     **train,
 ):
-    """Distil an exact mixture; returns (energy distance before, after, samples after, its trainer).
-
-    A list of objectives makes a run of as many stages, each `steps` long.
+    """Distil an exact mixture by an objective, or by stages of (objective, steps, num_steps); returns (energy
+    distance before, after, samples after, its trainer).
     """
     from accelerate import Accelerator
 
@@ -166,19 +166,19 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
-    optim = {"student": optim, "critic": optim | {"lr": 2 * lr}, "disc": optim}
-    if isinstance(objective, list):
-        shared = {"optim": optim, "max_train_steps": steps}
-        what = {"stages": [{"name": str(i), "objective": o, **shared} for i, o in enumerate(objective)]}
-    else:
-        what = {"objective": objective, "optim": optim}
-        train["max_train_steps"] = steps
+    optim = {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}}
+    one = {"objective": objective, "optim": optim}
+    several = [
+        {"name": str(i), "objective": o, "max_train_steps": n, "num_steps": few, "optim": optim}
+        for i, (o, n, few) in enumerate(stages)
+    ]
     cfg = config.validate(
         {
             "teacher": {"path": teacher, "guidance": guidance},
-            **what,
             "student": {"num_steps": num_steps, **(student or {})},
+            **({"stages": several} if stages else one),
             "train": {
+                **({} if stages else {"max_train_steps": steps}),
                 "train_batch_size": batch,
                 "checkpointing_steps": 0,
                 "ema_decay": [0.99],

@@ -1,0 +1,93 @@
+"""DMD: distribution matching distillation with a regression loss on teacher pairs (version 1).
+
+Paper: Yin et al. 2023, arXiv 2311.18828 (Alg. 1; eq. 7-9). No official code.
+
+  once per condition:  pair (z_ref, y): y is the end of the guided ODE from z_ref
+  every step:
+    x = G(z, c);  x_ref = G(z_ref, c)
+    x_t = alpha x + sigma eps                t ~ U(0.02, 0.98)
+    grad = (D_fake(x_t) - D_real^w(x_t)) / mean|x - D_real^w|              (eq. 7-8)
+    update G with  0.5 |x - sg[x - grad]|^2 + regression_weight d(x_ref, y)            (eq. 9, weight 0.25)
+    update critic with  w(t) |D_fake(x_t) - sg x|^2                        (eq. 6)
+
+Differs
+- paper: d is LPIPS on decoded images; no perceptual network is bundled, so d is the square or a pseudo-Huber
+  on x0, and its best weight is another one.
+- paper stores the pairs in advance; here a pair is made when its condition is first met (`data.limit` says
+  how many there are).
+- the student has one step: a pair holds the teacher's state at every time of a longer list, and the
+  regression draws one of them.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from fastgen import losses
+from fastgen.objectives import matching
+from fastgen.objectives.base import Objective
+from fastgen.objectives.matching import MatchingConfig
+from fastgen.objectives.ode_pairs import Pairs
+
+
+class DMDConfig(MatchingConfig):
+    """Distribution matching distillation, version 1."""
+
+    name: Literal["dmd"] = "dmd"
+    student_every: int = Field(1, ge=1)
+    """critic updates per student update"""
+    regression_weight: float = Field(0.25, ge=0)
+    """weight of the regression on teacher pairs; 0 makes none"""
+    regression: Literal["l2", "huber"] = "l2"
+    """distance between the student's output and the pair's end point"""
+    teacher_steps: int = Field(20, ge=1)
+    """ODE steps a pair costs; the student's times must lie on this grid"""
+
+
+class DMD(Objective, config=DMDConfig):
+    needs_data = False
+
+    @classmethod
+    def player_parts(cls, cfg):
+        return matching.players(cfg)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        calls = matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
+        if cfg.regression_weight:
+            calls["student+grad"] = round(calls["student+grad"] + 1 / cfg.student_every, 3)
+            calls["teacher (first epoch)"] = cfg.teacher_steps * (1 if guidance == 1 else 2)
+        return calls
+
+    def prepare(self):
+        self.pairs = Pairs(self, self.cfg.teacher_steps) if self.cfg.regression_weight else None
+
+    def step(self, batch, k):
+        cfg = self.cfg
+        last = self.rng.shared_randint(len(self.student.times))
+        if k % cfg.student_every == 0:
+            with self.turn("student"):
+                x = self.generate(batch, last)  # x = G(z, c)
+                t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                with torch.no_grad():
+                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
+                    fake = self.critic(x_t, t, batch.cond)  # D_fake
+                loss = dm = losses.distribution_matching(x, real, fake)  # eq. 7-8
+                logs = {"dm": dm, **matching.diagnostics(x, real, fake)}
+                if cfg.regression_weight:
+                    logs["regression"] = self.regression(batch, last)
+                    loss = dm + cfg.regression_weight * logs["regression"]  # eq. 9
+                yield loss, logs
+        else:
+            with torch.no_grad():
+                x = self.generate(batch, last)
+        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2   (eq. 6)
+
+    def regression(self, batch, last):
+        """d(G(z_ref, c), y), from the pair's state at step `last` of the student's list."""
+        rows = self.pairs(batch)
+        x = self.student(rows[:, last], self.student.time(last, rows), batch.cond)
+        if self.cfg.regression == "l2":
+            return losses.mse(x, rows[:, -1])
+        return losses.sample_huber(x, rows[:, -1], 0.00054 * x[0].numel() ** 0.5)

@@ -1,0 +1,102 @@
+"""ECT: easy consistency tuning, a consistency model out of a diffusion model by narrowing the gap of a pair.
+
+Paper: Geng et al. 2024, arXiv 2406.14548 (Alg. 1; the authors' code for the constants).
+
+  n = sigma / alpha is the noise level;  n_t ~ exp N(-1.1, 2^2)
+  n_r = n_t (1 - q^-(j+1) (1 + k sigmoid(-b n_t))), at least 0;     j grows every `double_every` steps
+  x_t = alpha x0 + sigma eps;  x_r with the same eps                or the teacher's Euler step from x_t to r
+  target = sg D_theta(x_r, r),  x0 itself where n_r = 0             j = -1 would be diffusion training
+  loss = |D_theta(x_t, t) - target| / (n_t - n_r)                   the norm over the image, not its square
+
+Differs
+- levels are sigma / alpha of any schedule; on EDM that is the paper's t. Levels below the schedule's smallest
+  count as 0.
+- no dropout: our networks run in eval mode, so that pairs share random states.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from fastgen import losses
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.samplers import solver_step
+from fastgen.schedules import expand
+
+
+class ECTConfig(ObjectiveConfig):
+    """Consistency tuning on data, or along the teacher's ODE."""
+
+    name: Literal["ect"] = "ect"
+    source: Literal["data", "teacher"] = "data"
+    """what x_r comes from: the data point and the same noise, or a step of the guided teacher"""
+    time: TimeConfig = TimeConfig(kind="log_normal", mean=-1.1, std=2.0)
+    """noise levels n_t"""
+    q: float = Field(2.0, gt=1)
+    """the gap shrinks by q each time"""
+    k: float = Field(8.0, ge=0)
+    """how much wider the gap is at small noise"""
+    b: float = Field(1.0, gt=0)
+    """noise level at which it stops being wider, inverted"""
+    double_every: int = Field(0, ge=0)
+    """steps after which j grows by 1; 0 keeps the first gap"""
+    max_ratio: float = Field(0.999, gt=0, lt=1)
+    """largest r / t at high noise that j may reach"""
+    huber_c: float = Field(0.0, ge=0)
+    """rounds the norm off near 0; 0 is the norm itself"""
+
+
+def noise_level(schedule, t):
+    """n = sigma / alpha, [B] float64."""
+    return (-schedule.log_snr(t)).exp()
+
+
+def shrink(n, gap: float, k: float, b: float):
+    """n_r below n_t: the fraction `gap` of it away, (1 + k) / (1 + k/2) times as much at small noise."""
+    return (n * (1 - gap * (1 + k * torch.sigmoid(-b * n)))).clamp(min=0)
+
+
+class ECT(Objective, config=ECTConfig):
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher",) if cfg.source == "teacher" else ()
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
+        return {"student+grad": 1, "student": 1} | teacher
+
+    def step(self, batch, k):
+        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        t = self.sample_t(len(x0), cfg.time)
+        n_t = noise_level(S, t)
+        n_r = shrink(n_t, self.gap(k), cfg.k, cfg.b)
+        r, clean = level_time(S, n_r)
+        with self.turn("student"):
+            eps = self.rng.randn_like(x0)
+            x_t = S.noise(x0, eps, t)
+            with torch.no_grad():
+                x_r = S.noise(x0, eps, r)
+                if cfg.source == "teacher":
+                    x_r = solver_step(S, self.denoiser(batch), x_t, t, r, "euler")
+                target = torch.where(expand(clean, x0).bool(), x0, self.student(x_r, r, batch.cond))
+            pred = self.student(x_t, t, batch.cond)
+            loss = losses.sample_huber(pred, target, max(cfg.huber_c, 1e-6), 1 / (n_t - n_r))
+            yield loss, {"gap": self.gap(k), "error": (pred - target).abs().mean()}
+
+    def gap(self, k: int) -> float:
+        """1 - r / t at high noise: q^-(j+1)."""
+        j = k // self.cfg.double_every if self.cfg.double_every else 0
+        return max(self.cfg.q ** -(j + 1), 1 - self.cfg.max_ratio)
+
+    def denoiser(self, batch):
+        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)
+
+
+def level_time(schedule, n):
+    """(the time of noise level n [B], whether it lies below all of the schedule's, which counts as clean)."""
+    lowest = noise_level(schedule, torch.tensor([schedule.t_min], dtype=torch.float64, device=n.device))
+    clean = n <= lowest.clamp(min=1e-4)
+    t = schedule.t_from_lambda(-n.clamp(min=1e-4).log())
+    return t.clamp(schedule.t_min, schedule.t_max), clean

@@ -1,0 +1,64 @@
+"""SNOOPI: SwiftBrush under a random guidance scale (PG-SB), and negative prompts for its students (NASA).
+
+Paper: Nguyen et al. 2024, arXiv 2412.02687 (Sec. 4.1 PG-SB, eq. 6-7; Sec. 4.2 NASA, eq. 8-10). No code.
+
+  PG-SB, every step:  the step of SwiftBrush (see swiftbrush.py) with
+    w ~ U(w_min, w_max) for each sample, the same in teacher and critic         w < 1 is meant: anti-guidance
+
+  NASA, sampling only (fastgen/nasa.py, shipped with the export): in every cross-attention
+    Z = softmax(Q K+^T / sqrt d) V+  -  scale softmax(Q K-^T / sqrt d) V-       before the output projection
+
+Differs
+- whether w is drawn per sample or per batch is not stated; per sample here, which averages over w at once.
+- the teacher's own `teacher.guidance` plays no part in training; it is what the teacher is compared with.
+- the paper adds SwiftBrush v2's clamped CLIP loss (tau 0.37): `clip_weight`, off unless set.
+- NASA inside training (the paper's v3) is left out: it needs a list of generic negative prompts.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastgen.objectives import matching
+from fastgen.objectives.base import Objective
+from fastgen.objectives.swiftbrush import SwiftBrushConfig, vsd
+
+
+class SnoopiConfig(SwiftBrushConfig):
+    """SwiftBrush with guidance drawn at random."""
+
+    name: Literal["snoopi"] = "snoopi"
+    min_guidance: float = Field(0.5, ge=0)
+    """w_min"""
+    max_guidance: float = Field(4.0, ge=0)
+    """w_max"""
+    clip_margin: float = Field(0.37, gt=0, le=1)
+    """tau: samples whose cosine is above it feel nothing"""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_guidance > self.max_guidance:
+            raise ValueError(f"objective.min_guidance: found {self.min_guidance:g}, above max_guidance")
+        return self
+
+
+class Snoopi(Objective, config=SnoopiConfig):
+    needs_data = False
+
+    @classmethod
+    def player_parts(cls, cfg):
+        return matching.players(cfg)
+
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher", "clip") if cfg.clip_weight else ("teacher",)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        calls = matching.evaluations(cfg, 2.0, (num_steps - 1) / 2)
+        return calls | {"critic": 2 * calls["critic"]}
+
+    def step(self, batch, k):
+        low, high = self.cfg.min_guidance, self.cfg.max_guidance
+        w = low + (high - low) * self.rng.rand(len(batch.noise))  # w ~ U(w_min, w_max)
+        yield from vsd(self, batch, k, w)

@@ -1,0 +1,159 @@
+"""BOOT: the signal-ODE and its targets in closed form, on every schedule; the mixture without data."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.errors import UserError
+from fastgen.objectives.boot import BOOT, BOOTConfig
+from fastgen.roles import Student
+from fastgen.samplers import sample_teacher
+from fastgen.schedules import EDM, VP, Flow, expand
+from tests.objectives.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {}
+"""settings of the contract battery"""
+M, SD = 0.5, 0.3
+SCHEDULES = [Flow(), VP.scaled_linear(), EDM()]
+
+
+class Signal(nn.Module):
+    """y_theta: whatever function of (eps, grid position) a test sets."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule, self.gain = schedule, nn.Parameter(torch.ones(()))
+        self.y = None
+
+    def forward(self, x_t, t, cond, net_t=None):
+        return self.gain * self.y(x_t, net_t)
+
+
+def make(S, times=None, **cfg):
+    student = Student(Signal(S), None, times or S.steps(1))
+    objective = BOOT(BOOTConfig(**cfg), {"student": student, "teacher": gaussian_role(S, M, SD)}, rng())
+    objective.prepare()
+    return objective
+
+
+def exact(S, eps, t):
+    """The signal y_t on the exact ODE of N(m, s^2) from x_T = eps: (x - alpha m) / sqrt(V) is constant."""
+    T = torch.full_like(t, S.steps(1)[0])
+    a, s = (expand(f(t), eps) for f in (S.alpha, S.sigma))
+    a_T, s_T = (expand(f(T), eps) for f in (S.alpha, S.sigma))
+    x_T = eps * S.prior_std(S.steps(1)[0])
+    z = (x_T - a_T * M) / (a_T**2 * SD**2 + s_T**2).sqrt()
+    return (a * M + z * (a**2 * SD**2 + s**2).sqrt() - s * eps) / a
+
+
+@pytest.mark.parametrize("S", SCHEDULES)
+def test_p1_signal_form_is_the_ddim_step(S):
+    """(x_s - sigma_s eps) / alpha_s = (1 - r) f + r y for any y and f."""
+    objective = make(S)
+    eps, y, f = torch.randn(3, 40, 2, dtype=torch.float64)
+    i = torch.arange(40) % 60 + 3
+    t, s = S.from_unit(i / 64), S.from_unit((i - 1) / 64)
+    batch = batch_of(y, eps)
+    found = objective.target(batch, 1.0, y, f, t, s, i == 1)
+    x_s = S.ode_step(f, S.noise(y, eps, t), t, s)
+    expected = (x_s - expand(S.sigma(s), eps) * eps) / expand(S.alpha(s), eps)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("S", SCHEDULES)
+def test_p1_targets_follow_the_exact_signal(S):
+    """Gaussian oracle: Heun's local error is a small part of Euler's; a flipped increment is far off."""
+    errors = {}
+    for solver in ("euler", "heun"):
+        objective = make(S, solver=solver)
+        i = torch.arange(200) % 50 + 10
+        t, s = S.from_unit(i / 64), S.from_unit((i - 1) / 64)
+        eps = torch.randn(200, 2, dtype=torch.float64)
+        y = exact(S, eps, t)
+        f = objective.teacher(S.noise(y, eps, t), t, {})
+        found = objective.target(batch_of(y, eps), 1.0, y, f, t, s, i == 1)
+        errors[solver] = float((found - exact(S, eps, s)).abs().mean())
+        step = float((exact(S, eps, s) - y).abs().mean())
+    assert errors["euler"] < 0.15 * step and errors["heun"] < 0.25 * errors["euler"], (errors, step)
+    flipped = float((2 * y - found - exact(S, eps, s)).abs().mean())
+    assert flipped > 1.5 * step
+
+
+@pytest.mark.parametrize("S", SCHEDULES)
+def test_p1_the_exact_signal_has_hardly_any_loss(S):
+    """Told the mirrored time, the oracle meets its targets; the signal of another noise does not."""
+    objective = make(S, num_times=256)
+    objective.rng.randint = lambda high, num: torch.arange(num) % (high - 6)  # off the noisy end
+
+    def oracle(x_T, net_t):
+        u = torch.linspace(0, 1, 257, dtype=torch.float64)
+        at = (S.from_unit(1 - u)[None] - net_t[:, None]).abs().argmin(1)
+        t = S.from_unit(u[at]).clamp(1e-6, 0.999 * S.t_max)
+        return exact(S, x_T / S.prior_std(S.steps(1)[0]), t)
+
+    batch = batch_of(torch.zeros(500, 2, dtype=torch.float64), torch.randn(500, 2, dtype=torch.float64))
+    found = {}
+    for name, shift in (("right", 0), ("wrong", 1)):
+        objective.student.backbone.y = lambda x, net_t, n=shift: oracle(x.roll(n, 0), net_t)
+        found[name] = float(next(objective.step(batch, 0))[1]["step"].detach())
+    assert found["right"] < 1e-4 and found["wrong"] > 5 * found["right"], found
+
+
+@pytest.mark.parametrize("S", SCHEDULES)
+def test_p1_the_boundary_is_the_teachers_estimate_from_noise(S):
+    objective = make(S)
+    teacher, T = objective.teacher, torch.full((8,), S.steps(1)[0], dtype=torch.float64)
+    x_T = torch.randn(8, 2) * S.prior_std(S.steps(1)[0])
+    for off in (0.0, 0.3):
+        objective.student.backbone.y = lambda x, net_t, off=off: teacher(x, T[:1].expand(len(x)), {}) + off
+        batch = batch_of(x_T, x_T / S.prior_std(S.steps(1)[0]))
+        boundary = float(next(objective.step(batch, 0))[1]["boundary"].detach())
+        assert boundary == pytest.approx(off**2, abs=1e-6)
+
+
+def test_p1_the_sample_is_an_ordinary_one_step_draw():
+    """y_theta at the clean end is the student's D at (eps, T), told T: what samplers and pipelines do."""
+    for S in SCHEDULES:
+        objective = make(S)
+        told = []
+        objective.student.backbone.y = lambda x, net_t: (told.append(net_t), x)[1]  # noqa: B023
+        objective.signal(torch.randn(3, 2), torch.zeros(3, dtype=torch.float64), {})
+        assert told[0].tolist() == [S.steps(1)[0]] * 3
+        objective.signal(torch.randn(3, 2), torch.ones(3, dtype=torch.float64), {})
+        assert told[1].tolist() == pytest.approx([S.t_min] * 3)
+
+
+def test_p1_clamp_limits_the_teacher():
+    objective = make(Flow(), clamp=0.1)
+    batch = batch_of(torch.zeros(8, 2))
+    f = objective.teach(batch, 1.0, 3 * torch.randn(8, 2), torch.full((8,), 0.3).double(), torch.arange(8))
+    assert f.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("S, times", [(Flow(), [0.9]), (VP.scaled_linear(), [499.0]), (EDM(), [1.0])])
+def test_a_start_that_is_not_pure_noise_is_refused(S, times):
+    with pytest.raises(UserError, match="is not pure noise") as error:
+        make(S, times)
+    assert "student.timesteps" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "vp"])
+def test_p2_distils_the_guided_mixture_without_data(tmp_path, schedule):
+    """Against the guided teacher's own samples from the same noise."""
+    cfg = {"name": "boot", "num_times": 16}
+    steps = {"steps": 350, "lr": 2e-3, "guidance": 1.5}
+    _, _, samples, trainer = run_mixture(tmp_path, cfg, f"analytic:gmm2d-{schedule}", **steps)
+    cast = trainer.cast
+    noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(1500)])
+    labels = cast.teacher.backbone.sample(1500, torch.Generator().manual_seed(7))[1]
+    cond, uncond = cast.teacher.codec.labels(labels), cast.teacher.codec.null(1500)
+    many, one = (sample_teacher(cast.parts["teacher"], noise, cond, uncond, n, 1.5) for n in (32, 1))
+    assert energy_distance(samples, many) < energy_distance(one, many) / 8
+    assert (samples - many).square().mean() < (one - many).square().mean() / 4
+
+
+def test_p4_boot(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "boot"})

@@ -1,0 +1,215 @@
+"""LADD: the GAN pair's values, who gets gradient, spectral heads, the penalty's input, and exact mixtures."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastgen.critics import Discriminator, PatchHead
+from fastgen.objectives.ladd import LADD, LADDConfig, different
+from fastgen.roles import Role, Student
+from fastgen.schedules import Flow
+from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}}
+"""settings of the contract battery"""
+
+
+class Linear(nn.Module):
+    """A teacher whose feature is x_t itself."""
+
+    prediction = "x0"
+
+    def __init__(self):
+        super().__init__()
+        self.schedule, self.seen = Flow(), []
+        self.gain = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x_t, t, cond):
+        return self.gain * x_t
+
+    def features(self, x_t, t, cond, taps=(-1,), score=False):
+        self.seen.append(x_t)
+        return [self.gain * x_t[..., None, None]], None
+
+
+class Shift(nn.Module):
+    """A student that only moves its noise."""
+
+    prediction, schedule = "x0", Flow()
+
+    def __init__(self):
+        super().__init__()
+        self.m = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x_t, t, cond):
+        return self.m + x_t
+
+
+class LinearDisc(nn.Module):
+    """Logit w x + b of the noised input."""
+
+    def __init__(self, w=0.0):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(0.0))
+        self.seen = []
+
+    def forward(self, x_t, t, cond):
+        self.seen.append((x_t, t, cond))
+        return [self.w * x_t.flatten(1).float() + self.b]
+
+
+def make(disc=None, student=None, student_every=1, step_weights=(), **gan):
+    schedule = Flow()
+    cfg = {"student_every": student_every, "step_weights": step_weights, "gan": gan}
+    student = student or Student(GaussianNet(schedule, -1.0, 0.3), None, [1.0])
+    return LADD(LADDConfig(**cfg), {"student": student, "disc": disc or LinearDisc()}, rng())
+
+
+def test_p1_values_at_zero_and_at_perfect_logits():
+    for kind, d, g in (("hinge", 1.0, 0.0), ("softplus", 2 * math.log(2), math.log(2))):
+        turns = make(loss=kind).step(batch_of(torch.randn(8, 2)), 0)
+        assert float(next(turns)[0]) == pytest.approx(g) and float(next(turns)[0]) == pytest.approx(d)
+
+
+def test_p1_gradients_stay_with_their_player():
+    teacher = Linear()
+    disc = Discriminator(Role(teacher), (-1,), (torch.zeros(2, 3), torch.ones(2).double(), {}), "patch")
+    student = Shift()
+    objective = make(disc, Student(student, None, [1.0]))
+
+    for loss, _ in objective.step(batch_of(torch.randn(8, 3)), 0):
+        active = objective.active
+        loss.backward()
+        heads = [p.grad for p in disc.parameters()]
+        if active == "student":
+            assert student.m.grad.abs() > 0 and all(g is None for g in heads)
+            student.m.grad = None
+        else:
+            assert student.m.grad is None and sum(float(g.abs().sum()) for g in heads if g is not None) > 0
+    assert teacher.gain.grad is None
+
+
+def test_p1_heads_are_spectrally_normed_and_give_a_logit_per_token():
+    head = PatchHead(12)
+    for conv in (head.inp[0], head.mid[0], head.out):
+        seen = {}
+        conv._conv_forward = lambda x, w, b, c=conv, s=seen: (
+            s.update(w=w) or nn.Conv2d._conv_forward(c, x, w, b)
+        )
+        nn.init.normal_(conv.weight, 0, 3)
+        conv(torch.randn(1, conv.in_channels, 4, 4))
+        assert float(torch.linalg.svdvals(seen["w"].flatten(1))[0].detach()) == pytest.approx(1, abs=1e-4)
+        del conv._conv_forward
+    assert head(torch.randn(5, 12, 3, 4)).shape == (5, 12)
+    assert torch.isfinite(head(torch.randn(1, 12, 1, 1))).all()  # a batch of one, a map of one
+
+
+def test_p1_discriminator_of_shifted_gaussians_and_the_student_that_follows_it():
+    """Softplus logit between noised N(1, 1) and N(0, 1) is linear, and pushes a shift-only student to 0."""
+
+    net, disc = Shift(), LinearDisc()
+    time = {"kind": "uniform", "low": 0.3, "high": 0.301}
+    objective = make(disc, Student(net, None, [1.0]), loss="softplus", disc_time=time, misaligned=False)
+    optimizers = {
+        "student": torch.optim.Adam(net.parameters(), 0.02),
+        "disc": torch.optim.Adam(disc.parameters(), 0.05, betas=(0.0, 0.9)),
+    }
+    slopes = []
+    for k in range(400):
+        objective.rng.reset(k)
+        for loss, _ in objective.step(batch_of(objective.rng.randn(256, 1)), k):
+            optimizer = optimizers[objective.active]
+            optimizer.zero_grad()
+            loss.backward()
+            if objective.active == "disc" or k > 150:
+                optimizer.step()
+        slopes.append(float(disc.w.detach()))
+    # log N(x; 0, v) - log N(x; a, v) has slope -a / v with a = 0.7, v = 0.7^2 + 0.3^2
+    assert sum(slopes[100:150]) / 50 == pytest.approx(-0.7 / 0.58, abs=0.25)
+    assert abs(float(net.m.detach())) < 0.15
+
+
+def test_p1_exact_penalty_is_the_squared_gradient_at_the_noised_real_input():
+    disc = LinearDisc(0.7)
+    objective = make(disc, r1_weight=2.0)
+    batch = batch_of(torch.randn(64, 5))
+    turns = objective.step(batch, 0)
+    next(turns)
+    _, logs = next(turns)
+    assert float(logs["r1"].detach()) == pytest.approx(0.49 / 5, rel=1e-5)  # mean over 5 tokens: w / 5 each
+    x_t, t, _ = disc.seen[1]
+    assert x_t.requires_grad and not torch.equal(x_t.detach(), batch.x0)
+    noise = (x_t.detach() - (1 - t[:, None]) * batch.x0) / t[:, None]
+    assert abs(float(noise.std()) - 1) < 0.2
+
+
+def test_p1_approximate_penalty_perturbs_the_same_noised_input():
+    disc = LinearDisc(0.7)
+    objective = make(disc, r1_weight=2.0, r1="approximate", r1_std=0.01)
+    batch = batch_of(torch.randn(2000, 1))
+    turns = objective.step(batch, 0)
+    next(turns)
+    _, logs = next(turns)
+    assert float(logs["r1"].detach()) == pytest.approx((0.7 * 0.01) ** 2, rel=0.1)
+    (real, t, _), (near, t2, _) = disc.seen[1:3]
+    assert torch.equal(t, t2) and float((near - real).std()) == pytest.approx(0.01, rel=0.1)
+    assert (near - batch.x0).std() > 0.1  # negative: not the un-noised data, as the public code has it
+
+
+def test_p1_misaligned_rows_are_fake_and_never_truly_aligned():
+    labels = torch.tensor([0, 1, 1, 2])
+    assert different({"class_labels": labels}).tolist() == [True, True, False, True]
+    assert different({}) is None
+    disc = LinearDisc(1.0)
+    x0 = 100.0 * torch.arange(4.0)[:, None]
+    batch = batch_of(x0, cond={"class_labels": labels})
+    objective = make(disc, disc_time={"kind": "uniform", "low": 0.0, "high": 0.001})
+    turns = objective.step(batch, 0)
+    next(turns)
+    loss, _ = next(turns)
+    x, _, cond = disc.seen[-1]
+    torch.testing.assert_close(x, torch.tensor([[300.0], [0.0], [200.0]]), atol=2, rtol=0.01)
+    assert cond["class_labels"].tolist() == [0, 1, 2]
+    disc.seen.clear()
+    without = list(make(disc, misaligned=False).step(batch, 0))
+    assert len(without) == 2 and len(disc.seen) == 3
+
+
+def test_step_weights_choose_the_trained_step_and_the_first_is_pure_noise():
+    seen = []
+
+    class Net(GaussianNet):
+        def forward(self, x_t, t, cond):
+            seen.append((x_t, t))
+            return super().forward(x_t, t, cond)
+
+    student = Student(Net(Flow(), 0.0, 1.0), None, [1.0, 0.5])
+    batch = batch_of(torch.full((400, 1), 50.0))
+    make(student=student, step_weights=(1.0, 3.0)).sample(batch, {})
+    x_t, t = seen[0]
+    assert float((t == 0.5).double().mean()) == pytest.approx(0.75, abs=0.08)
+    torch.testing.assert_close(x_t[t == 1.0], batch.noise[t == 1.0])
+    assert (x_t[t == 0.5] > 10).all()
+
+
+def test_student_every():
+    objective = make(student_every=3)
+    count = {"student": 0, "disc": 0}
+    for k in range(6):
+        for _ in objective.step(batch_of(torch.randn(4, 1)), k):
+            count[objective.active] += 1
+    assert count == {"student": 2, "disc": 6}
+
+
+@pytest.mark.parametrize("kind", ["hinge", "softplus"])
+def test_p2_distils_the_mixture(tmp_path, kind):
+    gan = {"loss": kind, "disc_time": {"kind": "uniform", "low": 0.05, "high": 0.7}}
+    before, after, _, _ = run_mixture(tmp_path, {"name": "ladd", "gan": gan}, steps=350, batch=128)
+    assert after < before / 3 and after < 0.04, (before, after)
+
+
+def test_p4_ladd(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "ladd", **SHORT})

@@ -1,0 +1,98 @@
+"""Progressive distillation: two steps become one exactly, stage after stage, and on a mixture."""
+
+import torch
+
+from fastgen.objectives.progressive import Progressive, ProgressiveConfig
+from fastgen.roles import Student
+from fastgen.samplers import sample_teacher, solver_step
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {}
+"""settings of the contract battery"""
+
+
+def exact(S):
+    teacher = gaussian_role(S, 0.5, 0.3)
+    return lambda x, t: teacher(x, t, {})
+
+
+def make(S, num, **cfg):
+    student = Student(GaussianNet(S, 0.0, 1.0), None, S.few_steps(num, 0), "ode")
+    others = {name: gaussian_role(S, 0.5, 0.3) for name in ("teacher", "previous")}
+    return Progressive(ProgressiveConfig(**cfg), {"student": student, **others}, rng())
+
+
+def test_p1_one_step_to_the_target_is_two_of_the_teacher():
+    for S in (Flow(), Flow(3.0), EDM(), VP.scaled_linear()):
+        objective = make(S, 8, ode_teacher="original")
+        x0 = torch.randn(200, 2, dtype=torch.float64)
+        t, mid, end = objective.times(x0)
+        assert ((t > mid) & (mid > end)).all() and len(set(t.tolist())) == 8
+        z = S.noise(x0, torch.randn_like(x0), t)
+        D = exact(S)
+        target = objective.target(z, t, mid, end, D)
+        two = solver_step(S, D, solver_step(S, D, z, t, mid, "euler"), mid, end, "euler")
+        inner = end > S.t_min
+        one = S.ode_step(target, z, t, end)
+        torch.testing.assert_close(one[inner], two[inner], rtol=1e-6, atol=1e-7)
+        last = D(solver_step(S, D, z, t, mid, "euler"), mid)  # at the clean end x* = z_0
+        torch.testing.assert_close(target[~inner], last[~inner])
+        single = S.ode_step(D(z, t), z, t, end)  # negative check: one teacher step is not two
+        assert (single - two)[inner].abs().max() > 1e-3
+
+
+def test_p1_the_chain_of_targets_is_the_first_teachers_sampler():
+    """Converged halvings cost nothing: 8 -> 4 -> 2 targets, applied, still land where 8 teacher steps do."""
+    S = Flow()
+
+    def halved(D, num):
+        objective = make(S, num)
+        coarse, fine = [*S.steps(num), 0.0], [*S.steps(2 * num), 0.0]
+
+        def student(z, t):
+            i = [j for j, c in enumerate(coarse) if abs(c - float(t[0])) < 1e-9][0]
+            at = [torch.full((len(z),), v, dtype=torch.float64) for v in (fine[2 * i + 1], coarse[i + 1])]
+            return objective.target(z, t, *at, D)
+
+        return student
+
+    D = halved(halved(exact(S), 4), 2)
+    z = torch.randn(50, 2, dtype=torch.float64)
+    x = z
+    for t, u in ((1.0, 0.5), (0.5, 0.0)):
+        t, u = (torch.full((50,), v, dtype=torch.float64) for v in (t, u))
+        x = D(x, t) if u[0] == 0 else S.ode_step(D(x, t), x, t, u)
+    torch.testing.assert_close(
+        x, sample_teacher(gaussian_role(S, 0.5, 0.3), z, {}, {}, 8), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_p1_later_stages_step_with_the_student_the_last_one_left():
+    objective = make(Flow(), 4)
+    objective.student.backbone.m.data.fill_(2.0)
+    next(objective.step(batch_of(torch.randn(8, 2)), 0))
+    assert float(objective.previous.backbone.m) == 2.0
+    objective.student.backbone.m.data.fill_(3.0)
+    next(objective.step(batch_of(torch.randn(8, 2)), 1))
+    assert float(objective.previous.backbone.m) == 2.0
+
+
+def test_p2_distils_the_mixture_from_eight_steps_to_one(tmp_path):
+    """One step of the student against eight of the guided teacher from the same noise."""
+    first, later = ({"name": "progressive", "ode_teacher": who} for who in ("original", "previous"))
+    stages = [(first, 120, 4), (later, 160, 2), (later, 260, 1)]
+    _, _, samples, trainer = run_mixture(tmp_path, None, guidance=1.5, stages=stages, lr=2e-3)
+    cast = trainer.cast
+    noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(1500)])
+    labels = cast.teacher.backbone.sample(1500, torch.Generator().manual_seed(7))[1]
+    cond, uncond = cast.teacher.codec.labels(labels), cast.teacher.codec.null(1500)
+    eight = sample_teacher(cast.parts["teacher"], noise, cond, uncond, 8, 1.5)
+    one = sample_teacher(cast.parts["teacher"], noise, cond, uncond, 1, 1.5)
+    assert energy_distance(samples, eight) < energy_distance(one, eight) / 20
+    assert (samples - eight).square().mean() < (one - eight).square().mean() / 10
+
+
+def test_p4_progressive(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "progressive"})

@@ -1,0 +1,99 @@
+"""TCM: who answers on each side of the boundary, the heavy tail, and the second stage on the mixture."""
+
+import pytest
+import torch
+
+from fastgen.errors import UserError
+from fastgen.objectives.ect import noise_level
+from fastgen.objectives.tcm import TCM, TCMConfig
+from fastgen.roles import Student
+from fastgen.schedules import EDM, Flow
+from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {}
+"""settings of the contract battery"""
+
+
+def make(S=None, times=None, **cfg):
+    S = S or EDM()
+    student = Student(GaussianNet(S, 0.0, 1.0), None, times or S.steps(1))
+    objective = TCM(TCMConfig(**cfg), {"student": student, "previous": gaussian_role(S, 0.5, 0.3)}, rng())
+    objective.prepare()
+    return objective
+
+
+def test_p1_levels_hold_the_boundary_and_a_heavy_tail():
+    objective = make()
+    n, weight = objective.levels(40_000)
+    assert (n[:10_000] == 1 + 1e-8).all() and n.min() >= 1 and n.max() <= 80.0001
+    log_n = n[10_000:].log()
+    grid = torch.linspace(0, float(torch.tensor(80.0).log()), 200_001, dtype=torch.float64)
+    density = (1 + (grid / 0.2) ** 2 / 0.01) ** (-0.505)
+    for level in (0.05, 0.5, 1.0, 3.0):  # the law's own distribution function
+        share = float(density[grid < level].sum() / density.sum())
+        assert float((log_n < level).double().mean()) == pytest.approx(share, abs=0.01)
+    ones = torch.ones_like(weight)
+    assert float((weight * ones).mean()) == pytest.approx(1 + 0.1)  # mean of the rest + 0.1 boundary's
+
+
+def test_p1_the_frozen_network_answers_below_the_boundary_only():
+    objective = make()
+    x, t = torch.randn(6, 2), torch.linspace(0.3, 3, 6).double()
+    below = noise_level(objective.schedule, t) < 1
+    found = objective.target(x, t, {}, below)
+    torch.testing.assert_close(found[below], objective.previous(x, t, {})[below].float())
+    torch.testing.assert_close(found[~below], objective.student(x, t, {})[~below].float())
+    assert below.any() and not below.all()
+
+
+def test_p1_no_level_below_the_boundary_is_trained():
+    S = EDM()
+    objective = make(S, gap=0.3)
+    seen = []
+    inner = objective.student.backbone.forward
+    objective.student.backbone.forward = lambda x, t, cond: (seen.append(t), inner(x, t, cond))[1]
+    next(objective.step(batch_of(torch.randn(256, 2)), 0))
+    assert torch.cat(seen).min() >= 1
+
+
+def test_p1_stage_one_is_kept_as_it_was():
+    objective = make()
+    objective.student.backbone.m.data.fill_(2.0)
+    next(objective.step(batch_of(torch.randn(8, 2)), 0))
+    objective.student.backbone.m.data.fill_(3.0)
+    next(objective.step(batch_of(torch.randn(8, 2)), 1))
+    assert float(objective.previous.backbone.m) == 2.0
+
+
+def collapsed(**cfg):
+    """Loss of a student that says the same whatever it is given."""
+    objective = make(**cfg)
+    next(objective.step(batch_of(torch.randn(4, 2)), 0))
+    objective.student.backbone.forward = lambda x, t, cond: objective.student.backbone.m + 0 * x
+    return float(next(objective.step(batch_of(0.5 + 0.3 * torch.randn(512, 2)), 1))[0].detach())
+
+
+def test_p1_the_boundary_rules_the_constant_out():
+    """Negative check: without rows at n', and gaps too narrow to cross it, a constant is a solution."""
+    assert collapsed() > 1.0
+    assert collapsed(boundary_share=0.0, gap=1e-6) < 1e-3
+
+
+def test_times_below_the_boundary_are_refused():
+    with pytest.raises(UserError, match="less noise than the boundary") as error:
+        make(times=[80.0, 0.5])
+    assert "student.timesteps" in str(error.value)
+    make(times=[80.0, 1.0])
+    make(Flow(), times=[1.0, 0.5])
+
+
+def test_p2_improves_on_stage_one(tmp_path):
+    ect, tcm = {"name": "ect", "double_every": 60}, {"name": "tcm", "gap": 0.02}
+    kw = {"teacher": "analytic:gmm2d-edm", "lr": 1e-3}
+    before, after, _, _ = run_mixture(tmp_path, None, stages=[(ect, 250, None), (tcm, 250, None)], **kw)
+    assert after < 0.02 and after < before / 5, (before, after)
+
+
+def test_p4_tcm(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "tcm"})

@@ -1,0 +1,156 @@
+"""Uni-Instruct: exact gradients of every f on Gaussians, its corners, and which modes a divergence keeps."""
+
+import pytest
+import torch
+
+from fastgen import divergences
+from fastgen.divergences import TABLE
+from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
+from fastgen.run import main
+from fastgen.schedules import EDM
+from tests.objectives import gaussians
+from tests.objectives.gaussians import STUDENT, TEACHER, T
+from tests.replay import replay
+
+SHORT = {"f": "kl", "gan_weight": 0.1}
+"""settings of the contract battery"""
+
+KNOWN = {  # d/d(m, s) of E_q h |Delta|^2 at t = 0.7, in score space
+    "rkl": (-0.36034, -0.25431),
+    "kl": (-0.47337, -0.57351),
+    "jeffreys": (-0.83372, -0.82782),
+    "js": (-0.19094, -0.17373),
+    "chi2": (-1.76304, -3.13259),
+    "neyman": (-0.70026, -0.21267),
+    "hellinger": (-0.09951, -0.09433),
+    "softened": (-0.16941, -0.08058),
+}
+
+
+def integrand(name):
+    """E_q [ h(r) |Delta|^2 ], everything moving with (m, s)."""
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in TEACHER)
+    t = torch.tensor(T, dtype=torch.float64)
+
+    def value(x_t, m, s):
+        log_r = gaussians.log_density(x_t, mean, std, t) - gaussians.log_density(x_t, m, s, t)
+        gap = -(x_t - mean) / (std**2 + t**2) + (x_t - m) / (s**2 + t**2)
+        return TABLE[name].h(log_r.exp()) * gap**2
+
+    return value
+
+
+def surrogate(name, mode="logit", detach_x0=False, power=1.0, terms=("sim", "fgm"), scale=1.0):
+    """The gradient our loss gives with frozen score functions and ratio, back in score space."""
+
+    def loss(x, x_t, t, real, fake, log_r):
+        r = (power * log_r).exp()
+        r = r if mode == "logit" else r.detach()
+        h, k, r2h = divergences.weights(name, r, 1e-9, 1e9)
+        clean = x.detach() if detach_x0 else x
+        found = divergences.expanded(clean, real, fake, h * ("sim" in terms), k * ("fgm" in terms))
+        if mode == "score":
+            found = found + divergences.ratio_path(EDM(), x, x_t, t, real, fake, h, k, r2h)
+        return found * scale
+
+    return gaussians.surrogate(loss)[1] / T**4
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_p1_gradient_of_the_expanded_divergence(name):
+    """Both ways of differentiating the ratio hit the exact gradient; dropping it, or x0, does not."""
+    wanted = gaussians.exact(integrand(name))
+    torch.testing.assert_close(wanted, torch.tensor(KNOWN[name]).double(), rtol=0, atol=2e-5)
+    for mode in ("logit", "score"):
+        torch.testing.assert_close(surrogate(name, mode), wanted, rtol=0, atol=1e-5)
+    off = (surrogate(name, detach_x0=True) - wanted).abs()
+    assert off[1] > 0.01, "negative: x0 inside e carries gradient"
+    if name != "rkl":
+        for wrong in ({"mode": "none"}, {"power": -1.0}):
+            assert (surrogate(name, **wrong) - wanted).abs().max() > 0.01, (name, wrong)
+
+
+def test_p1_the_authors_script_takes_another_direction():
+    """h Delta.e alone with a constant ratio: neither size nor direction of the exact gradient."""
+    for name in ("js", "chi2", "kl"):
+        found = surrogate(name, "none", terms=("sim",), scale=0.5)
+        exact = gaussians.exact(integrand(name))
+        assert 1 - torch.cosine_similarity(found, exact, 0) > 4e-3 and found.norm() < 0.6 * exact.norm(), name
+
+
+def test_p1_reverse_kl_is_sid():
+    """h = 1: twice SiD at alpha = 1/2; without the |Delta|^2 term twice alpha = 1 (SIM)."""
+    for alpha, terms in ((0.5, ("sim", "fgm")), (1.0, ("sim",))):
+        _, sid = gaussians.surrogate(
+            lambda x, x_t, t, real, fake, log_r, a=alpha: divergences.score_identity(x, real, fake, a)
+        )
+        torch.testing.assert_close(surrogate("rkl", terms=terms), 2 * sid / T**4)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("rkl", 0.0878), ("kl", 0.1096), ("js", 0.0472), ("chi2", 0.3279)]
+)
+def test_p1_expansion(name, known):
+    """D_f at t = 0 minus D_f at t = 6 is the integral of t E_q h |Delta|^2."""
+    (mp, sp), (m, s) = ([torch.tensor(v, dtype=torch.float64) for v in pair] for pair in (TEACHER, STUDENT))
+    u, w = gaussians.nodes(60)
+
+    def at(t, value):
+        x = m + (s**2 + t**2).sqrt() * u
+        r = (gaussians.log_density(x, mp, sp, t) - gaussians.log_density(x, m, s, t)).exp()
+        return (w * value(x, r, t)).sum()
+
+    def density(t):
+        gap = lambda x: -(x - mp) / (sp**2 + t**2) + (x - m) / (s**2 + t**2)  # noqa: E731
+        return t * at(t, lambda x, r, t: TABLE[name].h(r) * gap(x) ** 2)
+
+    grid = torch.linspace(0, 6, 601, dtype=torch.float64)
+    integral = torch.trapezoid(torch.stack([density(t) for t in grid]), grid)
+    ends = [at(torch.tensor(t, dtype=torch.float64), lambda x, r, t: TABLE[name].f(r)) for t in (0.0, 6.0)]
+    assert abs(integral - (ends[0] - ends[1])) < 2e-3 * known
+    assert abs(integral - known) < 1e-2 * known
+
+
+def test_p1_static_gradients():
+    """-E h Delta dx, f-distill's: the known values, all different from the expanded ones."""
+    known = {
+        "rkl": (-0.26846, -0.08828),
+        "kl": (-0.30769, -0.18639),
+        "js": (-0.13855, -0.06116),
+        "chi2": (-0.84151, -0.82257),
+    }
+    for name, wanted in known.items():
+        _, found = gaussians.surrogate(
+            lambda x, x_t, t, real, fake, log_r, n=name: (
+                TABLE[n].h(log_r.exp()).detach() * ((fake - real).detach() * x)[:, 0]
+            )
+        )
+        torch.testing.assert_close(found / T**2, torch.tensor(wanted).double(), rtol=0, atol=1e-4)
+
+
+def test_needs_data_only_with_a_ratio():
+    assert UniInstruct.requires_data(UniInstructConfig())
+    assert not UniInstruct.requires_data(UniInstructConfig(f="rkl", gan_weight=0))
+
+
+BAD = {
+    "unknown f": (["--objective.f", "wasserstein"], ("objective.f", "hellinger", "neyman")),
+    "no ratio": (["--objective.gan_weight", "0"], ("gan_weight", "js")),
+    "no data": (["--data.name", ""], ("data: no images", "uni_instruct")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line(case, capsys, tmp_path):
+    argv, named = BAD[case]
+    (tmp_path / "run.yaml").write_text(
+        "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: uni_instruct}, data: {name: digits}}"
+    )
+    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
+    said = capsys.readouterr().err
+    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_p4_uni_instruct(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "uni_instruct", "gan_weight": 0.1})
