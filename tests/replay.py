@@ -83,31 +83,37 @@ def replay(tiny, tmp_path, objective, teacher=None):
 
 COUNTS = """
 import json, torch, diffusers
-from diffusers import StableDiffusionPipeline
-info = json.load(open("fastgen.json"))["export"]
-pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+document = json.load(open("fastgen.json"))
+info = document["export"]
+sana = PIPELINE == "SanaPipeline"
+pipe = getattr(diffusers, PIPELINE).from_pretrained(BASE, torch_dtype=torch.float32)
 kind = getattr(diffusers, info["scheduler"]["_class_name"])
 pipe.load_lora_weights(".", weight_name=info["lora"])
 pipe.set_progress_bar_config(disable=True)
-def draw(num, **override):
-    pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler", **override)
+more = {"max_sequence_length": 48, "complex_human_instruction": None, "use_resolution_binning": False}
+more = {"height": 32, "width": 32, **more} if sana else {"height": 16, "width": 16}
+def draw(num, override=None):
+    other = info["others"].get(str(num), {"scheduler": {}, "arguments": {}})
+    pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler", **(override or other["scheduler"]))
     seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
-    call = {"num_inference_steps": num, "height": 16, "width": 16, "guidance_scale": 1.0, **info["step"]}
-    return pipe(PROMPTS, generator=seeds, output_type="pt", **call).images.float()
-images = torch.stack([draw(n) for n in NUMS] + [draw(NUMS[-1], **OTHER)])
+    call = (other["arguments"] or {"num_inference_steps": num}) | info["step"] | more
+    return pipe(PROMPTS, generator=seeds, output_type="pt", guidance_scale=1.0, **call).images.float()
+images = torch.stack([draw(n) for n in NUMS] + [draw(NUMS[-1], OTHER)])
 """
 
 
-def replay_counts(tiny, tmp_path, objective, scheduler, counts=(1, 2, 4, 8), other=None, **student):
-    """One Stable Diffusion LoRA, drawn by StableDiffusionPipeline at several step counts through the
-    scheduler as exported; another setting of that scheduler gives other images.
+def replay_counts(
+    tiny, tmp_path, objective, scheduler, counts=(1, 2, 4, 8), other=None, family="sd", **student
+):
+    """One LoRA, drawn by its pipeline at several step counts through the scheduler as exported (with the
+    settings that its card names for another count); another setting of the scheduler gives other images.
     """
     student = {"kind": "lora", "lora": {"rank": 4, "lora_alpha": 40}, "num_steps": 4, **student}
-    export = train(tiny, tmp_path, objective, family="sd", student=student)
-    values = {"BASE": str(tiny("sd")), "PROMPTS": list(PROMPTS), "NUMS": counts, "OTHER": other}
-    code = "".join(f"{k} = {v!r}\n" for k, v in values.items()) + COUNTS
-    plain = plainly(code, export)
-    loaded, base = load_export(str(export)), load_export(str(tiny("sd")))
+    export = train(tiny, tmp_path, objective, family=family, student=student)
+    loaded, base = load_export(str(export)), load_export(str(tiny(family)))
+    values = {"BASE": str(tiny(family)), "PROMPTS": list(PROMPTS), "NUMS": counts, "OTHER": other}
+    values["PIPELINE"] = base.teacher.backbone.family.pipeline
+    plain = plainly("".join(f"{k} = {v!r}\n" for k, v in values.items()) + COUNTS, export)
     assert loaded.info["scheduler"]["_class_name"] == scheduler
     cond = loaded.codec.prompts(list(PROMPTS))
     for num, theirs in zip(counts, plain):

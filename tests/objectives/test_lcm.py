@@ -175,6 +175,15 @@ def test_p4_lcm(tiny, tmp_path):
     assert found.role.grid == 50
 
 
+def test_p4_lcm_of_a_flow(tiny, tmp_path):
+    """1, 2, 4 and 8 steps through FlowMatchLCMScheduler, set as the card says for each count."""
+    more = {"other": {"shift": 3.0}, "family": "sana"}
+    replay_counts(tiny, tmp_path, {"name": "lcm", "grid_steps": 20}, "FlowMatchLCMScheduler", **more)
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert "In 2 steps: pass `num_inference_steps=2`." in card  # of 20, 8 picks uneven ones
+    assert "In 8 steps: pass `sigmas=[1.0, 0.9," in card
+
+
 def test_lcm_scheduler_without_its_original_steps_is_refused(tiny, tmp_path):
 
     folder = export_student(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
