@@ -180,7 +180,7 @@ def test_p4_lcm_of_a_flow(tiny, tmp_path):
     more = {"other": {"shift": 3.0}, "family": "sana"}
     replay_counts(tiny, tmp_path, {"name": "lcm", "grid_steps": 20}, "FlowMatchLCMScheduler", **more)
     card = (tmp_path / "run/export/README.md").read_text()
-    assert "In 2 steps: pass `num_inference_steps=2`." in card  # of 20, 8 picks uneven ones
+    assert "2 steps: pass `num_inference_steps=2` with the scheduler loaded with `shift_terminal=0.5`" in card
     assert "In 8 steps: pass `sigmas=[1.0, 0.9," in card
 
 
