@@ -213,8 +213,8 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
     if lora and not teacher.backbone.family.lora_loader:
         notes.append(
-            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged "
-            "network for it; "
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the "
+            "merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
