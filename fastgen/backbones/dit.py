@@ -22,7 +22,7 @@ class DiT(Family):
     schedules = ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
-    lora_loader = False
+    lora_loader, square = False, True
 
     def size_call(self, codec) -> dict:
         return {}
@@ -113,7 +113,7 @@ class SanaSprint(Sana):
     """
 
     name, pipelines = "sana-sprint", ("SanaSprintPipeline",)
-    flow_time, default_guidance, schedules = "unit", 4.5, ("TrigFlow",)
+    flow_time, default_guidance, guidable, schedules = "unit", 4.5, False, ("TrigFlow",)
     keys = (*MASKED, "guidance")
 
     def matches(self, index: dict, config: dict) -> bool:
