@@ -19,6 +19,7 @@ from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
+from fastgen.serving import scheduler_for
 
 
 class Cast:
@@ -31,10 +32,7 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        if cfg.teacher.guidance != 1 and not self.teacher.codec.null(1):
-            raise UserError(
-                "teacher.guidance", f"found {cfg.teacher.guidance} for an unconditional teacher", "use 1"
-            )
+        self._check_null()
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -46,6 +44,7 @@ class Cast:
         for backbone in self.backbones():
             if hasattr(backbone, "net"):
                 backbone.attention = check_attention(backbone.net, cfg.teacher.attention, self.device)
+        switch_vae(self.teacher.codec.vae if hasattr(self.teacher.codec, "vae") else None, cfg.teacher)
         if cfg.train.compile:
             for backbone in self.backbones():
                 if hasattr(backbone, "net"):
@@ -54,6 +53,20 @@ class Cast:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
+
+    def _check_null(self) -> None:
+        """Guidance and label dropout need a null condition that the teacher knows."""
+        codec, cfg = self.teacher.codec, self.cfg
+        conditional = bool(codec.null(1))
+        if cfg.teacher.guidance != 1 and not (conditional and codec.has_null):
+            what = "a teacher without a null class" if conditional else "an unconditional teacher"
+            raise UserError("teacher.guidance", f"found {cfg.teacher.guidance} for {what}", "use 1")
+        for stage in cfg.all_stages():
+            drop = getattr(stage.objective, "cond_dropout", 0)
+            if drop and conditional and not codec.has_null:
+                raise UserError(
+                    "objective.cond_dropout", f"found {drop} for a teacher without a null class", "use 0"
+                )
 
     @property
     def critic_kind(self) -> str:
@@ -122,6 +135,9 @@ class Cast:
         self.parts["student"].times = (
             self.teacher.schedule.steps(stage.num_steps) if stage.num_steps else self._times()
         )
+        if cls.few_step and self.teacher.scheduler is not None:  # an export that nothing can serve fails now
+            student, family = self.parts["student"], self.teacher.backbone.family
+            scheduler_for(student.times, student.sampler, student.schedule, self.teacher.scheduler, family)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(stage.objective)
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
@@ -141,6 +157,17 @@ class Cast:
             return Discriminator(role, taps, (torch.zeros(2, *codec.shape, device=self.device), t, cond)).to(
                 self.device
             )
+
+
+def switch_vae(vae, teacher) -> None:
+    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
+    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if not getattr(teacher, key):
+            continue
+        if vae is None or not hasattr(vae, method):
+            found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
+            raise UserError(f"teacher.{key}", found, "leave it false")
+        getattr(vae, method)()
 
 
 def _wanted(stage: StageConfig) -> list[str]:

@@ -39,8 +39,8 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
         del call["num_inference_steps"]
     embedded = info["embedded_guidance"]
     call |= family.guidance_call(embedded)
-    if not info["times"] and embedded is None:
-        call |= dict.fromkeys(family.guidance_off, float(info["guidance"]))
+    if not info["times"] and info["guidance"] != 1:
+        call |= family.guided_call(info["guidance"])
     call |= family.plain_call(what)
     on_base = lora and family.lora_loader
     names = sorted([name, *([scheduler] if on_base else [])])
@@ -68,7 +68,11 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f"    device=device{_keywords(info['arguments'])}",
             ")",
         ]
-    asked = [*([f'"{PROMPT}"'] if family.takes_text else []), "generator=torch.Generator().manual_seed(0)"]
+    first = f"{family.label_key}=[3]" if family.label_key else f'prompt="{PROMPT}"'
+    asked = [
+        *([first] if family.takes_text or family.label_key else []),
+        "generator=torch.Generator().manual_seed(0)",
+    ]
     if family.needs_image:
         asked.insert(len(asked) - 1, 'image=load_image("image.png")')
     return [
@@ -139,7 +143,7 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
 
 def usage(what: dict, teacher, info: dict, lora: str = "") -> str:
     """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
-    if hasattr(teacher.codec, "prompts"):
+    if hasattr(teacher.codec, "prompts") or teacher.backbone.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, lora))
     return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
 
@@ -209,7 +213,8 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
         notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
     if lora and not teacher.backbone.family.lora_loader:
         notes.append(
-            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the merged network for it; "
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the "
+            "merged network for it; "
             f'`fastgen.export.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
@@ -217,7 +222,7 @@ def _notes(info: dict, teacher, files: dict) -> list[str]:
 
 def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
     """README.md of an export."""
-    family, codec, what = teacher.backbone.family, teacher.codec, teacher.info or {}
+    what = teacher.info or {}
     lora, student = files.get("lora", ""), bool(info["times"])
     trained = f"{info['trained_steps']} steps"
     settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}

@@ -117,9 +117,16 @@ class TextCodec(nn.Module):
             return self._shapes(num)
         if "_null" not in self.__dict__:
             self._check_encoders()
-            self._null = {k: v.cpu() for k, v in self.family.null(self).items()}
+            row = self.family.nulled(self._whole(self.family.null(self), 1, None))
+            self._null = {k: v.cpu() for k, v in row.items()}
         rows = {k: v.to(self.device).expand(num, *v.shape[1:]) for k, v in self._null.items()}
-        return self.family.nulled(self._whole(rows, num, images))
+        return rows if images is None else rows | self.image_rows(images)[1]
+
+    @torch.no_grad()
+    def image_rows(self, images: Tensor) -> tuple[Cond, Cond]:
+        """The part of cond that is the image's [B, 3, H, W], and that of the null condition."""
+        cond = self.family.encode_image(self, images.to(self.device))
+        return cond, {k: v for k, v in self.family.nulled(cond).items() if k in cond}
 
     def _whole(self, cond: Cond, num: int, images: Tensor | None) -> Cond:
         """With the parts that no text encoder makes: image and embedded guidance."""

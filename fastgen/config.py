@@ -122,7 +122,11 @@ class DataConfig(Section):
     name: str = ""
     """digits, fashion or tinted (bundled); empty with `images` or `prompts`"""
     images: str = ""
-    """folder of images, captions in metadata.jsonl (file_name, text) or .txt side-cars"""
+    """folder of images (clips for video: animated gif, webp, png, or mp4), captions in metadata.jsonl
+    (file_name, text) or .txt side-cars
+    """
+    control: str = ""
+    """folder of control images (edges, depth), in the order of `images`, for teachers with a ControlNet"""
     prompts: str = ""
     """text file with one prompt a line, for methods that need no images"""
     limit: int = Field(0, ge=0)
@@ -288,6 +292,10 @@ class RunConfig(Section):
         for key in (k for k, given in flat.items() if self.stages and given):
             raise ValueError(
                 f"{key}: given beside stages, where it would do nothing; set stages.N.{key.split('.')[-1]}"
+            )
+        for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
+            raise ValueError(
+                f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
             )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):

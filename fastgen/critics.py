@@ -14,7 +14,7 @@ def _norm(channels: int) -> nn.Module:
 
 def make_head(channels: int, height: int, width: int, hidden: int = 128) -> nn.Sequential:
     """One scalar logit [B] from a map [B, C, height, width] (a video's frames stacked along the height):
-    stride-2 convolutions to 4 x 4, one full-size, one 1 x 1 (DMD2 code). A side that is small already is kept.
+    stride-2 convolutions to 4 x 4, one full-size, one 1 x 1 (DMD2 code). A small side is kept.
     """
     layers: list[nn.Module] = []
     while max(height, width) > 7:

@@ -6,11 +6,9 @@ iterator state exists.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from fastgen.backbones import Teacher
 from fastgen.checkpoint import write_tensors
 from fastgen.codecs import select
 from fastgen.errors import UserError
+from fastgen.media import read_folder
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
 
@@ -25,12 +24,23 @@ BUNDLED = ("digits", "fashion", "tinted")
 
 
 class Data:
-    """x0 table [N, ...] or None, condition table, and for each sample its condition row."""
+    """x0 table [N, ...] or None, condition table, and for each sample its condition row.
+
+    own and own_null hold what is each sample's alone, row by row: the image a network is shown.
+    """
 
     def __init__(
-        self, x0: Tensor | None, cond_table: dict[str, Tensor], rows: Tensor, uncond: dict[str, Tensor], shape
+        self,
+        x0: Tensor | None,
+        cond_table: dict[str, Tensor],
+        rows: Tensor,
+        uncond: dict[str, Tensor],
+        shape,
+        own: dict[str, Tensor] | None = None,
+        own_null: dict[str, Tensor] | None = None,
     ):
         self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
+        self.own, self.own_null = own or {}, own_null or {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -40,13 +50,15 @@ class Data:
         if not 0 < num < len(self):
             return self
         x0 = None if self.x0 is None else self.x0[:num]
-        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape)
+        own = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
+        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, *own)
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
-        return select(self.cond_table, self.rows[index])
+        return select(self.cond_table, self.rows[index]) | select(self.own, index)
 
-    def null(self, num: int) -> dict[str, Tensor]:
-        return {k: v.expand(num, *v.shape[1:]) for k, v in self.uncond.items()}
+    def null(self, index: Tensor) -> dict[str, Tensor]:
+        shared = {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
+        return shared | select(self.own_null, index)
 
     def batches(
         self, batch_size: int, start: int, accumulation: int, rng: Rng, device
@@ -63,7 +75,7 @@ class Data:
                 noise = rng.randn(batch_size, *self.shape)
                 x0 = None if self.x0 is None else self.x0[index].float().to(device)
                 cond = {n: v.to(device) for n, v in self.cond(index).items()}
-                uncond = {n: v.to(device) for n, v in self.null(batch_size).items()}
+                uncond = {n: v.to(device) for n, v in self.null(index).items()}
                 window.append(Batch(x0, cond, uncond, noise.to(device), index))
             yield window
             k += 1
@@ -77,56 +89,12 @@ class Data:
         return int(self._order[offset])
 
 
-def read_folder(folder: Path, size: tuple[int, int, int], on_bad: str) -> tuple[Tensor, list[str] | None]:
-    """Images [N, C, H, W] uint8 and captions of a folder; unreadable files are named and skipped, or
-    fatal.
-    """
-    from PIL import Image
-
-    if not folder.is_dir():
-        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
-    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    captions: dict[str, str] = {}
-    if (folder / "metadata.jsonl").exists():
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
-    images, texts, bad = [], [], []
-    channels, height, width = size
-    for path in names:
-        try:
-            with Image.open(path) as image:
-                fitted = image.convert("L" if channels == 1 else "RGB")
-                scale = max(height / fitted.height, width / fitted.width)
-                fitted = fitted.resize(
-                    (round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS
-                )
-                left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
-                fitted = fitted.crop((left, top, left + width, top + height))
-        except OSError as error:
-            bad.append(f"{path.name} ({error})")
-            continue
-        array = torch.from_numpy(np.array(fitted))
-        images.append(array[None] if channels == 1 else array.permute(2, 0, 1))
-        side = path.with_suffix(".txt")
-        texts.append(
-            captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None)
-        )
-    if bad and on_bad == "error":
-        raise UserError(
-            "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
-        )
-    if bad:
-        print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
-    if not images:
-        raise UserError("data.images", f"{folder} holds no readable image", "png, jpg or webp files")
-    return torch.stack(images), (None if any(t is None for t in texts) else texts)
-
-
 @torch.no_grad()
 def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
     if not cache_dir:
-        return torch.cat([codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(500)])
+        batch = max(1, min(500, 1_536_000 // images[0].numel()))
+        return torch.cat([codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(batch)])
     from safetensors.torch import load_file
 
     digest = hashlib.sha256(f"{key}{tuple(images.shape)}".encode())
@@ -138,17 +106,53 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
     return load_file(file)["x0"]
 
 
-def _text_rows(codec, captions: list[str], device) -> tuple[dict[str, Tensor], Tensor]:
-    """Each distinct caption encoded once, and the row of every sample."""
+def _text_rows(
+    codec, captions: list[str], device, cache_dir: str = "", key: str = ""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each distinct caption encoded once, and the row of every sample; kept under cache_dir if given."""
     unique = sorted(set(captions))
     for text in unique:
         lost = codec.cut(text)
         if lost:
             print(f"warning: prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
+    where = {text: i for i, text in enumerate(unique)}
+    rows = torch.tensor([where[t] for t in captions])
+    file = _prompt_file(codec, unique, cache_dir, key) if cache_dir else None
+    if file is not None and file.exists():
+        from safetensors.torch import load_file
+
+        return load_file(file), rows
     parts = [codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
     table = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
-    where = {text: i for i, text in enumerate(unique)}
-    return table, torch.tensor([where[t] for t in captions])
+    if file is not None:
+        write_tensors(file, table)
+    return table, rows
+
+
+def _prompt_file(codec, prompts: list[str], cache_dir: str, key: str) -> Path:
+    """Where these prompts' encodings are kept: other prompts, sizes or encoders are another file."""
+    about = (key, codec.family.name, codec.max_length, codec.pixels, codec.guidance, prompts)
+    digest = hashlib.sha256(repr(about).encode())
+    for tensor in codec.encoders.parameters():  # a thousand numbers of each tell encoders apart
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1000)]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return Path(cache_dir) / f"prompts-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _shown(cfg, codec, images: Tensor | None, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an image-asked network is shown with each sample, and its null: the first frame of a clip, or the
+    file of the same place in data.control.
+    """
+    if codec.family.temporal:
+        shown = None if images is None else images[:, :, 0]
+    else:
+        shown = read_folder(Path(cfg.control), (3, *codec.pixels), "error")[0] if cfg.control else None
+    if shown is None or (images is not None and len(shown) != len(images)):
+        found = "none are named" if shown is None else f"{len(shown)} for {len(images)} images"
+        allowed = "set data.images" if codec.family.temporal else "set data.control, one for each image"
+        raise UserError("data", f"{codec.family.name} is asked by an image beside the text, {found}", allowed)
+    parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in shown.split(4)]
+    return tuple({k: torch.cat([p[i][k] for p in parts]).cpu() for k in parts[0][i]} for i in (0, 1))
 
 
 def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
@@ -180,21 +184,30 @@ def load_data(cfg, teacher: Teacher, device="cpu") -> Data:
         _check_size(images, codec, device)
         x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
     num = len(images) if images is not None else len(captions or []) or 10_000
+    own: tuple = ()
     if hasattr(codec, "prompts"):
+        if codec.family.needs_image:
+            own = _shown(cfg, codec, images, device)
+            num = len(next(iter(own[0].values())))
+        if not codec.family.takes_text:
+            captions = [""] * num
         if captions is None:
             raise UserError(
                 "data",
                 "this text-to-image teacher needs captions and the set has none",
                 "metadata.jsonl with file_name and text, or .txt side-cars",
             )
-        table, rows = _text_rows(codec, list(captions), device)
+        table, rows = _text_rows(codec, list(captions), device, cfg.cache_dir, teacher.path)
+        if own:
+            table = {k: v for k, v in table.items() if k not in own[0]}
+            uncond = {k: v for k, v in uncond.items() if k not in own[1]}
     elif codec.num_classes:
         rows = torch.arange(num) % codec.num_classes if labels is None else labels
         codec.labels(rows)
         table = _label_table(codec)
     else:
         table, rows = {}, torch.zeros(num).long()
-    return Data(x0, table, rows, uncond, codec.shape)
+    return Data(x0, table, rows, uncond, codec.shape, *own)
 
 
 def _label_table(codec) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ class Requests:
 
     def __init__(self, teacher, data):
         codec, self.attributes = teacher.codec, {}
-        self.codec, self.uncond = codec, data.uncond
+        self.codec, self.uncond, self.own = codec, data.uncond, None
         measure = (teacher.info or {}).get("measure")
         if hasattr(codec, "prompts") and measure == "tinted":
             from fastgen.datasets import load_images
@@ -31,9 +31,17 @@ class Requests:
             self.attributes = {"class": self.rows}
         else:
             self.table, self.rows = data.cond_table, data.rows
+            self.own = data if data.own else None
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
+        if self.own is not None:
+            return self.own.cond(index % len(self.rows))
         return select(self.table, self.rows[index % len(self.rows)])
+
+    def null(self, index: Tensor) -> dict[str, Tensor]:
+        if self.own is not None:
+            return self.own.null(index % len(self.rows))
+        return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
 
     def wanted(self, num: int) -> dict[str, Tensor]:
         index = torch.arange(num) % len(self.rows)
@@ -66,9 +74,7 @@ class Judge:
         for first in range(0, num, cfg.eval.batch_size):
             index = torch.arange(first, min(first + cfg.eval.batch_size, num))
             cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
-            uncond = {
-                k: v.expand(len(index), *v.shape[1:]).to(device) for k, v in self.requests.uncond.items()
-            }
+            uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
             seeds = [seed + int(i) for i in index]
             x0 = self._sample(who, seeds, cond, uncond, steps)
             chunks.append((codec.decode(x0) if len(codec.shape) > 1 else x0).cpu())

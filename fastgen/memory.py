@@ -5,7 +5,6 @@ python -m fastgen.memory --write    into docs/memory.md (a test holds it to what
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch

@@ -63,6 +63,8 @@ class Role:
         D, D_uncond = both.chunk(2)
         if isinstance(w, Tensor):
             w = w.to(D).reshape(-1, *[1] * (D.ndim - 1))
+        if hasattr(self.backbone, "guide"):
+            return self.backbone.guide(D, D_uncond, w, x_t, t)
         return D_uncond + w * (D - D_uncond)
 
     def trainable(self) -> dict[str, nn.Parameter]:

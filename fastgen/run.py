@@ -127,6 +127,9 @@ def run(cfg, known) -> int:
     _open(
         cfg, folder, known.overwrite, accelerator
     )  # nothing is written before everything was found in order
+    if hasattr(cast.teacher.codec, "free"):
+        freed = cast.teacher.codec.free() / 2**20
+        print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
     trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
     try:
         trainer.fit(last)

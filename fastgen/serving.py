@@ -57,7 +57,7 @@ def scheduler_for(
     else:
         found = f"no diffusers scheduler for {type(schedule).__name__}"
         raise UserError("export", found, "VP, flow, EDM or TrigFlow")
-    if served.arguments and family is not None and family.kind == "text":
+    if served.arguments and family is not None and (family.kind == "text" or family.label_key):
         served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
     return served
 
@@ -76,8 +76,8 @@ def bind(scheduler, arguments: dict) -> None:
 
 
 def _noise_levels(teacher_scheduler) -> dict:
-    """Keys that give another scheduler the teacher's noise levels: its own, or every beta spelled out where only
-    its class can make them (CogVideoX's SNR shift, Shap-E's exponential schedule).
+    """Keys that give another scheduler the teacher's noise levels: its own, or every beta spelled out where
+    only its class can make them (CogVideoX's SNR shift, Shap-E's exponential schedule).
     """
     config = teacher_scheduler.config
     if not config.get("snr_shift_scale") and config.get("beta_schedule") != "exp":
@@ -181,8 +181,8 @@ def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> 
 
 
 def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
-    """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid of
-    N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
+    """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid
+    of N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
     """
     from diffusers import CMStochasticIterativeScheduler
 

@@ -1,8 +1,8 @@
 """Attention kernels by name, and the exact one that tangents need.
 
-A kernel acts while a network runs (and while a checkpointed block is recomputed), never globally. math, flash,
-efficient and cudnn are PyTorch's own and reach every network; flex, xformers and sage go through diffusers'
-dispatcher, which older networks do not call: there they would do nothing, and are refused.
+A kernel acts while a network runs (and while a checkpointed block is recomputed), never globally. math,
+flash, efficient and cudnn are PyTorch's own and reach every network; flex, xformers and sage go through
+diffusers' dispatcher, which older networks do not call: there they would do nothing, and are refused.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ _exact: ContextVar[bool] = ContextVar("exact_attention", default=False)
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """The kernel with forward-mode derivatives: inside it jvp passes through every family, whatever kernel the
-    network was given.
+    """The kernel with forward-mode derivatives: inside it jvp passes through every family, whatever kernel
+    the network was given.
     """
     token = _exact.set(True)
     try:

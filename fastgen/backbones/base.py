@@ -6,11 +6,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.backbones.attention import kernel
-from fastgen.backbones.family import FLOW_TIMES, Cond, Family
+from fastgen.backbones.family import FLOW_TIMES, Cond, Family, Parts
 from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
@@ -66,6 +67,18 @@ class Backbone(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
+
+    def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598); for families whose pipeline
+        guides so, the flow it stands for is rescaled to the conditional one's size where w > 1.
+        """
+        guided = D_uncond + w * (D - D_uncond)
+        if not self.family.guidance_keeps_norm:
+            return guided
+        flow, wanted = (self.schedule.from_x0("flow", d, x_t, t) for d in (guided, D))
+        ratio = self.family.guidance_norm(wanted) / self.family.guidance_norm(flow)
+        rescaled = self.schedule.to_x0("flow", flow * ratio, x_t, t)
+        return torch.where(torch.as_tensor(w, device=D.device) > 1, rescaled, guided)
 
     # -- features ------------------------------------------------------------------------------------------
     def features(
@@ -149,6 +162,11 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations at backward, each under the adapter its forward pass ran with."""
+        parts = [getattr(self.net, n) for n in self.net.names] if isinstance(self.net, Parts) else [self.net]
+        for part in parts:
+            if not getattr(part, "_supports_gradient_checkpointing", True):
+                found = f"true, and diffusers' {type(part).__name__} has none"
+                raise UserError("train.gradient_checkpointing", found, "set it false")
         for part in self.family.parts(self.net).values():
             if not part._supports_gradient_checkpointing:
                 told = f"{type(part).__name__} has no gradient checkpointing in diffusers"

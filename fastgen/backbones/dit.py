@@ -18,10 +18,14 @@ class DiT(Family):
     """
 
     name, net_class, pipelines = "dit", "DiTTransformer2DModel", ("DiTPipeline",)
-    keys, kind, divisor = ("class_labels",), "labels", 2
+    keys, kind, label_key, divisor = ("class_labels",), "labels", "class_labels", 2
+    schedules = ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
     lora_loader = False
+
+    def size_call(self, codec) -> dict:
+        return {}
 
     def has_null(self, net: nn.Module, classes: int) -> bool:
         return classes > 0  # the row that label dropout has added
@@ -31,7 +35,7 @@ class PixArt(Family):
     """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
 
     name, net_class, pipelines = "pixart-sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
-    keys, divisor, max_length = MASKED, 2, 300
+    keys, divisor, max_length, schedules = MASKED, 2, 300, ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
     lora_loader = False
@@ -105,7 +109,7 @@ class SanaSprint(Sana):
     """
 
     name, pipelines = "sana-sprint", ("SanaSprintPipeline",)
-    flow_time, default_guidance = "unit", 4.5
+    flow_time, default_guidance, schedules = "unit", 4.5, ("TrigFlow",)
     keys = (*MASKED, "guidance")
 
     def matches(self, index: dict, config: dict) -> bool:
@@ -133,7 +137,7 @@ class Lumina2(Family):
     keys, flow_time, sign, divisor, max_length = MASKED, "reversed", -1, 2, 256
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     final_layers = ("norm_out.*", "time_caption_embed.*", "x_embedder", "*norm1.*")
-    default_sigmas = True
+    default_sigmas, guidance_keeps_norm = True, True
 
     def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
         return masked_shapes(codec.max_length, net.config.cap_feat_dim)
@@ -160,6 +164,9 @@ class Lumina2(Family):
         length = {"max_sequence_length": codec.max_length}
         _, _, states, mask = codec.pipe.encode_prompt([""], True, device=codec.device, **length)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+    def guidance_norm(self, out: Tensor) -> Tensor:
+        return out.norm(dim=-1, keepdim=True)  # of each row of pixels
 
     def tokens(self, net: nn.Module, grid: tuple[int, ...]) -> int:
         """What Lumina2Pipeline takes for the sequence length: the size of axis 1 of unpacked latents."""
@@ -195,6 +202,9 @@ class ZImage(Family):
         "adaLN_modulation.*",
     )
     guidance_off = {"guidance_scale": 0.0}
+
+    def guided_call(self, w: float) -> dict:
+        return {"guidance_scale": w - 1.0}  # it adds w (D - D_uncond) to D
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         texts = cond["cap_feats"].to(x.dtype)

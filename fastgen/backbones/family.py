@@ -61,6 +61,8 @@ class Family:
     """the network's time argument at noise level sigma of an EDM schedule, over ln sigma"""
     sign: int = 1
     """-1 where the network's output is the negative of the scheduler's prediction"""
+    schedules: tuple[str, ...] = ("Flow",)
+    """noise schedules that such networks are trained under; a scheduler of another kind is a mistake"""
     boundary: bool = False
     """EDM preconditioning with the boundary condition of consistency models, D(x, sigma_min) = x"""
 
@@ -75,6 +77,8 @@ class Family:
     """guidance that the network takes as an input (w-embedded, guidance-distilled); None if it has none"""
     takes_text: bool = True
     """whether its pipeline is asked by a prompt (among others)"""
+    label_key: str = ""
+    """keyword by which its pipeline is asked for a class; empty where no pipeline can be"""
     needs_image: bool = False
     """cond holds an image (first frame, control image) besides the text"""
 
@@ -117,6 +121,8 @@ class Family:
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
     """keywords a plain pipeline call needs to do what we do"""
+    guidance_keeps_norm: bool = False
+    """the pipeline rescales what it has guided to the size of the conditional prediction"""
     guidance_off: dict = {"guidance_scale": 1.0}
     """keywords that switch the pipeline's own guidance off"""
     index_extra: dict = {}
@@ -220,6 +226,14 @@ class Family:
         """Keywords that switch the pipeline's guidance off, or hand the network the scale it takes."""
         return {k: v if embedded is None else float(embedded) for k, v in self.guidance_off.items()}
 
+    def guided_call(self, w: float) -> dict:
+        """Keywords that make the pipeline guide with our w."""
+        return dict.fromkeys(self.guidance_off, float(w))
+
+    def guidance_norm(self, out: Tensor) -> Tensor:
+        """Where guidance_keeps_norm: the size of a flow prediction, shaped to divide it."""
+        raise NotImplementedError
+
     def plain_call(self, info: dict) -> dict:
         """Keywords of a plain pipeline call beyond size, steps and guidance; info is fastgen.json."""
         length = info.get("max_sequence_length")
@@ -236,7 +250,7 @@ class Family:
             pipe.load_lora_weights(folder, **call)
 
     def lora_calls(self, file: str, parts: list[str]) -> list[dict]:
-        """Keywords of load_lora_weights for the adapter file of every adapted network, the first one's given."""
+        """Keywords of load_lora_weights for each adapted network's file, the first one's given."""
         more = [{"weight_name": part_name(file, p), f"load_into_{p}": True} for p in parts[1:]]
         return [{"weight_name": file}, *more]
 
@@ -294,7 +308,7 @@ class Family:
             final = sorted(n for n in found if self._is_final(n, inside))
             if default:
                 hit[ending] = [n for n in found if n not in final]
-            elif final and ending not in final:
+            elif final and found != [ending]:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
         names = sorted({n for found in hit.values() for n in found})

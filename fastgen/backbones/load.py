@@ -312,7 +312,9 @@ def _from_folder(folder: Path, source: Source):
         if (folder / "model_index.json").exists()
         else {}
     )
-    part = next((p for p in ("unet", "transformer", "prior") if (folder / p).is_dir()), "unet")
+    source.family = source.family or info.get("family")
+    known = ((source.family or {}).get("component", "unet"), "unet", "transformer", "prior")
+    part = next((p for p in known if (folder / p).is_dir()), "unet")
     family = source.family_of(index, read_json(folder / part / "config.json", "teacher.path"))
     names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
     parts = {}
@@ -328,12 +330,12 @@ def _sized(source: Source, info: dict) -> dict:
     for key in ("height", "width", "num_frames", "embedded_guidance"):
         if getattr(source, key) is None:
             setattr(source, key, info.get(key))
-    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance")}
+    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")}
     return {k: v for k, v in kept.items() if v is not None}
 
 
 def _place(source: Source) -> tuple[Path | None, dict]:
-    """The teacher's folder, or (for shapes alone) the published layout in its place: (None, codec's configs)."""
+    """The teacher's folder, or (for shapes alone) the published layout instead: (None, codec's configs)."""
     if not source.path:
         return None, {}
     try:
@@ -372,4 +374,9 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         codec = _text_codec(folder, family, net, info, index, source)
     lay_out(codec, codec_configs, DTYPES[source.dtype])
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
+    kind = type(schedule).__name__
+    if kind not in family.schedules:
+        found = f"{type(scheduler).__name__} noises by {kind}, and {family.name} is trained by"
+        allowed = "mend scheduler/scheduler_config.json"
+        raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
     return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)

@@ -67,6 +67,9 @@ class Flux(Family):
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4
 
+    def guided_call(self, w: float) -> dict:
+        return {"true_cfg_scale": float(w), "negative_prompt": ""}
+
     def guidance_embedded(self, net: nn.Module) -> bool:
         return net.config.guidance_embeds
 
@@ -175,7 +178,7 @@ class QwenImage(Family):
     default_grid, default_sigmas = (128, 128), True
     lora_targets = (*JOINT, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "img_in", "txt_in", "*_mod.1")
-    guidance_off = {"true_cfg_scale": 1.0}
+    guidance_off, guidance_keeps_norm = {"true_cfg_scale": 1.0}, True
     unreached = {
         f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
         for part in (*LAST_TEXT, "txt_mlp.", "attn.to_add_out.")
@@ -213,6 +216,13 @@ class QwenImage(Family):
 
     def vae_input(self, images: Tensor) -> Tensor:
         return images[:, :, None]
+
+    def guided_call(self, w: float) -> dict:
+        return {"true_cfg_scale": float(w), "negative_prompt": " "}
+
+    def guidance_norm(self, out: Tensor) -> Tensor:
+        """Of each token."""
+        return F.interpolate(F.pixel_unshuffle(out, 2).norm(dim=1, keepdim=True), scale_factor=2)
 
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         mean, std = channel_stats(vae, z)

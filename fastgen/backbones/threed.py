@@ -16,6 +16,7 @@ class ShapE(Family):
     """
 
     name, net_class, component, pipelines = "shap-e", "PriorTransformer", "prior", ("ShapEPipeline",)
+    schedules = ("VP",)
     keys = ("proj_embedding",)
     factor, decoder, views, size = 1, "shap_e_renderer", True, 64
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

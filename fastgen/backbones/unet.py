@@ -13,6 +13,7 @@ class UNet(Family):
     """What every UNet of diffusers shares."""
 
     component = "unet"
+    schedules = ("VP", "Flow", "EDM")
     sample_key = "sample"
     final_layers = ("time_embedding.*", "conv_in", "conv_out", "add_embedding.*")
 
@@ -45,8 +46,7 @@ class ConsistencyUNet(UNet2D):
     """UNet2DModel as a consistency model: EDM preconditioning with D(x, sigma_min) = x, time 250 ln sigma."""
 
     name, pipelines = "consistency", ("ConsistencyModelPipeline",)
-    edm_time = 250.0
-    boundary = True
+    edm_time, boundary, schedules = 250.0, True, ("EDM",)
 
     def matches(self, index: dict, config: dict) -> bool:
         scheduler = (index.get("scheduler") or [None, ""])[1]

@@ -18,6 +18,7 @@ class CogVideoX(VideoFamily):
     """
 
     name, net_class, pipelines = "cogvideox", "CogVideoXTransformer3DModel", ("CogVideoXPipeline",)
+    schedules = ("VP",)
     temporal, divisor, max_length = 4, 2, 226
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("time_embedding.*", "ofs_embedding.*", "patch_embed.*", "norm_out.*", "proj_out")

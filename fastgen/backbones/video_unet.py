@@ -37,6 +37,7 @@ class AnimateDiff(VideoUNet):
     """UNetMotionModel: an SD UNet with motion modules; every frame is asked with the same text states."""
 
     name, net_class, pipelines = "animatediff", "UNetMotionModel", ("AnimateDiffPipeline",)
+    schedules = ("VP",)
     default_grid = (16, 64, 64)
     # not proj_in, proj_out: motion modules call theirs by a keyword that peft's layers do not know
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -69,6 +70,7 @@ class SVD(VideoUNet):
     """
 
     name, net_class = "svd", "UNetSpatioTemporalConditionModel"
+    schedules = ("EDM",)
     pipelines, takes_text, needs_image, sign = ("StableVideoDiffusionPipeline",), False, True, -1
     keys, max_length = ("encoder_hidden_states", "added_time_ids"), 0
     default_grid = (25, 72, 128)  # frames of 576 x 1024

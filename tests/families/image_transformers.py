@@ -355,14 +355,14 @@ def qwen_image_folder(folder: Path) -> Path:
     return _save(pipe, folder, max_sequence_length=256, height=32, width=32)
 
 
-def dit_call(world, pipe, info, noise):
+def dit_call(world, pipe, info, noise, guidance: float = 1.0):
     """DiTPipeline, which takes no latents; steps off its scheduler's grid are set on the scheduler."""
     if info["arguments"]:
         set_timesteps = pipe.scheduler.set_timesteps
         pipe.scheduler.set_timesteps = lambda num: set_timesteps(**info["arguments"])
     labels = world.cond["class_labels"].tolist()
     with mock.patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", return_value=noise):
-        return pipe(labels, guidance_scale=1.0, num_inference_steps=info["steps"], output_type="pt")[0]
+        return pipe(labels, guidance_scale=guidance, num_inference_steps=info["steps"], output_type="pt")[0]
 
 
 def _case(family: str, build, *models: str, **more) -> Case:
@@ -370,6 +370,19 @@ def _case(family: str, build, *models: str, **more) -> Case:
     return Case(family, build, published=[(m, *REAL[m]) for m in models], **more)
 
 
+FOLDERS = {
+    "dit": dit_folder,
+    "pixart-alpha": pixart_alpha_folder,
+    "pixart-sigma": pixart_folder,
+    "sana-sprint": sana_sprint_folder,
+    "lumina2": lumina2_folder,
+    "sd3": sd3_folder,
+    "flux": flux_folder,
+    "flux-schnell": flux_schnell_folder,
+    "flux2": flux2_folder,
+    "z-image": z_image_folder,
+    "qwen-image": qwen_image_folder,
+}
 CASES = [
     _case("dit", dit_folder, plain=dit_call),
     _case("pixart-alpha", pixart_alpha_folder, "PixArt-alpha XL"),

@@ -1,8 +1,8 @@
 """The released UNets by their published configs, with the parameter counts that are stated for them.
 
-SD1.5: the example of diffusers' ModelMixin.num_parameters; SD2.1 and SDXL: the counts their checkpoints carry;
-ControlNet: the side network of SD1.5; DDPM: 35.7M for CIFAR-10 (arXiv 2006.11239, appendix B); consistency
-models: the 296M of ADM at 64 x 64 (arXiv 2206.00364, table 6), whose UNet they share.
+SD1.5: the example of diffusers' ModelMixin.num_parameters; SD2.1 and SDXL: the counts their checkpoints
+carry; ControlNet: the side network of SD1.5; DDPM: 35.7M for CIFAR-10 (arXiv 2006.11239, appendix B);
+consistency models: the 296M of ADM at 64 x 64 (arXiv 2206.00364, table 6), whose UNet they share.
 """
 
 SD15 = {

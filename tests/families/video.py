@@ -71,7 +71,7 @@ def save(pipe, folder: Path, **info) -> Path:
     return folder
 
 
-# -- Wan -------------------------------------------------------------------------------------------------------
+# -- Wan -------------------------------------------------------------------------------------------------
 def wan_vae():
     from diffusers import AutoencoderKLWan
 
@@ -196,7 +196,7 @@ def anyflow(folder: Path) -> Path:
     return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
 
 
-# -- CogVideoX -------------------------------------------------------------------------------------------------
+# -- CogVideoX -------------------------------------------------------------------------------------------
 def _cogvideox(folder: Path, pipeline: str, channels: int, **net) -> Path:
     import diffusers
 
@@ -266,7 +266,7 @@ def cogvideox_i2v(folder: Path) -> Path:
     return _cogvideox(folder, "CogVideoXImageToVideoPipeline", 8, **more)
 
 
-# -- HunyuanVideo, LTX -----------------------------------------------------------------------------------------
+# -- HunyuanVideo, LTX -----------------------------------------------------------------------------------
 def hunyuan_video(folder: Path) -> Path:
     """HunyuanVideo, guidance embedded."""
     import diffusers
@@ -317,7 +317,7 @@ def hunyuan_video(folder: Path) -> Path:
 
 
 def _templated(tokenizer):
-    """The tokenizer taught to read HunyuanVideo's prompt template in about the 95 tokens that the pipeline crops."""
+    """The tokenizer taught to read HunyuanVideo's prompt template in about the 95 tokens it crops."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as template
 
     prefix, num = template["template"].partition("{}")[0], template["crop_start"] - 1
@@ -376,7 +376,7 @@ def ltx(folder: Path) -> Path:
     return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
 
 
-# -- UNets -----------------------------------------------------------------------------------------------------
+# -- UNets -----------------------------------------------------------------------------------------------
 def animatediff(folder: Path) -> Path:
     """AnimateDiff: an SD UNet with motion modules, four frames of 16 x 16."""
     import diffusers

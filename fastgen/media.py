@@ -1,0 +1,102 @@
+"""Folders of images and clips read into tensors, fitted to the size a teacher takes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.errors import UserError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+CLIPS = (".gif", ".webp", ".png", ".mp4", ".mov", ".webm")
+
+
+def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tensor, list[str] | None]:
+    """uint8 images [N, C, H, W] (clips [N, C, F, H, W] for a size of four) and captions of a folder; files
+    that cannot be read are named and skipped, or fatal.
+    """
+    if not folder.is_dir():
+        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
+    kinds = IMAGES if len(size) == 3 else CLIPS
+    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
+    captions: dict[str, str] = {}
+    if (folder / "metadata.jsonl").exists():
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
+    found, texts, bad = [], [], []
+    for path in names:
+        try:
+            found.append(read_image(path, size) if len(size) == 3 else read_clip(path, size))
+        except OSError as error:
+            bad.append(f"{path.name} ({error})")
+            continue
+        side = path.with_suffix(".txt")
+        texts.append(
+            captions.get(str(path.relative_to(folder)), side.read_text().strip() if side.exists() else None)
+        )
+    if bad and on_bad == "error":
+        raise UserError(
+            "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
+        )
+    if bad:
+        print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
+    if not found:
+        raise UserError("data.images", f"{folder} holds no readable image", f"{', '.join(kinds)} files")
+    return torch.stack(found), (None if any(t is None for t in texts) else texts)
+
+
+def read_image(path: Path, size: tuple[int, int, int]) -> Tensor:
+    """One image [C, H, W], scaled and cropped about its middle."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return _fit(image, size)
+
+
+def read_clip(path: Path, size: tuple[int, int, int, int]) -> Tensor:
+    """The first frames [C, F, H, W] of an animated image or a video file."""
+    channels, num, height, width = size
+    frames = _animated if path.suffix.lower() in (".gif", ".webp", ".png") else _video
+    found = frames(path, num, lambda image: _fit(image, (channels, height, width)))
+    if len(found) < num:
+        raise OSError(f"{len(found)} frames of the {num} needed")
+    return torch.stack(found, 1)
+
+
+def _animated(path: Path, num: int, fit: Callable) -> list[Tensor]:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        return [fit(frame) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
+
+
+def _video(path: Path, num: int, fit: Callable) -> list[Tensor]:
+    from PIL import Image
+
+    try:
+        import imageio.v3 as imageio
+
+        return [fit(Image.fromarray(f)) for f, _ in zip(imageio.imiter(path), range(num))]
+    except (ImportError, ValueError) as error:  # imageio without its ffmpeg plug-in raises ValueError
+        told = f"{path.name} needs imageio and imageio-ffmpeg ({str(error).splitlines()[0]})"
+        raise UserError(
+            "data.images", told, "pip install imageio imageio-ffmpeg, or use animated images"
+        ) from None
+
+
+def _fit(image, size: tuple[int, int, int]) -> Tensor:
+    """Scaled to cover the size, then cropped about the middle."""
+    from PIL import Image
+
+    channels, height, width = size
+    fitted = image.convert("L" if channels == 1 else "RGB")
+    scale = max(height / fitted.height, width / fitted.width)
+    fitted = fitted.resize(
+        (round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS
+    )
+    left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
+    array = torch.from_numpy(np.array(fitted.crop((left, top, left + width, top + height))))
+    return array[None] if channels == 1 else array.permute(2, 0, 1)

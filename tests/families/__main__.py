@@ -1,0 +1,49 @@
+"""python -m tests.families: run the battery and record what it found, for the table of families."""
+
+import json
+import os
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from fastgen.backbones.__main__ import RECORD
+from tests.families import CASES
+
+
+class Recorder:
+    """Outcome of every check by case."""
+
+    def __init__(self):
+        self.cases = {}
+
+    def pytest_runtest_logreport(self, report):
+        name, _, arguments = report.nodeid.rpartition("::")[2].partition("[")
+        *kind, case = (
+            arguments.removesuffix("]").split("-", 1) if name.endswith("step") else (arguments[:-1],)
+        )
+        if case not in CASES or not (report.when == "call" or report.outcome == "skipped"):
+            return
+        check = name.removeprefix("test_") + (f"[{kind[0]}]" if kind else "")
+        declared = CASES[case]
+        empty = {"family": declared.family, "sampler": declared.sampler, "scheduler": "", "checks": {}}
+        row = self.cases.setdefault(case, empty)
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else ""
+        row["checks"][check] = f"excused: {reason}" if reason else report.outcome
+        row["scheduler"] = dict(report.user_properties).get("scheduler", row["scheduler"])
+
+
+def main() -> int:
+    recorder = Recorder()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    code = pytest.main(["-n", "0", "-q", "tests/test_families.py", *sys.argv[1:]], plugins=[recorder])
+    versions = {n: version(n) for n in ("torch", "diffusers", "transformers", "peft")}
+    if len(recorder.cases) == len(CASES):
+        RECORD.write_text(
+            json.dumps({"versions": versions, "cases": recorder.cases}, indent=1, sort_keys=True)
+        )
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
