@@ -5,6 +5,7 @@ python -m fastgen.memory --write    into docs/memory.md (a test holds it to what
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,14 @@ GIB = 2**30
 CARDS, USABLE = (24, 40, 80), 0.92  # GiB, and the part of them that CUDA and fragments leave
 HEAD = """# Memory by model, role mode and card
 
-`python -m fastgen.memory --write` computes this page from `configs/teachers/*.yaml` with every network on the meta
-device; nothing in it is typed. The run it describes: DMD2 without GAN (teacher, student, critic), batch 1, frozen
-weights in half precision, what is trained in float32 with AdamW and one average, gradient checkpointing, fused
-attention, the adapter ranks of the config. *Shared LoRA* keeps one frozen base under all three roles, *full copies* a
-frozen teacher, a student and a critic. Weights, gradients, optimizer states and averages are exact, activations
-(the second addend) an estimate. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
-cached, before anything is trained. Adapters over a base that fits no card, and full copies, need sharding.
+`python -m fastgen.memory --write` computes this page from `configs/teachers/*.yaml` with every network on
+the meta device; nothing in it is typed. The run it describes: DMD2 without GAN (teacher, student,
+critic), batch 1, frozen weights in half precision, what is trained in float32 with AdamW and one average,
+gradient checkpointing, fused attention, the adapter ranks of the config. *Shared LoRA* keeps one frozen
+base under all three roles, *full copies* a frozen teacher, a student and a critic. Weights, gradients,
+optimizer states and averages are exact, activations (the second addend) an estimate. A card counts as
+enough at {usable:.0%} of its size. Encoders are needed until prompts are cached, before anything is
+trained. Adapters over a base that fits no card, and full copies, need sharding.
 
 | model | parameters | x0 | guidance | {num}-step times | encoders | shared LoRA | fits | full copies | fits |
 |---|---|---|---|---|---|---|---|---|---|
