@@ -13,7 +13,7 @@ from fastgen.critics import make_head
 from fastgen.data import load_data
 from fastgen.run import main
 from tests.families import CASES
-from tests.families.video import FRAMES, SIZE
+from tests.families.video_parts import FRAMES, SIZE
 from tests.replay import BLOCK
 
 
@@ -38,10 +38,10 @@ def clips(folder, num=4):
     return folder
 
 
-def train(tmp_path, teacher, kind="lora", **more):
+def train(tmp_path, folder, kind="lora", **more):
     """Exit code of a run of two steps."""
     values = {
-        "teacher": {"path": str(teacher), "guidance": 3.0, "num_steps": 2},
+        "teacher": {"path": str(folder), "guidance": 3.0, "num_steps": 2},
         "student": {"kind": kind, "num_steps": 2, "lora": {"rank": 2}},
         "data": {"images": str(clips(tmp_path / "clips"))},
         "objective": {"name": "dmd2", "student_every": 1},
@@ -56,11 +56,12 @@ def train(tmp_path, teacher, kind="lora", **more):
 
 def test_two_experts_from_clips_to_plain_diffusers(tmp_path, built, monkeypatch):
     """A LoRA for each expert, shown, exported and drawn by the card's own snippet."""
+    monkeypatch.setattr("fastgen.report.write_report", lambda folder: folder)  # tests/test_report.py has it
     assert train(tmp_path, built("wan22")) == 0
     run = tmp_path / "run"
     with Image.open(run / "samples/step_000002.gif") as film:
         assert film.n_frames == FRAMES
-    assert (run / "samples/teacher.png").is_file() and (run / "report/index.html").is_file()
+    assert (run / "samples/teacher.png").is_file()
     export = run / "export"
     files = sorted(p.name for p in export.glob("*.safetensors"))
     assert len(files) == 2 and files[0].endswith("-lora-transformer_2.safetensors")
@@ -124,7 +125,7 @@ def test_no_checkpointing_where_diffusers_has_none(tmp_path, built, capsys):
     asked = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": str(tmp_path / "p.txt")}}
     teacher = {"path": str(built("shap-e"))}
     assert train(tmp_path, built("shap-e"), teacher=teacher, train=values, **asked) == 2
-    assert "train.gradient_checkpointing: PriorTransformer" in capsys.readouterr().err
+    assert "diffusers' PriorTransformer has none" in capsys.readouterr().err
 
 
 def test_pictures_of_clips(tmp_path):
