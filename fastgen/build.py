@@ -5,6 +5,7 @@ objective that plays them.
 import copy
 import json
 import zlib
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -114,7 +115,8 @@ class Cast:
             init_student(self.parts[name], self.cfg.student.init)
 
     def _adapter(self, base, name: str, lora: LoraConfig) -> None:
-        with torch.random.fork_rng(devices=[]):
+        laid_out = torch.device("meta") if str(self.device) == "meta" else nullcontext()
+        with torch.random.fork_rng(devices=[]), laid_out:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)

@@ -41,7 +41,7 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     call |= family.guidance_call(embedded)
     if not info["times"] and info["guidance"] != 1:
         call |= family.guided_call(info["guidance"])
-    call |= family.plain_call(what)
+    call |= family.plain_call(what) | ({"output_type": "pil"} if family.temporal or family.views else {})
     on_base = lora and family.lora_loader
     names = sorted([name, *([scheduler] if on_base else [])])
     source = repr(shown_path(info["base"])) if on_base else '"merged"' if lora else '"."'
