@@ -57,7 +57,12 @@ class Cast:
     def _check_null(self) -> None:
         """Guidance and label dropout need a null condition that the teacher knows."""
         codec, cfg = self.teacher.codec, self.cfg
-        conditional = bool(codec.null(1))
+        conditional, family = bool(codec.null(1)), getattr(self.teacher.backbone, "family", None)
+        if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
+            told = (
+                f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
+            )
+            raise UserError("teacher.guidance", told, "use 1, and teacher.embedded_guidance")
         if cfg.teacher.guidance != 1 and not (conditional and codec.has_null):
             what = "a teacher without a null class" if conditional else "an unconditional teacher"
             raise UserError("teacher.guidance", f"found {cfg.teacher.guidance} for {what}", "use 1")

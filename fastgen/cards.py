@@ -61,6 +61,10 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{_keywords(c)})' for c in calls),
         ]
+    if info["times"] and len(info["times"]) > 1 and info["sampler"] == "renoise":
+        lines.append(
+            "torch.manual_seed(0)  # the noise between steps, where the pipeline hands on no generator"
+        )
     if info["bound"]:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",

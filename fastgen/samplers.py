@@ -29,7 +29,7 @@ def solver_step(schedule: Schedule, D: Denoiser, x_t: Tensor, t: Tensor, u: Tens
 
 def teacher_grid(schedule: Schedule, num: int) -> list[float]:
     """num + 1 times from noise to data, as the teacher's own scheduler spaces them (trailing)."""
-    return [*schedule.steps(num), schedule.t_min]
+    return [*schedule.teacher_steps(num), schedule.t_min]
 
 
 @torch.no_grad()

@@ -87,6 +87,10 @@ class Schedule:
         eps = self.from_x0("eps", D, x_t, t)
         return expand(self.alpha(u), x_t) * D + expand(self.sigma(u), x_t) * eps
 
+    def teacher_steps(self, num: int) -> list[float]:
+        """Times a teacher of num steps is sampled at, where they are not those of a student."""
+        return self.steps(num)
+
     def prior_std(self, t: float) -> float:
         """Standard deviation of the pure noise that few-step sampling starts from at time t."""
         return 1.0
@@ -154,12 +158,14 @@ class VP(Schedule):
 
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise."""
+    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise;
+    `terminal` is where a teacher's own grid ends, stretched to it (Qwen-Image, LTX-Video).
+    """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, terminal: float | None = None):
+        self.shift, self.terminal = shift, terminal
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -183,6 +189,13 @@ class Flow(Schedule):
 
     def steps(self, num: int) -> list[float]:
         return self.from_unit(1 - torch.arange(num, dtype=torch.float64) / num).tolist()
+
+    def teacher_steps(self, num: int) -> list[float]:
+        times = self.steps(num)
+        if not self.terminal or num == 1:
+            return times
+        stretch = (1 - self.terminal) / (1 - times[-1])
+        return [1 - (1 - t) * stretch for t in times]
 
 
 class EDM(Schedule):

@@ -91,6 +91,8 @@ class Family:
     """frames per latent frame (frames = temporal k + 1); 0 for images"""
     divisor: int = 1
     """what the sides of a latent must be divisible by"""
+    square: bool = False
+    """height and width must be equal"""
     default_grid: tuple[int, ...] = ()
     """latent (h, w) or (f, h, w) where neither the user nor the config says one"""
 
@@ -121,6 +123,8 @@ class Family:
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
     """keywords a plain pipeline call needs to do what we do"""
+    guidable: bool = True
+    """the pipeline can guide away from a null condition"""
     guidance_keeps_norm: bool = False
     """the pipeline rescales what it has guided to the size of the conditional prediction"""
     guidance_off: dict = {"guidance_scale": 1.0}

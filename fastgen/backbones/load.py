@@ -230,6 +230,9 @@ def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -
         if asked % step:
             raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
         grid[at] = asked // factor
+    if family.square and grid[-2] != grid[-1]:
+        told = f"found {grid[-1] * factor} beside a height of {grid[-2] * factor}"
+        raise UserError("teacher.width", told, f"{family.name} makes square images")
     frames = source.num_frames
     if frames is not None:
         if not temporal:

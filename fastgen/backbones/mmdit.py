@@ -64,6 +64,10 @@ class Flux(Family):
     kohya_prefix, kohya_layers = "lora_transformer", ("*.attn.*",)
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "*_embedder", "*norm*.linear")
 
+    def matches(self, index: dict, config: dict) -> bool:
+        width = config.get("in_channels", 64)
+        return config.get("out_channels") in (None, width)  # fill and control networks see an image beside x
+
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4
 
@@ -113,6 +117,9 @@ class Flux2(Family):
     final_layers = ("proj_out", "norm_out.*", "*_modulation*", "time_guidance_embed.*", "*_embedder")
     layers: tuple[int, ...] = (9, 18, 27)
     """states of the language model that are stacked, the pipeline's default"""
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return not config.get("guidance_embeds", True)  # dev has another text encoder
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[-2:]
@@ -183,6 +190,10 @@ class QwenImage(Family):
         f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
         for part in (*LAST_TEXT, "txt_mlp.", "attn.to_add_out.")
     }
+
+    def matches(self, index: dict, config: dict) -> bool:
+        other = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # edit and layered networks
+        return not any(config.get(key) for key in other)
 
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4
