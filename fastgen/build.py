@@ -5,6 +5,7 @@ objective that plays them.
 import copy
 import json
 import zlib
+from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
@@ -71,7 +72,12 @@ class Cast:
     def _check_asked(self) -> None:
         """Guidance and label dropout need a null condition that the teacher knows, a CLIP loss its text."""
         codec, cfg = self.teacher.codec, self.cfg
-        conditional = bool(codec.null(1))
+        conditional, family = bool(codec.null(1)), getattr(self.teacher.backbone, "family", None)
+        if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
+            told = (
+                f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
+            )
+            raise UserError("teacher.guidance", told, "use 1, and teacher.embedded_guidance")
         asked = {"teacher.guidance": cfg.teacher.guidance}
         for stage in cfg.all_stages():
             for key, method in (("objective", stage.objective), ("objective.host", _method(stage))):
@@ -212,7 +218,8 @@ class Cast:
         if told:
             base.add_guidance()
             base.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
+        laid_out = torch.device("meta") if str(self.device) == "meta" else nullcontext()
+        with torch.random.fork_rng(devices=[]), laid_out:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()

@@ -42,7 +42,7 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     call |= info["step"] | family.guidance_call(w if told else info["embedded_guidance"])
     if not info["times"] and info["guidance"] != 1:
         call |= family.guided_call(info["guidance"])
-    call |= family.plain_call(what)
+    call |= family.plain_call(what) | ({"output_type": "pil"} if family.temporal or family.views else {})
     own = told or info["gaps"]  # an input that the base has not
     on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])
@@ -66,6 +66,10 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     if info["gaps"]:
         call["latents"] = "latents"
         lines += _gap_lines(family, info["gaps"], codec.shape)
+    if info["times"] and len(info["times"]) > 1 and info["sampler"] == "renoise":
+        lines.append(
+            "torch.manual_seed(0)  # the noise between steps, where the pipeline hands on no generator"
+        )
     if info["bound"]:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",

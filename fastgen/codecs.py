@@ -164,6 +164,8 @@ class TextCodec(nn.Module):
 
     def cut(self, prompt: str) -> str:
         """The tail of the prompt that does not fit the tokenizer's length, or an empty string."""
+        if not self.family.takes_text:
+            return ""
         tokenizer = getattr(self.pipe, self.family.tokenizer)
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         room = self.max_length - tokenizer.num_special_tokens_to_add()

@@ -311,8 +311,7 @@ class RunConfig(Section):
             )
         for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
             raise ValueError(
-                f"{key}.lora.use_dora: found true; readers of LoRA files drop DoRA's magnitudes; "
-                "use_rslora is exact"
+                f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
             )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgen.checkpoint import write_tensors, write_text
 from fastgen.ema import swapped
 from fastgen.judge import Judge, measure, table
+from fastgen.media import filmstrip, save_clip
 
 
 def averaged(trainer):
@@ -62,15 +63,22 @@ def to_grid(images: Tensor, columns: int = 10) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """A grid PNG; points of an analytic teacher become a scatter plot."""
+    """A grid PNG; points of an analytic teacher become a scatter plot, a clip a row of its frames (and a gif
+    of all clips beside the picture).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if images.ndim == 2:
         return _scatter(images, path)
     from PIL import Image
 
+    columns = 10
+    if images.ndim == 5:
+        moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
+        save_clip([Image.fromarray(f) for f in moving], path.with_suffix(".gif"))
+        images, columns = filmstrip(images), 1
     scale = max(1, 64 // images.shape[-1])
     shown = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    Image.fromarray(to_grid(shown).numpy()).save(path)
+    Image.fromarray(to_grid(shown, columns).numpy()).save(path)
 
 
 def _scatter(points: Tensor, path: Path) -> None:

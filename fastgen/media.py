@@ -1,4 +1,4 @@
-"""Folders of images and clips read into tensors, fitted to the size a teacher takes."""
+"""Images and clips: folders read into tensors, fitted to the size a teacher takes, and samples written."""
 
 import json
 from collections.abc import Callable
@@ -111,3 +111,23 @@ def _fit(image, size: tuple[int, int, int]) -> Tensor:
     left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
     array = torch.from_numpy(np.array(fitted.crop((left, top, left + width, top + height))))
     return array[None] if channels == 1 else array.permute(2, 0, 1)
+
+
+def to_pil(image: Tensor):
+    """[C, H, W] in [0, 1] as a PIL image, rounded as diffusers does."""
+    from PIL import Image
+
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_clip(frames: list, path: Path, rate: float = 8.0) -> None:
+    """PIL images as an animated gif, `rate` a second."""
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
+
+
+def filmstrip(clips: Tensor, most: int = 10) -> Tensor:
+    """Clips [N, C, F, H, W] as images [N, C, H, m W]: m frames of each side by side, evenly spaced."""
+    num = min(most, clips.shape[2])
+    index = torch.linspace(0, clips.shape[2] - 1, num).round().long()
+    return clips[:, :, index].permute(0, 1, 3, 2, 4).flatten(3)

@@ -5,6 +5,7 @@ python -m fastgen.memory --write    into docs/memory.md (a test holds it to what
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgen.build import Cast
-from fastgen.config import RunConfig
+from fastgen.config import RunConfig, validate
 from fastgen.objectives import REGISTRY
+from fastgen.parse import merge, read_files
+from fastgen.paths import config
 from fastgen.roles import Role
 
 BYTES = 4  # gradients, optimizer states and averages are float32
 GIB = 2**30
-CARDS = (24, 40, 80)
+CARDS, USABLE = (24, 40, 80), 0.92  # GiB, and the part of them that CUDA and fragments leave
+HEAD = """# Memory by model, role mode and card
+
+`python -m fastgen.memory --write` computes this page from `configs/teachers/*.yaml` with every network on
+the meta device; nothing in it is typed. The run it describes: DMD2 without GAN (teacher, student,
+critic), batch 1, frozen weights in half precision, what is trained in float32 with AdamW and one average,
+gradient checkpointing, fused attention, the adapter ranks of the config. *Shared LoRA* keeps one frozen
+base under all three roles, *full copies* a frozen teacher, a student and a critic. Weights, gradients,
+optimizer states and averages are exact, activations (the second addend) an estimate. A card counts as
+enough at {usable:.0%} of its size. Encoders are needed until prompts are cached, before anything is
+trained. Adapters over a base that fits no card, and full copies, need sharding.
+
+| model | parameters | x0 | guidance | {num}-step times | encoders | shared LoRA | fits | full copies | fits |
+|---|---|---|---|---|---|---|---|---|---|
+"""
 
 
 @dataclass
@@ -143,3 +160,48 @@ def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
     calls = cls.evaluations(stage.objective, cfg.teacher.guidance, num_steps)
     with_grad = sum(v for n, v in calls.items() if n.endswith("+grad"))
     return max(1, math.ceil(with_grad / len(cls.player_parts(stage.objective))))
+
+
+def models() -> list[str]:
+    """Configs of released models: those with a published layout."""
+    names = sorted(p.stem for p in config("teachers").glob("*.yaml"))
+    return [n for n in names if "layout:" in config(f"teachers/{n}.yaml").read_text()]
+
+
+def row(name: str) -> str:
+    """One line of the table, in GiB."""
+    found = {}
+    for kind in ("lora", "full"):
+        ours = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": "any"}}
+        asked = merge(read_files([str(config(f"teachers/{name}.yaml"))]), {**ours, "student": {"kind": kind}})
+        cfg = validate(asked)
+        cast = Cast(cfg, "meta")
+        found[kind] = estimate(cfg, cast)
+    codec, times = cast.teacher.codec, cast.parts["student"].times
+    guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
+    num = sum(p.numel() for p in cast.teacher.backbone.parameters())
+    text = (
+        f"| [{name}](../configs/teachers/{name}.yaml) | {num / 1e9:.2f}B | {'x'.join(map(str, codec.shape))} "
+    )
+    text += f"| {guidance} | {', '.join(f'{t:.4g}' for t in times)} | {found['lora'].encoders / GIB:.1f} "
+    for kind in ("lora", "full"):
+        *fixed, moving = found[kind].rows.values()
+        cards = [str(c) for c in CARDS if found[kind].total <= USABLE * c * GIB]
+        text += f"| {sum(fixed) / GIB:.1f} + {moving / GIB:.1f} | {', '.join(cards) or 'none'} "
+    return text + "|"
+
+
+def main(argv: list[str]) -> None:
+    """Print the page, or write it."""
+    from fastgen.run import _quiet
+
+    _quiet()
+    text = HEAD.format(usable=USABLE, num=4) + "\n".join(row(n) for n in models()) + "\n"
+    if "--write" in argv:
+        (config("teachers").parents[1] / "docs" / "memory.md").write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -28,6 +28,13 @@ def _flags() -> argparse.ArgumentParser:
     add("--base", default="", help="base of a LoRA file, if not the one its header names")
     add("--prompt", action="append", default=[], help="what to draw; may be repeated")
     add("--prompts", default="", metavar="FILE", help="text file, one prompt a line")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="first frame or control image; one for all, or one each",
+    )
     add("--negative_prompt", default="", help="for teachers, and for students with NASA")
     add("--nasa_scale", type=float, default=None, help="negative prompt of a student; default: its export's")
     add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
@@ -86,12 +93,36 @@ def read_prompts(args) -> list[str]:
     return texts
 
 
+def read_images(args, codec, num: int):
+    """Images [num, 3, H, W] in [-1, 1] for a model that is shown one beside the text; None for others."""
+    import torch
+
+    from fastgen.media import read_image
+
+    wanted = hasattr(codec, "prompts") and codec.family.needs_image
+    if not wanted:
+        if args.image:
+            raise UserError("--image", "this model is asked without an image", "leave it out")
+        return None
+    if len(args.image) not in (1, num):
+        raise UserError("--image", f"found {len(args.image)} for {num} prompts", "one for all, or one each")
+    try:
+        found = [read_image(Path(p), (3, *codec.pixels)).float() / 127.5 - 1 for p in args.image]
+    except OSError as error:
+        raise UserError("--image", f"cannot be read ({error})", "png, jpg or webp files") from None
+    return torch.stack(found).expand(num, -1, -1, -1)
+
+
 def conditions(args, codec) -> tuple[dict, list]:
     """(one condition row each, what each stands for)."""
     import torch
 
     texts = read_prompts(args)
     if hasattr(codec, "prompts"):
+        if not codec.family.takes_text:
+            if texts:
+                raise UserError("--prompt", "this model is asked by an image alone", "leave it out")
+            texts = [""] * max(1, len(args.image))
         if args.labels:
             raise UserError("--labels", "this model is asked by text", '--prompt "..." or --prompts FILE')
         if not texts:
@@ -99,7 +130,8 @@ def conditions(args, codec) -> tuple[dict, list]:
         for text in texts:
             if lost := codec.cut(text):
                 _warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
-        return codec.prompts(texts), texts
+        return codec.prompts(texts, read_images(args, codec, len(texts))), texts
+    read_images(args, codec, 0)
     if texts:
         raise UserError("--prompt", "this model takes class labels, not text", "--labels 0-9")
     if not codec.num_classes:
@@ -150,7 +182,7 @@ class Painter:
             with self._negative():
                 return self.codec.decode(sample_student(self.role, seeds, self.codec.shape, cond, device))
         noise = ImageNoise(seeds, self.codec.shape, device).first
-        uncond = {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
+        uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
         w = self.guidance if self.null else 1.0
         return self.codec.decode(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
 
@@ -194,6 +226,21 @@ def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device
     return torch.cat(images), (time.perf_counter() - start) / len(seeds)
 
 
+def null_of(args, codec) -> dict:
+    """One row of what guidance leads away from; of an image, only what its null changes."""
+    import torch
+
+    if not hasattr(codec, "prompts"):
+        return codec.null(1)
+    images = read_images(args, codec, max(1, len(args.image)))
+    images = None if images is None else images[:1]
+    null = codec.prompts([args.negative_prompt], images) if args.negative_prompt else codec.null(1, images)
+    if images is None:
+        return null
+    shown, nulled = codec.image_rows(images)
+    return {k: v for k, v in null.items() if k not in shown or not torch.equal(shown[k], nulled[k])}
+
+
 def contenders(args, loaded, device) -> list[Painter]:
     """The model asked for, then its teacher if compared; warns of flags that cannot act."""
     guided = not loaded.is_student or args.compare_teacher
@@ -211,10 +258,7 @@ def contenders(args, loaded, device) -> list[Painter]:
     painters = []
     for one in found:
         one.to(device, _dtype(args.dtype))
-        if args.negative_prompt and hasattr(one.codec, "prompts"):
-            null = one.codec.prompts([args.negative_prompt])
-        else:
-            null = one.codec.null(1)
+        null = null_of(args, one.codec)
         wanted = steps if one is loaded else args.teacher_steps or one.info.get("teacher_steps", 20)
         scale = nasa_scale if one is loaded else 0.0
         painters.append(Painter(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}, scale))
@@ -292,21 +336,20 @@ def open_folder(out: Path, overwrite: bool) -> Path:
     return out
 
 
-def to_pil(image):
-    """[C, H, W] in [0, 1] as a PIL image, rounded as diffusers does."""
-    from PIL import Image
-
-    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
 def write(out: Path, images: list, titles: list[str], record: dict) -> None:
-    """A PNG per image of the first contender, the grid of all, samples.json."""
+    """A PNG (of a clip a gif) per sample of the first contender, the grid of all, samples.json."""
     from fastgen.checkpoint import write_text
+    from fastgen.media import filmstrip, save_clip, to_pil
 
     out.mkdir(parents=True, exist_ok=True)
     for image, entry in zip(images[0], record["images"]):
-        to_pil(image).save(out / entry["file"])
+        if image.ndim == 4:
+            entry["file"] = str(Path(entry["file"]).with_suffix(".gif"))
+            save_clip([to_pil(frame) for frame in image.unbind(1)], out / entry["file"])
+        else:
+            to_pil(image).save(out / entry["file"])
+    if images[0].ndim == 5:
+        images = [filmstrip(clips) for clips in images]
     grid(images, titles).save(out / "grid.png")
     write_text(out / "samples.json", json.dumps(record, indent=2))
 
@@ -315,8 +358,12 @@ def grid(images: list, titles: list[str], columns: int = 10, most: int = 100):
     """Up to `most` images, each contender's row above the next one's, titled where there are several."""
     from PIL import Image, ImageDraw
 
+    from fastgen.media import to_pil
+
     num = min(len(images[0]), most)
-    columns = min(num, columns)
+    columns = min(
+        num, columns if images[0].shape[-1] < 6 * images[0].shape[-2] else 1
+    )  # filmstrips stand alone
     scale = max(1, 64 // images[0].shape[-1])
     height, width = images[0].shape[-2] * scale + 2, images[0].shape[-1] * scale + 2
     left = 110 if len(images) > 1 else 0

@@ -56,7 +56,7 @@ def segment_ends(num: int, segments: int) -> Tensor:
 
 def teacher_grid(schedule: Schedule, num: int) -> list[float]:
     """num + 1 times from noise to data, as the teacher's own scheduler spaces them (trailing)."""
-    return [*schedule.steps(num), schedule.t_min]
+    return [*schedule.teacher_steps(num), schedule.t_min]
 
 
 @torch.no_grad()

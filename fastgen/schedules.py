@@ -96,6 +96,10 @@ class Schedule:
         eps = self.from_x0("eps", D, x_t, t)
         return expand(self.alpha(u), x_t) * D + expand(self.sigma(u), x_t) * eps
 
+    def teacher_steps(self, num: int) -> list[float]:
+        """Times a teacher of num steps is sampled at, where they are not those of a student."""
+        return self.steps(num)
+
     def prior_std(self, t: float) -> float:
         """Standard deviation of the pure noise that few-step sampling starts from at time t."""
         return 1.0
@@ -183,14 +187,15 @@ class VP(Schedule):
 
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise; with
-    `angles` few steps are those of SCMScheduler (1.3 rad second of two, else even in the angle).
+    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise;
+    `terminal` is where a teacher's own grid ends, stretched to it (Qwen-Image, LTX-Video). With `angles` few
+    steps are those of SCMScheduler (1.3 rad second of two, else even in the angle).
     """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0, angles: bool = False):
-        self.shift, self.angles = shift, angles
+    def __init__(self, shift: float = 1.0, terminal: float | None = None, angles: bool = False):
+        self.shift, self.terminal, self.angles = shift, terminal, angles
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
@@ -217,6 +222,13 @@ class Flow(Schedule):
             times = TrigFlow(middle=1.3).steps(num)
             return [1.0, *(math.sin(t) / (math.sin(t) + math.cos(t)) for t in times[1:])]
         return self.from_unit(1 - torch.arange(num, dtype=torch.float64) / num).tolist()
+
+    def teacher_steps(self, num: int) -> list[float]:
+        times = self.steps(num)
+        if not self.terminal or num == 1:
+            return times
+        stretch = (1 - self.terminal) / (1 - times[-1])
+        return [1 - (1 - t) * stretch for t in times]
 
 
 class EDM(Schedule):

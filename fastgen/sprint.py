@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgen.backbones import Teacher
 from fastgen.backbones.base import Backbone
 from fastgen.backbones.dit import SanaSprint
-from fastgen.backbones.family import rebuilt
+from fastgen.backbones.parts import rebuilt
 from fastgen.backbones.schedulers import schedule_of
 from fastgen.errors import UserError
 from fastgen.roles import Student

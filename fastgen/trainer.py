@@ -51,9 +51,17 @@ def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """Mean of the gradients over processes, in flat buckets of about 100 MB."""
+    """Mean of the gradients over processes, in flat buckets of about 100 MB. A parameter that some process had
+    no use for this time (an expert none of its samples needed) counts as zero there.
+    """
     if not torch.distributed.is_initialized():
         return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    used = used.to(parameters[0].device)
+    torch.distributed.all_reduce(used, torch.distributed.ReduceOp.MAX)
+    for parameter, somewhere in zip(parameters, used.tolist()):
+        if somewhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     bucket: list[Tensor] = []
     size = 0
     grads = [p.grad for p in parameters if p.grad is not None]

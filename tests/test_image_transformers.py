@@ -12,18 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.backbones import load_teacher
+from fastgen import config
+from fastgen.backbones import detect, load_teacher
+from fastgen.build import Cast
 from fastgen.cards import PROMPT
 from fastgen.errors import UserError
 from fastgen.export import export_student
 from fastgen.roles import Role
-from fastgen.samplers import sample_student
+from fastgen.samplers import sample_student, teacher_grid
 from fastgen.schedules import TrigFlow
 from fastgen.serving import scheduler_for
 from tests.families import CASES, PROMPTS
 from tests.families.image_transformers import FOLDERS, dit_call
 from tests.families.image_transformers_real import DIT
-from tests.test_families import World, open_pipeline
+from tests.family_world import World
+from tests.test_families import open_pipeline
 
 W = 2.5
 NAMES = sorted(FOLDERS)
@@ -88,6 +91,47 @@ def test_shift_is_the_pipelines(world, name):
     pipe(prompt="a", latents=latents, output_type="latent", **size, **more, **sigmas)
     found = pipe.scheduler.sigmas[:-1].tolist()
     assert found == pytest.approx(world.schedule.steps(num), abs=1e-6)
+
+
+@each(["qwen-image"])
+def test_teacher_grid_ends_where_the_schedulers_does(world, name):
+    """Qwen-Image's scheduler stretches its grid to end at 0.02; a few-step student's is left alone."""
+    scheduler = world.teacher.scheduler
+    scheduler.set_timesteps(sigmas=[1 - k / 5 for k in range(5)], mu=float(np.log(world.schedule.shift)))
+    assert teacher_grid(world.schedule, 5) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert world.schedule.steps(5)[-1] > 0.2
+
+
+@pytest.mark.parametrize(
+    "pipeline,net",
+    [
+        ("Flux2Pipeline", {"_class_name": "Flux2Transformer2DModel"}),
+        (
+            "FluxFillPipeline",
+            {"_class_name": "FluxTransformer2DModel", "in_channels": 384, "out_channels": 64},
+        ),
+        (
+            "QwenImageLayeredPipeline",
+            {"_class_name": "QwenImageTransformer2DModel", "use_layer3d_rope": True},
+        ),
+    ],
+)
+def test_siblings_that_ask_otherwise_are_refused(pipeline, net):
+    with pytest.raises(UserError, match=f"no family for {net['_class_name']} as {pipeline} has it"):
+        detect({"_class_name": pipeline}, net)
+
+
+@each(["dit"])
+def test_dit_is_square(world, name):
+    with pytest.raises(UserError, match="teacher.width: found 128 beside a height of 64"):
+        load_teacher(str(world.folder), height=64, width=128)
+
+
+@each(["sana-sprint"])
+def test_embedded_guidance_is_not_guidance(world, name):
+    asked = {"teacher": {"path": str(world.folder), "guidance": 4.5}, "data": {"name": "fashion"}}
+    with pytest.raises(UserError, match="teacher.guidance: found 4.5 .* teacher.embedded_guidance"):
+        Cast(config.validate({**asked, "objective": {"name": "dmd2", "gan_weight": 0.0}}))
 
 
 @each(TEXT)

@@ -64,3 +64,19 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_an_expert_that_only_another_process_needed(monkeypatch):
+    """Its gradient is averaged with zeros here, and the processes agree on what they send."""
+    from fastgen.trainer import average_gradients
+
+    def all_reduce(tensor, op=None):
+        tensor.fill_(1) if tensor.dtype == torch.uint8 else tensor.add_(torch.tensor([0, 0, 4.0, 4.0, 4.0]))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    here, elsewhere = (torch.nn.Parameter(torch.ones(n)) for n in (2, 3))
+    here.grad = torch.full((2,), 2.0)
+    average_gradients([here, elsewhere])
+    assert here.grad.tolist() == [1.0] * 2 and elsewhere.grad.tolist() == [2.0] * 3

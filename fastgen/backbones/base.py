@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.backbones.attention import kernel
-from fastgen.backbones.family import FLOW_TIMES, Cond, Family, Parts
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import FLOW_TIMES
 from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
@@ -181,15 +182,10 @@ class Backbone(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations at backward, each under the adapter its forward pass ran with."""
-        parts = [getattr(self.net, n) for n in self.net.names] if isinstance(self.net, Parts) else [self.net]
-        for part in parts:
-            if not getattr(part, "_supports_gradient_checkpointing", True):
-                found = f"true, and diffusers' {type(part).__name__} has none"
-                raise UserError("train.gradient_checkpointing", found, "set it false")
         for part in self.family.parts(self.net).values():
             if not part._supports_gradient_checkpointing:
-                told = f"{type(part).__name__} has no gradient checkpointing in diffusers"
-                raise UserError("train.gradient_checkpointing", told, "false for this family")
+                found = f"true, and diffusers' {type(part).__name__} has none"
+                raise UserError("train.gradient_checkpointing", found, "set it false")
 
         def recompute(function, *args):
             adapter = self.adapter

@@ -5,7 +5,8 @@ one sequence: DiT, PixArt, SANA, SANA-Sprint, Lumina2, Z-Image.
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, fold_tokens, rebuilt
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import fold_tokens, rebuilt
 from fastgen.schedules import expand
 
 MASKED = ("encoder_hidden_states", "encoder_attention_mask")
@@ -22,7 +23,7 @@ class DiT(Family):
     schedules = ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
-    lora_loader = False
+    lora_loader, square = False, True
 
     def size_call(self, codec) -> dict:
         return {}
@@ -31,11 +32,33 @@ class DiT(Family):
         return classes > 0  # the row that label dropout has added
 
 
-class PixArt(Family):
+class Masked(Family):
+    """Families asked by one text encoder's states and their mask."""
+
+    keys = MASKED
+    text_width = "caption_channels"
+    """the network's config entry that is the width of the states"""
+
+    def cond_shapes(self, net: nn.Module, codec) -> dict:
+        shape = (codec.max_length, net.config[self.text_width])
+        return {"encoder_hidden_states": shape, "encoder_attention_mask": (shape[:1], torch.long)}
+
+    @torch.no_grad()
+    def ask(self, codec, *args) -> tuple:
+        """What the pipeline's encode_prompt returns."""
+        length = codec.max_length
+        return codec.pipe.encode_prompt(*args, device=codec.device, max_sequence_length=length)
+
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        states, mask, *_ = self.ask(codec, prompts, False)
+        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
+
+
+class PixArt(Masked):
     """PixArtTransformer2DModel as PixArt-sigma has it: VP, T5 states with a mask, the variance left out."""
 
     name, net_class, pipelines = "pixart-sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
-    keys, divisor, max_length, schedules = MASKED, 2, 300, ("VP",)
+    divisor, max_length, schedules = 2, 300, ("VP",)
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
     lora_loader = False
@@ -44,15 +67,6 @@ class PixArt(Family):
     def given(self, x: Tensor, cond: Cond) -> Cond:
         sizes = {"resolution": None, "aspect_ratio": None}
         return super().given(x, cond) | {"added_cond_kwargs": sizes}
-
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
-        return masked_shapes(codec.max_length, net.config.caption_channels)
-
-    @torch.no_grad()
-    def encode(self, codec, prompts: list[str]) -> Cond:
-        length = {"max_sequence_length": codec.max_length}
-        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
-        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
 
 class PixArtAlpha(PixArt):
@@ -76,7 +90,7 @@ class PixArtAlpha(PixArt):
         return net(x, timestep=time, **given, return_dict=False)[0][:, : x.shape[1]]
 
 
-class Sana(Family):
+class Sana(Masked):
     """SanaTransformer2DModel: flow, Gemma states with a mask; time is 1000 t times the config's
     timestep_scale.
     """
@@ -112,15 +126,6 @@ class Sana(Family):
         embedder.linear_2.bias.zero_()
         return told
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
-        return masked_shapes(codec.max_length, net.config.caption_channels)
-
-    @torch.no_grad()
-    def encode(self, codec, prompts: list[str]) -> Cond:
-        length = {"max_sequence_length": codec.max_length}
-        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
-        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
-
 
 class SanaSprint(Sana):
     """SANA-Sprint (arXiv 2503.09641, Sec. 3.1): SANA's flow network, fine-tuned at times s in [0, 1] and with
@@ -131,7 +136,7 @@ class SanaSprint(Sana):
     """
 
     name, pipelines = "sana-sprint", ("SanaSprintPipeline",)
-    flow_time, default_guidance, schedules = "unit", 4.5, ("TrigFlow",)
+    flow_time, default_guidance, guidable, schedules = "unit", 4.5, False, ("TrigFlow",)
     keys = (*MASKED, "guidance")
 
     def matches(self, index: dict, config: dict) -> bool:
@@ -145,30 +150,19 @@ class SanaSprint(Sana):
         out = Family.call(self, net, x_s, time, cond)
         return ((1 - 2 * s) * x_s + (1 - 2 * s + 2 * s**2) * out) / norm
 
-    @torch.no_grad()
     def encode(self, codec, prompts: list[str]) -> Cond:
-        length = {"max_sequence_length": codec.max_length}
-        states, mask = codec.pipe.encode_prompt(prompts, device=codec.device, **length)
+        states, mask = self.ask(codec, prompts)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
 
-class Lumina2(Family):
+class Lumina2(Masked):
     """Lumina2Transformer2DModel: flow, Gemma states with a mask; its time runs from noise to data."""
 
     name, net_class, pipelines = "lumina2", "Lumina2Transformer2DModel", ("Lumina2Pipeline",)
-    keys, flow_time, sign, divisor, max_length = MASKED, "reversed", -1, 2, 256
+    flow_time, sign, divisor, max_length, text_width = "reversed", -1, 2, 256, "cap_feat_dim"
     lora_targets = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     final_layers = ("norm_out.*", "time_caption_embed.*", "x_embedder", "*norm1.*")
     default_sigmas, guidance_keeps_norm = True, True
-
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
-        return masked_shapes(codec.max_length, net.config.cap_feat_dim)
-
-    @torch.no_grad()
-    def encode(self, codec, prompts: list[str]) -> Cond:
-        length = {"max_sequence_length": codec.max_length}
-        states, mask, _, _ = codec.pipe.encode_prompt(prompts, False, device=codec.device, **length)
-        return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if not x.is_meta:
@@ -180,11 +174,9 @@ class Lumina2(Family):
         with net.rope_embedder.register_forward_pre_hook(all_words):
             return super().call(net, x, time, cond)
 
-    @torch.no_grad()
     def null(self, codec) -> Cond:
         """An empty prompt without the system prompt that stands before every other one."""
-        length = {"max_sequence_length": codec.max_length}
-        _, _, states, mask = codec.pipe.encode_prompt([""], True, device=codec.device, **length)
+        _, _, states, mask = self.ask(codec, [""], True)
         return {"encoder_hidden_states": states.float(), "encoder_attention_mask": mask}
 
     def guidance_norm(self, out: Tensor) -> Tensor:
@@ -221,7 +213,7 @@ class ZImage(Family):
         "t_embedder.*",
         "cap_embedder.*",
         "all_x_embedder.*",
-        "adaLN_modulation.*",
+        "*adaLN_modulation*",
     )
     guidance_off = {"guidance_scale": 0.0}
 
@@ -258,11 +250,6 @@ class ZImage(Family):
 
     def feature_channels(self, net: nn.Module) -> list[int]:
         return [net.config.dim] * len(net.layers)
-
-
-def masked_shapes(length: int, width: int) -> dict:
-    """Text states with their mask."""
-    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": ((length,), torch.long)}
 
 
 def pad_rows(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:

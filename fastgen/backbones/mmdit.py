@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.backbones.dit import pad_rows
-from fastgen.backbones.family import Cond, Family, fold_tokens
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import fold_tokens
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAST_TEXT = ("attn.add_q_proj.", "attn.norm_added_q.")
@@ -64,6 +65,10 @@ class Flux(Family):
     kohya_prefix, kohya_layers = "lora_transformer", ("*.attn.*",)
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "*_embedder", "*norm*.linear")
 
+    def matches(self, index: dict, config: dict) -> bool:
+        width = config.get("in_channels", 64)
+        return config.get("out_channels") in (None, width)  # fill and control networks see an image beside x
+
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4
 
@@ -113,6 +118,9 @@ class Flux2(Family):
     final_layers = ("proj_out", "norm_out.*", "*_modulation*", "time_guidance_embed.*", "*_embedder")
     layers: tuple[int, ...] = (9, 18, 27)
     """states of the language model that are stacked, the pipeline's default"""
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return not config.get("guidance_embeds", True)  # dev has another text encoder
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[-2:]
@@ -183,6 +191,10 @@ class QwenImage(Family):
         f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
         for part in (*LAST_TEXT, "txt_mlp.", "attn.to_add_out.")
     }
+
+    def matches(self, index: dict, config: dict) -> bool:
+        other = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # edit and layered networks
+        return not any(config.get(key) for key in other)
 
     def channels(self, net: nn.Module) -> int:
         return net.config.in_channels // 4

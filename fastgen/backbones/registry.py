@@ -37,6 +37,10 @@ def detect(index: dict, config: dict) -> Family:
     if exact or claims:
         return (exact or claims)[0]
     known = sorted({f.net_class for f in FAMILIES.values()})
+    if net_class in known:
+        told = f"no family for {net_class} as {index.get('_class_name', 'its config')} has it"
+        alike = [p for f in FAMILIES.values() if f.net_class == net_class for p in f.pipelines]
+        raise UserError("teacher.path", told, f"known with it: {', '.join(alike)}; {DECLARE}")
     raise UserError(
         "teacher.path",
         f"no family for {net_class!r}{suggest(net_class, known)}",

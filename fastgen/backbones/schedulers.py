@@ -46,7 +46,8 @@ def _read(scheduler, shift: float | None) -> tuple[Schedule, str]:
         return EDM(config.sigma_min, config.sigma_max, 1.0), "edm"
     if name.startswith(("FlowMatch", "FlowMap")) or kind == "flow_prediction":
         declared = config.get("flow_shift") if kind == "flow_prediction" else None
-        return Flow(shift or declared or config.get("shift") or 1.0), "flow"
+        bent = shift or declared or config.get("shift") or 1.0
+        return Flow(bent, config.get("shift_terminal")), "flow"
     if hasattr(scheduler, "alphas_cumprod"):
         if kind not in PREDICTIONS:
             allowed = ", ".join(PREDICTIONS)

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, rebuilt
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import rebuilt
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")

@@ -7,7 +7,7 @@ import torch
 from fastgen.serving import bind
 from tests.families import PROMPTS, Case
 from tests.families.parts import clip_text, clip_tokenizer
-from tests.families.video import alive
+from tests.families.video_parts import alive
 from tests.families.video_real import REAL
 
 

@@ -1,199 +1,21 @@
-"""Tiny random video pipelines of the real diffusers classes, as folders on disk."""
+"""Tiny random video pipelines of the real diffusers classes but Wan's, as folders on disk."""
 
-import json
-import string
 from pathlib import Path
 
 import torch
 
-from fastgen.backbones.family import perturb_zero_layers
-from fastgen.backbones.wan import pictures
-from fastgen.serving import bind
-from tests.families import PROMPTS, Case
 from tests.families.parts import clip_text, clip_tokenizer, t5_tokenizer
+from tests.families.video_parts import (
+    FRAMES,
+    SIZE,
+    alive,
+    case,
+    clip_vision,
+    llama_tokenizer,
+    save,
+    t5_encoder,
+)
 from tests.families.video_real import REAL
-
-SIZE, FRAMES = 32, 9  # pixels a side and frames that these folders are sampled at
-
-
-def llama_tokenizer():
-    """Llama tokenizer over printable characters."""
-    from transformers import LlamaTokenizerFast
-
-    tokens = ["<unk>", "<s>", "</s>", "\u2581", *(c for c in string.printable if c not in string.whitespace)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return LlamaTokenizerFast(vocab=vocab, merges=[], pad_token="<unk>", padding_side="right")  # noqa: S106
-
-
-def t5_encoder(multilingual: bool = False, width: int = 32):
-    """T5 (or UMT5) encoder of two layers."""
-    import transformers
-
-    kind = "UMT5" if multilingual else "T5"
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=99, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4
-    )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
-
-
-def clip_vision(width: int, projection: bool = False, size: int = SIZE, patch: int = 8):
-    """CLIP image encoder and its processor."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        CLIPVisionModel,
-        CLIPVisionModelWithProjection,
-    )
-
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=size,
-        intermediate_size=16,
-        patch_size=patch,
-    )
-    processor = CLIPImageProcessor(crop_size=size, size=size)
-    return (CLIPVisionModelWithProjection if projection else CLIPVisionModel)(config), processor
-
-
-def alive(net):
-    """The network in eval mode, none of its layers zero (an untrained one would ignore its input)."""
-    perturb_zero_layers(net)
-    return net.eval()
-
-
-def save(pipe, folder: Path, **info) -> Path:
-    """The pipeline on disk, with the size that fastgen samples it at."""
-    pipe.save_pretrained(folder)
-    (folder / "fastgen.json").write_text(json.dumps({"height": SIZE, "width": SIZE, **info}))
-    return folder
-
-
-# -- Wan -------------------------------------------------------------------------------------------------
-def wan_vae():
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=3,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    )
-
-
-def wan_net(cls: str = "WanTransformer3DModel", **other):
-    import diffusers
-
-    sizes = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32}
-    sizes |= {"in_channels": 16, "out_channels": 16, "freq_dim": 256, "ffn_dim": 32, "num_layers": 2}
-    return alive(getattr(diffusers, cls)(**{**sizes, "rope_max_seq_len": 32, **other}))
-
-
-def wan_parts(seed: int):
-    torch.manual_seed(seed)
-    from diffusers import UniPCMultistepScheduler
-
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    return {
-        "tokenizer": t5_tokenizer(),
-        "text_encoder": t5_encoder(True),
-        "scheduler": UniPCMultistepScheduler(**flow),
-    }
-
-
-def wan(folder: Path) -> Path:
-    """Wan 2.1 text to video."""
-    from diffusers import WanPipeline
-
-    pipe = WanPipeline(**wan_parts(11), vae=wan_vae(), transformer=wan_net())
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def wan22(folder: Path) -> Path:
-    """Wan 2.2 text to video: two experts, split at 0.875."""
-    from diffusers import WanPipeline
-
-    parts = wan_parts(12)
-    pipe = WanPipeline(
-        **parts, vae=wan_vae(), transformer=wan_net(), transformer_2=wan_net(), boundary_ratio=0.875
-    )
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def wan_i2v(folder: Path) -> Path:
-    """Wan 2.1 image to video: CLIP image states, mask and image latents beside the noise."""
-    from diffusers import WanImageToVideoPipeline
-
-    parts = wan_parts(13)
-    encoder, processor = clip_vision(4)
-    net = wan_net(in_channels=36, image_dim=4)
-    more = {"image_encoder": encoder, "image_processor": processor}
-    pipe = WanImageToVideoPipeline(**parts, vae=wan_vae(), transformer=net, **more)
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def wan22_i2v(folder: Path) -> Path:
-    """Wan 2.2 image to video: two experts without CLIP image states."""
-    from diffusers import WanImageToVideoPipeline
-
-    parts = wan_parts(14)
-    nets = {"transformer": wan_net(in_channels=36), "transformer_2": wan_net(in_channels=36)}
-    pipe = WanImageToVideoPipeline(**parts, vae=wan_vae(), **nets, boundary_ratio=0.9)
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def wan_5b_vae():
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=3,
-        decoder_base_dim=3,
-        z_dim=48,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        in_channels=12,
-        out_channels=12,
-        is_residual=True,
-        patch_size=2,
-        latents_mean=[0.1] * 48,
-        latents_std=[1.5] * 48,
-        scale_factor_spatial=16,
-        scale_factor_temporal=4,
-    )
-
-
-def wan_ti2v(folder: Path) -> Path:
-    """Wan 2.2 TI2V-5B asked for by text."""
-    from diffusers import WanPipeline
-
-    parts = wan_parts(15)
-    net = wan_net(in_channels=48, out_channels=48)
-    pipe = WanPipeline(**parts, vae=wan_5b_vae(), transformer=net, expand_timesteps=True)
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def wan_ti2v_image(folder: Path) -> Path:
-    """Wan 2.2 TI2V-5B asked for by text and a first frame, whose tokens stand at time zero."""
-    from diffusers import WanImageToVideoPipeline
-
-    parts = wan_parts(16)
-    net = wan_net(in_channels=48, out_channels=48)
-    pipe = WanImageToVideoPipeline(**parts, vae=wan_5b_vae(), transformer=net, expand_timesteps=True)
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
-
-
-def anyflow(folder: Path) -> Path:
-    """AnyFlow: a Wan that also knows where its step goes."""
-    from diffusers import AnyFlowPipeline, FlowMapEulerDiscreteScheduler
-
-    parts = wan_parts(17) | {"scheduler": FlowMapEulerDiscreteScheduler(shift=5.0)}
-    net = wan_net("AnyFlowTransformer3DModel", deltatime_type="r", gate_value=0.25)
-    pipe = AnyFlowPipeline(**parts, vae=wan_vae(), transformer=net)
-    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
 
 
 # -- CogVideoX -------------------------------------------------------------------------------------------
@@ -423,14 +245,14 @@ def animatediff(folder: Path) -> Path:
 
 
 def svd(folder: Path) -> Path:
-    """Stable Video Diffusion: image to video in the EDM form, three frames of 32 x 32."""
+    """Stable Video Diffusion: image to video in the EDM form, three frames of 16 x 16."""
     import diffusers
 
     torch.manual_seed(42)
     unet = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64),
         layers_per_block=1,
-        sample_size=16,
+        sample_size=8,
         in_channels=8,
         out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -468,60 +290,15 @@ def svd(folder: Path) -> Path:
         scheduler=scheduler,
         feature_extractor=processor,
     )
-    return save(pipe, folder, num_frames=3)
-
-
-def plain_video(world, pipe, info, noise):
-    """Frames [B, C, F, H, W] in [0, 1] by pipeline calls that a user could write, one request at a time."""
-    family, codec = world.family, world.codec
-    document = json.loads((world.folder / "fastgen.json").read_text())
-    call = {"num_inference_steps": info["steps"]}
-    if info["bound"]:
-        bind(pipe.scheduler, info["arguments"])
-    elif info["arguments"]:
-        call = dict(info["arguments"])
-    call |= family.size_call(codec) | family.guidance_call(codec.guidance) | family.plain_call(document)
-    found = []
-    for i, prompt in enumerate(PROMPTS):
-        asked = {"prompt": prompt} if family.takes_text else {}
-        if family.needs_image:
-            asked["image"] = pictures(world.images)[i]
-        asked["latents"] = family.pipeline_latents(noise[i : i + 1], world.schedule)
-        generator = [torch.Generator().manual_seed(0)]  # of the image's condition, where one is drawn
-        found.append(pipe(**asked, generator=generator, output_type="pt", **call).frames)
-    return torch.cat(found).transpose(1, 2)
-
-
-def shown(side: int):
-    """Two pictures [2, 3, side, side] in [-1, 1], in whole 8-bit steps as a file would hold them."""
-    pixels = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(5))
-    return pixels.float() / 127.5 - 1
-
-
-def _case(family: str, build, *real: tuple, image: int = 0, **more) -> Case:
-    """A case with its released models as (model, config, published billions)."""
-    published = [(m, config, 1e9 * float(n), 0.5 * _unit(n) / float(n)) for m, config, n in real]
-    images = (lambda: shown(image)) if image else None
-    return Case(family, build, plain=plain_video, images=images, published=published, **more)
-
-
-def _unit(printed: str) -> float:
-    return 10.0 ** -len(printed.partition(".")[2])
+    return save(pipe, folder, height=16, width=16, num_frames=3)
 
 
 CASES = [
-    _case("wan", wan, ("Wan 2.1 1.3B", REAL["wan-1.3b"], "1.42"), ("Wan 2.1 14B", REAL["wan-14b"], "14")),
-    _case("wan", wan22, name="wan22"),
-    _case("wan-i2v", wan_i2v, ("Wan 2.1 I2V 14B", REAL["wan-i2v-14b"], "16.4"), image=SIZE),
-    _case("wan-i2v", wan22_i2v, name="wan22-i2v", image=SIZE),
-    _case("wan-ti2v", wan_ti2v, ("Wan 2.2 TI2V 5B", REAL["wan-5b"], "5")),
-    _case("wan-ti2v-image", wan_ti2v_image, image=SIZE),
-    _case("anyflow", anyflow, ("AnyFlow 14B", REAL["anyflow"], "14")),
-    _case("cogvideox", cogvideox, ("CogVideoX 2B", REAL["cogvideox-2b"], "2")),
-    _case("cogvideox", cogvideox_5b, ("CogVideoX 5B", REAL["cogvideox-5b"], "5.6"), name="cogvideox-rotary"),
-    _case("cogvideox-i2v", cogvideox_i2v, ("CogVideoX 5B I2V", REAL["cogvideox-i2v"], "5.6"), image=SIZE),
-    _case("hunyuan-video", hunyuan_video, ("HunyuanVideo", REAL["hunyuan-video"], "13")),
-    _case("ltx", ltx, ("LTX-Video", REAL["ltx"], "2")),
-    _case("animatediff", animatediff, ("AnimateDiff v1.5", REAL["animatediff"], "1.3")),
-    _case("svd", svd, ("Stable Video Diffusion", REAL["svd"], "1.5"), image=32),
+    case("cogvideox", cogvideox, ("CogVideoX 2B", REAL["cogvideox-2b"], "2")),
+    case("cogvideox", cogvideox_5b, ("CogVideoX 5B", REAL["cogvideox-5b"], "5.6"), name="cogvideox-rotary"),
+    case("cogvideox-i2v", cogvideox_i2v, ("CogVideoX 5B I2V", REAL["cogvideox-i2v"], "5.6"), image=SIZE),
+    case("hunyuan-video", hunyuan_video, ("HunyuanVideo", REAL["hunyuan-video"], "13")),
+    case("ltx", ltx, ("LTX-Video", REAL["ltx"], "2")),
+    case("animatediff", animatediff, ("AnimateDiff v1.5", REAL["animatediff"], "1.3")),
+    case("svd", svd, ("Stable Video Diffusion", REAL["svd"], "1.5"), image=16),
 ]
