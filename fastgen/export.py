@@ -10,7 +10,7 @@ from torch import nn
 
 from fastgen import __version__, lora
 from fastgen.backbones import Teacher, hub_folder
-from fastgen.backbones.family import part_name
+from fastgen.backbones.parts import part_name
 from fastgen.cards import model_card, read_command
 from fastgen.checkpoint import write_text
 from fastgen.lora import load_lora_into

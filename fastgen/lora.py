@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import part_name
+from fastgen.backbones.parts import part_name
 from fastgen.checkpoint import write_tensors
 from fastgen.errors import UserError
 

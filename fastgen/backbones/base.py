@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.backbones.attention import kernel
-from fastgen.backbones.family import FLOW_TIMES, Cond, Family
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import FLOW_TIMES
 from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 

@@ -5,7 +5,8 @@ one sequence: DiT, PixArt, SANA, SANA-Sprint, Lumina2, Z-Image.
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, fold_tokens
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import fold_tokens
 from fastgen.schedules import expand
 
 MASKED = ("encoder_hidden_states", "encoder_attention_mask")

@@ -11,29 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastgen.backbones.parts import Parts, dynamic_shift, fold_tokens, part_name, patch_of
 from fastgen.errors import UserError
 
 Cond = dict[str, Tensor]
-FLOW_TIMES = {"t1000": lambda t: 1000 * t, "unit": lambda t: t, "reversed": lambda t: 1 - t}
-
-
-class Parts(nn.Module):
-    """Several networks that act as one denoiser (two experts, a UNet and its ControlNet), by folder name."""
-
-    def __init__(self, **parts: nn.Module):
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-        self.names = tuple(parts)
-
-    @property
-    def config(self):
-        """Config of the first part, the denoiser itself."""
-        return getattr(self, self.names[0]).config
-
-    def enable_gradient_checkpointing(self, function=None) -> None:
-        for name in self.names:
-            getattr(self, name).enable_gradient_checkpointing(function)
 
 
 class Family:
@@ -334,38 +315,3 @@ class Family:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""
         last = str(len(self.taps(net)) - 1)
         return any(fnmatch(name, pattern.replace("{last}", last)) for pattern in self.unreached)
-
-
-def part_name(file: str, part: str) -> str:
-    """Name of the adapter file of a denoiser's further network, beside the first one's."""
-    return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
-
-
-def patch_of(net: nn.Module) -> int:
-    size = net.config.get("patch_size") or 1
-    return size if isinstance(size, int) else size[-1]
-
-
-def fold_tokens(out: Tensor, x: Tensor, patch: int) -> Tensor:
-    """Tokens [B, N, C], row-major over x's patches, as [B, C, h, w] with frames stacked along h."""
-    w = x.shape[-1] // patch
-    return out.transpose(1, 2).unflatten(2, (out.shape[1] // w, w))
-
-
-def dynamic_shift(config, tokens: int) -> float:
-    """FLUX's resolution-dependent shift: mu linear in the tokens, exp(mu) unless declared linear."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
-    if config.get("time_shift_type", "exponential") == "linear":
-        return float(mu)
-    return float(torch.tensor(mu, dtype=torch.float64).exp())
-
-
-def perturb_zero_layers(net: nn.Module, std: float = 0.02) -> None:
-    """Give zero-initialised layers small random weights, so that an untrained network's output depends on
-    its input.
-    """
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(0, std)

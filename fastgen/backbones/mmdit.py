@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.backbones.dit import pad_rows
-from fastgen.backbones.family import Cond, Family, fold_tokens
+from fastgen.backbones.family import Cond, Family
+from fastgen.backbones.parts import fold_tokens
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAST_TEXT = ("attn.add_q_proj.", "attn.norm_added_q.")

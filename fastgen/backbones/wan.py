@@ -9,8 +9,9 @@ empty where none do; both are learned by one student (one adapter each) and expo
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.family import Cond, Family, Parts
+from fastgen.backbones.family import Cond, Family
 from fastgen.backbones.frames import VideoFamily
+from fastgen.backbones.parts import Parts
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

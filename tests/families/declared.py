@@ -4,6 +4,7 @@ import torch
 
 from tests.families import Case
 from tests.families.parts import autoencoder, t5_text, t5_tokenizer
+from tests.tiny import perturb_zero_layers
 
 DECLARATION = {
     "pipelines": ["AuraFlowPipeline"],
@@ -24,8 +25,6 @@ DECLARATION = {
 
 def auraflow_folder(folder):
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
-
-    from fastgen.backbones.family import perturb_zero_layers
 
     torch.manual_seed(23)
     net = AuraFlowTransformer2DModel(

@@ -6,7 +6,6 @@ from unittest import mock
 
 import torch
 
-from fastgen.backbones.family import perturb_zero_layers
 from tests.families import Case
 from tests.families.image_transformers_real import REAL
 from tests.families.parts import (
@@ -23,6 +22,7 @@ from tests.families.parts import (
     t5_text,
     t5_tokenizer,
 )
+from tests.tiny import perturb_zero_layers
 
 
 def lumina_kl():

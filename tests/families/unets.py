@@ -5,7 +5,7 @@ import torch
 from tests.families import Case
 from tests.families.parts import BETAS, autoencoder, clip_text, clip_tokenizer
 from tests.families.unets_real import PUBLISHED
-from tests.tiny import edm_folder, flow_folder, sana_folder, sd_folder, vp_folder
+from tests.tiny import edm_folder, flow_folder, perturb_zero_layers, sana_folder, sd_folder, vp_folder
 
 UNET = {
     "sample_size": 8,
@@ -23,8 +23,6 @@ UNET = {
 
 def _unet(**more):
     from diffusers import UNet2DConditionModel
-
-    from fastgen.backbones.family import perturb_zero_layers
 
     torch.manual_seed(4)
     net = UNet2DConditionModel(**UNET | more)
@@ -66,8 +64,6 @@ def lcm_folder(folder):
 def controlnet_folder(folder):
     from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
 
-    from fastgen.backbones.family import perturb_zero_layers
-
     unet = _unet()
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
     perturb_zero_layers(net)
@@ -98,8 +94,6 @@ def sdxl_folder(folder):
 
 def _label_net(**more):
     from diffusers import UNet2DModel
-
-    from fastgen.backbones.family import perturb_zero_layers
 
     settings = {k: UNET[k] for k in ("block_out_channels", "layers_per_block", "norm_num_groups")}
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fastgen.backbones.family import perturb_zero_layers
 from fastgen.backbones.wan import pictures
 from fastgen.serving import bind
 from tests.families import PROMPTS, Case
+from tests.tiny import perturb_zero_layers
 
 SIZE, FRAMES = 32, 9  # pixels a side and frames that these folders are sampled at
 
