@@ -38,9 +38,7 @@ class Cast:
         for key, w in asked.items():
             if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
                 raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
-        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
-            found = "found a range for an unconditional teacher, which has no guidance"
-            raise UserError("student.guidance_embedding", found, "leave it out")
+        self._check_told()
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -66,6 +64,17 @@ class Cast:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
+
+    def _check_told(self) -> None:
+        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
+        if not self.cfg.student.guidance_embedding:
+            return
+        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
+        if not self.teacher.codec.null(1):
+            raise UserError(key, "an unconditional teacher has no guidance", "leave it out")
+        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
+            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
+            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
 
     @property
     def critic_kind(self) -> str:

@@ -44,11 +44,10 @@ class Role:
             return cond
         return {**cond, "guidance": torch.full((len(x),), self.guidance, device=x.device)}
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        """D [B, ...] in float32 at x_t [B, ...], t [B]; net_t is a time to tell the network in t's place."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """D [B, ...] in float32 at x_t [B, ...], t [B]."""
         with self._acting() as net:
-            more = () if net_t is None else (net_t,)
-            return net(x_t, t, self._told(cond, x_t), *more)
+            return net(x_t, t, self._told(cond, x_t))
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's native prediction."""

@@ -158,10 +158,10 @@ class MLPDenoiser(nn.Module):
             expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())
         ), torch.atan2(s, a * sd)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        phase = phase if net_t is None else self._coefficients(x_t, net_t)[1]
-        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, phase, cond)))
+        told = self._coefficients(x_t, cond["net_t"])[1] if "net_t" in cond else phase
+        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, told, cond)))
 
     raw = forward
 

@@ -47,12 +47,14 @@ class Backbone(nn.Module):
             t = t.sin() / (t.sin() + t.cos())
         return FLOW_TIMES[self.family.flow_time](t).float()
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        """Native prediction of the network, [B, C, ...] float32; it is told net_t where that is given."""
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Native prediction of the network, [B, C, ...] float32; it is told cond["net_t"] where that is
+        given.
+        """
         dtype = next(self.net.parameters()).dtype
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
-        time = self.net_time(t if net_t is None else net_t)
+        time = self.net_time(cond.get("net_t", t))
         if not self.second_time:
             return self.family.call(self.net, x_t.to(dtype), time, cond).float()
         gap = expand(self.schedule.gap(t, cond.get("r", t)), x_t).expand_as(x_t[:, :1])
@@ -68,8 +70,8 @@ class Backbone(nn.Module):
         skip, scale = var / (gap**2 + var), gap * var**0.5 / (t**2 + var).sqrt()
         return expand(skip, x_t) * x_t + expand(scale, x_t) * out
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        return self.to_x0(self.raw(x_t, t, cond, net_t), x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.to_x0(self.raw(x_t, t, cond), x_t, t)
 
     def add_guidance(self) -> None:
         """Make the guidance scale an input of the network; call it before adapters are added."""

@@ -111,6 +111,8 @@ class Family:
     """convolution that reads the latent; a second time enters as one more of its channels"""
     guidance_layers: tuple[str, ...] = ()
     """layers that `add_guidance` makes; a LoRA student adapts them too"""
+    guidance_form: str = ""
+    """the setting without which no pipeline tells such a network its guidance scale"""
 
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
