@@ -47,6 +47,11 @@ class TangentConfig(BaseModel):
             )
         return self
 
+    @property
+    def reach(self) -> float:
+        """How far from its point the derivative looks."""
+        return self.step if self.method == "difference" else 1e-6
+
 
 def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
     """Derivative of f at the tensors `at` in the direction `along`, shaped like f's output, detached."""
