@@ -127,8 +127,11 @@ class TextCodec(nn.Module):
 
     def _shapes(self, num: int) -> Cond:
         """Zeros in the shapes of a condition: laid out for --dry_run, shapes are all there is."""
-        given = {k: (v, torch.float32) if isinstance(v, tuple) else v for k, v in self.cond_shapes.items()}
-        rows = {k: torch.zeros(num, *s, dtype=d, device=self.device) for k, (s, d) in given.items()}
+        rows = {}
+        for key, value in self.cond_shapes.items():
+            shape, dtype = value if isinstance(value[0], tuple) else (value, torch.float32)
+            made = torch.zeros if dtype.is_floating_point else torch.ones  # masks let everything through
+            rows[key] = made(num, *shape, dtype=dtype, device=self.device)
         if self.guidance is not None:
             rows["guidance"] = torch.full((num,), float(self.guidance), device=self.device)
         return rows
