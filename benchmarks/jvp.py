@@ -11,7 +11,7 @@ SETTINGS = {
 
 
 def jvp(rounds: int = 12, batch: int = 16) -> dict:
-    """Ratios for the exact tangent and for differences, with the teacher's call, timed side by side."""
+    """Ratios for the exact tangent and for differences, without and with a teacher's call, side by side."""
     import torch
 
     from fastgen import config, losses
@@ -29,9 +29,9 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
     objective = cast.stage(cfg.all_stages()[0], Rng(0))
     parameters = list(objective.players["student"].trainable().values())
 
-    def scm(method: str) -> None:
+    def scm(method: str, mode: str) -> None:
         tangent = objective.cfg.tangent.model_copy(update={"method": method})
-        objective.cfg = objective.cfg.model_copy(update={"tangent": tangent})
+        objective.cfg = objective.cfg.model_copy(update={"tangent": tangent, "mode": mode})
         for loss, _ in objective.step(one, 1):
             loss.backward()
 
@@ -40,7 +40,10 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
             p.requires_grad_(True)
         losses.mse(student(x0, t, cond), x0).backward()
 
-    runs = {"plain": plain, "exact": lambda: scm("exact"), "difference": lambda: scm("difference")}
+    runs = {"plain": plain}
+    for method in ("exact", "difference"):
+        runs[method] = lambda m=method: scm(m, "training")
+        runs[f"{method}_with_teacher"] = lambda m=method: scm(m, "distillation")
     times: dict[str, list[float]] = {n: [] for n in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
@@ -50,12 +53,13 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
             for p in parameters:
                 p.grad = None
     kept = {n: found[1:] for n, found in times.items()}  # the first round warms up
-    ratio = {
-        n: statistics.median(a / b for a, b in zip(kept[n], kept["plain"])) for n in ("exact", "difference")
+    ratios = {
+        f"{n}_ratio": statistics.median(a / b for a, b in zip(found, kept["plain"]))
+        for n, found in kept.items()
+        if n != "plain"
     }
     return {
-        "exact_ratio": ratio["exact"],
-        "difference_ratio": ratio["difference"],
+        **ratios,
         **{f"{n}_seconds": statistics.median(found) for n, found in kept.items()},
         "batch": batch,
         "parameters": sum(p.numel() for p in student.trainable().values()),

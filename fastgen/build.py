@@ -170,6 +170,10 @@ class Cast:
             base = self._other_net()
         elif not alone:
             base = copy.deepcopy(base).float()
+        if self.cfg.student.smooth_time and name in ("student", "target", "previous"):
+            from fastgen.smooth import make_smooth
+
+            make_smooth(base)
         if two_times and adapter is None:
             base.add_second_time()
             base.to(self.device)

@@ -101,6 +101,8 @@ class Family:
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
+    time_layers: tuple[str, str] = ("time_proj", "time_embedding")
+    """the sinusoids of the time and the two-layer embedder behind them"""
     input_layer: str = "conv_in"
     """convolution that reads the latent; a second time enters as one more of its channels"""
     guidance_layers: tuple[str, ...] = ()
@@ -185,11 +187,13 @@ class Family:
         if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
             told = f"{self.net_class} has no plain convolution over its latent for a second time to enter by"
             raise UserError("objective.name", told, "a method whose network takes one time")
-        wider = type(net).from_config({**net.config, "in_channels": width + 1})
+        with torch.device(layer.weight.device), torch.random.fork_rng(devices=[]):
+            wider = type(net).from_config({**net.config, "in_channels": width + 1})
         state, key = net.state_dict(), f"{self.input_layer}.weight"
         state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
-        wider.load_state_dict(state)
-        return wider.to(layer.weight.device)
+        if layer.weight.device.type != "meta":
+            wider.load_state_dict(state)
+        return wider
 
     # -- latents --------------------------------------------------------------------------------------------
     def channels(self, net: nn.Module) -> int:
