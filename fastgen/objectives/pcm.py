@@ -1,13 +1,13 @@
 """PCM: phased consistency model.
 
-Paper: Wang et al. 2024, arXiv 2405.18407 (Alg. 1 and 2).
+Paper: Wang et al. 2024, arXiv 2405.18407.
 
   the K-step DDIM grid in M phases;  n ~ U;  t = t_n, r = t_{n+1};  e = end of the phase that holds t
   x_t = alpha x0 + sigma eps
   x_r = DDIM step t -> r with D_real^w                 CFG-free: w = 1, captions dropped at times
-  pred   = F(x_t, t, e; theta),  target = sg F(x_r, r, e; theta-),  x_r itself at r = e     (eq. 4-6)
+  pred   = F(x_t, t, e; theta),  target = sg F(x_r, r, e; theta-),  x_r itself at r = e
       F: DDIM jump with D held
-  update G     with  mean sqrt(d^2 + c^2) - c  +  gan_weight gen(Disc(pred_v))              (eq. 9)
+  update G     with  mean sqrt(d^2 + c^2) - c  +  gan_weight gen(Disc(pred_v))
   update Disc  with  disc(Disc(sg pred_v), Disc(target_v))       v ~ U over the phase; both noised from e
 
 The student is sampled in M deterministic steps, one a phase. The real side of the discriminator is the
