@@ -16,7 +16,7 @@ target, not data: the adversarial term keeps to the teacher's ODE.
 Differs
 - authors: discriminator and generator take turns by the parity of the step; here both move on every step.
 - v is a point of the solver's grid, above e.
-- authors: softplus-free hinge with relu(1 - fake) on the generator's side; -fake here, as LADD.
+- authors: relu(1 - fake) on the generator's side of the hinge; -fake here, as in LADD.
 - the authors' 50 steps in 4 phases do not divide; a divisor is asked for, so that phases end where the
   sampler stops. Their SDXL runs use 40 steps and 4 phases.
 - no EMA target, as in the authors' code; target_decay gives one.
@@ -75,6 +75,10 @@ class PCM(Objective, config=PCMConfig):
     @classmethod
     def grid_steps(cls, cfg):
         return cfg.grid_steps
+
+    @classmethod
+    def learned_guidance(cls, cfg, guidance):
+        return guidance if cfg.guided_solver else 1.0
 
     @classmethod
     def unsampled(cls, cfg, num_steps, sampler):
