@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.config import LoraConfig, RunConfig, StageConfig
-from fastgen.critics import Discriminator
+from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError
 from fastgen.nets import FeatureNet, Perceptual
 from fastgen.objectives import REGISTRY, Objective
@@ -20,7 +20,6 @@ from fastgen.paths import asset
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
 from fastgen.schedules import VP, Flow, Schedule
-from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -39,9 +38,7 @@ class Cast:
         for key, w in asked.items():
             if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
                 raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
-        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
-            found = "found a range for an unconditional teacher, which has no guidance"
-            raise UserError("student.guidance_embedding", found, "leave it out")
+        self._check_told()
         names = {p for s in cfg.all_stages() for p in _wanted(s)}
         self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
@@ -63,9 +60,25 @@ class Cast:
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
 
+    def _check_told(self) -> None:
+        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
+        if not self.cfg.student.guidance_embedding:
+            return
+        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
+        if not self.teacher.codec.null(1):
+            raise UserError(key, "an unconditional teacher has no guidance", "leave it out")
+        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
+            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
+            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
+
     @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+
+    @property
+    def two_times(self) -> bool:
+        """Whether a stage trains the student at pairs of times."""
+        return any(REGISTRY[s.objective.name].two_times for s in self.cfg.all_stages())
 
     @property
     def few_step_schedule(self) -> Schedule:
@@ -86,7 +99,10 @@ class Cast:
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         base = self.teacher.backbone
-        adapter, told = None, self.cfg.student.guidance_embedding if name != "critic" else None
+        adapter, told = None, None
+        if name in ("student", "target", "previous"):
+            told = self.cfg.student.guidance_embedding
+        two_times = name in ("student", "target") and self.two_times
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -94,11 +110,17 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = name
-            self._adapter(base, name, lora, told is not None)
+            if two_times:
+                base.add_second_time()
+                base.requires_grad_(False)
+            self._adapter(base, name, lora, told is not None, two_times)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif not alone:
             base = copy.deepcopy(base).float()
+        if two_times and adapter is None:
+            base.add_second_time()
+            base.to(self.device)
         if told and adapter is None:
             if self.cfg.student.sprint:
                 from fastgen.sprint import make_sprint
@@ -120,7 +142,7 @@ class Cast:
 
             init_student(self.parts[name], self.cfg.student.init)
 
-    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool, two_times: bool = False) -> None:
         if told:
             base.add_guidance()
             base.requires_grad_(False)
@@ -128,6 +150,7 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
+            targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
@@ -155,6 +178,8 @@ class Cast:
         student.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
+        if "weak" in names and "weak" not in self.parts:
+            self.parts["weak"] = self._weak(stage.objective.weak)
         if "disc" in names and "disc" not in self.parts:
             self.parts["disc"] = self._disc(getattr(stage.objective, "host", stage.objective))
         if "clip" in names and "clip" not in self.parts:
@@ -162,6 +187,22 @@ class Cast:
         if "perceptual" in names and "perceptual" not in self.parts:
             self.parts["perceptual"] = self._perceptual()
         return cls(stage.objective, {n: self.parts[n] for n in names}, rng, self.cfg.teacher.guidance)
+
+    def _weak(self, path: str) -> Role:
+        """The weaker version of the teacher that autoguidance leads away from."""
+        if not path:
+            found = "not given, and objective.autoguidance leads away from a weaker model"
+            raise UserError(
+                "objective.weak", found, "an early checkpoint or a smaller model of the same data"
+            )
+        weak = load_teacher(path, weights=str(self.device) != "meta").to(self.device)
+        same = type(weak.schedule) is type(self.teacher.schedule)
+        if weak.codec.shape != self.teacher.codec.shape or not same:
+            found = f"{path} makes {weak.codec.shape} on a {type(weak.schedule).__name__} schedule"
+            allowed = f"as the teacher: {self.teacher.codec.shape}, {type(self.teacher.schedule).__name__}"
+            raise UserError("objective.weak", found, allowed)
+        weak.backbone.requires_grad_(False).eval()
+        return Role(weak.backbone)
 
     def _clip(self, path: str):
         """The image-text net that version 2 of SwiftBrush trains against."""

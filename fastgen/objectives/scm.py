@@ -1,6 +1,6 @@
 """sCM: continuous-time consistency distillation and training in TrigFlow coordinates.
 
-Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fastgen/trigflow.py`.
+Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fastgen/coordinates.py`.
 
   s = sigma / alpha, log-normal;  t = atan(s / sd);  x_t = cos t x0 + sin t z,  z ~ N(0, sd^2 I)
   d = dx_t/dt = sd F_real^w(x_t, t)                              training: cos t z - sin t x0 instead
@@ -26,10 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import losses
+from fastgen.coordinates import TrigView
 from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
 from fastgen.schedules import expand
 from fastgen.tangents import TangentConfig, tangent
-from fastgen.trigflow import TrigView
 
 
 class SCMConfig(ObjectiveConfig):
@@ -80,17 +80,24 @@ class SCM(Objective, config=SCMConfig):
 
 
 def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int, w: float | Tensor, told: dict):
-    """(loss, logs) of the box, for any objective with a student (and teacher and logvar part); told is the
-    student's cond, w the teacher's guidance.
+    """(loss, logs) of the box at noised data, for any objective with a student (and teacher and logvar part);
+    told is the student's cond, w the teacher's guidance.
     """
     x0, rng, sd = batch.x0, objective.rng, cfg.sigma_data
     view = TrigView(objective.schedule, sd)
     t = view.time(objective.sample_t(len(x0), cfg.time))
     x_t = view.trig.noise(x0, rng.randn_like(x0), t)  # x_t = cos t x0 + sin t z
+    with torch.no_grad():
+        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
+    return loss_at(objective, cfg, x_t, t, d, k, told)
+
+
+def loss_at(objective: Objective, cfg: SCMConfig, x_t: Tensor, t: Tensor, d: Tensor, k: int, told: dict):
+    """(loss, logs) at any points x_t, t of TrigFlow with the velocity d of the ODE that is followed there."""
+    sd, view = cfg.sigma_data, TrigView(objective.schedule, cfg.sigma_data)
     cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
     student = view.velocity(lambda x, tau: objective.student(x, tau, told))
     with torch.no_grad():
-        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
         scaled = t.cos() * t.sin()
         J = tangent(student, (x_t, t), (cos * sin * d, scaled), cfg.tangent)  # cos t sin t dF/dt
     F = student(x_t, t)

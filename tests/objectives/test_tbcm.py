@@ -1,0 +1,92 @@
+"""TBCM: points on the teacher's trajectory, no call wasted, sCM's loss there; the mixture without data."""
+
+import pytest
+import torch
+
+from fastgen.coordinates import TrigView
+from fastgen.errors import UserError
+from fastgen.objectives.tbcm import TBCM, TBCMConfig
+from fastgen.roles import Student
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.test_scm import PLAIN, S0, FlowMapNet
+from tests.objectives.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
+from tests.replay import replay
+
+SHORT = {"points": 2, "scm": {"name": "scm", "warmup_steps": 2}}
+"""settings of the contract battery"""
+SCHEDULES = pytest.mark.parametrize("S", [Flow(), EDM(), VP.scaled_linear()])
+
+
+def make(S, net=None, points=6, **scm):
+    scm = {"name": "scm", "sigma_data": 1.0, **PLAIN, **scm}
+    student = Student(net or FlowMapNet(S), None, S.steps(1))
+    teacher = CountingRole(GaussianNet(S, 0.0, S0).requires_grad_(False))
+    objective = TBCM(TBCMConfig(points=points, scm=scm), {"student": student, "teacher": teacher}, rng())
+    objective.prepare()
+    return objective
+
+
+def batch_without_data(num=64):
+    z = torch.randn(num, 1, dtype=torch.float64)
+    batch = batch_of(z, z)
+    batch.x0 = None
+    return batch
+
+
+@SCHEDULES
+def test_p1_points_lie_on_the_teachers_trajectory_at_one_call_each(S):
+    """Gaussian data: on the exact ODE x_t / sqrt(V_t) is constant, which many points come close to; times
+    descend from T; d is the exact velocity.
+    """
+    objective = make(S, points=200)
+    batch = batch_without_data(16)
+    x, t, d = (v.reshape(200, 16, *v.shape[1:]) for v in objective.walk(batch, 1.0))
+    assert len(objective.teacher.calls) == 200
+    assert (t[:-1] >= t[1:]).all()
+    assert torch.equal(t[0], TrigView(S, 1.0).time(torch.full((16,), S.steps(1)[0]).double()))
+    spread = (t.cos() ** 2 * S0**2 + t.sin() ** 2).sqrt()[..., None]
+    straight = x / spread
+    assert (straight - straight[0]).abs().max() < 0.05 * straight.abs().max()
+    exact = x * (t.sin() * t.cos() * (1 - S0**2))[..., None] / spread**2
+    torch.testing.assert_close(d, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_p1_few_points_are_the_teachers_ddim_sampler():
+    """At K = 2 the second point is the teacher's one DDIM step from pure noise to the drawn time."""
+    S = Flow()
+    objective = make(S, points=2)
+    batch = batch_without_data(32)
+    (x0, x1), (t0, t1), _ = (v.reshape(2, 32, *v.shape[1:]) for v in objective.walk(batch, 1.0))
+    torch.testing.assert_close(x0, batch.noise)
+    view = TrigView(S, 1.0)
+    start, scale0 = view.trig.map_to(S, t0)
+    tau, scale1 = view.trig.map_to(S, t1)
+    D = objective.teacher(x0 * scale0[:, None], start, {})
+    expected = S.ode_step(D, x0 * scale0[:, None], start, tau) / scale1[:, None]
+    torch.testing.assert_close(x1, expected, rtol=1e-4, atol=1e-4)
+
+
+@SCHEDULES
+def test_p1_no_loss_at_the_flow_map(S):
+    """The exact consistency function has no tangent anywhere on the trajectories; a wrong one has."""
+    batch = batch_without_data()
+    right = float(next(make(S).step(batch, 1))[0].detach())
+    wrong = float(next(make(S, FlowMapNet(S, 0.5)).step(batch, 1))[0].detach())
+    assert right < 1e-6 and wrong > 100 * right + 1e-4, (right, wrong)
+
+
+def test_training_without_a_teacher_is_refused():
+    with pytest.raises(UserError, match=r"objective.scm.mode: found 'training'"):
+        make(Flow(), mode="training")
+
+
+def test_p2_distils_the_mixture_without_data(tmp_path):
+    scm = {"sigma_data": 0.7, "warmup_steps": 100, "weighting": "uniform"}
+    scm |= {"name": "scm", "time": {"kind": "log_normal", "mean": -0.4, "std": 1.6}}
+    cfg = {"name": "tbcm", "points": 6, "scm": scm}
+    before, after, _, _ = run_mixture(tmp_path, cfg, steps=300, batch=64, lr=1e-3)
+    assert after < 0.03 and after < before / 4, (before, after)
+
+
+def test_p4_tbcm(tiny, tmp_path):
+    replay(tiny, tmp_path, {"name": "tbcm", **SHORT})
