@@ -61,7 +61,7 @@ class ConsistencyConfig(ObjectiveConfig):
     weighting: Literal["uniform", "inverse_gap"] = "uniform"
     """w: uniform, or 1 / (t - r) in the schedule's time, as improved CT takes it for EDM"""
     space: Literal["state", "x0"] = "state"
-    """where d is taken: at the state x_e, or in D (multistep, 2403.06807, Alg. 1)"""
+    """where d is taken: at the state x_e, or in D (multistep, 2403.06807)"""
     log_normal: tuple[float, float] | None = None
     """mean and std of ln(sigma / alpha) to draw intervals by, (-1.1, 2.0) in improved CT; null: evenly"""
     target_decay: float = Field(0.0, ge=0, lt=1)

@@ -13,7 +13,7 @@ def num_intervals(curriculum: str, first: int, last: int, done: float) -> int:
     """Intervals N after a share `done` of the curriculum, from first to last.
 
     "double": N_0 2^j in equal spans (2310.14189, Sec. 3.4); "root": CT's (2303.01469, App. C); "log":
-    log-linear, the growth of the teacher's steps in multistep consistency (2403.06807, Sec. 3).
+    log-linear, the growth of the teacher's steps in multistep consistency (2403.06807).
     """
     if curriculum == "double":
         doublings = math.ceil(math.log2(last / first))
@@ -27,7 +27,7 @@ def draw_intervals(
     rng: Rng, schedule: Schedule, grid: Tensor, num: int, log_normal: tuple[float, float] | None
 ) -> Tensor:
     """Intervals i [num] of a descending grid: evenly, or with the mass that a normal law (mean, std) of
-    ln(sigma / alpha) has between the grid's times (2310.14189, eq. 10).
+    ln(sigma / alpha) has between the grid's times (2310.14189, Sec. 3.5).
     """
     last = len(grid) - 2
     if log_normal is None:

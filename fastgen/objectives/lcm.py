@@ -5,7 +5,7 @@ Papers: Luo et al. 2023, arXiv 2310.04378 (LCM, Alg. 1); Luo et al. 2023, arXiv 
   DDIM grid of K steps over the teacher's T timesteps: t_n, one solver step skips k = T / K of them
   n ~ U, w ~ U(w_min, w_max);  t = t_{n+1}, r = t_n
   z_t = alpha z0 + sigma eps
-  z_r = Psi(z_t, t, r) with D^w = D_uncond + w (D_cond - D_uncond)    guided solver step     (eq. 14-17)
+  z_r = Psi(z_t, t, r) with D^w = D_uncond + w (D_cond - D_uncond)        guided (Sec. 4.2), k at once (4.3)
   pred   = f_theta(z_t, w, c, t)
   target = sg f_theta-(z_r, w, c, r),  and z_r itself at r = 0                               (boundary)
   loss   = mean sqrt(d^2 + c^2) - c;   theta- <- mu theta- + (1 - mu) theta
@@ -82,7 +82,7 @@ class LCM(Objective, config=LCMConfig):
             with torch.no_grad():
 
                 def D(x, u):
-                    return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w, eq. 14
+                    return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w
 
                 x_r = solver_step(S, D, x_t, t, r, cfg.solver)
                 net = self.target if cfg.target_decay else self.student
