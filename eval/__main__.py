@@ -6,6 +6,7 @@ python -m eval --images a --against b --metrics fid kid --weights inception=FILE
 python -m eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE hps=FILE
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]
+python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
 """
 
 import argparse
@@ -27,7 +28,7 @@ def _flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("command", nargs="?", default="measure", choices=("measure", "record", "leaderboard"))
+    add("command", nargs="?", default="measure", choices=("measure", "record", "negative", "leaderboard"))
     add("--run", default="", metavar="DIR", help="run folder")
     add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
     add("--images", default="", metavar="DIR", help="generated images; grid*.png are passed over")
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "leaderboard":
             return _leaderboard(args)
+        if args.command == "negative":
+            return _negative(args)
         if args.command == "record":
             return _record(args)
         if bool(args.run) == bool(args.images):
@@ -68,6 +71,17 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=2))
     except UserError as error:
         return fail(error)
+    return 0
+
+
+def _negative(args) -> int:
+    from eval.evidence import results_folder
+    from eval.negative import record
+
+    if not args.run:
+        raise UserError("--run", "none given", "a run, or the export, of a student asked by text")
+    file = record(args.run, results_folder() / "benchmarks")
+    print(file.read_text() + f"wrote {file}")
     return 0
 
 
