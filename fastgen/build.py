@@ -13,14 +13,13 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.base import Backbone
 from fastgen.config import LoraConfig, RunConfig, StageConfig
-from fastgen.critics import Discriminator
+from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
 from fastgen.schedules import VP, Flow, Schedule
-from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -40,9 +39,7 @@ class Cast:
         for key, w in asked.items():
             if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
                 raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
-        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
-            found = "found a range for an unconditional teacher, which has no guidance"
-            raise UserError("student.guidance_embedding", found, "leave it out")
+        self._check_told()
         clips = any(getattr(_method(s), "clip_weight", 0) for s in cfg.all_stages())
         if clips and not hasattr(self.teacher.codec, "prompts"):
             raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
@@ -72,9 +69,25 @@ class Cast:
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
 
+    def _check_told(self) -> None:
+        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
+        if not self.cfg.student.guidance_embedding:
+            return
+        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
+        if not self.teacher.codec.null(1):
+            raise UserError(key, "an unconditional teacher has no guidance", "leave it out")
+        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
+            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
+            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
+
     @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+
+    @property
+    def two_times(self) -> bool:
+        """Whether a stage trains the student at pairs of times."""
+        return any(REGISTRY[s.objective.name].two_times for s in self.cfg.all_stages())
 
     @property
     def few_step_schedule(self) -> Schedule:
@@ -113,6 +126,7 @@ class Cast:
         adapter, told = None, (min(counts), max(counts)) if counts else None
         if name in ("student", "target", "previous") and not counts:
             told = self.cfg.student.guidance_embedding
+        two_times = name in ("student", "target") and self.two_times
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -120,13 +134,19 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = adapter_name
-            self._adapter(base, adapter, lora, told is not None)
+            if two_times:
+                base.add_second_time()
+                base.requires_grad_(False)
+            self._adapter(base, adapter, lora, told is not None, two_times)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif self.cfg.student.net and name == "student":
             base = self._other_net()
         elif not alone:
             base = copy.deepcopy(base).float()
+        if two_times and adapter is None:
+            base.add_second_time()
+            base.to(self.device)
         if told and adapter is None:
             if self.cfg.student.sprint:
                 from fastgen.sprint import make_sprint
@@ -168,7 +188,7 @@ class Cast:
         if self.num_students:
             self.parts["student"].router.divide(data.cond_table)
 
-    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool, two_times: bool = False) -> None:
         if told:
             base.add_guidance()
             base.requires_grad_(False)
@@ -176,6 +196,7 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
+            targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
@@ -213,6 +234,8 @@ class Cast:
             student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
+        if "weak" in names and "weak" not in self.parts:
+            self.parts["weak"] = self._weak(stage.objective.weak)
         method = _method(stage)
         if "disc" in map(_base, names) and "disc" not in self.parts:
             num = range(self.num_students)
@@ -227,6 +250,22 @@ class Cast:
             return self.parts[name]
         base = _base(name)
         return self.parts[base].members[int(name.removeprefix(base))]
+
+    def _weak(self, path: str) -> Role:
+        """The weaker version of the teacher that autoguidance leads away from."""
+        if not path:
+            found = "not given, and objective.autoguidance leads away from a weaker model"
+            raise UserError(
+                "objective.weak", found, "an early checkpoint or a smaller model of the same data"
+            )
+        weak = load_teacher(path, weights=str(self.device) != "meta").to(self.device)
+        same = type(weak.schedule) is type(self.teacher.schedule)
+        if weak.codec.shape != self.teacher.codec.shape or not same:
+            found = f"{path} makes {weak.codec.shape} on a {type(weak.schedule).__name__} schedule"
+            allowed = f"as the teacher: {self.teacher.codec.shape}, {type(self.teacher.schedule).__name__}"
+            raise UserError("objective.weak", found, allowed)
+        weak.backbone.requires_grad_(False).eval()
+        return Role(weak.backbone)
 
     def _clip(self, path: str):
         """The image-text net that version 2 of SwiftBrush trains against."""

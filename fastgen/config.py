@@ -322,6 +322,12 @@ class RunConfig(Section):
         if self.student.gamma and self.student.sampler != "tcd":
             raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
         self._check_steps()
+        counts = (self.student.num_steps, len(times), *self.eval.student_steps)
+        two = [s.objective.name for s in self.all_stages() if REGISTRY[s.objective.name].two_times]
+        if two and max(counts) > 1 and self.student.sampler != "ode":
+            raise ValueError(
+                f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
+            )
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images

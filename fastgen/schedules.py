@@ -48,6 +48,14 @@ class Schedule:
         """lambda(t) = log(alpha / sigma), decreasing in t."""
         return self.alpha(t).log() - self.sigma(t).log()
 
+    def level(self, t: Tensor) -> Tensor:
+        """sigma / (alpha + sigma): the time of a rectified flow at the same signal-to-noise ratio."""
+        return self.sigma(t) / (self.alpha(t) + self.sigma(t))
+
+    def gap(self, t: Tensor, r: Tensor) -> Tensor:
+        """Length of a step from t to r, as level(t) - level(r)."""
+        return self.level(t) - self.level(r)
+
     # -- conversions ---------------------------------------------------------------------------------------
     def to_x0(self, kind: str, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The denoised estimate D behind a network output of the given kind."""

@@ -75,3 +75,44 @@ def replay(tiny, tmp_path, objective, teacher=None):
         untrained = base.codec.decode(base.role(x, t, cond))
     assert (images - ours).abs().max() < 1e-3
     assert (images - untrained).abs().max() > 1e-2
+
+
+def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
+    """The code of the model card, run without fastgen, against the export in ours, at moved weights."""
+    from types import SimpleNamespace
+
+    from fastgen.build import Cast
+    from fastgen.config import validate
+    from fastgen.export import export_student
+    from fastgen.sample import Painter, draw
+
+    values = {
+        "teacher": {"path": str(tiny(family))},
+        "student": {"kind": kind, "num_steps": steps, "sampler": "ode", "lora": {"rank": 2}},
+        "objective": objective,
+        "data": {"name": "fashion"},
+    }
+    cfg = validate(values)
+    cast, generator = Cast(cfg), torch.Generator().manual_seed(9)
+    for p in cast.parts["student"].trainable().values():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+    folder = export_student(run, tmp_path / "export", {})
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (folder / "plain.py").write_text(BLOCK + code)
+    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    from torchvision.transforms.functional import pil_to_tensor
+
+    image = pil_to_tensor(Image.open(folder / "sample.png")) / 255
+    loaded = load_export(str(folder))
+    prompt = "a red dress on a grey background"
+    text = hasattr(loaded.codec, "prompts")
+    cond = loaded.codec.prompts([prompt]) if text else loaded.codec.labels(torch.tensor([3]))
+    mine, _ = draw(Painter(loaded, 0, 1.0, loaded.codec.null(1)), cond, [0], 1)
+    assert (mine[0] - image).abs().max() < 1.01 / 255 + 1e-3
+    ours = cast.parts["student"]
+    here = SimpleNamespace(role=ours, codec=cast.teacher.codec, is_student=True, teacher=cast.teacher)
+    cond = {k: v for k, v in cond.items() if k != "guidance"}
+    trained, _ = draw(Painter(here, 0, 1.0, loaded.codec.null(1)), cond, [0], 1)
+    assert (trained - mine).abs().max() < 1e-3, "the export is not what was trained"

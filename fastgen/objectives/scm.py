@@ -1,6 +1,6 @@
 """sCM: continuous-time consistency distillation and training in TrigFlow coordinates.
 
-Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fastgen/trigflow.py`.
+Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fastgen/coordinates.py`.
 
   s = sigma / alpha, log-normal;  t = atan(s / sd);  x_t = cos t x0 + sin t z,  z ~ N(0, sd^2 I)
   d = dx_t/dt = sd F_real^w(x_t, t)                              training: cos t z - sin t x0 instead
@@ -26,10 +26,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import losses
+from fastgen.coordinates import TrigView
 from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
 from fastgen.schedules import expand
 from fastgen.tangents import TangentConfig, tangent
-from fastgen.trigflow import TrigView
 
 
 class SCMConfig(ObjectiveConfig):

@@ -18,7 +18,7 @@ from fastgen.rng import Rng
 TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in REGISTRY}
 SHORT = {n: test.SHORT for n, test in TESTS.items()}
 STUDENT = {n: getattr(test, "STUDENT", {}) for n, test in TESTS.items()}
-TEACHER = {n: getattr(test, "TEACHER", {}) for n, test in TESTS.items()}
+TEACHER = {n: getattr(test, "SHORT_TEACHER", {}) for n, test in TESTS.items()}
 """settings of the teacher and the student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
