@@ -120,13 +120,13 @@ class Cast:
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         base = self.teacher.backbone
+        two_times = name in ("student", "target", "previous") and self.two_times
         counts = [
             n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
         ]
         adapter, told = None, (min(counts), max(counts)) if counts else None
         if name in ("student", "target", "previous") and not counts:
             told = self.cfg.student.guidance_embedding
-        two_times = name in ("student", "target") and self.two_times
         if kind == "lora":
             if not hasattr(base, "add_adapter"):
                 raise UserError(
@@ -144,6 +144,10 @@ class Cast:
             base = self._other_net()
         elif not alone:
             base = copy.deepcopy(base).float()
+        if self.cfg.student.smooth_time and name in ("student", "target", "previous"):
+            from fastgen.smooth import make_smooth
+
+            make_smooth(base)
         if two_times and adapter is None:
             base.add_second_time()
             base.to(self.device)

@@ -101,6 +101,8 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    smooth_time: bool = False
+    """solve a full student's time embedder anew without fast ripples, for continuous-time methods"""
     sprint: bool = False
     """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
@@ -311,6 +313,8 @@ class RunConfig(Section):
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
         self._check_guidance()
+        if self.student.smooth_time and self.student.kind != "full":
+            raise ValueError("student.smooth_time: found true for an adapter; it needs student.kind full")
         if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
             raise ValueError(
                 "student.sprint: found true; it needs student.kind full and student.guidance_embedding"

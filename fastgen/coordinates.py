@@ -40,13 +40,15 @@ class TrigView:
 class LineView:
     """Levels, noising and average velocities of a native schedule, on the straight line of a flow."""
 
-    def __init__(self, native: Schedule):
-        self.native, self.line = native, Flow()
+    def __init__(self, native: Schedule, margin: float = 1e-6):
+        """margin: what levels keep from the ends, at least a difference's step."""
+        self.native, self.line, self.margin = native, Flow(), margin
 
     def level(self, tau: Tensor) -> Tensor:
         """s [B] of a native time, kept off the very ends."""
         edge = 1e-6 * (self.native.t_max - self.native.t_min)
-        return self.native.level(tau.clamp(self.native.t_min + edge, self.native.t_max - edge))
+        s = self.native.level(tau.clamp(self.native.t_min + edge, self.native.t_max - edge))
+        return s.clamp(self.margin, 1 - self.margin)
 
     def velocity(self, D: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """v(x_s, s) behind a denoiser D(x_tau, tau)."""

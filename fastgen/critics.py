@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
         """Logits per head, [B], [B, tokens] or [B, h, w]; with score=True also D of the same pass."""
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
-        logits = [head(m) for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
+        logits = [head(m).float() for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits
 
 

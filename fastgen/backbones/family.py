@@ -107,6 +107,8 @@ class Family:
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
+    time_layers: tuple[str, str] = ("time_proj", "time_embedding")
+    """the sinusoids of the time and the two-layer embedder behind them"""
     input_layer: str = "conv_in"
     """convolution that reads the latent; a second time enters as one more of its channels"""
     guidance_layers: tuple[str, ...] = ()

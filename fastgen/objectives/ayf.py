@@ -67,7 +67,7 @@ class AYF(Objective, config=AYFConfig):
         return calls | ({"weak": 1} if cfg.autoguidance > 1 else {})
 
     def step(self, batch, k):
-        cfg, view = self.cfg, LineView(self.schedule)
+        cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
         w, told = self.tell(batch)
         s, r = self.times(view, len(batch.x0))
         x_s = view.line.noise(batch.x0, self.rng.randn_like(batch.x0), s)

@@ -73,7 +73,7 @@ class MeanFlow(Objective, config=MeanFlowConfig):
         return calls | ({"student": calls.get("student", 0) + 2} if guided(cfg) else {})
 
     def step(self, batch, k):
-        cfg, view = self.cfg, LineView(self.schedule)
+        cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
         w, told = self.tell(batch)
         s, r = self.times(len(batch.x0))
         eps = self.rng.randn_like(batch.x0)
@@ -93,7 +93,7 @@ class MeanFlow(Objective, config=MeanFlowConfig):
 
     def times(self, num: int) -> tuple[Tensor, Tensor]:
         """Levels s >= r [B], equal in the first part of the batch."""
-        view = LineView(self.schedule)
+        view = LineView(self.schedule, self.cfg.tangent.reach)
         a, b = (view.level(self.sample_t(num, self.cfg.time)) for _ in range(2))
         s, r = torch.maximum(a, b), torch.minimum(a, b)
         same = torch.arange(num, device=s.device) < int(self.cfg.flow_ratio * num)

@@ -86,8 +86,8 @@ def test_p1_any_number_of_steps_lands_on_the_same_sample(schedule):
         student = Student(FlowMapNet(schedule), None, schedule.steps(num), "ode")
         found.append(student.generate(noise, {}, None).detach())
         assert student.ends()[:-1] == student.times[1:] and student.ends()[-1] == schedule.t_min
-    torch.testing.assert_close(found[1], found[0], atol=0.03, rtol=0)
-    torch.testing.assert_close(found[2], found[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(found[1], found[0], atol=0.06, rtol=0)
+    torch.testing.assert_close(found[2], found[0], atol=0.06, rtol=0)
     torch.testing.assert_close(found[0], noise * S0, atol=0.1, rtol=0)  # t_min and t_max are not 0 and 1
 
 
