@@ -15,7 +15,9 @@ from fastgen.backbones.base import Backbone
 from fastgen.config import LoraConfig, RunConfig, StageConfig
 from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
+from fastgen.nets import FeatureNet, Perceptual
 from fastgen.objectives import REGISTRY, Objective
+from fastgen.paths import asset
 from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
@@ -209,9 +211,6 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
-        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
-            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
-            raise UserError("objective.grid_steps", found, "use a divisor")
         times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
         if isinstance(schedule, VP) and any(t != round(t) for t in times):
             raise UserError(
@@ -246,6 +245,8 @@ class Cast:
             self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
         if "clip" in names and "clip" not in self.parts:
             self.parts["clip"] = self._clip(method.clip)
+        if "perceptual" in names and "perceptual" not in self.parts:
+            self.parts["perceptual"] = self._perceptual()
         return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
 
     def _part(self, name: str):
@@ -276,6 +277,13 @@ class Cast:
         from fastgen.imagetext import Alignment, image_text
 
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
+
+    def _perceptual(self) -> Perceptual:
+        measured = (self.teacher.info or {}).get("measure")
+        if not measured:
+            found = f"perceptual for {self.cfg.teacher.path}, whose images no bundled net knows"
+            raise UserError("objective.metric", found, "use l2, l1 or huber")
+        return Perceptual(self.teacher.codec, FeatureNet.load(asset(f"measure/{measured}"))).to(self.device)
 
     def _disc(self, objective, member: int = 0) -> Discriminator:
         objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several

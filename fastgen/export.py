@@ -113,7 +113,7 @@ def export_name(info: dict, output_dir: str) -> str:
 
 def describe(trainer, teacher: Teacher, student: Student, served: Serving, distilled: bool) -> dict:
     """What a file must say about itself, so that nothing needs to be remembered to sample it."""
-    cfg = trainer.cfg
+    cfg, last = trainer.cfg, trainer.cfg.all_stages()[-1].objective
     return {
         "version": __version__,
         "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
@@ -130,7 +130,7 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "needs_loop": served.needs_loop,
         "gaps": gaps(student) if distilled else None,
         "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
-        "guidance": cfg.teacher.guidance,
+        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.teacher.guidance),
         "guidance_range": student.guidance_range and list(student.guidance_range),
         "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",

@@ -152,7 +152,9 @@ class Student(Role):
         if self.sampler == "ode" or not self.gamma:
             return S.ode_step(x, x_t, t, u)
         s = S.toward_data(u, self.gamma)
-        return S.renoise(S.ode_step(x, x_t, t, s), randn_like(x), s, u)  # 2402.19159, Alg. 3
+        return S.renoise(
+            S.ode_step(x, x_t, t, s), randn_like(x), s, u
+        )  # strategic stochastic sampling, 2402.19159
 
     def ends(self) -> list[float]:
         """Where each step ends for a network that reads it: at the next time of an ODE walk, else clean."""

@@ -110,7 +110,7 @@ class Schedule:
         return [times[int(i)] for i in np.linspace(0, grid, num, endpoint=False)]
 
     def toward_data(self, u: Tensor, gamma: float) -> Tensor:
-        """The time s = (1 - gamma) u of TCD's sampling (arXiv 2402.19159, Alg. 3)."""
+        """The time s = (1 - gamma) u of TCD's strategic stochastic sampling (arXiv 2402.19159)."""
         return ((1 - gamma) * u.double()).clamp(min=self.t_min)
 
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,11 @@ class Objective:
         return ()
 
     @classmethod
+    def learned_guidance(cls, cfg, guidance: float) -> float:
+        """The teacher's guidance that ends up inside the student."""
+        return guidance
+
+    @classmethod
     def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
         """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
         is.
