@@ -7,6 +7,7 @@ python -m eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
+python -m eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from fastgen.errors import UserError
 
 MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
+COMMANDS = ("measure", "record", "leaderboard", "card", "negative")
 METRICS = (*MINI, "fid", "kid", "clip", "hps")
 
 
@@ -28,7 +30,7 @@ def _flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("command", nargs="?", default="measure", choices=("measure", "record", "negative", "leaderboard"))
+    add("command", nargs="?", default="measure", choices=COMMANDS)
     add("--run", default="", metavar="DIR", help="run folder")
     add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
     add("--images", default="", metavar="DIR", help="generated images; grid*.png are passed over")
@@ -40,6 +42,8 @@ def _flags() -> argparse.ArgumentParser:
     add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
     add("--device", default="", help="default: cuda if there is one")
     add("--recipe", default="", help="record: the recipe the run is of")
+    add("--teacher", default="", metavar="PATH", help="card: the teacher to measure at 1, 4, 20 and 50 steps")
+    add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
     add("--seed", type=int, default=None, help="record: check that the run had this seed")
     add(
         "--check",
@@ -62,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             return _negative(args)
         if args.command == "record":
             return _record(args)
+        if args.command == "card":
+            return _card(args)
         if bool(args.run) == bool(args.images):
             raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
         from eval.rerun import remeasure
@@ -102,6 +108,15 @@ def _record(args) -> int:
     if not (args.run and args.recipe):
         raise UserError("record", "needs --run DIR and --recipe NAME", "see --help")
     print(f"wrote {record(args.run, args.recipe, args.seed)}")
+    return 0
+
+
+def _card(args) -> int:
+    from eval.rerun import measure_teacher
+
+    if not args.teacher:
+        raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
+    measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
     return 0
 
 

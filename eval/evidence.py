@@ -34,21 +34,26 @@ def config_sha256(cfg: RunConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def recipe_file(recipe: str) -> Path:
-    """configs/recipes/<recipe>.yaml, or for a teacher's own training configs/teachers/<recipe>.yaml."""
-    for kind in ("recipes", "teachers"):
+def recipe_files(recipe: str) -> list[Path]:
+    """configs/recipes/<recipe>.yaml, or for a teacher's own training configs/teachers/<recipe>.yaml; what
+    follows a + is a change to it: "fashion_dmd2+no_gan" adds configs/ablations/no_gan.yaml.
+    """
+    name, *changes = recipe.split("+")
+    return [_find(name, ("recipes", "teachers")), *(_find(c, ("ablations",)) for c in changes)]
+
+
+def _find(name: str, kinds: tuple[str, ...]) -> Path:
+    for kind in kinds:
         try:
-            return config(f"{kind}/{recipe}.yaml")
+            return config(f"{kind}/{name}.yaml")
         except FileNotFoundError:
             continue
-    known = [p.stem for kind in ("recipes", "teachers") for p in config(kind).glob("*.yaml")]
-    raise UserError(
-        "--recipe", f"no {recipe!r}{suggest(recipe, known)}", f"known: {', '.join(sorted(known))}"
-    )
+    known = [p.stem for kind in kinds for p in config(kind).glob("*.yaml")]
+    raise UserError("--recipe", f"no {name!r}{suggest(name, known)}", f"known: {', '.join(sorted(known))}")
 
 
 def load_recipe(recipe: str) -> RunConfig:
-    return validate(read_files([str(recipe_file(recipe))]))
+    return validate(read_files([str(f) for f in recipe_files(recipe)]))
 
 
 def teacher_name(cfg: RunConfig, recipe: str) -> str:
@@ -81,7 +86,7 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
         )
     if seed is not None and seed != cfg.train.seed:
         raise UserError("--seed", f"found {seed}", f"the run's own seed is {cfg.train.seed}")
-    source = recipe_file(recipe)
+    sources = " ".join(f"configs/{f.parent.name}/{f.name}" for f in recipe_files(recipe))
     flag = f" --train.seed {cfg.train.seed}" if cfg.train.seed != wanted.train.seed else ""
     document = {
         "recipe": recipe,
@@ -89,7 +94,7 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
         "teacher": teacher_name(cfg, recipe),
         "student": cfg.student.kind,
         "seed": cfg.train.seed,
-        "command": f"python train.py --config configs/{source.parent.name}/{source.name}{flag}",
+        "command": f"python train.py --config {sources}{flag}",
         "config_sha256": found,
         "results": json.loads((run / "results.json").read_text()),
     }

@@ -12,7 +12,7 @@ import re
 import statistics
 from pathlib import Path
 
-from eval import evidence
+from eval import evidence, orderings
 from fastgen.checkpoint import write_text
 from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY
@@ -33,6 +33,11 @@ One file per method. The tables below are written by `python -m eval leaderboard
 
 <!-- leaderboard:begin -->
 <!-- leaderboard:end -->
+
+## Published orderings
+
+<!-- orderings:begin -->
+<!-- orderings:end -->
 """
 NOTES = """fd_mini is a Frechet distance in the features of a small net of our own, against held-out real
 images. It orders generators of one image set among each other and is not comparable with any published FID.
@@ -223,7 +228,9 @@ def _between(text: str, marker: str, body: str) -> str:
 def render(text: str, documents: list[dict], tests: Path = TESTS) -> str:
     """The README with both tables rebuilt."""
     text = _between(text, "ladder", ladder(documents, tests))
-    return _between(text, "leaderboard", measured(documents))
+    text = _between(text, "leaderboard", measured(documents))
+    table = _markdown(orderings.HEADER, orderings.rows(documents, orderings.load_claims()))
+    return _between(text, "orderings", "\n".join(table))
 
 
 def leaderboard(

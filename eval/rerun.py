@@ -49,6 +49,43 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     return results
 
 
+def measure_teacher(path: str, guidance: float, num_samples: int, device: str = "") -> dict:
+    """A teacher at 1, 4, 20 and 50 steps beside the floor; written to card.json where the folder is local."""
+    from fastgen.finish import teacher_card
+    from fastgen.judge import Judge, measure, table
+    from fastgen.paths import resolve
+    from fastgen.reload import load_export
+
+    values = {
+        "teacher": {"path": path, "guidance": guidance},
+        "objective": {"name": "sft"},
+        "data": {"name": "fashion"},
+        "eval": {"num_samples": num_samples},
+    }
+    cfg = validate(values)
+    loaded = load_export(path, key="--teacher").to(
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    )
+    if not (loaded.teacher.info or {}).get("measure"):
+        raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
+    uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
+    cast = _Players(
+        loaded.teacher,
+        {"teacher": loaded.role, "student": loaded.role},
+        next(loaded.role.backbone.parameters()).device,
+    )
+    results = measure(cfg, Judge(cfg, cast, SimpleNamespace(uncond=uncond)))
+    print(table(results))
+    card = {
+        "command": f"python -m eval card --teacher {path} --guidance {guidance:g} --num_samples {num_samples}"
+    }
+    card |= teacher_card(results)
+    file = Path(resolve(path)) / "card.json"
+    write_text(file, json.dumps(card, indent=1) + "\n")
+    print(f"wrote {file}")
+    return card
+
+
 def _cast(run: Path, cfg, device) -> _Players:
     """Teacher and exported student; the two share one network where the student is an adapter."""
     from fastgen.backbones import load_teacher

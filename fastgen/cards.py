@@ -115,6 +115,8 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
     set_steps = [] if info["needs_loop"] else [f"scheduler.set_timesteps({given})"]
     image = f"torch.pixel_shuffle(x, {what['patch']})" if what.get("patch", 1) > 1 else "x"
     scale = " * scheduler.config.sigma_max  # init_noise_sigma is slightly more" if edm else ""
+    if edm and info["times"] and info["times"][0] != info["scheduler"]["sigma_max"]:
+        scale = f" * {info['times'][0]!r}  # the first noise level this student knows"
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",

@@ -246,6 +246,8 @@ class StageConfig(Section):
     """optimizers of this stage"""
     num_steps: int | None = None
     """student steps in this stage; the run's student.num_steps if not set"""
+    limit: int = Field(0, ge=0)
+    """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""
 
 
 class RunConfig(Section):

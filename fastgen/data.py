@@ -44,6 +44,13 @@ class Data:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def first(self, num: int) -> "Data":
+        """The first num samples; all of them for 0."""
+        if not 0 < num < len(self):
+            return self
+        x0 = None if self.x0 is None else self.x0[:num]
+        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape)
+
     def cond(self, index: Tensor) -> dict[str, Tensor]:
         return select(self.cond_table, self.rows[index])
 

@@ -120,10 +120,9 @@ def finish(trainer, judge: Judge) -> dict:
 
 def teacher_card(results: dict) -> dict:
     """What a denoiser trained by sft reaches at several step counts, beside the floor."""
-    train = {k: results["train"][k] for k in ("seconds", "steps")}
-    return {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results} | {
-        "train": train
-    }
+    kept = {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results}
+    train = results.get("train", {})
+    return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})
 
 
 def peak_rss_mb() -> float:

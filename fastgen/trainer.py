@@ -127,7 +127,7 @@ class Trainer:
         self.objective.prepare()
         if self.validate and train.validation_steps and not self.step:
             self.validate(self)
-        windows = self.data.batches(
+        windows = self.data.first(stage.limit).batches(
             train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device
         )
         for k, window in zip(range(k0, stage.max_train_steps), windows):

@@ -15,6 +15,11 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+if os.environ.get("FASTGEN_TEST_PLUGIN"):  # see test_plugin.py; must come before fastgen.config is imported
+    from fastgen.run import _import_plugin
+
+    _import_plugin(os.environ["FASTGEN_TEST_PLUGIN"])
+
 
 @pytest.fixture(autouse=True)
 def seeded():

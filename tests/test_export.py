@@ -173,6 +173,32 @@ def test_the_card_s_snippet_draws_what_sample_py_draws(replayed, tmp_path, name)
     assert np.abs(mine - card).max() <= 1  # a rounding step of a PNG
 
 
+FIRST = {"edm": 2.5, "flow": 0.9, "sd": 625.0}
+"""a first time below pure noise, as SiD takes it"""
+
+
+def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
+    folders, cases = {}, []
+    for family, first in FIRST.items():
+        run = make_run(tiny(family), out=tmp_path / family, timesteps=[first])
+        folder = folders[family] = export_student(run, tmp_path / family / "export", {})
+        cases.append({"name": family, "how": "snippet", "code": code_of(folder), "folder": str(folder)})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    files = [HERE / "plain_replay.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, files)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain = load_file(tmp_path / "images.safetensors")
+    for family, folder in folders.items():
+        ask = ["--prompt", cards.PROMPT] if family == "sd" else ["--labels", "3"]
+        assert main(["--model", str(folder), *ask, "--out", str(tmp_path / family / "out")]) == 0
+        mine = np.atleast_3d(np.array(Image.open(tmp_path / family / "out/00000_0.png"))).astype(int)
+        card = (plain[family][0].permute(1, 2, 0) * 255).round().int().numpy()
+        assert np.abs(mine - card).max() <= 1 and mine.std() > 5, family
+
+
 def test_another_grid_gives_other_images(replayed):
     """Negative check: the scheduler config matters, so a wrong one must show."""
     for name in replayed.wrong:

@@ -1,6 +1,7 @@
 """The end of a run: results.json, best weights, cards, and measuring the export again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from eval.__main__ import main as evaluate
+from fastgen.data import Data
+from fastgen.paths import asset
 from fastgen.run import main
 
 SHORT = {
@@ -112,6 +115,39 @@ def test_a_trained_denoiser_gets_a_card_by_step_count(tmp_path):
     card = json.loads((tmp_path / "run" / "export" / "card.json").read_text())
     assert card["student_by_steps"] == results["student_by_steps"] and card["floor"]["fd_mini"] > 0
     assert card["train"]["steps"] == 4 and results["student"]["nfe"] == 5
+
+
+def test_a_teacher_as_it_stands_gets_the_same_card(tmp_path, capsys):
+    folder = shutil.copytree(
+        asset("teachers/digits"), tmp_path / "digits", ignore=shutil.ignore_patterns("card.json")
+    )
+    assert evaluate(["card", "--teacher", str(folder), "--num_samples", "10"]) == 0
+    card = json.loads((folder / "card.json").read_text())
+    assert list(card["student_by_steps"]) == ["1", "4", "20", "50"] and card["protocol"]["num_samples"] == 10
+    assert card["student_by_steps"]["1"]["fd_mini"] > card["student_by_steps"]["20"]["fd_mini"]
+    assert evaluate(["card"]) == 2 and "--teacher" in capsys.readouterr().err
+
+
+def test_a_stage_may_use_fewer_examples_than_the_next(tmp_path, monkeypatch):
+    first, seen = Data.first, []
+    monkeypatch.setattr(
+        Data, "first", lambda self, num: seen.append(len(first(self, num))) or first(self, num)
+    )
+    stages = [
+        {
+            "name": "warm",
+            "objective": {"name": "ode_pairs", "teacher_steps": 2},
+            "max_train_steps": 2,
+            "limit": 3,
+        },
+        {"name": "distil", "objective": DMD2, "max_train_steps": 1},
+    ]
+    train = {k: v for k, v in SHORT.items() if k != "max_train_steps"}
+    run(tmp_path, **DIGITS, train=train, stages=stages, eval={**FEW, "num_samples": 4})
+    assert seen[0] == 3 < seen[1]
+    monkeypatch.undo()
+    data = Data(torch.arange(5.0), {}, torch.arange(5), {}, (1,))
+    assert data.first(3).x0.tolist() == [0, 1, 2] and len(data.first(0)) == len(data.first(9)) == 5
 
 
 def test_the_last_stage_decides_how_the_student_is_sampled(tmp_path):

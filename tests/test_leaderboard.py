@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from eval import evidence, leaderboard
+from eval import evidence, leaderboard, orderings
 from eval.__main__ import main
 from fastgen.config import RunConfig, dump, validate
 from fastgen.errors import UserError
@@ -53,6 +53,18 @@ def test_hash_ignores_place_threads_seed_and_switches_that_are_off():
     assert changed("objective", gan_weight=0.0) != base != changed("eval", num_samples=3)
     assert evidence._without_off({"a": {"b": 0, "c": None}, "d": [], "e": [0.0, 1]}) == {"e": [0.0, 1]}
     assert evidence.config_sha256(validate(yaml.safe_load(dump(cfg)))) == base
+
+
+def test_an_ablation_is_a_recipe_and_a_change(finished, tmp_path):
+    plain, changed = (evidence.load_recipe(n) for n in ("fashion_dmd2", "fashion_dmd2+no_gan"))
+    assert evidence.differing(plain, changed)  # the change reaches the config ...
+    assert changed.stages[1].objective.gan_weight == 0 < plain.stages[1].objective.gan_weight
+    assert changed.stages[1].optim == plain.stages[1].optim  # ... and nothing else does
+    name = "fashion_dmd2+no_gan"
+    document = json.loads(evidence.record(finished(name, 9.0), name, None, tmp_path / "r").read_text())
+    assert document["command"].endswith("configs/recipes/fashion_dmd2.yaml configs/ablations/no_gan.yaml")
+    with pytest.raises(UserError, match="no_gun.*did you mean"):
+        evidence.load_recipe("fashion_dmd2+no_gun")
 
 
 def test_record_writes_the_schema(finished, tmp_path):
@@ -151,6 +163,29 @@ def test_ladder_reads_the_tests_that_exist(tmp_path):
 
 def test_the_repository_is_up_to_date():
     assert leaderboard.leaderboard(check=True) == []
+
+
+def test_orderings_say_what_the_seeds_say():
+    def document(recipe, seed, fd, four):
+        found = {"student": {"nfe": 1, "fd_mini": fd}, "student_by_steps": {"4": {"nfe": 4, "fd_mini": four}}}
+        return {"recipe": recipe, "seed": seed, "results": found}
+
+    documents = [document("a", i, 1.0 + i / 10, 5.0) for i in range(3)]
+    documents += [document("b", i, 2.0 + i / 10, 4.0) for i in range(3)] + [document("c", 0, 1.15, 4.0)]
+    claim = {"claim": "a beats b", "paper": "2405.14867", "better": "a", "worse": "b"}
+    row = orderings.rows(documents, [claim])[0]
+    assert row[2:4] == ["`a` 1.1 +- 0.1", "`b` 2.1 +- 0.1"] and row[5:] == ["3/3", "holds"]
+    assert orderings.rows(documents, [claim | {"steps": 4}])[0][-1] == "**does not hold**"
+    assert orderings.rows(documents, [claim | {"worse": "c"}])[0][-1] == "holds, one seed"
+    assert orderings.rows(documents, [claim | {"worse": "d"}])[0][-1] == "not run yet"
+    assert orderings.verdict([1.0, 1.4], [1.3, 1.4], False) == "within the spread"
+    assert orderings.verdict([0.9, 0.91], [0.5, 0.51], True) == "holds"
+
+
+def test_every_claim_is_about_recipes_that_exist():
+    for claim in orderings.load_claims():
+        for side in ("better", "worse"):
+            assert evidence.load_recipe(claim[side])
 
 
 def test_missing_markers_are_named():

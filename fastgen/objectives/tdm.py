@@ -76,7 +76,8 @@ class TDM(Objective, config=TDMConfig):
     def evaluations(cls, cfg, guidance, num_steps):
         r = 1 / cfg.student_every
         teacher = r * (1 if guidance == 1 else 2)
-        calls = {"student": num_steps, "student+grad": r, "teacher": teacher, "critic": r, "critic+grad": 1}
+        walk = sum(cfg.step_counts) / len(cfg.step_counts) if cfg.step_counts else num_steps
+        calls = {"student": walk, "student+grad": r, "teacher": teacher, "critic": r, "critic+grad": 1}
         return {name: round(n, 3) for name, n in calls.items()}
 
     @classmethod
@@ -160,14 +161,12 @@ class TDM(Objective, config=TDMConfig):
         return i, self.grid.to(i.device)[chosen]
 
     def time(self, i):
-        """The times t_i of rows in segments i, [B]."""
-        return torch.tensor(self.times, dtype=torch.float64, device=i.device)[i]
+        """The times t_i of rows in segments i, [B]; the clean end after the last."""
+        return torch.tensor([*self.times, self.schedule.t_min], dtype=torch.float64, device=i.device)[i]
 
     def carry(self, x, X, i, tau):
         """x_tau and the noise n it took, from the end state x_m of the step that made x of X."""
-        S, n = self.schedule, self.rng.randn_like(x)
-        t, last = self.time(i), (i == len(self.times) - 1)
-        m = self.grid.to(i.device)[self.where.to(i.device)[i + 1]]
-        x_m = jump(S, x, X, t, torch.where(last, S.t_min, m))  # alpha x + sigma eps_G; x at the clean end
-        clean = expand(last.double(), x).bool()
+        S, n, m = self.schedule, self.rng.randn_like(x), self.time(i + 1)
+        x_m = jump(S, x, X, self.time(i), m)  # alpha x + sigma eps_G; x itself at the clean end
+        clean = expand(m == S.t_min, x).bool()
         return torch.where(clean, S.noise(x, n, tau), S.renoise(x_m, n, m, tau)), n

@@ -20,7 +20,7 @@ Differs
   grad r = r Delta, exact for exact scores but of third order in their error; `none` leaves it out.
 - their divergence starts after 200k images, ours after `warmup_steps`; the mean of h is divided out by batch.
 - authors use channel means of the critic's features as logits (`disc_mean`); learned heads are the default
-  here, because a mini critic has no spare channel to carry a calibrated ratio.
+  here.
 """
 
 from typing import Literal

@@ -54,3 +54,19 @@ def far_share(name, expanded, steps=300, lr=0.05, start=(0.7, 0.6)):
         optimizer.step()
     m, s = theta.detach()
     return float(torch.distributions.Normal(m, s.abs()).cdf(torch.zeros(())))
+
+
+def value(name, m, s, t):
+    """D_f(teacher || N(m, s^2)) of the laws noised to level t, by summation."""
+    x = torch.linspace(-8, 8, 3201, dtype=torch.float64)
+    t, m, s = (torch.tensor(v, dtype=torch.float64) for v in (t, m, s))
+    log_p = log_teacher(two_modes(), x[:, None], t.expand(len(x)))
+    log_q = gaussians.log_density(x, m, s, t).clamp(min=-600)
+    f = divergences.TABLE[name].f((log_p - log_q).clamp(-500, 500).exp())
+    return float((log_q.exp() * f).sum() * (x[1] - x[0]))
+
+
+def prefers_covering(name, t):
+    """Whether the divergence itself ranks the best covering Gaussian before the best single mode."""
+    covering = min(value(name, 0.0, s, t) for s in (1.2, 1.3, 1.4, 1.5, 1.6))
+    return covering < min(value(name, 1.5, s, t) for s in (0.25, 0.3, 0.35, 0.4))

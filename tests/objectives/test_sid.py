@@ -170,7 +170,11 @@ def test_p1_the_guided_critic_is_what_is_regressed():
         torch.testing.assert_close(loss, (k1 - x).square().mean().to(loss), rtol=1e-4, atol=1e-5)
 
 
-def test_needs_data_only_with_the_gan():
+def test_reads_no_image_without_the_gan():
+    objective = make({})
+    one = batch_of(torch.randn(8, 1))
+    one.x0 = None
+    assert len(list(objective.step(one, 0))) == 2
     assert SiD.requires_data(SiDConfig(gan_weight=0.1)) and not SiD.requires_data(SiDConfig())
 
 

@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from fastgen import losses
+from fastgen.build import Cast
+from fastgen.config import validate
+from fastgen.export import export_student, load_export
 from fastgen.objectives.tdm import TDM, TDMConfig
 from fastgen.roles import Role, Student
 from fastgen.run import main
+from fastgen.sample import Painter, draw
 from fastgen.samplers import sample_student
 from fastgen.schedules import EDM, VP, Flow
 from tests.objectives.gaussians import nodes
 from tests.objectives.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from tests.replay import plainly, replay
+from tests.tiny import PROMPTS
 
 SHORT = {"student_every": 2}
 STUDENT = {"num_steps": 4, "sampler": "ode"}
@@ -214,3 +219,52 @@ def test_p2_several_step_counts(tmp_path):
 
 def test_p4_tdm(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "tdm"})
+
+
+PLAIN = """
+import torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
+found = []
+for num, w in ((4, 4.0), (2, 2.0), (2, 4.0)):
+    streams = [torch.Generator().manual_seed(s) for s in (5, 6)]
+    found.append(pipe(%r, generator=streams, guidance_scale=w, num_inference_steps=num, height=16,
+                      width=16, output_type="pt").images)
+images = torch.stack(found)
+"""
+
+
+def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
+    """Four deterministic steps, or two, by the stock pipeline told the count as its guidance scale."""
+    cfg = validate(
+        {
+            "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+            "student": {"num_steps": 4, "sampler": "ode"},
+            "objective": {"name": "tdm", "step_counts": [2, 4]},
+            "data": {"name": "fashion"},
+        }
+    )
+    cast = Cast(cfg)
+    objective, codec = cast.stage(cfg.all_stages()[0], rng()), cast.teacher.codec
+    noise = torch.randn(2, *codec.shape, generator=torch.Generator().manual_seed(1))
+    one = batch_of(noise, noise, codec.prompts(list(PROMPTS)))
+    objective.prepare()
+    for k in range(4):
+        for loss, _ in objective.step(one, k):
+            grads = objective.players[objective.active].trainable()
+            loss.backward()
+            for p in grads.values():
+                if p.grad is not None:
+                    p.data -= 0.05 * p.grad.sign()
+                    p.grad = None
+    run = SimpleNamespace(cast=cast, cfg=cfg, step=4, folder=tmp_path)
+    folder = export_student(run, tmp_path / "export", {})
+    images = plainly(PLAIN % (list(PROMPTS),), folder)
+    loaded = load_export(folder)
+    cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)
+    for num, plain in ((4, images[0]), (2, images[1])):
+        mine = draw(Painter(loaded, num, 1.0, null), cond, [5, 6], batch_size=2)[0]
+        assert (mine - plain).abs().max() < 1e-3, num
+    assert (images[1] - images[2]).abs().max() > 1e-2, "the count it is told does nothing"
+    card = (folder / "README.md").read_text()
+    assert "guidance_scale=4.0" in card and "num_inference_steps=2, guidance_scale=2.0" in card

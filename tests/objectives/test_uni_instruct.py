@@ -9,7 +9,7 @@ from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
 from fastgen.run import main
 from fastgen.schedules import EDM
 from tests.objectives import gaussians
-from tests.objectives.modes import far_share
+from tests.objectives.modes import far_share, prefers_covering
 from tests.objectives.toys import run_mixture
 from tests.replay import replay
 
@@ -156,11 +156,19 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_p1_what_the_divergences_themselves_prefer():
+    """One Gaussian for two modes: without noise JS ranks a single mode first, as reverse KL does; forward KL
+    and Jeffreys rank covering first. With noise of 0.57, where the modes begin to touch, all of them do.
+    """
+    for name, covers in (("rkl", False), ("js", False), ("kl", True), ("jeffreys", True)):
+        assert prefers_covering(name, 0.0) == covers and prefers_covering(name, 0.57), name
+
+
 def test_p2_which_modes_a_divergence_keeps():
     """Two modes, a student with room for one: reverse KL drops the far one, Jeffreys and forward KL do not.
 
-    JS does not escape from here in the expanded form (in f-distill's static form it does): its weight
-    r / (1 + r) is flat where the student is missing, and |Delta|^2 there is what pulls.
+    JS drops it too, as D_f without noise does (test above): between two noise levels the expanded form is D_f
+    at the lower minus D_f at the higher, while f-distill adds D_f at all of them, and the noisy ones cover.
     """
     share = {name: far_share(name, expanded=True) for name in ("rkl", "js", "kl", "jeffreys")}
     assert share["rkl"] < 0.01 and share["js"] < 0.01, share

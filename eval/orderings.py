@@ -1,0 +1,83 @@
+"""Published orderings (method A beats method B) against our own evidence, seed by seed.
+
+configs/claims.yaml lists the claims. One holds when the better side's mean is ahead by more than the larger
+spread of the two; with a smaller lead it is "within the spread", and with one seed a side it is "one seed".
+"""
+
+import statistics
+
+import yaml
+
+from fastgen.errors import UserError
+from fastgen.paths import config
+
+KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "note"}
+HIGHER = ("agreement", "recall", "precision", "clip")
+
+
+def load_claims() -> list[dict]:
+    """The claims, each checked for its keys."""
+    claims = yaml.safe_load(config("claims.yaml").read_text()) or []
+    for claim in claims:
+        wrong = set(claim) - KEYS or {"claim", "paper", "better", "worse"} - set(claim)
+        if wrong:
+            raise UserError("configs/claims.yaml", f"{', '.join(sorted(wrong))} in {claim}", f"keys: {KEYS}")
+    return claims
+
+
+def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -> list[float]:
+    """The metric of a recipe's student at a step count (its own without one), one value per seed."""
+    found = []
+    for document in (d for d in documents if d["recipe"] == recipe):
+        results = document["results"]
+        own = results.get("student", {})
+        rows = {own.get("nfe"): own, None: own} | {
+            int(n): row for n, row in results.get("student_by_steps", {}).items()
+        }
+        if metric in rows.get(steps, {}):
+            found.append(rows[steps][metric])
+    return found
+
+
+def verdict(better: list[float], worse: list[float], higher: bool) -> str:
+    """What the numbers say about a claim."""
+    if not better or not worse:
+        return "not run yet"
+    lead = statistics.mean(better) - statistics.mean(worse)
+    lead = lead if higher else -lead
+    if lead <= 0:
+        return "**does not hold**"
+    if min(len(better), len(worse)) < 2:
+        return "holds, one seed"
+    spread = max(statistics.stdev(better), statistics.stdev(worse))
+    return "holds" if lead > spread else "within the spread"
+
+
+def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
+    """One table row per claim."""
+    made = []
+    for claim in claims:
+        metric, steps = claim.get("metric", "fd_mini"), claim.get("steps")
+        sides = [values(documents, claim[side], steps, metric) for side in ("better", "worse")]
+        shown = [
+            f"{statistics.mean(v):.3g}" + (f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else "")
+            if v
+            else "-"
+            for v in sides
+        ]
+        at = f" at {steps}" if steps else ""
+        made.append(
+            [
+                claim["claim"],
+                f"[{claim['paper']}](https://arxiv.org/abs/{claim['paper']})",
+                f"`{claim['better']}`{at} {shown[0]}",
+                f"`{claim['worse']}`{at} {shown[1]}",
+                metric,
+                "/".join(str(len(v)) for v in sides),
+                verdict(*sides, metric in HIGHER) + (f"; {claim['note']}" if claim.get("note") else ""),
+            ]
+        )
+    return made
+
+
+HEADER = ("claim", "paper", "should be better", "should be worse", "metric", "seeds", "here")
