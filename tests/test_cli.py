@@ -78,7 +78,8 @@ def test_help_shows_every_key_with_its_text(method, capsys):
     for switch in ("--config", "--resume", "--overwrite", "--dry_run", "--plugin"):
         assert switch in text
     dumped = config.load(FLAT[1:], ["--objective.name", method]).model_dump(mode="json")
-    hidden = {"--teacher.blueprint", "--teacher.family", "--teacher.layout", "--stages", "--objective.name"}
+    hidden = {"--teacher.blueprint", "--teacher.family", "--teacher.layout", "--student.net", "--stages"}
+    hidden |= {"--objective.name"}
     for key in leaves(dumped):
         if key in hidden:
             continue

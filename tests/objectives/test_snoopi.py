@@ -259,3 +259,34 @@ def test_p2_distils_the_mixture(tmp_path):
 
 def test_p4_snoopi(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "snoopi"})
+
+
+def test_a_negative_prompt_removes_the_named_colour():
+    """On the bundled captioned network: asked for red things but not "red", it hardly draws any."""
+    from eval.measure import Measurer, agreement
+    from fastgen.datasets import VOCABULARY, all_captions, attributes_of
+    from fastgen.nets import measure
+    from fastgen.reload import load_export
+    from fastgen.samplers import ImageNoise, sample_teacher
+
+    loaded = load_export("assets:teachers/tinted-sd")
+    captions = [c for c in all_captions() if " red " in c and "grey" in c][:8]
+    ids = {k: torch.tensor([attributes_of(c)[k] for c in captions]) for k in VOCABULARY}
+    cond, null = loaded.codec.prompts(captions), loaded.codec.null(len(captions))
+    noise = ImageNoise(list(range(len(captions))), loaded.codec.shape).first
+    states, seen = loaded.codec.prompts(["red"])["encoder_hidden_states"], {}
+    for scale in (0.0, 1.0):
+        nasa.attach(loaded.role.backbone.net, states, scale)
+        images = loaded.codec.decode(sample_teacher(loaded.role, noise, cond, null, 6))
+        nasa.remove(loaded.role.backbone.net)
+        seen[scale] = agreement(measure(Measurer("tinted").net, images)["logits"], ids)
+    assert seen[0.0]["agreement_colour"] >= 0.9 and seen[1.0]["agreement_colour"] <= 0.2, seen
+    assert seen[1.0]["agreement_background"] >= 0.9 and seen[1.0]["agreement_garment"] >= 0.5, seen
+
+
+def test_removal_is_measured_of_students_asked_by_text_only(tiny):
+    from eval.negative import removal
+    from fastgen.errors import UserError
+
+    with pytest.raises(UserError, match="asked by text"):
+        removal(str(tiny("flow")))

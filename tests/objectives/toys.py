@@ -152,6 +152,7 @@ def run_mixture(
     guidance=1.0,
     student=None,
     stages=(),
+    critic_lr=None,
     **train,
 ):
     """Distil an exact mixture by an objective, or by stages of (objective, steps, num_steps); returns (energy
@@ -166,7 +167,7 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
-    optim = {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}}
+    optim = {"student": optim, **{n: optim | {"lr": critic_lr or 2 * lr} for n in ("critic", "disc")}}
     one = {"objective": objective, "optim": optim}
     several = [
         {"name": str(i), "objective": o, "max_train_steps": n, "num_steps": few, "optim": optim}
