@@ -1,9 +1,9 @@
 """A network's function of time without its fast ripples, for methods that differentiate by it.
 
-Sinusoids of a time that counts to 1000 reach one radian a unit. In a teacher's samples that hardly shows, but
-its exact derivative by t is mostly ripple: on the bundled flow and VP teachers the ripple is about as large as
-the derivative behind it, or larger. Here the time embedder is solved anew, in closed form, from slow functions
-of time only. Nothing else changes, so that the export is the plain class.
+Sinusoids of a time that counts to 1000 reach one radian a unit. In a teacher's samples that hardly shows,
+but its exact derivative by t is mostly ripple: on the bundled flow and VP teachers the ripple is about as
+large as the derivative behind it, or larger. Here the time embedder is solved anew, in closed form, from slow
+functions of time only. Nothing else changes, so that the export is the plain class.
 """
 
 import math

@@ -16,8 +16,8 @@ Differs
 - sign of w: paper e^w ... - w, every code e^-w ... + w, as here; w(t) is a head of its own instead of one on
   the network's time embedding, so that the export is the plain network.
 - 1/s is bounded at s = 1e-3. F- is the value of the pass with gradient, as in the public codes.
-- time embeddings: the paper needs slow ones and fine-tunes the teacher for them; `student.smooth_time` solves a
-  student's embedder for slow functions of time in closed form (`fastgen/smooth.py`).
+- time embeddings: the paper needs slow ones and fine-tunes the teacher for them; `student.smooth_time` solves
+  a student's embedder for slow functions of time in closed form (`fastgen/smooth.py`).
 - the teacher's own times bound t: a flow reaches pi/2, EDM atan(sigma_max / sd).
 """
 
