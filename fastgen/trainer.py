@@ -51,8 +51,8 @@ def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
 
 
 def average_gradients(parameters: list[Tensor]) -> None:
-    """Mean of the gradients over processes, in flat buckets of about 100 MB. A parameter that some process had
-    no use for this time (an expert none of its samples needed) counts as zero there.
+    """Mean of the gradients over processes, in flat buckets of about 100 MB. A parameter that some process
+    had no use for this time (an expert none of its samples needed) counts as zero there.
     """
     if not torch.distributed.is_initialized():
         return

@@ -67,7 +67,7 @@ def test_a_turn_at_one_time_leaves_the_other_expert_alone(built):
 
 @pytest.mark.parametrize("name", ["wan", "wan22", "anyflow", "cogvideox", "ltx"])
 def test_fresh_noise_between_steps_as_the_pipeline_draws_it(built, name):
-    """The renoise sampler of two steps equals the plain call, given the noise in the pipeline's own layout."""
+    """The renoise sampler of two steps equals the plain call, given noise in the pipeline's layout."""
     teacher, cond, noise = world(built(name))
     family, codec, times = teacher.backbone.family, teacher.codec, teacher.schedule.steps(2)
     served = scheduler_for(times, "renoise", teacher.schedule, teacher.scheduler, family)
