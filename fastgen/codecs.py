@@ -191,9 +191,7 @@ def temporal_factor(family, pipe) -> int:
 @torch.no_grad()
 def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    encoded = vae.encode(family.vae_input(images).to(vae.dtype))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return family.normalise(vae, latents.float()).contiguous()
+    return family.normalise(vae, family.encoded(vae, images.to(vae.dtype)).float()).contiguous()
 
 
 def decode_latents(family, vae: nn.Module, x0: Tensor) -> Tensor:

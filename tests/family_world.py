@@ -30,7 +30,14 @@ class World:
     def __init__(self, name: str, folder):
         self.case, self.folder = CASES[name], folder
         self.case.build(folder)
-        self.teacher = load_teacher(str(folder), **self.case.asked)
+        self.asked_for = dict(self.case.asked)
+        self.teacher = load_teacher(str(folder), **self.asked_for)
+        free = self.teacher.backbone.family.sized and self.case.images is None
+        if free and hasattr(
+            self.teacher.codec, "pixels"
+        ):  # so that height and width cannot be mixed up unseen
+            self.asked_for["width"] = 2 * self.teacher.codec.pixels[1]
+            self.teacher = load_teacher(str(folder), **self.asked_for)
         self.backbone, self.codec = self.teacher.backbone, self.teacher.codec
         self.family, self.schedule = self.backbone.family, self.backbone.schedule
         generator = torch.Generator().manual_seed(3)
@@ -64,7 +71,7 @@ class World:
         more = {} if objective != "sft" or self.codec.has_null else {"cond_dropout": 0.0}
         cfg = config.validate(
             {
-                "teacher": {"path": str(self.folder), **self.case.asked},
+                "teacher": {"path": str(self.folder), **self.asked_for},
                 "student": {"kind": kind, "lora": {"rank": 2, "lora_alpha": 3}, **student},
                 "critic": {"lora": {"rank": 2}},
                 "objective": {"name": objective, **SHORT[objective], **more},

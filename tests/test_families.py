@@ -148,6 +148,19 @@ def test_tangent_against_central_differences(world):
     assert error < 5e-3, float(error)
 
 
+@each
+def test_latents_go_both_ways(world):
+    """Encoded images have x0's shape, and normalising undoes denormalising."""
+    excuse(world, "encode")
+    codec, family = world.codec, world.family
+    with torch.no_grad():
+        images = world.seen(world.x0) * 2 - 1
+        assert codec.encode(images).shape == world.x0.shape
+        if codec.vae is not None:
+            z = family.denormalise(codec.vae, world.x0)
+            torch.testing.assert_close(family.normalise(codec.vae, z), world.x0, rtol=1e-4, atol=1e-4)
+
+
 # -- roles and objectives -----------------------------------------------------------------------------------
 @each
 @pytest.mark.parametrize("kind", ["full", "lora"])

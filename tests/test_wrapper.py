@@ -233,6 +233,7 @@ def edit(file, **changes):
 BAD = {
     "height": ("sd3", ["--teacher.height", "33"], "teacher.height: found 33; a multiple of 4 for sd3"),
     "frames": ("wan", ["--teacher.num_frames", "8"], "teacher.num_frames: found 8; 4 k + 1"),
+    "no size": ("shap-e", ["--teacher.width", "64"], "shap-e has no size to choose"),
     "frames of an image": ("sd", ["--teacher.num_frames", "9"], "sd makes images"),
     "guidance input": ("sd", ["--teacher.embedded_guidance", "3"], "takes no guidance as an input"),
     "kernel": ("sd", ["--teacher.attention", "flex"], "would do nothing"),

@@ -14,6 +14,7 @@ COLUMNS = {
     "full": ("objectives_step[full]", "gradient_reaches_everything"),
     "LoRA": ("objectives_step[lora]", "lora_file_in_a_fresh_pipeline"),
     "recompute": ("checkpointed_gradients_are_the_plain_ones",),
+    "codec": ("latents_go_both_ways",),
     "features": ("features_have_the_declared_shapes",),
     "JVP": ("tangent_against_central_differences",),
     "= pipeline": ("our_sampler_is_the_exported_pipeline",),

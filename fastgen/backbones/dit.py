@@ -217,6 +217,7 @@ class ZImage(Family):
         "*adaLN_modulation*",
     )
     guidance_off = {"guidance_scale": 0.0}
+    unreached = {"x_pad_token": "pads an image to a multiple of 32 tokens, which most sizes are already"}
 
     def guided_call(self, w: float) -> dict:
         return {"guidance_scale": w - 1.0}  # it adds w (D - D_uncond) to D

@@ -70,6 +70,8 @@ class Family:
     """side of the square of the autoencoder's latent pixels that is one pixel of x0, its rest in channels"""
     temporal: int = 0
     """frames per latent frame (frames = temporal k + 1); 0 for images"""
+    sized: bool = True
+    """whether a sample has a height and a width to choose"""
     divisor: int = 1
     """what the sides of a latent must be divisible by"""
     square: bool = False
@@ -207,9 +209,10 @@ class Family:
             return self.default_grid
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
-    def vae_input(self, images: Tensor) -> Tensor:
-        """Images as the autoencoder takes them."""
-        return images
+    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """The autoencoder's latents of pixels in [-1, 1], the mean where it gives a distribution."""
+        found = vae.encode(images)
+        return found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
 
     def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
         """Autoencoder latents to x0."""

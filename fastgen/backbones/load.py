@@ -131,6 +131,8 @@ def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -
         asked = getattr(source, key)
         if asked is None:
             continue
+        if not family.sized:
+            raise UserError(f"teacher.{key}", f"found {asked}", f"{family.name} has no size to choose")
         step = factor * family.divisor
         if asked % step:
             raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")

@@ -226,8 +226,8 @@ class QwenImage(Family):
         """A blank, as the model card guides; the pipeline has no default."""
         return self.encode(codec, [" "])
 
-    def vae_input(self, images: Tensor) -> Tensor:
-        return images[:, :, None]
+    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
+        return super().encoded(vae, images[:, :, None])
 
     def guided_call(self, w: float) -> dict:
         return {"true_cfg_scale": float(w), "negative_prompt": " "}

@@ -16,7 +16,7 @@ class ShapE(Family):
     """
 
     name, net_class, component, pipelines = "shap-e", "PriorTransformer", "prior", ("ShapEPipeline",)
-    schedules = ("VP",)
+    schedules, sized = ("VP",), False
     keys = ("proj_embedding",)
     factor, decoder, views, size = 1, "shap_e_renderer", True, 64
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -52,7 +52,7 @@ class ShapE(Family):
     def size_call(self, codec) -> dict:
         return {"frame_size": self.size}
 
-    def vae_input(self, images: Tensor) -> Tensor:
+    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
         allowed = "distil without data, or give x0 itself"
         raise UserError("data.images", "Shap-E's pipeline has no encoder for pictures", allowed)
 

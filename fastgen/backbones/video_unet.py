@@ -32,6 +32,10 @@ class VideoUNet(VideoFamily):
     def channels(self, net: nn.Module) -> int:
         return net.config.out_channels
 
+    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
+        frames = super().encoded(vae, images.transpose(1, 2).flatten(0, 1))
+        return frames.unflatten(0, (len(images), images.shape[2])).transpose(1, 2)
+
 
 class AnimateDiff(VideoUNet):
     """UNetMotionModel: an SD UNet with motion modules; every frame is asked with the same text states."""
