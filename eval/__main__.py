@@ -6,6 +6,7 @@ python -m eval --images a --against b --metrics fid kid --weights inception=FILE
 python -m eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE hps=FILE
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]
+python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
 python -m eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from fastgen.errors import UserError
 
 MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
+COMMANDS = ("measure", "record", "leaderboard", "card", "negative")
 METRICS = (*MINI, "fid", "kid", "clip", "hps")
 
 
@@ -28,7 +30,7 @@ def _flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("command", nargs="?", default="measure", choices=("measure", "record", "leaderboard", "card"))
+    add("command", nargs="?", default="measure", choices=COMMANDS)
     add("--run", default="", metavar="DIR", help="run folder")
     add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
     add("--images", default="", metavar="DIR", help="generated images; grid*.png are passed over")
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "leaderboard":
             return _leaderboard(args)
+        if args.command == "negative":
+            return _negative(args)
         if args.command == "record":
             return _record(args)
         if args.command == "card":
@@ -73,6 +77,17 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=2))
     except UserError as error:
         return fail(error)
+    return 0
+
+
+def _negative(args) -> int:
+    from eval.evidence import results_folder
+    from eval.negative import record
+
+    if not args.run:
+        raise UserError("--run", "none given", "a run, or the export, of a student asked by text")
+    file = record(args.run, results_folder() / "benchmarks")
+    print(file.read_text() + f"wrote {file}")
     return 0
 
 

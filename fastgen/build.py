@@ -13,14 +13,15 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.base import Backbone
 from fastgen.config import LoraConfig, RunConfig, StageConfig
-from fastgen.critics import Discriminator
+from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
+from fastgen.nets import FeatureNet, Perceptual
 from fastgen.objectives import REGISTRY, Objective
+from fastgen.paths import asset
 from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
 from fastgen.schedules import VP, Flow, Schedule
-from fastgen.trigflow import LogVariance
 
 
 class Cast:
@@ -35,13 +36,15 @@ class Cast:
         self.teacher = self._load()
         asked = {"teacher.guidance": cfg.teacher.guidance}
         for stage in cfg.all_stages():
-            asked |= {f"objective.{n}": v for n, v in stage.objective if n.endswith("_guidance")}
+            for key, method in (("objective", stage.objective), ("objective.host", _method(stage))):
+                asked |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
         for key, w in asked.items():
             if isinstance(w, float) and w != 1 and not self.teacher.codec.null(1):
                 raise UserError(key, f"found {w} for an unconditional teacher", "use 1")
-        if cfg.student.guidance_embedding and not self.teacher.codec.null(1):
-            found = "found a range for an unconditional teacher, which has no guidance"
-            raise UserError("student.guidance_embedding", found, "leave it out")
+        self._check_told()
+        clips = any(getattr(_method(s), "clip_weight", 0) for s in cfg.all_stages())
+        if clips and not hasattr(self.teacher.codec, "prompts"):
+            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -68,9 +71,25 @@ class Cast:
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
 
+    def _check_told(self) -> None:
+        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
+        if not self.cfg.student.guidance_embedding:
+            return
+        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
+        if not self.teacher.codec.null(1):
+            raise UserError(key, "an unconditional teacher has no guidance", "leave it out")
+        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
+            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
+            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
+
     @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+
+    @property
+    def two_times(self) -> bool:
+        """Whether a stage trains the student at pairs of times."""
+        return any(REGISTRY[s.objective.name].two_times for s in self.cfg.all_stages())
 
     @property
     def few_step_schedule(self) -> Schedule:
@@ -103,6 +122,7 @@ class Cast:
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         base = self.teacher.backbone
+        two_times = name in ("student", "target", "previous") and self.two_times
         counts = [
             n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
         ]
@@ -116,13 +136,23 @@ class Cast:
                 )
             lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
             adapter = adapter_name
-            self._adapter(base, adapter, lora, told is not None)
+            if two_times:
+                base.add_second_time()
+                base.requires_grad_(False)
+            self._adapter(base, adapter, lora, told is not None, two_times)
         elif hasattr(base, "trainable_copy"):
             base = base.trainable_copy().to(self.device)
         elif self.cfg.student.net and name == "student":
             base = self._other_net()
         elif not alone:
             base = copy.deepcopy(base).float()
+        if self.cfg.student.smooth_time and name in ("student", "target", "previous"):
+            from fastgen.smooth import make_smooth
+
+            make_smooth(base)
+        if two_times and adapter is None:
+            base.add_second_time()
+            base.to(self.device)
         if told and adapter is None:
             if self.cfg.student.sprint:
                 from fastgen.sprint import make_sprint
@@ -164,7 +194,7 @@ class Cast:
         if self.num_students:
             self.parts["student"].router.divide(data.cond_table)
 
-    def _adapter(self, base, name: str, lora: LoraConfig, told: bool) -> None:
+    def _adapter(self, base, name: str, lora: LoraConfig, told: bool, two_times: bool = False) -> None:
         if told:
             base.add_guidance()
             base.requires_grad_(False)
@@ -172,6 +202,7 @@ class Cast:
             torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
+            targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
         base.to(self.device)
 
@@ -180,10 +211,11 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
-        if isinstance(schedule, VP) and grid and schedule.num_timesteps % grid:
-            found = f"{grid} steps do not divide the teacher's {schedule.num_timesteps} timesteps"
-            raise UserError("objective.grid_steps", found, "use a divisor")
         times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
+        if isinstance(schedule, VP) and any(t != round(t) for t in times):
+            raise UserError(
+                "student.timesteps", f"found {times}", "whole numbers: the schedule has no others"
+            )
         if not all(schedule.t_min < t <= schedule.t_max for t in times):
             raise UserError(
                 "student.timesteps",
@@ -205,12 +237,16 @@ class Cast:
             student.guidance = float(len(student.times))
         if "logvar" in names and "logvar" not in self.parts:
             self.parts["logvar"] = LogVariance().to(self.device)
-        method = getattr(stage.objective, "host", stage.objective)
+        if "weak" in names and "weak" not in self.parts:
+            self.parts["weak"] = self._weak(stage.objective.weak)
+        method = _method(stage)
         if "disc" in map(_base, names) and "disc" not in self.parts:
             num = range(self.num_students)
             self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
         if "clip" in names and "clip" not in self.parts:
             self.parts["clip"] = self._clip(method.clip)
+        if "perceptual" in names and "perceptual" not in self.parts:
+            self.parts["perceptual"] = self._perceptual()
         return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
 
     def _part(self, name: str):
@@ -220,13 +256,34 @@ class Cast:
         base = _base(name)
         return self.parts[base].members[int(name.removeprefix(base))]
 
+    def _weak(self, path: str) -> Role:
+        """The weaker version of the teacher that autoguidance leads away from."""
+        if not path:
+            found = "not given, and objective.autoguidance leads away from a weaker model"
+            raise UserError(
+                "objective.weak", found, "an early checkpoint or a smaller model of the same data"
+            )
+        weak = load_teacher(path, weights=str(self.device) != "meta").to(self.device)
+        same = type(weak.schedule) is type(self.teacher.schedule)
+        if weak.codec.shape != self.teacher.codec.shape or not same:
+            found = f"{path} makes {weak.codec.shape} on a {type(weak.schedule).__name__} schedule"
+            allowed = f"as the teacher: {self.teacher.codec.shape}, {type(self.teacher.schedule).__name__}"
+            raise UserError("objective.weak", found, allowed)
+        weak.backbone.requires_grad_(False).eval()
+        return Role(weak.backbone)
+
     def _clip(self, path: str):
         """The image-text net that version 2 of SwiftBrush trains against."""
         from fastgen.imagetext import Alignment, image_text
 
-        if not hasattr(self.teacher.codec, "prompts"):
-            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
         return Alignment(image_text(path, str(self.device)), self.teacher.codec)
+
+    def _perceptual(self) -> Perceptual:
+        measured = (self.teacher.info or {}).get("measure")
+        if not measured:
+            found = f"perceptual for {self.cfg.teacher.path}, whose images no bundled net knows"
+            raise UserError("objective.metric", found, "use l2, l1 or huber")
+        return Perceptual(self.teacher.codec, FeatureNet.load(asset(f"measure/{measured}"))).to(self.device)
 
     def _disc(self, objective, member: int = 0) -> Discriminator:
         objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
@@ -246,6 +303,11 @@ class Cast:
             example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
             head = "mean" if getattr(objective, "disc_mean", False) else head
             return Discriminator(role, taps, example, head).to(self.device)
+
+
+def _method(stage: StageConfig):
+    """The settings of a stage's method, or of the one it is wrapped around."""
+    return getattr(stage.objective, "host", stage.objective)
 
 
 def _base(name: str) -> str:

@@ -29,7 +29,9 @@ def _keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora: str) -> list[str]:
+def _pipeline_usage(
+    what: dict, family, info: dict, size: tuple[int, int], lora: str, shape: tuple[int, ...]
+) -> list[str]:
     """Text-to-image: an ordinary pipeline call."""
     scheduler = info["scheduler"]["_class_name"]
     call = {"height": size[0], "width": size[1], "num_inference_steps": info["steps"], **info["arguments"]}
@@ -40,7 +42,8 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
     w = float(info["steps"] if info.get("told_steps") else info["guidance"])
     call |= info["step"] | (family.guidance_off if baked else {"guidance_scale": w})
     call |= family.plain_call(what)
-    merged, lora = lora and told, "" if told else lora
+    own = told or info["gaps"]  # an input that the base has not
+    merged, lora = lora and own, "" if own else lora
     names = sorted([family.pipeline, *([scheduler] if lora else [])])
     source = repr(shown_path(info["base"])) if lora else '"merged"' if merged else '"."'
     note = "" if lora or merged else "  # this folder"
@@ -55,13 +58,29 @@ def _pipeline_usage(what: dict, family, info: dict, size: tuple[int, int], lora:
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             f'pipe.load_lora_weights(".", weight_name="{lora}")',
         ]
+    if info["gaps"]:
+        call["latents"] = "latents"
+        lines += _gap_lines(family, info["gaps"], shape)
     return [
         *lines,
         "image = pipe(",
         f'    "{PROMPT}", generator=torch.Generator().manual_seed(0),',
-        *_wrapped([f"{k}={v!r}" for k, v in call.items()]),
+        *_wrapped([f"{k}={v if k == 'latents' else repr(v)}" for k, v in call.items()]),
         ").images[0]",
         'image.save("sample.png")',
+    ]
+
+
+def _gap_lines(family, gaps: list[float], shape: tuple[int, ...]) -> list[str]:
+    """A pipeline whose network reads the length of each step as one more channel of its latent."""
+    return [
+        f"gaps, forward = iter({gaps}), pipe.{family.component}.forward",
+        "",
+        "def with_gap(x, *args, **kwargs):  # the network also reads how long its step is",
+        "    return forward(torch.cat([x, torch.full_like(x[:, :1], next(gaps))], 1), *args, **kwargs)",
+        "",
+        f"pipe.{family.component}.forward = with_gap",
+        f"latents = torch.randn(1, {', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
     ]
 
 
@@ -76,9 +95,16 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
             step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
             f"        out = null + {w} * (out - null)",
         ]
+    if info["gaps"]:
+        read = "torch.cat([x, torch.full_like(x[:, :1], gap)], 1)"
+        if edm:
+            read = read.replace("[x, ", "[scheduler.scale_model_input(x, t), ")
+        step = [f"        out = net({read}, t{label}).sample"]
     given = _keywords(info["step"])
     step += [f"        x = scheduler.step(out, t, x{given}, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
+    if info["gaps"]:
+        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {info['gaps']}):  # gap: the step's length"
     if info["needs_loop"]:
         loop = _renoise_loop(info["times"], label)
     arguments = dict(info["arguments"])
@@ -131,7 +157,7 @@ def usage(what: dict, family, info: dict, codec, lora: str = "") -> str:
     if hasattr(codec, "prompts"):
         device = next(codec.parameters()).device
         size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[-2:])
-        return "\n".join(_pipeline_usage(what, family, info, size, lora))
+        return "\n".join(_pipeline_usage(what, family, info, size, lora, codec.shape))
     return "\n".join(_label_usage(what, info, codec.shape, "merged" if lora else "."))
 
 

@@ -101,6 +101,8 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    smooth_time: bool = False
+    """solve a full student's time embedder anew without fast ripples, for continuous-time methods"""
     sprint: bool = False
     """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
     init: str = ""
@@ -313,6 +315,8 @@ class RunConfig(Section):
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
         self._check_guidance()
+        if self.student.smooth_time and self.student.kind != "full":
+            raise ValueError("student.smooth_time: found true for an adapter; it needs student.kind full")
         if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
             raise ValueError(
                 "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
@@ -324,6 +328,12 @@ class RunConfig(Section):
         if self.student.gamma and self.student.sampler != "tcd":
             raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
         self._check_steps()
+        counts = (self.student.num_steps, len(times), *self.eval.student_steps)
+        two = [s.objective.name for s in self.all_stages() if REGISTRY[s.objective.name].two_times]
+        if two and max(counts) > 1 and self.student.sampler != "ode":
+            raise ValueError(
+                f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
+            )
         for stage in self.all_stages():
             cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images

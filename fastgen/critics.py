@@ -1,4 +1,4 @@
-"""Discriminator heads on the features of a denoiser (the critic's or the frozen teacher's)."""
+"""Small heads beside a denoiser: discriminators on its features, and the weight learned over time."""
 
 import torch
 from torch import Tensor, nn
@@ -78,5 +78,21 @@ class Discriminator(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, score: bool = False):
         """Logits per head, [B], [B, tokens] or [B, h, w]; with score=True also D of the same pass."""
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
-        logits = [head(m) for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
+        logits = [head(m).float() for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits
+
+
+class LogVariance(nn.Module):
+    """w(t), the learned log-variance of the adaptive weighting exp(-w) loss + w; zero at first."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.register_buffer("freqs", 2.0 ** torch.linspace(-2, 4, width // 2))
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[B] -> [B]."""
+        waves = t.float()[:, None] * self.freqs
+        return self.out(torch.cat([waves.sin(), waves.cos()], 1)).float().squeeze(1)

@@ -113,7 +113,7 @@ def export_name(info: dict, output_dir: str) -> str:
 
 def describe(trainer, teacher: Teacher, student: Student, served: Serving, distilled: bool) -> dict:
     """What a file must say about itself, so that nothing needs to be remembered to sample it."""
-    cfg = trainer.cfg
+    cfg, last = trainer.cfg, trainer.cfg.all_stages()[-1].objective
     return {
         "version": __version__,
         "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
@@ -128,8 +128,9 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "grid": student.grid,
         "others": other_steps(cfg, teacher, student, served) if distilled else {},
         "needs_loop": served.needs_loop,
+        "gaps": gaps(student) if distilled else None,
         "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
-        "guidance": cfg.teacher.guidance,
+        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.teacher.guidance),
         "guidance_range": student.guidance_range and list(student.guidance_range),
         "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",
@@ -137,6 +138,14 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "teacher_scheduler": _plain(teacher.scheduler),
         "trained_steps": trainer.step,
     }
+
+
+def gaps(student: Student) -> list[float] | None:
+    """What the extra input channel of a two-time network is filled with at each step."""
+    if not getattr(student.backbone, "second_time", False):
+        return None
+    times = torch.tensor([student.times, student.ends()], dtype=torch.float64)
+    return student.schedule.gap(times[0], times[1]).tolist()
 
 
 def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dict[str, dict]:
@@ -229,7 +238,7 @@ def _export_lora(
     file = lora.write_peft(folder / f"{name}-lora.safetensors", layers, family.component, header, dtype)
     served.scheduler.save_pretrained(folder / "scheduler")
     files = {"lora": file.name}
-    told = info["guidance_range"] is not None  # plain diffusers cannot add the layer that takes w
+    told = bool(info["guidance_range"] or info["gaps"])  # plain diffusers cannot add such an input
     if family.reads_kohya(layers) and not told:
         twin = folder / f"{name}-lora-kohya.safetensors"
         files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name

@@ -84,8 +84,9 @@ def _scatter(points: Tensor, path: Path) -> None:
 
 def finish(trainer, judge: Judge) -> dict:
     """Measure, export, report; prints one short table and where everything is."""
+    from fastgen.diagnose import warnings
     from fastgen.export import export_student, sample_command
-    from fastgen.report import write_report
+    from fastgen.report import read_metrics, write_report
 
     folder, cfg = trainer.folder, trainer.cfg
     kept = folder / "best.safetensors"
@@ -107,6 +108,8 @@ def finish(trainer, judge: Judge) -> dict:
         write_text(exported / "card.json", json.dumps(teacher_card(results), indent=2))
     report = write_report(folder)
     print(table(results))
+    for seen, cure in warnings(read_metrics(folder / "metrics.jsonl"), results):
+        print(f"warning: {seen}; try {cure}")
     print(f"report  {report}")
     if exported is None:
         print("export  none: an analytic teacher's student is no diffusers network")

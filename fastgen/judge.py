@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgen.codecs import select
+from fastgen.diagnose import look
 from fastgen.objectives import REGISTRY
 from fastgen.roles import Role
 from fastgen.samplers import ImageNoise, sample_student, sample_teacher
@@ -106,10 +107,14 @@ def measure(cfg, judge: Judge) -> dict:
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
+    seen = {}
+
     def row(name: str, steps: int = 0) -> dict:
-        count = counts[name]
-        scores = judge.score(judge.images(name, count, cfg.eval.seed, steps)) if count else {}
-        return {"nfe": judge.nfe(name, steps), **scores}
+        if not counts[name]:
+            return {"nfe": judge.nfe(name, steps)}
+        images = judge.images(name, counts[name], cfg.eval.seed, steps)
+        seen.setdefault(name, look(images, len(judge.requests.rows)))
+        return {"nfe": judge.nfe(name, steps), **judge.score(images)}
 
     speed_batch = min(20, cfg.eval.batch_size)
     seconds = _times(judge, who, speed_batch)
@@ -120,6 +125,8 @@ def measure(cfg, judge: Judge) -> dict:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
     if judge.measurer is not None and num:
         found["floor"] = judge.measurer.floor(num)
+    if seen:
+        found["look"] = seen
     times = list(judge.cast.parts["student"].times) if judge.few_step else None
     found["protocol"] = {
         "num_samples": num,

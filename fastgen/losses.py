@@ -18,6 +18,21 @@ def mse(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
+def l1(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """mean w |pred - target|."""
+    loss = per_sample_mean((pred - target).abs())
+    return (loss if weight is None else loss * weight.to(loss)).mean()
+
+
+def feature_distance(pred: list[Tensor], target: list[Tensor], weight: Tensor | None = None) -> Tensor:
+    """Squares between feature maps [B, C, h, w] of unit length along C, summed over maps (LPIPS without its
+    learned weights, Zhang et al. 2018, arXiv 1801.03924, eq. 1).
+    """
+    unit = [(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p, q in zip(pred, target)]
+    loss = sum(((p - q) ** 2).sum(1).flatten(1).mean(1) for p, q in unit)
+    return (loss if weight is None else loss * weight.to(loss)).mean()
+
+
 def pseudo_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None = None) -> Tensor:
     """Elementwise sqrt(d^2 + c^2) - c (LCM, arXiv 2310.04378, Sec. 4)."""
     loss = per_sample_mean(((pred - target) ** 2 + c**2).sqrt() - c)

@@ -75,6 +75,20 @@ class FeatureNet(nn.Module):
         return net.float().eval().requires_grad_(False)
 
 
+class Perceptual(nn.Module):
+    """x0 to the feature maps of the bundled net that knows its pictures; frozen."""
+
+    def __init__(self, codec, net: FeatureNet):
+        super().__init__()
+        self.net, self.decode = net, codec.decode
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {}
+
+    def forward(self, x0: Tensor) -> list[Tensor]:
+        return self.net.maps(self.decode(x0))
+
+
 @torch.no_grad()
 def measure(net: nn.Module, images: Tensor, batch_size: int = 500) -> dict:
     """Run a FeatureNet over many images (uint8, or float in [0, 1]) on the device it lives on."""

@@ -152,6 +152,8 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     backbone = role.backbone
     if not hasattr(backbone, "net"):
         raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
+    if info.get("gaps"):
+        backbone.add_second_time()
     if info.get("guidance_range"):
         backbone.add_guidance()
     lora.inject(backbone.net, layers, "student")
@@ -191,6 +193,8 @@ def init_student(student: Role, path: str) -> None:
 
 def _init_full(student: Role, path: str, key: str) -> None:
     net, source = student.backbone.net, load_teacher(path).backbone
+    if getattr(student.backbone, "second_time", False):
+        source.add_second_time()
     if is_sprint(student.backbone) and source.family.name == "sana":
         make_sprint(source)
     elif student.guidance is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from fastgen.checkpoint import write_text
+from fastgen.diagnose import warnings
 from fastgen.paths import asset
 
 BLUE, FAINT, ORANGE, GREEN = "#1f5fa8", "#b9cfe6", "#c2571a", "#3b7d3b"
@@ -41,6 +42,7 @@ def write_report(folder: Path) -> Path:
         summary=_summary(yaml.safe_load(config) or {}, results),
         results=results,
         table=_table(results),
+        warnings=warnings(metrics, results),
         figures=_figures(metrics, results),
         grids=_grids(folder),
         config=config,

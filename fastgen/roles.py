@@ -44,11 +44,10 @@ class Role:
             return cond
         return {**cond, "guidance": torch.full((len(x),), self.guidance, device=x.device)}
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        """D [B, ...] in float32 at x_t [B, ...], t [B]; net_t is a time to tell the network in t's place."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """D [B, ...] in float32 at x_t [B, ...], t [B]."""
         with self._acting() as net:
-            more = () if net_t is None else (net_t,)
-            return net(x_t, t, self._told(cond, x_t), *more)
+            return net(x_t, t, self._told(cond, x_t))
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's native prediction."""
@@ -137,10 +136,10 @@ class Student(Role):
         with torch.no_grad():
             for i in range(last):
                 t, u = self.time(i, noise), self.time(i + 1, noise)
-                x = self(x_t, t, cond)
+                x = self(x_t, t, self.ending(cond, i, noise))
                 x_t = self.between(x, x_t, t, u, randn_like)
         t = self.time(last, noise)
-        x = self(x_t, t, cond)
+        x = self(x_t, t, self.ending(cond, last, noise))
         if self.sampler == "tcd" and last == len(self.times) - 1:
             return self.schedule.ode_step(x, x_t, t, torch.full_like(t, self.schedule.t_min))
         return x
@@ -153,7 +152,22 @@ class Student(Role):
         if self.sampler == "ode" or not self.gamma:
             return S.ode_step(x, x_t, t, u)
         s = S.toward_data(u, self.gamma)
-        return S.renoise(S.ode_step(x, x_t, t, s), randn_like(x), s, u)  # 2402.19159, Alg. 3
+        return S.renoise(
+            S.ode_step(x, x_t, t, s), randn_like(x), s, u
+        )  # strategic stochastic sampling, 2402.19159
+
+    def ends(self) -> list[float]:
+        """Where each step ends for a network that reads it: at the next time of an ODE walk, else clean."""
+        clean = self.schedule.t_min
+        following = self.times[1:] if self.sampler == "ode" else [clean] * (len(self.times) - 1)
+        return [*following, clean]
+
+    def ending(self, cond: Cond, i: int, x: Tensor) -> Cond:
+        """cond with the end r [B] of step i, where the network takes one."""
+        if not getattr(self.backbone, "second_time", False):
+            return cond
+        r = torch.full((len(x),), self.ends()[i], dtype=torch.float64, device=x.device)
+        return {**cond, "r": r}
 
     def time(self, i: int, x: Tensor) -> Tensor:
         """The i-th time of the list for every row of x, [B] float64."""

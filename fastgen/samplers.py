@@ -36,6 +36,14 @@ def jump(schedule: Schedule, D: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Te
     return torch.where(clean, D, schedule.ode_step(D, x_t, t.clamp(min=1e-6), u))
 
 
+def undo_jump(schedule: Schedule, x_u: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """The D whose jump from x_t at t lands on x_u."""
+    ratio = schedule.sigma(u) / schedule.sigma(t)
+    clean = expand(u <= schedule.t_min * 1.0001 + 1e-9, x_t).bool()
+    D = (x_u - expand(ratio, x_u) * x_t) / expand(schedule.alpha(u) - ratio * schedule.alpha(t), x_u)
+    return torch.where(clean, x_u, D)
+
+
 def segment_ends(num: int, segments: int) -> Tensor:
     """Where each of a grid's num intervals, noise first, must land: the index of its segment's end [num].
 

@@ -48,6 +48,14 @@ class Schedule:
         """lambda(t) = log(alpha / sigma), decreasing in t."""
         return self.alpha(t).log() - self.sigma(t).log()
 
+    def level(self, t: Tensor) -> Tensor:
+        """sigma / (alpha + sigma): the time of a rectified flow at the same signal-to-noise ratio."""
+        return self.sigma(t) / (self.alpha(t) + self.sigma(t))
+
+    def gap(self, t: Tensor, r: Tensor) -> Tensor:
+        """Length of a step from t to r, as level(t) - level(r)."""
+        return self.level(t) - self.level(r)
+
     # -- conversions ---------------------------------------------------------------------------------------
     def to_x0(self, kind: str, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The denoised estimate D behind a network output of the given kind."""
@@ -102,7 +110,7 @@ class Schedule:
         return [times[int(i)] for i in np.linspace(0, grid, num, endpoint=False)]
 
     def toward_data(self, u: Tensor, gamma: float) -> Tensor:
-        """The time s = (1 - gamma) u of TCD's sampling (arXiv 2402.19159, Alg. 3)."""
+        """The time s = (1 - gamma) u of TCD's strategic stochastic sampling (arXiv 2402.19159)."""
         return ((1 - gamma) * u.double()).clamp(min=self.t_min)
 
     def map_to(self, other: "Schedule", t: Tensor) -> tuple[Tensor, Tensor]:

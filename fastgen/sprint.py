@@ -5,7 +5,6 @@ TrigFlow, which is what SanaSprintPipeline and SCMScheduler expect (arXiv 2503.0
 """
 
 import copy
-import math
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ from fastgen.backbones.schedulers import schedule_of
 from fastgen.errors import UserError
 from fastgen.roles import Student
 from fastgen.schedules import Flow
+from fastgen.smooth import embedded, solve_embedder
 
 UNIT_TIMES = 1e-3
 """`timestep_scale` of a network that sees 0..1 where SanaPipeline counts 0..1000"""
@@ -35,39 +35,11 @@ def make_sprint(backbone: nn.Module) -> None:
     net = backbone.net
     if net.config.timestep_scale != UNIT_TIMES:
         changed = rebuilt(net, timestep_scale=UNIT_TIMES)
-        _solve_embedder(changed.time_embed.emb, net.time_embed.emb)
+        t = torch.linspace(0, 1, 4001, device=next(net.parameters()).device)
+        solve_embedder(changed, backbone.family, t, embedded(net, backbone.family, 1000 * t))
         backbone.net = changed.eval()
     backbone.add_guidance()
     backbone.schedule = Flow(angles=True)
-
-
-@torch.no_grad()
-def _solve_embedder(new: nn.Module, old: nn.Module, slope: float = 40.0, points: int = 4001) -> None:
-    """Set the time embedder of times in [0, 1] to the old one's values at 0..1000.
-
-    Sinusoids of a time in [0, 1] hold only sin t and cos t to any accuracy. The first layer becomes random
-    ramps of bounded slope in sin t, the second is solved for by least squares.
-    """
-    mlp, device = new.timestep_embedder, next(new.parameters()).device
-    if device.type == "meta":
-        return
-    t = torch.linspace(0, 1, points, device=device)
-    wanted = old.timestep_embedder(old.time_proj(1000 * t)).double()
-    waves = new.time_proj(t)
-    sine = int((waves - t.sin()[:, None]).abs().sum(0).argmin())
-    width = mlp.linear_1.out_features
-    draws = torch.rand(3, width, generator=torch.Generator().manual_seed(0)).to(device)
-    ramp = slope * (0.25 + draws[0]) * torch.where(draws[1] < 0.5, -1.0, 1.0)
-    knots = (1.1 * draws[2] - 0.05) * math.sin(1.0)
-    mlp.linear_1.weight.zero_()
-    mlp.linear_1.weight[:, sine] = ramp
-    mlp.linear_1.bias.copy_(-ramp * knots)
-    hidden = mlp.act(mlp.linear_1(waves)).double()
-    hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
-    damped = hidden.T @ hidden + 1e-6 * points * torch.eye(width + 1, device=device, dtype=torch.float64)
-    solution = torch.linalg.solve(damped, hidden.T @ wanted)
-    mlp.linear_2.weight.copy_(solution[:-1].T)
-    mlp.linear_2.bias.copy_(solution[-1])
 
 
 def is_sprint(backbone: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,15 +38,19 @@ class TangentConfig(BaseModel):
     forward AD
     """
 
-    @field_validator("step")
-    @classmethod
-    def _above_rounding(cls, step: float) -> float:
-        if step < SMALLEST_STEP:
+    @model_validator(mode="after")
+    def _above_rounding(self):
+        if self.step < SMALLEST_STEP:
             raise ValueError(
-                f"objective.tangent.step: found {step:g}; below {SMALLEST_STEP:g} the float32 rounding of "
-                "the time embedding outweighs the difference"
+                f"step: found {self.step:g}; below {SMALLEST_STEP:g} the float32 rounding of the time "
+                "embedding outweighs the difference"
             )
-        return step
+        return self
+
+    @property
+    def reach(self) -> float:
+        """How far from its point the derivative looks."""
+        return self.step if self.method == "difference" else 1e-6
 
 
 def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:

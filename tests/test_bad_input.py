@@ -58,8 +58,8 @@ SIMPLE = {
     ),
     "bad choice": (["--student.kind", "loora"], ["student.kind", "'full' or 'lora'", "loora"]),
     "unknown objective": (
-        ["--objective.name", "dmd3"],
-        ["objective.name", "dmd3", "did you mean 'dmd2'", "consistency"],
+        ["--objective.name", "dmd22"],
+        ["objective.name", "dmd22", "did you mean 'dmd2'", "consistency"],
     ),
     "misspelt switch": (["--resum"], ["--resum", "did you mean 'resume'"]),
     "misspelt switch 2": (["--dryrun"], ["--dryrun", "did you mean 'dry_run'"]),
@@ -106,6 +106,49 @@ SIMPLE = {
     "LoRA on an analytic teacher": (
         ["--teacher.path", "analytic:gmm2d-flow", "--student.kind", "lora"],
         ["student.kind", "analytic", "full"],
+    ),
+    "timesteps between the schedule's": (
+        ["--teacher.path", "analytic:gmm2d-vp", "--student.timesteps", "998.5"],
+        ["student.timesteps", "998.5", "whole numbers"],
+    ),
+    "LoRA critic of an analytic teacher": (
+        ["--teacher.path", "analytic:gmm2d-flow", "--critic.kind", "lora"],
+        ["critic.kind", "analytic", "use full"],
+    ),
+    "host with a GAN, without data": (
+        ["--objective.name", "disback", "--objective.host", "{{name: dmd2}}", "--data.name", ""],
+        ["needs real data", "data.name"],
+    ),
+    "unknown host": (
+        ["--objective.name", "disback", "--objective.host", "{{name: dmd3}}"],
+        ["objective.host.name", "dmd3", "diff_instruct"],
+    ),
+    "host without a critic": (
+        ["--objective.name", "disback", "--objective.host", "{{name: consistency}}"],
+        ["objective.host", "consistency has no critic", "swiftbrush"],
+    ),
+    "more students than classes": (
+        ["--objective.name", "msd", "--objective.num_students", "11"],
+        ["objective.num_students", "found 11 for 10 classes", "would have none"],
+    ),
+    "students without conditions": (
+        [
+            "--teacher.path",
+            "analytic:gmm8d-flow",
+            "--objective.name",
+            "msd",
+            "--objective.host",
+            "{{name: dmd}}",
+        ],
+        ["objective.num_students", "unconditional"],
+    ),
+    "random guidance of an unconditional teacher": (
+        ["--teacher.path", "analytic:gmm8d-flow", "--objective.name", "snoopi"],
+        ["objective.min_guidance", "unconditional"],
+    ),
+    "image-text loss without texts": (
+        ["--objective.name", "swiftbrush", "--objective.clip_weight", "0.1", "--objective.clip_steps", "5"],
+        ["objective.clip_weight", "not asked by text"],
     ),
     "LoRA targets match nothing": (
         ["--student.kind", "lora", "--student.lora.target_modules", "to_nothing"],

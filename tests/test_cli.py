@@ -78,7 +78,7 @@ def test_help_shows_every_key_with_its_text(method, capsys):
     for switch in ("--config", "--resume", "--overwrite", "--dry_run", "--plugin"):
         assert switch in text
     dumped = config.load(FLAT[1:], ["--objective.name", method]).model_dump(mode="json")
-    hidden = {"--teacher.blueprint", "--stages", "--objective.name"}
+    hidden = {"--teacher.blueprint", "--teacher.family", "--student.net", "--stages", "--objective.name"}
     for key in leaves(dumped):
         if key in hidden:
             continue

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "fastgen.losses": ("schedules",),
     "fastgen.divergences": ("losses", "schedules"),
     "fastgen.tangents": ("errors",),
-    "fastgen.trigflow": ("schedules",),
+    "fastgen.coordinates": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
     "fastgen.critics": ("backbones.base", "roles"),
     "fastgen.samplers": ("schedules", "roles", "codecs", "backbones.base"),
@@ -35,7 +35,7 @@ OBJECTIVE_MAY = (
     "samplers",
     "schedules",
     "tangents",
-    "trigflow",
+    "coordinates",
 )
 
 

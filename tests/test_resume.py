@@ -37,6 +37,10 @@ RUNS = {
     "consistency with target": {"objective": CM, "optim": FAST},
     "accumulation": {"objective": DMD2, "train": BASE["train"] | {"gradient_accumulation_steps": 2}},
     "pairs": {"objective": {"name": "ode_pairs", "teacher_steps": 4}},
+    "path of DisBack": {
+        "objective": {"name": "disback", "record_steps": 2, "nodes": 2, "switch_every": 2, "host": DMD2},
+    },
+    "three students": {"objective": {"name": "msd", "num_students": 3, "host": DMD2}, "optim": FAST},
     "two stages": {
         "stages": [
             {"name": "warm", "objective": CM, "max_train_steps": 3},

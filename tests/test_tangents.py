@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from fastgen.backbones import load_teacher
+from fastgen.config import validate
 from fastgen.errors import UserError
 from fastgen.roles import Role
 from fastgen.tangents import TangentConfig, tangent
@@ -80,6 +81,10 @@ def test_steps_too_small_for_float32_are_refused_because_they_are_noise(tiny):
     assert relative(tangent(f, at, along, tiny_step), exact) > 0.1
     with pytest.raises(ValidationError, match="float32 rounding"):
         TangentConfig(method="difference", step=1e-7)
+    objective = {"name": "scm", "tangent": {"method": "difference", "step": 1e-7}}
+    with pytest.raises(UserError, match="objective.tangent.step: found 1e-07; below 1e-05") as error:
+        validate({"objective": objective, "data": {"name": "digits"}})
+    assert str(error.value).count("objective.tangent") == 1 and "\n" not in str(error.value)
 
 
 def test_a_kernel_without_forward_mode_is_told_in_one_line(tiny):

@@ -120,6 +120,7 @@ class MLPDenoiser(nn.Module):
         self.mid = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, dim)
         self.guidance: nn.Linear | None = None
+        self.second: nn.Sequential | None = None
         self.register_buffer("freqs", torch.tensor([0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]))
 
     def add_guidance(self) -> None:
@@ -128,12 +129,24 @@ class MLPDenoiser(nn.Module):
             self.guidance = nn.Linear(1, self.out.in_features, bias=False)
             nn.init.zeros_(self.guidance.weight)
 
-    def _hidden(self, x: Tensor, phase: Tensor, cond: Cond) -> Tensor:
+    second_time = property(lambda self: self.second is not None)
+
+    def add_second_time(self) -> None:
+        """Make cond["r"] [B], the end of the step, an input; the output does not depend on it yet."""
+        if self.second is None:
+            width = self.out.in_features
+            self.second = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width, bias=False))
+            nn.init.zeros_(self.second[2].weight)
+
+    def _hidden(self, x: Tensor, t: Tensor, phase: Tensor, cond: Cond) -> Tensor:
         waves = phase.to(x.dtype)[:, None] * self.freqs.to(x.dtype)
         h = self.inp(x) + self.time(torch.cat([waves.sin(), waves.cos()], 1))
         h = h + self.label(cond["class_labels"] if "class_labels" in cond else torch.zeros(len(x)).long())
         if self.guidance is not None:
             h = h + self.guidance(cond["guidance"].to(h)[:, None] - 1)
+        if self.second is not None:
+            gap = torch.zeros(len(x)) if "r" not in cond else self.schedule.gap(t, cond["r"])
+            h = h + self.second(gap.to(h)[:, None])
         for layer in self.mid:
             h = h + layer(nn.functional.silu(h))
         return h
@@ -145,17 +158,17 @@ class MLPDenoiser(nn.Module):
             expand(c, x_t) for c in (1 / total.sqrt(), a * sd**2 / total, s * sd / total.sqrt())
         ), torch.atan2(s, a * sd)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        phase = phase if net_t is None else self._coefficients(x_t, net_t)[1]
-        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, phase, cond)))
+        told = self._coefficients(x_t, cond["net_t"])[1] if "net_t" in cond else phase
+        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, told, cond)))
 
     raw = forward
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, taps=(-1,), score: bool = False):
         """The last hidden layer as a [B, C, 1, 1] map."""
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        h = self._hidden(c_in * x_t, phase, cond)
+        h = self._hidden(c_in * x_t, t, phase, cond)
         D = c_skip * x_t + c_out * self.out(nn.functional.silu(h)) if score else None
         return [h[..., None, None]], D
 

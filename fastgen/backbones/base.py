@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,8 @@ class Backbone(nn.Module):
     def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
+        self.second_time = False
+        """whether the network also reads where its step ends, cond["r"] [B], as one more input channel"""
         self.adapter: str | None = None
         self.adapter_names: tuple[str, ...] = ()
 
@@ -44,14 +47,19 @@ class Backbone(nn.Module):
             t = t.sin() / (t.sin() + t.cos())
         return FLOW_TIMES[self.family.flow_time](t).float()
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        """Native prediction of the network, [B, C, ...] float32; it is told net_t where that is given."""
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Native prediction of the network, [B, C, ...] float32; it is told cond["net_t"] where that is
+        given.
+        """
         dtype = next(self.net.parameters()).dtype
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
-        return self.family.call(
-            self.net, x_t.to(dtype), self.net_time(t if net_t is None else net_t), cond
-        ).float()
+        time = self.net_time(cond.get("net_t", t))
+        if not self.second_time:
+            return self.family.call(self.net, x_t.to(dtype), time, cond).float()
+        gap = expand(self.schedule.gap(t, cond.get("r", t)), x_t).expand_as(x_t[:, :1])
+        out = self.family.call(self.net, torch.cat([x_t, gap], 1).to(dtype), time, cond)
+        return out[:, : x_t.shape[1]].float()
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D from the native prediction."""
@@ -62,12 +70,18 @@ class Backbone(nn.Module):
         skip, scale = var / (gap**2 + var), gap * var**0.5 / (t**2 + var).sqrt()
         return expand(skip, x_t) * x_t + expand(scale, x_t) * out
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, net_t: Tensor | None = None) -> Tensor:
-        return self.to_x0(self.raw(x_t, t, cond, net_t), x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.to_x0(self.raw(x_t, t, cond), x_t, t)
 
     def add_guidance(self) -> None:
         """Make the guidance scale an input of the network; call it before adapters are added."""
         self.net = self.family.add_guidance(self.net).eval()
+
+    def add_second_time(self) -> None:
+        """Make the end of a step an input of the network; call it before adapters are added."""
+        if not self.second_time:
+            self.net = self.family.add_second_time(self.net).eval()
+            self.second_time = True
 
     # -- features ------------------------------------------------------------------------------------------
     def features(

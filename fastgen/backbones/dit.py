@@ -81,7 +81,10 @@ class Sana(Family):
     keys, factor, max_length = (*MASKED, "guidance"), 32, 300
     lora_targets = (*ATTENTION, "conv_inverted", "conv_point")
     final_layers = ("proj_out", "time_embed.*", "caption_projection.*", "patch_embed.*")
+    time_layers = ("time_embed.emb.time_proj", "time_embed.emb.timestep_embedder")
+    input_layer = "patch_embed.proj"
     guidance_layers = ("time_embed.guidance_embedder.linear_1", "time_embed.guidance_embedder.linear_2")
+    guidance_form = "sprint"
     call_arguments = {"complex_human_instruction": None, "use_resolution_binning": False}
 
     def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

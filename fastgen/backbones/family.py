@@ -107,8 +107,14 @@ class Family:
     tap_output: int = 0
     """which output of a tapped block is the image stream, where it returns several"""
 
+    time_layers: tuple[str, str] = ("time_proj", "time_embedding")
+    """the sinusoids of the time and the two-layer embedder behind them"""
+    input_layer: str = "conv_in"
+    """convolution that reads the latent; a second time enters as one more of its channels"""
     guidance_layers: tuple[str, ...] = ()
     """layers that `add_guidance` makes; a LoRA student adapts them too"""
+    guidance_form: str = ""
+    """the setting without which no pipeline tells such a network its guidance scale"""
 
     # -- the exported pipeline ------------------------------------------------------------------------------
     call_arguments: dict = {}
@@ -170,6 +176,20 @@ class Family:
             f"{self.net_class} has no input for the guidance scale",
             "leave it out: the student learns teacher.guidance alone",
         )
+
+    @torch.no_grad()
+    def add_second_time(self, net: nn.Module) -> nn.Module:
+        """The same function by a network with one more input channel, whose weights are zero."""
+        layer = dict(net.named_modules()).get(self.input_layer)
+        width = net.config.in_channels
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
+            told = f"{self.net_class} has no plain convolution over its latent for a second time to enter by"
+            raise UserError("objective.name", told, "a method whose network takes one time")
+        wider = type(net).from_config({**net.config, "in_channels": width + 1})
+        state, key = net.state_dict(), f"{self.input_layer}.weight"
+        state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
+        wider.load_state_dict(state)
+        return wider.to(layer.weight.device)
 
     # -- latents --------------------------------------------------------------------------------------------
     def channels(self, net: nn.Module) -> int:
@@ -270,14 +290,15 @@ class Family:
         layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
         hit = {e: [n for n in layers if n == e or n.endswith(f".{e}")] for e in endings}
         leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
-        default = set(endings) - set(self.guidance_layers) == set(self.lora_targets)
+        added = {*self.guidance_layers, self.input_layer}
+        default = set(endings) - added == set(self.lora_targets) - added
         for ending, found in hit.items():
             if not found and not default:
                 told = f"no layer of {self.net_class} ends in {ending!r}"
                 raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
             final = sorted(n for n in found if self._is_final(n, inside))
             if default:
-                hit[ending] = [n for n in found if n not in final]
+                hit[ending] = [n for n in found if n not in final or n == ending in added]
             elif final and ending not in final:
                 told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
                 raise UserError("target_modules", told, "write a longer ending, or that layer's full name")

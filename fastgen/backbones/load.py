@@ -349,4 +349,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     else:
         codec = _text_codec(folder, family, net, info, index, source)
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
-    return Teacher(Backbone(net.eval(), family, schedule, found), codec, scheduler, path, info)
+    backbone = Backbone(net.eval(), family, schedule, found)
+    if info.get("export", {}).get("gaps") and "lora" not in info["export"]:
+        backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])
+    return Teacher(backbone, codec, scheduler, path, info)

@@ -108,6 +108,8 @@ class Objective:
     """whether `step` reads batch.x0"""
     draws_guidance = False
     """whether `step` can train a student that is told w (student.guidance_embedding), through `tell`"""
+    two_times = False
+    """whether the student also reads where its step ends: u(x_t, t, r) instead of D(x_t, t)"""
     few_step = True
     """whether the student becomes a few-step generator; if not, it is sampled by the ODE, like a teacher"""
 
@@ -156,6 +158,11 @@ class Objective:
     def step_counts(cls, cfg) -> tuple[int, ...]:
         """Step counts that student and critic are told, through the class's own input for w; empty: none."""
         return ()
+
+    @classmethod
+    def learned_guidance(cls, cfg, guidance: float) -> float:
+        """The teacher's guidance that ends up inside the student."""
+        return guidance
 
     @classmethod
     def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:

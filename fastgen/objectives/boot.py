@@ -85,11 +85,9 @@ class BOOT(Objective, config=BOOTConfig):
 
     def signal(self, eps, u, cond):
         """y_theta(eps, t) at grid position u: the student's D at (eps, T), told the mirrored time."""
-        T = self.student.time(0, eps)
-        return self.student(eps * self.schedule.prior_std(self.student.times[0]), T, cond, self.mirrored(u))
-
-    def mirrored(self, u):
-        return self.schedule.from_unit(1 - u)
+        x_T = eps * self.schedule.prior_std(self.student.times[0])
+        told = {**cond, "net_t": self.schedule.from_unit(1 - u)}
+        return self.student(x_T, self.student.time(0, eps), told)
 
     def estimates(self, batch, w, y, t, edge):
         """f at (y, t) of every row, and D at (eps, T) of the boundary's rows, in one pass of the teacher."""

@@ -1,14 +1,15 @@
 """Consistency distillation and training, one or several segments.
 
-Papers: Song et al. 2023, arXiv 2303.01469 (CD, CT; Alg. 2 and 3); Heek et al. 2024, arXiv 2403.06807
-(multistep); Song & Dhariwal 2023, arXiv 2310.14189 (pseudo-Huber, 1/(t - r) weight).
+Papers: Song et al. 2023, arXiv 2303.01469 (CD, CT; Alg. 2 and 3); Song & Dhariwal 2023, arXiv 2310.14189
+(improved CT); Heek et al. 2024, arXiv 2403.06807 (multistep).
 
-  grid t_0 > t_1 > ... > t_N;  i ~ U{0 .. N-1};  t = t_i, r = t_{i+1};  e = end of the segment holding t
+  grid t_0 > t_1 > ... > t_N;  i ~ p(i);  t = t_i, r = t_{i+1};  e = end of the segment holding t
   x_t = alpha x0 + sigma eps
   x_r = one ODE step of the teacher from t to r, Euler or Heun          CT: D_real := x0
   pred   = J(D_theta(x_t, t), x_t, t, e)                   J: DDIM jump to e, the identity at t = e
   target = sg J(D_theta-(x_r, r), x_r, r, e),  and x_r itself when r = e
-  loss = w(t) d(pred, target);   theta- <- mu theta- + (1 - mu) theta
+  loss = w d(pred, target)                                 multistep: d in D, the target's jump undone
+  theta- <- mu theta- + (1 - mu) theta
 
 Differs
 - boundary condition: c_skip, c_out of the papers are replaced by the DDIM jump J, exact for every schedule;
@@ -16,19 +17,22 @@ Differs
   end J is D itself.
 - theta- is the student under no_grad unless target_decay is set (2310.14189, Sec. 3.2); CD of 2303.01469
   used 0.95.
+- the perceptual metric is not LPIPS with its VGG: it compares the bundled feature net's maps. That net also
+  measures fd_mini, so a number of such a run is no fair comparison.
+- multistep: plain DDIM teacher steps in place of aDDIM; curriculum log is its growth of the teacher's steps.
 - random states are not shared by pred and target: the networks run in eval mode, without dropout.
 """
 
-import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.ema import ema_update
-from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.samplers import jump, segment_ends, solver_step
+from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
+from fastgen.objectives.discrete import draw_intervals, num_intervals
+from fastgen.samplers import jump, segment_ends, solver_step, undo_jump
 from fastgen.schedules import expand
 
 
@@ -41,30 +45,54 @@ class ConsistencyConfig(ObjectiveConfig):
     num_scales: int = Field(32, ge=2)
     """intervals N of the time grid at the end of training"""
     start_scales: int = Field(0, ge=0)
-    """if set, N doubles from here to num_scales in equal spans (2310.14189, Sec. 3.4)"""
+    """if set, N grows from here to num_scales over curriculum_steps"""
+    curriculum: Literal["double", "root", "log"] = "double"
+    """growth of N: doubling (2310.14189, Sec. 3.4), CT's root (2303.01469, App. C), log-linear (multistep)"""
     curriculum_steps: int = Field(0, ge=0)
     """steps over which N grows; needed with start_scales"""
     segments: int = Field(1, ge=1)
     """segments of the grid; 1 is a consistency model, more a multistep one"""
     solver: Literal["euler", "heun"] = "euler"
     """teacher's ODE solver"""
-    metric: Literal["l2", "huber"] = "huber"
+    metric: Literal["l2", "l1", "huber", "perceptual"] = "huber"
     """distance between prediction and target"""
     huber_c: float = Field(0.00054, gt=0)
     """Huber constant, multiplied by sqrt(dimension)"""
     weighting: Literal["uniform", "inverse_gap"] = "uniform"
-    """uniform, or 1 / (u_t - u_r) on the unit grid"""
+    """w: uniform, or 1 / (t - r) in the schedule's time, as improved CT takes it for EDM"""
+    space: Literal["state", "x0"] = "state"
+    """where d is taken: at the state x_e, or in D (multistep, 2403.06807)"""
+    log_normal: tuple[float, float] | None = None
+    """mean and std of ln(sigma / alpha) to draw intervals by, (-1.1, 2.0) in improved CT; null: evenly"""
     target_decay: float = Field(0.0, ge=0, lt=1)
-    """EMA decay of the target network; 0 uses the student itself"""
+    """EMA decay mu of the target network; 0 uses the student itself"""
+    decay_grows: bool = False
+    """mu = exp(N_0 ln(target_decay) / N) while N grows (2303.01469, App. C)"""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if bool(self.start_scales) != bool(self.curriculum_steps):
+            raise ValueError(
+                "curriculum_steps: start_scales and curriculum_steps go together; give both or none"
+            )
+        if self.metric == "perceptual" and self.segments > 1:
+            raise ValueError("metric: perceptual compares images, and several segments end in noise; use l2")
+        return check_segments(self, self.num_scales)
 
 
 class Consistency(Objective, config=ConsistencyConfig):
     @classmethod
     def uses(cls, cfg):
-        return (
-            *(("teacher",) if cfg.mode == "distillation" else ()),
-            *(("target",) if cfg.target_decay else ()),
-        )
+        wanted = {
+            "teacher": cfg.mode == "distillation",
+            "target": cfg.target_decay,
+            "perceptual": cfg.metric == "perceptual",
+        }
+        return tuple(name for name, on in wanted.items() if on)
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return unfit_segments(cfg.num_scales, cfg.segments, num_steps, sampler)
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
@@ -76,9 +104,11 @@ class Consistency(Objective, config=ConsistencyConfig):
         cfg, S, x0 = self.cfg, self.schedule, batch.x0
         grid = self.grid(k).to(x0.device)
         num = len(grid) - 1
-        i = self.rng.randint(num, len(x0))
+        i = draw_intervals(self.rng, S, grid, len(x0), cfg.log_normal)
         t, r = grid[i], grid[i + 1]
         e = grid[segment_ends(num, cfg.segments).to(i.device)[i]]  # end of the segment
+        if cfg.target_decay and k == 0:
+            ema_update(self.target.trainable(), self.student.trainable(), 0.0)
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -86,15 +116,27 @@ class Consistency(Objective, config=ConsistencyConfig):
                 target_net = self.target if cfg.target_decay else self.student
                 target = jump(S, target_net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary: x_r at the end
-            pred = jump(S, self.student(x_t, t, batch.cond), x_t, t, e)
-            weight = None if cfg.weighting == "uniform" else torch.full((len(x0),), float(num)).to(x0)
-            if cfg.metric == "l2":
-                loss = losses.mse(pred, target, weight)
+            pred = self.student(x_t, t, batch.cond)
+            if cfg.space == "x0":
+                target = undo_jump(S, target, x_t, t, e)
             else:
-                loss = losses.sample_huber(pred, target, cfg.huber_c, weight)
-            yield loss, {"scales": float(num), "gap": (pred - target).abs().mean()}
+                pred = jump(S, pred, x_t, t, e)
+            weight = None if cfg.weighting == "uniform" else 1 / (t - r)
+            yield (
+                self.distance(pred, target, weight),
+                {"scales": float(num), "gap": (pred - target).abs().mean()},
+            )
         if cfg.target_decay and self.sync:
-            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+            grown = (cfg.start_scales or num) / num if cfg.decay_grows else 1.0
+            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay**grown)
+
+    def distance(self, pred, target, weight):
+        """w d(pred, target) over the batch."""
+        if self.cfg.metric == "huber":
+            return losses.sample_huber(pred, target, self.cfg.huber_c, weight)
+        if self.cfg.metric == "perceptual":
+            return losses.feature_distance(self.perceptual(pred), self.perceptual(target), weight)
+        return (losses.mse if self.cfg.metric == "l2" else losses.l1)(pred, target, weight)
 
     def denoiser(self, batch):
         """D along whose ODE the target moves: the guided teacher, or the data point itself."""
@@ -106,7 +148,7 @@ class Consistency(Objective, config=ConsistencyConfig):
         """The N + 1 descending times of step k."""
         cfg, num = self.cfg, self.cfg.num_scales
         if cfg.start_scales:
-            doublings = math.ceil(math.log2(num / cfg.start_scales))
-            stage = min(doublings, k * (doublings + 1) // max(cfg.curriculum_steps, 1))
-            num = min(num, cfg.start_scales * 2**stage)
+            done = min(k / cfg.curriculum_steps, 1.0)
+            num = num_intervals(cfg.curriculum, cfg.start_scales, num, done)
+            num = max(num - num % cfg.segments, cfg.segments)
         return self.schedule.from_unit(torch.linspace(1, 0, num + 1, dtype=torch.float64))

@@ -10,6 +10,11 @@ Paper: Yin et al. 2024, arXiv 2405.14867 (DMD: arXiv 2311.18828). One step or se
       update G with  0.5 |x - sg[x - grad]|^2 + gan_weight softplus(-Disc(x_t'))      (Sec. 4.3)
     update critic with  w(t) |D_fake(x_t) - sg x|^2
                         + disc_weight [softplus(Disc(x_t')) + softplus(-Disc(x0_t'))]
+                        [+ r1_weight |d Disc / d x0_t'|^2]
+
+  stages of a published run: ODE pairs (objective ode_pairs), then gan_weight 0, then the GAN at a low rate
+  forms: everything full; a LoRA student (r 64, alpha 8) with a full critic, as the authors' SDXL LoRA;
+  critic.kind lora, all three roles over one frozen base
 
 Differs
 - paper: generator and critic steps alternate; authors' code, and this: the critic moves on every step,
@@ -17,6 +22,7 @@ Differs
 - authors: heads on the critic's bottleneck, own noise level t' per use. `gan_time: null` here reuses t and
   the network pass of the score, which is cheaper; give gan_time for the authors' form, and
   `disc_features: teacher` for frozen features.
+- R1 is not in the paper; later work adds it, exact or by finite differences at the same noised input.
 - authors keep no EMA of the student; the trainer here keeps one unless told otherwise.
 """
 

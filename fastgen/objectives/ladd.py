@@ -22,16 +22,15 @@ Differs
   with that of an un-noised one; here both are the same x_t', one of them perturbed.
 """
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen import losses
 from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.matching import real_side
 from fastgen.schedules import expand
 
 
@@ -136,13 +135,8 @@ def disc_turn(objective: Objective, cfg: AdversarialConfig, batch: Batch, x: Ten
 
     with objective.turn("disc"):
         real_t, t = noised(batch.x0)
-        exact = cfg.r1_weight and cfg.r1 == "exact"
-        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
-            real = objective.disc(real_t.requires_grad_(bool(exact)), t, batch.cond)
-            penalty = losses.r1(real, real_t) if exact else None
-        if cfg.r1_weight and not exact:
-            near = real_t + cfg.r1_std * rng.randn_like(real_t)
-            penalty = losses.approximate_r1(real, objective.disc(near, t, batch.cond))
+        step = (0.0 if cfg.r1 == "exact" else cfg.r1_std) if cfg.r1_weight else None
+        real, penalty = real_side(objective, real_t, t, batch.cond, step)
         fake = objective.disc(*noised(x), batch.cond)
         logs = {"logit_real": real[0].mean(), "logit_fake": fake[0].mean()}
         wrong = batch.x0.roll(1, 0)

@@ -5,7 +5,7 @@ Papers: Luo et al. 2023, arXiv 2310.04378 (LCM, Alg. 1); Luo et al. 2023, arXiv 
   DDIM grid of K steps over the teacher's T timesteps: t_n, one solver step skips k = T / K of them
   n ~ U, w ~ U(w_min, w_max);  t = t_{n+1}, r = t_n
   z_t = alpha z0 + sigma eps
-  z_r = Psi(z_t, t, r) with D^w = D_uncond + w (D_cond - D_uncond)    guided solver step     (eq. 14-17)
+  z_r = Psi(z_t, t, r) with D^w = D_uncond + w (D_cond - D_uncond)        guided (Sec. 4.2), k at once (4.3)
   pred   = f_theta(z_t, w, c, t)
   target = sg f_theta-(z_r, w, c, r),  and z_r itself at r = 0                               (boundary)
   loss   = mean sqrt(d^2 + c^2) - c;   theta- <- mu theta- + (1 - mu) theta
@@ -14,8 +14,9 @@ Differs
 - w here is the classifier-free scale of Ho & Salimans in which 1 is no guidance: the paper's w plus one.
 - f = c_skip z + c_out D with the factors of LCMScheduler, which are (0, 1) to 2e-5 everywhere but at t = 0;
   f is D itself here and the boundary is exact.
-- LCM-LoRA has no w-embedding: such a student learns the mean over guidance_range, so leave it at null,
-  which takes teacher.guidance (the authors' script draws from (6, 16), their issue 40).
+- the w-embedding is student.guidance_embedding: w ~ U of that range, an input of the network's own class.
+  Without it (LCM-LoRA) w is teacher.guidance throughout. The authors' script draws w from (6, 16) there
+  too, so that an adapter which is not told w learns the mean (their issue 40).
 - target_decay 0 uses the student itself under no_grad, as LCM-LoRA does; the paper's LCM keeps 0.95.
 - also for flow and EDM teachers, on the grid of their own schedules (Euler is DDIM there).
 """
@@ -38,8 +39,6 @@ class LCMConfig(ObjectiveConfig):
     name: Literal["lcm"] = "lcm"
     grid_steps: int = Field(50, ge=1)
     """steps K of the solver's grid; the student is sampled in any number up to it"""
-    guidance_range: tuple[float, float] | None = None
-    """guidance w drawn per sample; null takes teacher.guidance"""
     solver: Literal["euler", "heun"] = "euler"
     """teacher's ODE solver"""
     metric: Literal["l2", "huber"] = "huber"
@@ -51,6 +50,8 @@ class LCMConfig(ObjectiveConfig):
 
 
 class LCM(Objective, config=LCMConfig):
+    draws_guidance = True
+
     @classmethod
     def uses(cls, cfg):
         return ("teacher", "target") if cfg.target_decay else ("teacher",)
@@ -65,8 +66,7 @@ class LCM(Objective, config=LCMConfig):
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        guided = cfg.guidance_range is not None or guidance != 1
-        teacher = (2 if guided else 1) * (2 if cfg.solver == "heun" else 1)
+        teacher = (1 if guidance == 1 else 2) * (2 if cfg.solver == "heun" else 1)
         return {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1, "teacher": teacher}
 
     def step(self, batch, k):
@@ -74,7 +74,7 @@ class LCM(Objective, config=LCMConfig):
         grid = torch.tensor(teacher_grid(S, cfg.grid_steps), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(cfg.grid_steps, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
-        w = self.draw_guidance(len(x0))
+        w, told = self.tell(batch)  # w ~ U(w_min, w_max), an input of the student
         if cfg.target_decay and k == 0:
             ema_update(self.target.trainable(), self.student.trainable(), 0.0)
         with self.turn("student"):
@@ -82,13 +82,13 @@ class LCM(Objective, config=LCMConfig):
             with torch.no_grad():
 
                 def D(x, u):
-                    return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w, eq. 14
+                    return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w
 
                 x_r = solver_step(S, D, x_t, t, r, cfg.solver)
                 net = self.target if cfg.target_decay else self.student
-                target = net(x_r, r.clamp(min=grid[-2]), batch.cond)
+                target = net(x_r, r.clamp(min=grid[-2]), told)
                 target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
-            pred = self.student(x_t, t, batch.cond)
+            pred = self.student(x_t, t, told)
             if cfg.metric == "l2":
                 loss = losses.mse(pred, target)
             else:
@@ -96,10 +96,3 @@ class LCM(Objective, config=LCMConfig):
             yield loss, {"gap": (pred - target).abs().mean()}
         if cfg.target_decay and self.sync:
             ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
-
-    def draw_guidance(self, num):
-        """The teacher's own w, or one drawn per sample."""
-        if self.cfg.guidance_range is None:
-            return self.guidance
-        low, high = self.cfg.guidance_range
-        return low + (high - low) * self.rng.rand(num)

@@ -7,11 +7,13 @@ GAN, disc).
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen import losses
 from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
@@ -41,6 +43,10 @@ class GanMatchingConfig(MatchingConfig):
     """whose features the discriminator heads read"""
     disc_taps: tuple[int, ...] = ()
     """feature taps by index; empty takes the family's default"""
+    r1_weight: float = Field(0.0, ge=0)
+    """weight of the gradient penalty on noised real data"""
+    r1_step: float = Field(0.0, ge=0)
+    """R1 by one more pass at this distance from the same noised input (APT); 0 takes second derivatives"""
     disc_mean: bool = False
     """logits are the channel means of the tapped features, without heads to learn (SiDA, arXiv 2410.14919)"""
 
@@ -64,13 +70,14 @@ def evaluations(cfg, guidance: float, walk: float = 0) -> dict[str, float]:
     """Expected network calls of one step; `walk` counts the student's calls before its last one."""
     gan, r = has_gan(cfg), 1 / cfg.student_every
     own = gan and not cfg.one_pass
+    penalty = gan and bool(cfg.r1_weight) * (1 if cfg.r1_step else 2)
     calls = {
         "student": walk + (1 - r),
         "student+grad": r,
         "teacher": r * (1 if guidance == 1 else 2),
         "critic": r * (not gan or own),
         "critic+grad": 1 + r * (gan and not own),
-        "features+grad": (gan + own) + r * own,
+        "features+grad": (gan + own) + r * own + penalty,
     }
     return {name: round(n, 3) for name, n in calls.items() if n}
 
@@ -155,11 +162,30 @@ def critic_turn(
         if logits is not None:
             t_real = t if cfg.gan_time is None else obj.sample_t(len(x), cfg.gan_time)
             real_t = S.noise(batch.x0, obj.rng.randn_like(x), t_real)
-            real_logits = obj.disc(real_t, t_real, batch.cond)
+            step = cfg.r1_step if cfg.r1_weight else None
+            real_logits, penalty = real_side(obj, real_t, t_real, batch.cond, step)
             disc = losses.gan_discriminator(logits, real_logits)  # softplus pair
             loss = loss + cfg.disc_weight * disc
             logs |= {"disc": disc, "logit_fake": logits[0].mean(), "logit_real": real_logits[0].mean()}
+            if penalty is not None:
+                logs["r1"] = penalty
+                loss = loss + cfg.r1_weight * penalty
         yield loss, logs
+
+
+def real_side(obj: Objective, x_t: Tensor, t: Tensor, cond: dict, step: float | None):
+    """Logits of noised real data and their R1 at this very input: exact for step 0, by one more pass at that
+    distance for a larger one, None for None.
+    """
+    exact = step == 0
+    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():  # only this kernel differentiates twice
+        logits = obj.disc(x_t.requires_grad_(exact), t, cond)
+        if exact:
+            return logits, losses.r1(logits, x_t)
+    if step is None:
+        return logits, None
+    near = x_t + step * obj.rng.randn_like(x_t)
+    return logits, losses.approximate_r1(logits, obj.disc(near, t, cond))
 
 
 def drop_cond(obj: Objective, batch: Batch, share: float) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, arXiv 2405.14867 (Sec. 4.2,
 SDXL one step).
 
-  for each condition c of the data, once:  z ~ N(0, I);  states x_t, end point y of the guided ODE from z
+  for each condition c of the data (`noises` times):  z ~ N(0, I);  states x_t, end y of the guided ODE from z
   step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: t = T, x_T = z
 
 Differs
 - DMD2 compares decoded images by LPIPS; no perceptual network is bundled, so d is a pseudo-Huber or square
   on x0 itself; the Huber constant is 0.00054 dim, closer to a square than iCT's 0.00054 sqrt(dim).
 - several steps: each time of the student's list is warmed up from the teacher's own state at that time.
-- pairs are made when a condition is first met and kept in memory (`data.limit` says how many); the noise of
-  a pair depends on the run's seed and the data index only, so a resumed run makes the same ones.
+- pairs are made when first met and kept in memory (`data.limit` times `noises` of them); the noise of a pair
+  depends on the run's seed, the data index and its number only, so a resumed run makes the same ones.
 """
 
 from typing import Literal
@@ -31,8 +31,9 @@ class Pairs:
     first asked for.
     """
 
-    def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler"):
-        self.obj, self.solver, self.rows = obj, solver, {}
+    def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler", noises: int = 1):
+        """noises: how many pairs each data index has."""
+        self.obj, self.solver, self.noises, self.rows = obj, solver, noises, {}
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
         self.where = [min(range(teacher_steps), key=lambda j: abs(self.grid[j] - t)) for t in times]
@@ -46,17 +47,21 @@ class Pairs:
 
     def __call__(self, batch: Batch) -> Tensor:
         """[B, len(times) + 1, ...]: x_t at each time of the student's list, then y."""
-        todo = [r for r, n in enumerate(batch.index.tolist()) if n not in self.rows]
+        number = batch.index
+        if self.noises > 1:
+            number = number * self.noises + self.obj.rng.randint(self.noises, len(number)).cpu()
+        number = number.tolist()
+        todo = [r for r, n in enumerate(number) if n not in self.rows]
         if todo:
-            made = self._solve(batch, todo).cpu()
-            self.rows |= {int(batch.index[r]): row for r, row in zip(todo, made)}
-        return torch.stack([self.rows[n] for n in batch.index.tolist()]).to(batch.noise)
+            made = self._solve(batch, todo, [number[r] for r in todo]).cpu()
+            self.rows |= {number[r]: row for r, row in zip(todo, made)}
+        return torch.stack([self.rows[n] for n in number]).to(batch.noise)
 
     @torch.no_grad()
-    def _solve(self, batch: Batch, todo: list[int]) -> Tensor:
-        """The guided teacher's ODE for some rows of the batch, from the noise of their data index."""
+    def _solve(self, batch: Batch, todo: list[int], numbers: list[int]) -> Tensor:
+        """The guided teacher's ODE for some rows of the batch, from the noises of their numbers."""
         obj, like = self.obj, batch.noise
-        seeds = [obj.rng.seed * 1_000_003 + int(batch.index[r]) for r in todo]
+        seeds = [obj.rng.seed * 1_000_003 + n for n in numbers]
         noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
         x = torch.stack(noise).to(like) * obj.schedule.prior_std(self.grid[0])
@@ -81,6 +86,8 @@ class ODEPairsConfig(ObjectiveConfig):
     name: Literal["ode_pairs"] = "ode_pairs"
     teacher_steps: int = Field(20, ge=1)
     """ODE steps a pair costs; the student's times must lie on this grid"""
+    noises: int = Field(0, ge=0)
+    """pairs of each condition of the data; 0 is one"""
     solver: Literal["euler", "heun"] = "euler"
     """teacher's ODE solver"""
     metric: Literal["l2", "huber"] = "huber"
@@ -96,7 +103,7 @@ class ODEPairs(Objective, config=ODEPairsConfig):
         return {"student+grad": 1, "teacher (first epoch)": calls * (1 if guidance == 1 else 2)}
 
     def prepare(self):
-        self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver)
+        self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver, self.cfg.noises or 1)
 
     def step(self, batch, k):
         times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)

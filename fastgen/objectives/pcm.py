@@ -1,13 +1,13 @@
 """PCM: phased consistency model.
 
-Paper: Wang et al. 2024, arXiv 2405.18407 (Alg. 1 and 2).
+Paper: Wang et al. 2024, arXiv 2405.18407.
 
   the K-step DDIM grid in M phases;  n ~ U;  t = t_n, r = t_{n+1};  e = end of the phase that holds t
   x_t = alpha x0 + sigma eps
   x_r = DDIM step t -> r with D_real^w                 CFG-free: w = 1, captions dropped at times
-  pred   = F(x_t, t, e; theta),  target = sg F(x_r, r, e; theta-),  x_r itself at r = e     (eq. 4-6)
+  pred   = F(x_t, t, e; theta),  target = sg F(x_r, r, e; theta-),  x_r itself at r = e
       F: DDIM jump with D held
-  update G     with  mean sqrt(d^2 + c^2) - c  +  gan_weight gen(Disc(pred_v))              (eq. 9)
+  update G     with  mean sqrt(d^2 + c^2) - c  +  gan_weight gen(Disc(pred_v))
   update Disc  with  disc(Disc(sg pred_v), Disc(target_v))       v ~ U over the phase; both noised from e
 
 The student is sampled in M deterministic steps, one a phase. The real side of the discriminator is the
@@ -16,7 +16,7 @@ target, not data: the adversarial term keeps to the teacher's ODE.
 Differs
 - authors: discriminator and generator take turns by the parity of the step; here both move on every step.
 - v is a point of the solver's grid, above e.
-- authors: softplus-free hinge with relu(1 - fake) on the generator's side; -fake here, as LADD.
+- authors: relu(1 - fake) on the generator's side of the hinge; -fake here, as in LADD.
 - the authors' 50 steps in 4 phases do not divide; a divisor is asked for, so that phases end where the
   sampler stops. Their SDXL runs use 40 steps and 4 phases.
 - no EMA target, as in the authors' code; target_decay gives one.
@@ -75,6 +75,10 @@ class PCM(Objective, config=PCMConfig):
     @classmethod
     def grid_steps(cls, cfg):
         return cfg.grid_steps
+
+    @classmethod
+    def learned_guidance(cls, cfg, guidance):
+        return guidance if cfg.guided_solver else 1.0
 
     @classmethod
     def unsampled(cls, cfg, num_steps, sampler):

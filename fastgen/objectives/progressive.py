@@ -25,7 +25,7 @@ import torch
 from fastgen import losses
 from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.samplers import solver_step, teacher_grid
+from fastgen.samplers import solver_step, teacher_grid, undo_jump
 from fastgen.schedules import expand
 
 
@@ -84,9 +84,8 @@ class Progressive(Objective, config=ProgressiveConfig):
         z_mid = solver_step(S, D, z, t, mid, "euler")
         D_mid = D(z_mid, mid)
         z_end = S.ode_step(D_mid, z_mid, mid, end)
-        ratio = S.sigma(end) / S.sigma(t)
-        x = (z_end - expand(ratio, z) * z) / expand(S.alpha(end) - ratio * S.alpha(t), z)
-        return torch.where(expand(end <= S.t_min, z).bool(), D_mid, x)  # alpha'' = 1, sigma'' = 0
+        z_end = torch.where(expand(end <= S.t_min, z).bool(), D_mid, z_end)  # alpha'' = 1, sigma'' = 0
+        return undo_jump(S, z_end, z, t, end)
 
     def denoiser(self, batch, w, told):
         """D whose steps are halved: the guided teacher, or the last stage's student, guided already."""

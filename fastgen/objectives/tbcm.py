@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from fastgen.coordinates import TrigView
 from fastgen.errors import UserError
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 from fastgen.objectives.scm import SCM, SCMConfig, loss_at
 from fastgen.schedules import expand
-from fastgen.trigflow import TrigView
 
 
 class TBCMConfig(ObjectiveConfig):

@@ -1,6 +1,6 @@
 """TSCD: trajectory segmented consistency distillation, the first part of Hyper-SD.
 
-Papers: Ren et al. 2024, arXiv 2404.13686 (Sec. 3.1); with it TCD, Zheng et al. 2024, arXiv 2402.19159 (gamma
+Papers: Ren et al. 2024, arXiv 2404.13686; with it TCD, Zheng et al. 2024, arXiv 2402.19159 (gamma
 sampling) and CTM, Kim et al. 2023, arXiv 2310.02279 (targets inside the trajectory).
 
   a stage has k segments of the teacher's K-step DDIM grid, k = 8, 4, 2, 1 in turn; each starts from the last
@@ -8,9 +8,9 @@ sampling) and CTM, Kim et al. 2023, arXiv 2310.02279 (targets inside the traject
   x_t = alpha x0 + sigma eps
   x_r = DDIM step t -> r with D_real^w                              (or with the last stage's student)
   u   ~ U over the grid's points in [e, r]                          e itself with probability end_prob
-  pred   = Psi(x_t, t, u; theta),  target = sg Psi(x_r, r, u; theta-),  x_r itself at u = r       (eq. 2-4)
+  pred   = Psi(x_t, t, u; theta),  target = sg Psi(x_r, r, u; theta-),  x_r itself at u = r
       Psi(x, t, u) = alpha_u D(x, t) + sigma_u (x - alpha_t D(x, t)) / sigma_t
-  update G     with  mse_weight |pred - target|^2 + gan_weight gen(Disc(pred_u'))                 (eq. 7)
+  update G     with  mse_weight |pred - target|^2 + gan_weight gen(Disc(pred_u'))
   update Disc  with  disc(Disc(sg pred_u'), Disc(x0_u'))            u' ~ U(u, start of the segment)
 
 Differs

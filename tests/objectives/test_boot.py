@@ -28,8 +28,8 @@ class Signal(nn.Module):
         self.schedule, self.gain = schedule, nn.Parameter(torch.ones(()))
         self.y = None
 
-    def forward(self, x_t, t, cond, net_t=None):
-        return self.gain * self.y(x_t, net_t)
+    def forward(self, x_t, t, cond):
+        return self.gain * self.y(x_t, cond["net_t"])
 
 
 def make(S, times=None, **cfg):

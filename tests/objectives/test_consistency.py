@@ -5,11 +5,22 @@ mixtures.
 import pytest
 import torch
 
+from fastgen.errors import UserError
 from fastgen.objectives.consistency import Consistency, ConsistencyConfig
+from fastgen.objectives.discrete import draw_intervals, num_intervals
 from fastgen.roles import Role, Student
-from fastgen.samplers import jump, solver_step
+from fastgen.samplers import jump, solver_step, undo_jump
 from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.objectives.toys import (
+    Constant,
+    GaussianNet,
+    PerTime,
+    batch_of,
+    fit,
+    gaussian_role,
+    rng,
+    run_mixture,
+)
 from tests.replay import replay
 
 SHORT = {"num_scales": 4, "target_decay": 0.5}
@@ -74,39 +85,13 @@ def test_p1_solver_orders():
     assert 7.0 < error(0.02, "heun") / error(0.01, "heun") < 9.0
 
 
-class PerTime(torch.nn.Module):
-    """D(x, t_i) = gain_i x: one free number per grid time."""
-
-    prediction = "x0"
-
-    def __init__(self, schedule, grid):
-        super().__init__()
-        self.schedule, self.grid = schedule, grid
-        self.gain = torch.nn.Parameter(torch.ones(len(grid), dtype=torch.float64))
-
-    def forward(self, x_t, t, cond):
-        i = (self.grid[None] - t[:, None]).abs().argmin(1)
-        return self.gain[i][:, None] * x_t
-
-    raw = forward
-
-
 def test_p1_fixed_point_is_the_product_of_solver_gains():
     """A linear student learns the teacher's N-step Euler map, not the exact flow."""
     S, s0, N = EDM(sigma_min=0.02, sigma_max=5.0), 0.5, 6
     grid = S.from_unit(torch.linspace(1, 0, N + 1, dtype=torch.float64))
     net = PerTime(S, grid)
     objective = make(S, net, teacher=(0.0, s0), num_scales=N, metric="l2")
-    optimizer = torch.optim.Adam(net.parameters(), 0.05)
-    for k in range(1500):
-        objective.rng.reset(k)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * (1 - k / 1500)
-        x0 = s0 * objective.rng.randn(256, 1).double()
-        for loss, _ in objective.step(batch_of(x0), k):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    fit(objective, lambda rng: s0 * rng.randn(256, 1).double(), 1500)
     gains = 1 + (grid[1:] - grid[:-1]) * grid[:-1] / (s0**2 + grid[:-1] ** 2)
     expected = torch.stack([gains[i:].prod() for i in range(N)])
     exact = ((s0**2 + grid[-1] ** 2) / (s0**2 + grid[:-1] ** 2)).sqrt()
@@ -154,22 +139,10 @@ def test_p1_negative_without_boundary_a_constant_has_no_loss():
     """
     S = Flow()
 
-    class Constant(torch.nn.Module):
-        prediction, schedule = "x0", S
-
-        def __init__(self):
-            super().__init__()
-            self.c = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-        def forward(self, x_t, t, cond):
-            return self.c.expand_as(x_t)
-
-        raw = forward
-
     x0 = torch.randn(256, 1)
-    pinned = make(S, Constant(), num_scales=4, metric="l2")
+    pinned = make(S, Constant(S), num_scales=4, metric="l2")
     with_boundary = next(pinned.step(batch_of(x0), 0))[0]
-    loose = make(S, Constant(), num_scales=4, metric="l2")
+    loose = make(S, Constant(S), num_scales=4, metric="l2")
     loose.rng.randint = lambda high, num: torch.arange(num) % (high - 1)  # never the last interval
     without = next(loose.step(batch_of(x0), 0))[0]
     assert without == 0 and with_boundary > 0.01
@@ -179,7 +152,7 @@ def test_p1_ema_target_moves_by_the_decay():
     S = Flow()
     student, target = GaussianNet(S, 1.0, 0.6), GaussianNet(S, 0.0, 0.6)
     objective = make(S, student, target=target, target_decay=0.9)
-    for loss, _ in objective.step(batch_of(torch.randn(8, 1)), 0):
+    for loss, _ in objective.step(batch_of(torch.randn(8, 1)), 1):
         loss.backward()
     assert target.m.item() == pytest.approx(0.1)
 
@@ -201,7 +174,128 @@ def test_scale_curriculum_doubles_up_to_the_end():
     assert sizes == [10, 10, 20, 20, 40, 40, 40]
 
 
+def test_root_and_log_curricula():
+    """CT's N(k) from 2 to 150 at its ends and middle; the log-linear one is geometric."""
+    assert [num_intervals("root", 2, 150, d) for d in (0.0, 0.5, 1.0)] == [2, 107, 150]
+    assert [num_intervals("log", 64, 1280, d) for d in (0.0, 0.5, 1.0)] == [64, 286, 1280]
+    objective = make(
+        Flow(), GaussianNet(Flow(), 0, 0.5), num_scales=24, start_scales=6, curriculum="log",
+        curriculum_steps=100, segments=4,
+    )  # fmt: skip
+    sizes = [len(objective.grid(k)) - 1 for k in (0, 30, 60, 100, 500)]
+    assert sizes == [4, 8, 12, 24, 24]  # whole segments only
+
+
+def test_p1_log_normal_draws_follow_the_law():
+    """Share of each interval against the normal law of ln sigma (iCT's mean -1.1, std 2)."""
+    S = EDM()
+    grid = S.from_unit(torch.linspace(1, 0, 11, dtype=torch.float64))
+    i = draw_intervals(rng(), S, grid, 40_000, (-1.1, 2.0))
+    law = torch.distributions.Normal(-1.1, 2.0)
+    mass = law.cdf(grid[:-1].log()) - law.cdf(grid[1:].log())
+    share = torch.bincount(i, minlength=10) / 40_000
+    torch.testing.assert_close(share.double(), mass / mass.sum(), rtol=0, atol=0.01)
+    even = torch.bincount(draw_intervals(rng(), S, grid, 40_000, None), minlength=10) / 40_000
+    assert (even - share).abs().max() > 0.05
+
+
+@each
+def test_p1_undoing_the_jump_returns_d(schedule):
+    """Also the multistep loss: in D it is the state's, divided by the square of dx_e / dD."""
+    x, D = torch.randn(2, 6, 3, dtype=torch.float64)
+    t, e = (schedule.from_unit(torch.full((6,), u)) for u in (0.6, 0.3))
+    torch.testing.assert_close(
+        undo_jump(schedule, jump(schedule, D, x, t, e), x, t, e), D, rtol=1e-5, atol=1e-5
+    )
+    x0, found = torch.randn(32, 1, dtype=torch.float64), {}
+    for space in ("state", "x0"):
+        cfg = {"num_scales": 4, "segments": 2, "metric": "l2", "space": space}
+        objective = make(schedule, GaussianNet(schedule, 0.4, 0.9), **cfg)
+        objective.rng.randint = lambda high, num: torch.zeros(num, dtype=torch.long)
+        found[space] = float(next(objective.step(batch_of(x0), 0))[0].detach())
+    t, e = (g[None] for g in objective.grid(0)[[0, 2]])
+    slope = schedule.alpha(e) - schedule.alpha(t) * schedule.sigma(e) / schedule.sigma(t)
+    assert found["x0"] == pytest.approx(found["state"] / float(slope) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "huber"])
+def test_p1_weight_is_one_over_the_gap(metric):
+    """Improved CT's lambda: 1 / (sigma_i - sigma_{i+1}) for EDM."""
+    S, x0, found = EDM(), torch.randn(32, 1, dtype=torch.float64), {}
+    for weighting in ("uniform", "inverse_gap"):
+        objective = make(S, GaussianNet(S, 0.4, 0.9), num_scales=4, metric=metric, weighting=weighting)
+        objective.rng.randint = lambda high, num: torch.ones(num, dtype=torch.long)
+        found[weighting] = float(next(objective.step(batch_of(x0), 0))[0].detach())
+    gap = float(objective.grid(0)[1] - objective.grid(0)[2])
+    assert found["inverse_gap"] == pytest.approx(found["uniform"] / gap, rel=1e-5)
+
+
+def test_p1_decay_grows_with_the_scales():
+    """mu = exp(N_0 ln mu_0 / N): the same memory in units of the grid."""
+    S, moved = Flow(), {}
+    for k in (0, 1000):
+        target = GaussianNet(S, 0.0, 0.6)
+        objective = make(
+            S, GaussianNet(S, 1.0, 0.6), target=target, num_scales=8, start_scales=2, curriculum_steps=10,
+            target_decay=0.9, decay_grows=True,
+        )  # fmt: skip
+        for loss, _ in objective.step(batch_of(torch.randn(8, 1)), k):
+            loss.backward()
+        moved[k] = target.m.item()
+    assert moved[1000] == pytest.approx(1 - 0.9 ** (2 / 8))
+    assert moved[0] == pytest.approx(1.0)  # a stage begins with the student itself
+
+
+def test_p1_perceptual_metric_reads_the_feature_net(tiny):
+    """Zero for equal pictures, blind to nothing; gradient reaches the student, none the net."""
+    from fastgen import config
+    from fastgen.build import Cast
+    from fastgen.rng import Rng
+
+    def cast(path):
+        objective = {"name": "consistency", "metric": "perceptual", "num_scales": 4}
+        values = {"teacher": {"path": path}, "objective": objective, "data": {"name": "digits"}}
+        cfg = config.validate(values)
+        found = Cast(cfg)
+        return found, found.stage(cfg.all_stages()[0], Rng(0))
+
+    found, objective = cast("assets:teachers/digits")
+    x = torch.rand(4, *found.teacher.codec.shape) * 1.6 - 0.8
+    assert objective.distance(x, x, None) == 0
+    near, far = (objective.distance(x, x + s * torch.randn_like(x), None) for s in (0.05, 0.5))
+    assert 0 < near < far
+    loss, _ = next(objective.step(batch_of(x, cond={"class_labels": torch.arange(4)}), 0))
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in objective.players["student"].trainable().values())
+    assert all(p.grad is None for p in found.parts["perceptual"].parameters())
+    with pytest.raises(UserError, match="objective.metric"):
+        cast(str(tiny("edm")))
+
+
+def test_bad_input_in_one_line():
+    from fastgen import config
+
+    for objective, said in (
+        ({"num_scales": 10, "segments": 4}, "objective.segments: 4 segments do not divide"),
+        ({"start_scales": 4}, "objective.curriculum_steps"),
+        ({"metric": "perceptual", "segments": 2}, "objective.metric"),
+        ({"segments": 2, "num_scales": 4}, "student.sampler ode"),
+    ):
+        with pytest.raises(UserError, match=said):
+            config.validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
+    with pytest.raises(UserError, match="data: no images are named; consistency"):
+        config.validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})
+
+
 P2 = {
+    "improved training": {
+        "mode": "training",
+        "num_scales": 32,
+        "start_scales": 8,
+        "curriculum_steps": 300,
+        "weighting": "inverse_gap",
+        "log_normal": [-0.5, 1.5],
+    },
     "distillation": {"num_scales": 16, "solver": "heun"},
     "ema target": {"num_scales": 16, "solver": "heun", "target_decay": 0.9},
     "training": {"mode": "training", "num_scales": 32, "start_scales": 8, "curriculum_steps": 300},
@@ -216,7 +310,9 @@ def test_p2_distils_the_mixture(tmp_path, name):
 
 def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
-    before, after, _, _ = run_mixture(tmp_path, objective, steps=400, num_steps=4, lr=2e-3)
+    before, after, _, _ = run_mixture(
+        tmp_path, objective, steps=400, num_steps=4, lr=2e-3, student={"sampler": "ode"}
+    )
     assert after < 0.03, (before, after)
 
 

@@ -21,7 +21,7 @@ MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
 TESTS = {n: importlib.import_module(f"tests.objectives.test_{n}") for n in OURS}
 SHORT = {n: module.SHORT for n, module in TESTS.items()}
-TEACHER = {n: getattr(module, "TEACHER", {}) for n, module in TESTS.items()}
+TEACHER = {n: getattr(module, "SHORT_TEACHER", {}) for n, module in TESTS.items()}
 STUDENT = {n: getattr(module, "STUDENT", {}) for n, module in TESTS.items()}
 """settings of teacher and student where a method needs others than the default"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
@@ -168,3 +168,39 @@ def test_compile_switch_reaches_every_network(tiny, monkeypatch):
     compiled.clear()
     make("consistency", tiny("flow"))
     assert compiled == []
+
+
+def data_free():
+    return sorted(n for n, cls in REGISTRY.items() if not cls.requires_data(cls.config(**SHORT[n])))
+
+
+@pytest.mark.parametrize("name", data_free())
+@pytest.mark.parametrize("source", ["bundled", "folder"])
+def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypatch, no_finish):
+    """Labels alone are read of a bundled set, file names of a folder; reading a pixel is an error."""
+    from PIL import Image
+
+    from fastgen import data, datasets
+    from fastgen.run import main
+
+    for i in range(4):
+        Image.new("L", (16, 16), 60 * i).save(tmp_path / f"{i}.png")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a data-free method opened an image")
+
+    read = datasets._member
+    only_labels = lambda name, split, part: read(name, split, part) if part == "labels" else refuse()  # noqa: E731
+    monkeypatch.setattr(datasets, "_member", only_labels)
+    monkeypatch.setattr(data, "load_images", refuse)
+    monkeypatch.setattr(Image, "open", refuse)
+    values = {
+        "teacher": {"path": str(tiny("flow")), **TEACHER[name]},
+        "student": STUDENT[name],
+        "objective": {"name": name, **SHORT[name]},
+        "data": {"name": "fashion"} if source == "bundled" else {"name": "", "images": str(tmp_path)},
+        "train": {"max_train_steps": 2, "train_batch_size": 2, "validation_steps": 0},
+        "eval": {"num_samples": 0},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 0

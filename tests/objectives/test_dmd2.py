@@ -228,3 +228,142 @@ def test_p2_with_gan_and_four_steps(tmp_path):
 
 def test_p4_dmd2(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_weight": 0.1})
+
+
+class LinearDisc(nn.Module):
+    """l(x) = a . x: its squared gradient is |a|^2 everywhere. Keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.seen = nn.Parameter(torch.tensor([0.6, -0.8, 2.0])), []
+
+    def forward(self, x_t, t, cond, score=False):
+        self.seen.append(x_t.detach().clone())
+        return [x_t @ self.a]
+
+
+def test_p1_r1_at_the_same_noised_input():
+    """Exact: |a|^2. Approximate: E (a . step n)^2 = step^2 |a|^2, one more pass at exactly that distance."""
+    from types import SimpleNamespace
+
+    from fastgen.objectives.matching import real_side
+
+    obj = SimpleNamespace(disc=LinearDisc(), rng=rng())
+    x_t, t = torch.randn(4000, 3), torch.ones(4000)
+    _, exact = real_side(obj, x_t.clone(), t, {}, 0.0)
+    assert math.isclose(float(exact), 5.0, rel_tol=1e-5)
+    exact.backward()
+    torch.testing.assert_close(obj.disc.a.grad, 2 * obj.disc.a.detach())
+    obj.disc.seen.clear()
+    _, near = real_side(obj, x_t, t, {}, 0.1)
+    first, second = obj.disc.seen
+    assert torch.equal(first, x_t) and 0.09 < float((second - first).std()) < 0.11
+    assert math.isclose(float(near) / 0.01, 5.0, rel_tol=0.1)
+    logits, none = real_side(obj, x_t, t, {}, None)
+    assert none is None and len(logits) == 1
+
+
+@pytest.mark.parametrize("step", [0.0, 0.05])
+def test_r1_is_part_of_the_critics_turn(tiny, step):
+    from tests.objectives import test_contract as contract
+
+    extra = {"r1_weight": 1.0, "r1_step": step, "gan_weight": 0.1, "disc_weight": 0.1, "student_every": 1}
+    _, cast, plain = contract.make("dmd2", tiny("flow"))
+    objective = DMD2(DMD2Config(**extra), plain.parts, rng())
+    _, logs = list(objective.step(contract.batch(cast), 0))[-1]
+    assert float(logs["r1"].detach()) > 0
+    calls = DMD2.evaluations(DMD2Config(**extra), 1.0, 1)
+    without = DMD2.evaluations(DMD2Config(**{**extra, "r1_weight": 0.0}), 1.0, 1)
+    assert calls["features+grad"] - without["features+grad"] == (1 if step else 2)
+
+
+FORMS = {
+    "sdxl": ({"kind": "lora", "lora": {"rank": 64, "lora_alpha": 8}}, {"kind": "full"}),
+    "cheap": ({"kind": "lora", "lora": {"rank": 64, "lora_alpha": 8}}, {"kind": "lora", "lora": {"rank": 2}}),
+    "full student, LoRA critic": ({"kind": "full"}, {"kind": "lora", "lora": {"rank": 2}}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("features", ["critic", "teacher"])
+def test_forms_of_student_and_critic(tiny, form, features):
+    """A LoRA student beside a full critic, or all three over one base; the teacher never moves."""
+    from fastgen import config
+    from fastgen.build import Cast
+    from tests.objectives.test_contract import batch, play
+
+    student, critic = FORMS[form]
+    objective = {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_features": features}
+    cfg = config.validate(
+        {
+            "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+            "student": {"num_steps": 4, **student},
+            "critic": critic,
+            "objective": objective,
+            "data": {"name": "tinted"},
+        }
+    )
+    cast = Cast(cfg)
+    assert len(cast.backbones()) == {"sdxl": 2, "cheap": 1}.get(form, 2)
+    method, one = cast.stage(cfg.all_stages()[0], rng()), batch(cast)
+    t = torch.full((2,), 499.0, dtype=torch.float64)
+    with torch.no_grad():
+        before = cast.parts["teacher"](one.noise, t, one.cond)
+        for k in range(3):
+            with torch.enable_grad():
+                assert {p for p, _ in play(method, one, k, check=True)} == {"student", "critic"}
+        assert torch.equal(before, cast.parts["teacher"](one.noise, t, one.cond))
+        assert not torch.equal(before, cast.parts["student"](one.noise, t, one.cond))
+
+
+PLAIN = """
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
+assert type(pipe.scheduler) is LCMScheduler
+generators = [torch.Generator().manual_seed(s) for s in (0, 1, 2)]
+call = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+images = pipe(["a red dress"] * 3, generator=generators, **call).images
+assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+"""
+
+
+def test_p4_dmd2_four_steps_through_lcm_scheduler(tiny, tmp_path):
+    """Stages as published (warm start, no GAN, GAN at a low rate), then 999/749/499/249 plainly."""
+    import yaml
+    from PIL import Image
+
+    from fastgen.export import load_export
+    from fastgen.run import main
+    from fastgen.samplers import sample_student
+    from tests.replay import plainly
+
+    (tmp_path / "set").mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (40 * i, 90, 200 - 30 * i)).save(tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text("a red dress" if i % 2 else "a blue bag")
+    match = {"name": "dmd2", "student_every": 1, "gan_weight": 0.0}
+    values = {
+        "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+        "student": {"num_steps": 4},
+        "data": {"name": "", "images": str(tmp_path / "set")},
+        "stages": [
+            {"name": "warm", "objective": {"name": "ode_pairs", "teacher_steps": 4}, "max_train_steps": 1},
+            {"name": "match", "objective": match, "max_train_steps": 2},
+            {"name": "gan", "objective": {**match, "gan_weight": 0.1, "r1_weight": 0.1, "r1_step": 0.05}},
+        ],
+        "train": {"train_batch_size": 2, "validation_steps": 0, "ema_decay": [0.5]},
+        "eval": {"num_samples": 0},
+    }
+    values["stages"][2]["max_train_steps"] = 2
+    for stage in values["stages"]:
+        stage["optim"] = {"student": {"lr": 1e-2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    images = plainly(PLAIN, tmp_path / "run/export")
+    loaded = load_export(tmp_path / "run/export")
+    cond = loaded.codec.prompts(["a red dress"] * 3)
+    with torch.no_grad():
+        ours = loaded.codec.decode(sample_student(loaded.role, [0, 1, 2], loaded.codec.shape, cond))
+    assert loaded.role.times == [999.0, 749.0, 499.0, 249.0]
+    assert (images - ours).abs().max() < 2e-3

@@ -10,7 +10,7 @@ from tests.objectives.toys import GaussianNet, batch_of, energy_distance, rng, r
 from tests.replay import replay
 
 SHORT = {}
-TEACHER = {"guidance": 4.0}
+SHORT_TEACHER = {"guidance": 4.0}
 """settings of the contract battery"""
 
 
@@ -120,4 +120,4 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
 
 
 def test_p4_guidance_distillation(tiny, tmp_path):
-    replay(tiny, tmp_path, {"name": "guidance_distillation"}, TEACHER)
+    replay(tiny, tmp_path, {"name": "guidance_distillation"}, SHORT_TEACHER)

@@ -1,1 +1,194 @@
-SHORT = {"grid_steps": 10, "guidance_range": [1.5, 3.0], "target_decay": 0.5}
+"""LCM: boundary, skipping solver, guidance in the solver, fixed point; several step counts of one LoRA."""
+
+import json
+
+import pytest
+import torch
+
+from fastgen.errors import UserError
+from fastgen.export import export_student, load_export
+from fastgen.objectives.lcm import LCM, LCMConfig
+from fastgen.roles import Role, Student
+from fastgen.samplers import teacher_grid
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import (
+    Constant,
+    GaussianNet,
+    PerTime,
+    Spy,
+    batch_of,
+    captured,
+    fit,
+    rng,
+    run_mixture,
+)
+from tests.replay import replay_counts
+from tests.test_export import make_run
+
+SHORT = {"grid_steps": 10, "target_decay": 0.5}
+"""settings of the contract battery"""
+
+SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
+each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+def make(schedule, net, teacher=None, target=None, guidance=1.0, **cfg):
+    teacher = teacher or Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
+    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    if target is not None:
+        parts["target"] = Role(target)
+    return LCM(LCMConfig(**{"metric": "l2", **cfg}), parts, rng(), guidance)
+
+
+def at(objective, n):
+    """Fix the interval."""
+    objective.rng.randint = lambda high, num: torch.full((num,), n)
+    return objective
+
+
+@each
+def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatch):
+    """In the last interval the networks' own opinion does not matter; earlier they do."""
+    x0, targets = torch.randn(16, 1, dtype=torch.float64), {}
+    for n in (9, 4):
+        for mean in (0.0, 9.0):
+            objective = at(make(schedule, GaussianNet(schedule, mean, 3.0), grid_steps=10), n)
+            targets[n, mean] = captured(monkeypatch, "mse", objective, batch_of(x0))[1]
+            x_t, t, D = objective.teacher.seen[0]
+            end = torch.full((16,), teacher_grid(schedule, 10)[n + 1], dtype=torch.float64)
+            same = torch.equal(targets[n, mean], schedule.ode_step(D, x_t, t, end))
+            assert same == (n == 9)
+    assert torch.equal(targets[9, 0.0], targets[9, 9.0])
+    assert (targets[4, 0.0] - targets[4, 9.0]).abs().max() > 0.1
+
+
+class Told(Student):
+    """Notes the times and conditions it is given."""
+
+    def __init__(self, student):
+        super().__init__(student.backbone, None, student.times)
+        self.guidance_range, self.times_seen, self.conds = student.guidance_range, [], []
+
+    def __call__(self, x_t, t, cond):
+        self.times_seen.append(t)
+        self.conds.append(cond)
+        return super().__call__(x_t, t, cond)
+
+
+def test_p1_solver_skips_k_timesteps():
+    """K = 50 of T = 1000: from 20 n - 1 to 20 (n - 1) - 1, the last one to 0, with one teacher call."""
+    S = SCHEDULES["vp"]
+    objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50)
+    objective.rng.randint = lambda high, num: torch.arange(50)
+    objective.student = Told(objective.student)
+    next(objective.step(batch_of(torch.randn(50, 1)), 0))
+    t, (r, again) = objective.teacher.seen[0][1], objective.student.times_seen
+    assert len(objective.teacher.seen) == 1 and torch.equal(t, again)
+    assert t.tolist() == [20.0 * n - 1 for n in range(50, 0, -1)]
+    assert r[:-1].tolist() == [20.0 * n - 1 for n in range(49, 0, -1)]
+
+
+def test_p1_one_interval_is_regression_on_the_teachers_one_step_estimate(monkeypatch):
+    """K = 1 on a flow: the target is D^w(x_T) itself."""
+    S = Flow()
+    objective = make(S, GaussianNet(S, 0.3, 1.0), grid_steps=1)
+    _, target, _ = captured(monkeypatch, "mse", objective, batch_of(torch.randn(8, 1, dtype=torch.float64)))
+    assert torch.equal(target, objective.teacher.seen[0][2])
+
+
+class Asked(GaussianNet):
+    """Its mean is the condition, so that guidance moves its estimate."""
+
+    def forward(self, x_t, t, cond):
+        return super().forward(x_t, t, cond) + cond["m"].to(x_t).reshape(-1, 1)
+
+    raw = forward
+
+
+def test_p1_guidance_counts_from_one(monkeypatch):
+    """Our w is Ho and Salimans'; LCM's code counts from 0: D_cond + (w - 1)(D_cond - D_uncond)."""
+    S, batch = Flow(), batch_of(torch.randn(8, 1, dtype=torch.float64))
+    batch.cond, batch.uncond = {"m": torch.full((8,), 2.0)}, {"m": torch.full((8,), 0.5)}
+    targets = {}
+    for w in (1.0, 2.5):
+        for told in (False, True):
+            objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), guidance=w, grid_steps=4), 3)
+            objective.rng.randn_like = torch.zeros_like
+            if told:
+                objective.guidance, objective.student.guidance_range = 9.0, (w, w)
+                objective.student = Told(objective.student)
+            targets[w, told] = captured(monkeypatch, "mse", objective, batch)[1].detach()
+            if told:
+                assert [c["guidance"].unique().tolist() for c in objective.student.conds] == [[w], [w]]
+    conditional = targets[1.0, False]  # w = 1 is no guidance
+    for (w, _), target in targets.items():
+        torch.testing.assert_close(target, conditional + (w - 1) * (2.0 - 0.5))
+
+
+def test_p1_fixed_point_is_the_product_of_ddim_gains():
+    """A linear student learns the teacher's K-step DDIM map, and the exact flow is told apart from it."""
+    S, s0, K = VP.scaled_linear(), 0.5, 6
+    grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64)
+    net = PerTime(S, grid)
+    fit(make(S, net, grid_steps=K), lambda rng: s0 * rng.randn(256, 1).double(), 1200)
+    a, s = S.alpha(grid), S.sigma(grid)
+    D = a * s0**2 / (a**2 * s0**2 + s**2)  # the exact denoiser's gain
+    gains = a[1:] * D[:-1] + s[1:] * (1 - a[:-1] * D[:-1]) / s[:-1]
+    expected = torch.stack([gains[i:].prod() for i in range(K)])
+    exact = ((a[-1] ** 2 * s0**2 + s[-1] ** 2) / (a**2 * s0**2 + s**2)).sqrt()[:-1]
+    torch.testing.assert_close(net.gain[:-1].detach(), expected, rtol=0.03, atol=0.003)
+    assert (expected - exact).abs().max() > 0.03
+
+
+def test_p1_target_carries_no_gradient_and_follows_by_the_decay():
+    S = Flow()
+    student, target = GaussianNet(S, 1.0, 0.6), GaussianNet(S, 0.0, 0.6)
+    objective = make(S, student, target=target, target_decay=0.9, grid_steps=4)
+    turns = objective.step(batch_of(torch.randn(32, 1)), 1)
+    next(turns)[0].backward()
+    assert student.m.grad.abs() > 0 and target.m.grad is None and target.m == 0
+    assert next(turns, None) is None
+    assert target.m.item() == pytest.approx(0.1)
+    next(objective.step(batch_of(torch.randn(32, 1)), 0))  # a stage begins: the target is the student
+    assert target.m.item() == pytest.approx(1.0)
+
+
+def test_p1_negative_without_boundary_a_constant_has_no_loss():
+    S, x0 = Flow(), torch.randn(64, 1)
+    loose = at(make(S, Constant(S), grid_steps=4), 2)
+    pinned = at(make(S, Constant(S), grid_steps=4), 3)
+    assert next(loose.step(batch_of(x0), 0))[0] == 0 and next(pinned.step(batch_of(x0), 0))[0] > 0.01
+
+
+@pytest.mark.parametrize("teacher", ["gmm2d-flow", "gmm2d-vp"])
+def test_p2_distils_the_mixture(tmp_path, teacher):
+    objective = {"name": "lcm", "grid_steps": 16, "metric": "l2"}
+    before, after, _, _ = run_mixture(tmp_path, objective, f"analytic:{teacher}", steps=400, lr=2e-3)
+    assert after < before * 0.5 and after < 0.08, (before, after)
+
+
+def test_p4_lcm(tiny, tmp_path):
+    """1, 2, 4 and 8 steps through LCMScheduler, which reads the grid from the export."""
+    objective = {"name": "lcm", "grid_steps": 50}
+    found = replay_counts(tiny, tmp_path, objective, "LCMScheduler", other={"original_inference_steps": 10})
+    assert found.info["scheduler"]["original_inference_steps"] == 50
+    assert found.role.grid == 50
+
+
+def test_p4_lcm_of_a_flow(tiny, tmp_path):
+    """1, 2, 4 and 8 steps through FlowMatchLCMScheduler, set as the card says for each count."""
+    more = {"other": {"shift": 3.0}, "family": "sana"}
+    replay_counts(tiny, tmp_path, {"name": "lcm", "grid_steps": 20}, "FlowMatchLCMScheduler", **more)
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert "2 steps: pass `num_inference_steps=2` with the scheduler loaded with `shift_terminal=0.5`" in card
+    assert "In 8 steps: pass `sigmas=[1.0, 0.9," in card
+
+
+def test_lcm_scheduler_without_its_original_steps_is_refused(tiny, tmp_path):
+
+    folder = export_student(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
+    document = json.loads((folder / "fastgen.json").read_text())
+    del document["export"]["scheduler"]["original_inference_steps"]
+    (folder / "fastgen.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="original_inference_steps"):
+        load_export(folder)

@@ -59,6 +59,43 @@ def test_p1_pairs_are_made_once():
     assert first == 4 and len(objective.teacher.calls) == 4
 
 
+def test_p1_several_noises_a_condition():
+    objective = make(Flow(), 1, teacher_steps=2, noises=3)
+    batch = batch_of(torch.randn(5, 2))
+    for k in range(20):
+        next(objective.step(batch, k))
+    assert sorted(objective.pairs.rows) == list(range(15))
+    assert len({float(row[0, 0]) for row in objective.pairs.rows.values()}) == 15
+
+
+def regressed(shuffle):
+    """Slope of a one-step student fitted to exact Gaussian pairs, in the noise."""
+    S = Flow()
+    objective = make(S, 1, teacher_steps=40, metric="l2")
+    batch = batch_of(torch.randn(256, 1))
+    next(objective.step(batch, 0))
+    rows = objective.pairs.rows
+    if shuffle:
+        ends = torch.stack([rows[i][1] for i in range(256)])[torch.randperm(256)]
+        objective.pairs.rows = {i: torch.stack([rows[i][0], ends[i]]) for i in range(256)}
+    slope = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    objective.student.backbone.forward = lambda x, t, cond: slope[0] + slope[1] * x
+    optimizer = torch.optim.Adam([slope], 0.05)
+    for k in range(200):
+        loss, _ = next(objective.step(batch, k))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return slope.tolist()
+
+
+def test_p1_regression_finds_the_flow_map_and_shuffled_pairs_only_the_mean():
+    mean, slope = regressed(False)
+    assert mean == pytest.approx(0.5, abs=0.02) and slope == pytest.approx(0.3, abs=0.03)
+    mean, slope = regressed(True)  # negative check
+    assert mean == pytest.approx(0.5, abs=0.1) and abs(slope) < 0.1
+
+
 def test_times_off_the_teachers_grid_are_refused():
     with pytest.raises(UserError, match="not on the teacher's grid of 5 steps"):
         make(Flow(), 4, teacher_steps=5)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from fastgen.coordinates import TrigView
+from fastgen.critics import LogVariance
 from fastgen.objectives import scm
 from fastgen.objectives.scm import SCM, SCMConfig, normalised
 from fastgen.roles import Student
 from fastgen.schedules import EDM, VP, Flow, TrigFlow, expand
-from fastgen.trigflow import LogVariance, TrigView
 from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 from tests.replay import replay
 

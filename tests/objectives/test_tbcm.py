@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from fastgen.coordinates import TrigView
 from fastgen.errors import UserError
 from fastgen.objectives.tbcm import TBCM, TBCMConfig
 from fastgen.roles import Student
 from fastgen.schedules import EDM, VP, Flow
-from fastgen.trigflow import TrigView
 from tests.objectives.test_scm import PLAIN, S0, FlowMapNet
 from tests.objectives.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
 from tests.replay import replay

@@ -1,2 +1,188 @@
+"""TSCD: the jump and its limits, segments, adversarial noise levels, stages, and gamma sampling."""
+
+import pytest
+import torch
+
+from fastgen import config
+from fastgen.errors import UserError
+from fastgen.objectives.tscd import TSCD, TSCDConfig
+from fastgen.roles import Role, Student
+from fastgen.samplers import segment_ends, teacher_grid
+from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import GaussianNet, Spy, batch_of, captured, gaussian_role, rng, run_mixture
+from tests.replay import replay_counts
+
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "ode_teacher": "previous", "target_decay": 0.5}
+"""settings of the contract battery"""
 STUDENT = {"sampler": "ode", "num_steps": 2}
+
+SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
+each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+def make(schedule, net, teacher=None, disc=None, guidance=1.0, **cfg):
+    teacher = teacher or gaussian_role(schedule, 0.0, 0.5)
+    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    if cfg.get("ode_teacher") == "previous":
+        parts["previous"] = Role(GaussianNet(schedule, 9.0, 9.0).requires_grad_(False))
+    if disc is not None:
+        parts["disc"] = disc
+    return TSCD(TSCDConfig(**cfg), parts, rng(), guidance)
+
+
+class Ear(torch.nn.Module):
+    """A discriminator that listens."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.heard = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, x_t, t, cond):
+        self.heard.append((x_t, t))
+        return [self.w * x_t.float().flatten(1).mean(1)]
+
+
+@each
+def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeypatch):
+    """k = K: the target is x_r everywhere and the teacher itself has no loss; with one segment it has."""
+    x0, losses = torch.randn(64, 1, dtype=torch.float64), {}
+    for k in (8, 1):
+        objective = make(schedule, GaussianNet(schedule, 0.0, 0.5), grid_steps=8, segments=k, end_prob=1.0)
+        pred, target, losses[k] = captured(monkeypatch, "mse", objective, batch_of(x0))
+        assert torch.allclose(pred, target, rtol=1e-5, atol=1e-6) == (k == 8)
+    assert losses[8] < 1e-9 and losses[1] > 1e-4
+
+
+def test_p1_one_d_serves_one_u_only():
+    """The denoiser that makes Psi the exact flow of Gaussian data depends on u (the restriction that a
+    network not told u has to live with).
+    """
+    S, s0 = SCHEDULES["vp"], 0.5
+    t, r, end = (torch.tensor([v], dtype=torch.float64) for v in (999.0, 874.0, 0.0))
+    var = lambda u: S.alpha(u) ** 2 * s0**2 + S.sigma(u) ** 2  # noqa: E731
+    x, D = torch.tensor([[1.7]], dtype=torch.float64), {}
+    for name, u in (("r", r), ("end", end)):
+        ratio = S.sigma(u) / S.sigma(t)
+        D[name] = x * ((var(u) / var(t)).sqrt() - ratio) / (S.alpha(u) - S.alpha(t) * ratio)
+        expected = x * (var(u) / var(t)).sqrt()
+        torch.testing.assert_close(S.ode_step(D[name], x, t, u), expected, rtol=1e-5, atol=1e-6)
+    assert (D["r"] - D["end"]).abs() > 0.05
+
+
+@pytest.mark.parametrize("segments", [8, 4, 2, 1])
+def test_p1_targets_and_noise_stay_inside_the_segment(segments, monkeypatch):
+    """u in [end, r]; the discriminator's level u' in (u, start]; both sides of the GAN at the same one."""
+    S, K, num = SCHEDULES["vp"], 40, 400
+    ear = Ear()
+    objective = make(S, GaussianNet(S, 0.0, 0.5), disc=ear, grid_steps=K, segments=segments, gan_weight=0.1)
+    steps, original = [], S.ode_step
+    monkeypatch.setattr(S, "ode_step", lambda D, x, t, u: steps.append((t, u)) or original(D, x, t, u))
+    list(objective.step(batch_of(torch.randn(num, 1)), 0))
+    (t, r), (_, u), (again, u_pred) = steps
+    edges = torch.tensor(teacher_grid(S, K))[segment_ends(K, segments)].unique().tolist() + [999.0]
+    inside = torch.bucketize(t, torch.tensor(edges, dtype=torch.float64))
+    low, high = (torch.tensor(edges, dtype=torch.float64)[inside - i] for i in (1, 0))
+    assert torch.equal(t, again) and torch.equal(u, u_pred)
+    assert (u <= r).all() and (u >= low).all() and (t <= high).all()
+    assert len(u.unique()) > len(edges) or segments == 8
+    (_, v_gen), (_, v_fake), (_, v_real) = ear.heard
+    assert (v_gen > u).all() and (v_gen <= high).all()
+    assert torch.equal(v_gen, v_fake) and torch.equal(v_gen, v_real)
+
+
+def test_p1_negative_an_end_one_segment_on_is_no_fixed_point(monkeypatch):
+    """With the edges off by one segment the teacher at k = K no longer fits itself."""
+    import fastgen.objectives.tscd as module
+
+    S, losses = SCHEDULES["vp"], []
+    for shift in (0, 1):
+        ends = lambda K, k, shift=shift: (segment_ends(K, k) + shift).clamp(max=K)  # noqa: E731
+        monkeypatch.setattr(module, "segment_ends", ends)
+        objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=8, segments=8, end_prob=1.0)
+        losses.append(float(next(objective.step(batch_of(torch.randn(64, 1).double()), 0))[0]))
+    assert losses[0] < 1e-9 and losses[1] > 1e-4
+
+
+def test_p1_noise_travel_keeps_the_marginal():
+    """A draw from q(x_u) carried to u' has the variance of q(x_u')."""
+    S, s0, generator = SCHEDULES["vp"], 0.5, torch.Generator().manual_seed(0)
+    u, v = (torch.full((200_000,), t, dtype=torch.float64) for t in (249.0, 749.0))
+    draw = lambda: torch.randn(200_000, 1, generator=generator, dtype=torch.float64)  # noqa: E731
+    x_v = S.renoise(S.noise(s0 * draw(), draw(), u), draw(), u, v)
+    expected = S.alpha(v[0]) ** 2 * s0**2 + S.sigma(v[0]) ** 2
+    assert float(x_v.var()) == pytest.approx(float(expected), rel=0.01)
+
+
+def test_p1_gamma_sampling_is_tcd_schedulers_step():
+    """Between steps: gamma 0 is DDIM with the same D, gamma 1 renoises as LCM, 0.3 is what eta 0.3 does."""
+    from diffusers import TCDScheduler
+
+    S = SCHEDULES["vp"]
+    scheduler = TCDScheduler(original_inference_steps=40, prediction_type="sample")
+    x_t, D = torch.randn(2, 3, 4)
+    for gamma in (0.0, 0.3, 1.0):
+        scheduler.set_timesteps(4)
+        ours = Student(GaussianNet(S, 0.0, 0.5), None, S.few_steps(4, 40), "tcd", gamma, 40)
+        t, u = ours.time(0, x_t), ours.time(1, x_t)
+        theirs = scheduler.step(
+            D, scheduler.timesteps[0], x_t, eta=gamma, generator=torch.Generator().manual_seed(3)
+        ).prev_sample
+        noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3))
+        mine = ours.between(D, x_t, t, u, lambda x, noise=noise: noise)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        if gamma == 1.0:
+            s = torch.zeros_like(u)  # TCD passes through alpha_0, not through clean data
+            torch.testing.assert_close(mine, S.renoise(S.ode_step(D, x_t, t, s), noise, s, u))
+        if gamma == 0.0:
+            torch.testing.assert_close(mine, S.ode_step(D, x_t, t, u))
+
+
+def test_p1_previous_student_is_the_next_stages_ode(monkeypatch):
+    """At the first step of a stage it becomes a copy of the student; guidance is in it already."""
+    S = Flow()
+    teacher = Spy(GaussianNet(S, 0.0, 0.5).requires_grad_(False))
+    cfg = {"grid_steps": 4, "segments": 4, "ode_teacher": "previous"}
+    objective = make(S, GaussianNet(S, 0.7, 0.2), teacher, guidance=3.0, **cfg)
+    loss = next(objective.step(batch_of(torch.randn(16, 1).double()), 0))[0]
+    assert loss < 1e-9 and not teacher.seen  # its own ODE, one step a segment
+    assert objective.previous.backbone.m.item() == pytest.approx(0.7)
+    objective.student.backbone.m.data += 1
+    next(objective.step(batch_of(torch.randn(16, 1).double()), 1))
+    assert objective.previous.backbone.m.item() == pytest.approx(0.7)
+
+
+def refused(**values):
+    with pytest.raises(UserError) as error:
+        config.validate({"data": {"name": "fashion"}, **values})
+    return str(error.value)
+
+
+def test_bad_input_in_one_line():
+    said = refused(objective={"name": "tscd", "grid_steps": 40, "segments": 3})
+    assert said.startswith("config: objective.segments: 3 segments do not divide a grid of 40 steps")
+    stage = {"name": "last", "objective": {"name": "tscd", "segments": 4}}
+    said = refused(stages=[stage], student={"num_steps": 2, "sampler": "ode"})
+    assert "student.num_steps: found 2" in said and "multiple of 4" in said
+    said = refused(stages=[stage], student={"num_steps": 4, "sampler": "ode"}, eval={"student_steps": [4, 6]})
+    assert "eval.student_steps: found 6" in said
+    assert "student.sampler ode" in refused(stages=[stage], student={"num_steps": 4})
+    assert "student.gamma" in refused(objective={"name": "lcm"}, student={"gamma": 0.3})
+
+
+def test_p2_distils_the_mixture_in_stages(tmp_path):
+    stages = [
+        ({"name": "tscd", "grid_steps": 16, "segments": k, "end_prob": 0.5}, 250, steps)
+        for k, steps in ((4, 4), (1, 1))
+    ]
+    before, after, _, _ = run_mixture(tmp_path, None, "analytic:gmm2d-vp", stages=stages, lr=2e-3)
+    assert after < before * 0.5 and after < 0.1, (before, after)
+
+
+def test_p4_tscd(tiny, tmp_path):
+    """One LoRA in 1, 2, 4 and 8 steps through TCDScheduler with its eta; another grid shows."""
+    objective = {"name": "tscd", "grid_steps": 40, "segments": 1, "gan_weight": 0.1}
+    found = replay_counts(
+        tiny, tmp_path, objective, "TCDScheduler", other={"original_inference_steps": 10},
+        sampler="tcd", gamma=0.3,
+    )  # fmt: skip
+    assert found.info["step"] == {"eta": 0.3} and set(found.info["others"]) == {"1", "2", "8"}

@@ -31,6 +31,80 @@ class GaussianNet(nn.Module):
     raw = forward
 
 
+class PerTime(nn.Module):
+    """D(x, t_i) = gain_i x: one free number per grid time."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule, grid):
+        super().__init__()
+        self.schedule, self.grid = schedule, grid
+        self.gain = nn.Parameter(torch.ones(len(grid), dtype=torch.float64))
+
+    def forward(self, x_t, t, cond):
+        i = (self.grid[None] - t[:, None]).abs().argmin(1)
+        return self.gain[i][:, None] * x_t
+
+    raw = forward
+
+
+class Constant(nn.Module):
+    """D = c whatever it is asked."""
+
+    prediction = "x0"
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule, self.c = schedule, nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x_t, t, cond):
+        return self.c.expand_as(x_t)
+
+    raw = forward
+
+
+class Spy(Role):
+    """A role that keeps the arguments and outputs of every call."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.seen = []
+
+    def __call__(self, x_t, t, cond):
+        out = super().__call__(x_t, t, cond)
+        self.seen.append((x_t, t, out))
+        return out
+
+
+def captured(monkeypatch, loss, objective, batch, k=0):
+    """(pred, target, value) of the first yield, `loss` being the name of the function it calls."""
+    from fastgen import losses
+
+    seen, original = {}, getattr(losses, loss)
+
+    def spy(pred, target, *rest):
+        seen.update(pred=pred, target=target)
+        return original(pred, target, *rest)
+
+    monkeypatch.setattr(losses, loss, spy)
+    value, _ = next(objective.step(batch, k))
+    monkeypatch.setattr(losses, loss, original)
+    return seen["pred"], seen["target"], value
+
+
+def fit(objective, draw, steps, lr=0.05):
+    """Plain training of a closed-form student; `draw(rng)` makes x0."""
+    params = list(objective.players["student"].trainable().values())
+    optimizer = torch.optim.Adam(params, lr)
+    for k in range(steps):
+        objective.rng.reset(k)
+        optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
+        for loss, _ in objective.step(batch_of(draw(objective.rng)), k):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
 class AffineStudent(Student):
     """x = m + s z whatever the time: the generator of the closed forms."""
 
@@ -78,6 +152,7 @@ def run_mixture(
     guidance=1.0,
     student=None,
     stages=(),
+    critic_lr=None,
     **train,
 ):
     """Distil an exact mixture by an objective, or by stages of (objective, steps, num_steps); returns (energy
@@ -92,7 +167,7 @@ def run_mixture(
     from fastgen.trainer import Trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
-    optim = {"student": optim, **{n: optim | {"lr": 2 * lr} for n in ("critic", "disc")}}
+    optim = {"student": optim, **{n: optim | {"lr": critic_lr or 2 * lr} for n in ("critic", "disc")}}
     one = {"objective": objective, "optim": optim}
     several = [
         {"name": str(i), "objective": o, "max_train_steps": n, "num_steps": few, "optim": optim}

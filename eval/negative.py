@@ -1,0 +1,73 @@
+"""Whether a student's negative prompts (NASA) remove what they name, on Tinted Fashion.
+
+Every caption is drawn as it is and again with one of its own words as the negative prompt; the measuring net
+says how often the named attribute is still there, and how often the two others still are.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastgen import nasa
+from fastgen.checkpoint import write_text
+from fastgen.datasets import VOCABULARY, all_captions, attributes_of
+from fastgen.errors import UserError
+from fastgen.reload import load_export
+from fastgen.samplers import sample_student
+
+
+@torch.no_grad()
+def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repeats: int = 1, seed: int = 0):
+    """By attribute and scale: share of images that still show the named value, and the others' agreement."""
+    from eval.measure import Measurer, agreement
+    from fastgen.nets import measure
+
+    loaded = load_export(model, key="--model")
+    if not loaded.is_student or not hasattr(loaded.codec, "prompts"):
+        raise UserError("--model", f"{model} is no student asked by text", "an export of such a student")
+    captions = all_captions() * repeats
+    ids = {k: torch.tensor([attributes_of(c)[k] for c in captions]) for k in VOCABULARY}
+    net, found = Measurer("tinted").net, {}
+    for name, words in VOCABULARY.items():
+        found[name] = {}
+        for scale in scales:
+            images = torch.empty(0)
+            order = []
+            for value, word in enumerate(words):
+                rows = (ids[name] == value).nonzero()[:, 0]
+                images = torch.cat(
+                    [images, _draw(loaded, [captions[i] for i in rows], word, scale, rows, seed)]
+                )
+                order.append(rows)
+            asked = {k: v[torch.cat(order)] for k, v in ids.items()}
+            shares = agreement(measure(net, images)["logits"], asked)
+            others = [shares[f"agreement_{k}"] for k in VOCABULARY if k != name]
+            found[name][f"{scale:g}"] = {
+                "still_there": shares[f"agreement_{name}"],
+                "others_kept": sum(others) / len(others),
+            }
+    path = Path(model)
+    name = path.parent.name if path.name == "export" else path.name
+    return {"model": name, "images": len(captions), "seed": seed, "removal": found}
+
+
+def _draw(loaded, prompts: list[str], word: str, scale: float, rows, seed: int) -> torch.Tensor:
+    """Images of these prompts under the negative prompt `word`."""
+    negative, role = loaded.codec.prompts([word]), loaded.role
+    cond, seeds = loaded.codec.prompts(prompts), [seed + int(i) for i in rows]
+    states, mask = (negative.get(f"encoder_{k}") for k in ("hidden_states", "attention_mask"))
+    if scale:
+        nasa.attach(role.backbone.net, states, scale, mask)
+    try:
+        return loaded.codec.decode(sample_student(role, seeds, loaded.codec.shape, cond))
+    finally:
+        nasa.remove(role.backbone.net)
+
+
+def record(model: str, folder: Path) -> Path:
+    """Measure and write assets/results/benchmarks/negative_<run>.json."""
+    measured = removal(model)
+    file = folder / f"negative_{measured['model']}.json"
+    write_text(file, json.dumps(measured, indent=1) + "\n")
+    return file

@@ -1,0 +1,131 @@
+"""MeanFlow: the average velocity between two times, trained on data or distilled from a flow.
+
+Paper: Geng et al. 2025, arXiv 2505.13447 (Alg. 1; guidance eq. 19-21); distilled as in NVlabs/FastGen.
+
+  s, r from the time distribution, s >= r;  r = s for the first flow_ratio of the batch
+  x_s = (1 - s) x0 + s eps
+  v = eps - x0                                  distillation: v_teacher^w(x_s, s)
+  training with guidance: v <- omega v + (1 - omega - kappa) u(x_s, s, s | null) + kappa u(x_s, s, s | c)
+  du/ds along (v, 1, 0)                         (eq. 8: total derivative, r held)
+  target = sg[v - (s - r) du/ds]                (eq. 10)
+  e = u_theta(x_s, s, r) - target;  loss = |e|^2 / sg(|e|^2 + c)^p               (eq. 22)
+  sampling: x_r = x_s - (s - r) u               one step: s = 1, r = 0
+
+Differs
+- any teacher: times and velocities are those of the straight line at equal signal-to-noise ratio. The step's
+  length s - r enters the network as one more input channel with zero weights at first, so that the student
+  starts as the teacher; the paper adds an embedding of s - r to the time's.
+- the tangent is taken for the rows with r < s only: for the others it is multiplied by zero.
+- c is 0.01 as in the authors' code; the paper's text says 0.001. |e|^2 is the sum over elements.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastgen.coordinates import LineView
+from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
+from fastgen.schedules import expand
+from fastgen.tangents import TangentConfig, tangent
+
+
+class MeanFlowConfig(ObjectiveConfig):
+    """Average velocities."""
+
+    name: Literal["meanflow"] = "meanflow"
+    mode: Literal["distillation", "training"] = "distillation"
+    """velocity of the teacher, or of the straight pair of data and noise (no teacher)"""
+    time: TimeConfig = TimeConfig(kind="logit_normal", mean=-0.4, std=1.0)
+    """both times"""
+    flow_ratio: float = Field(0.75, ge=0, le=1)
+    """share of the batch with r = s: plain flow matching"""
+    tangent: TangentConfig = TangentConfig()
+    """how du/ds is taken"""
+    norm_c: float = Field(0.01, gt=0)
+    """c of the adaptive weight"""
+    norm_p: float = Field(1.0, ge=0)
+    """p of the adaptive weight; 0 is the plain square"""
+    omega: float = 1.0
+    """training: weight of v in the guided target; the guidance scale is omega / (1 - kappa)"""
+    kappa: float = Field(0.0, ge=0, lt=1)
+    """training: weight of the student's own conditional velocity in the guided target"""
+    label_drop: float = Field(0.1, ge=0, lt=1)
+    """training with guidance: share of conditions replaced by none"""
+
+
+class MeanFlow(Objective, config=MeanFlowConfig):
+    two_times = True
+    draws_guidance = True
+
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher",) if cfg.mode == "distillation" else ()
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        part = round(1 - cfg.flow_ratio, 3)
+        calls = {"student+grad": 1}
+        calls |= {"student tangent": part} if cfg.tangent.method == "exact" else {"student": 2 * part}
+        if cfg.mode == "distillation":
+            return calls | {"teacher": 1 if guidance == 1 else 2}
+        return calls | ({"student": calls.get("student", 0) + 2} if guided(cfg) else {})
+
+    def step(self, batch, k):
+        cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
+        w, told = self.tell(batch)
+        s, r = self.times(len(batch.x0))
+        eps = self.rng.randn_like(batch.x0)
+        x_s = view.line.noise(batch.x0, eps, s)  # x_s = (1 - s) x0 + s eps
+        with self.turn("student"):
+            with torch.no_grad():
+                v, told = self.velocity(view, batch, x_s, s, eps, w, told)
+                target = v.clone()
+                far = (r < s).nonzero()[:, 0]
+                if len(far):
+                    u = self.average(view, {n: c[far] for n, c in told.items()})
+                    at, along = (x_s[far], s[far], r[far]), (v[far], torch.ones_like(s[far]), 0 * r[far])
+                    target[far] -= expand(s[far] - r[far], x_s) * tangent(u, at, along, cfg.tangent)  # eq. 10
+            error = (self.average(view, told)(x_s, s, r) - target).square().flatten(1).sum(1)
+            weight = 1 / (error.detach() + cfg.norm_c) ** cfg.norm_p  # eq. 22
+            yield (weight * error).mean(), {"error": error.detach().mean() / x_s[0].numel()}
+
+    def times(self, num: int) -> tuple[Tensor, Tensor]:
+        """Levels s >= r [B], equal in the first part of the batch."""
+        view = LineView(self.schedule, self.cfg.tangent.reach)
+        a, b = (view.level(self.sample_t(num, self.cfg.time)) for _ in range(2))
+        s, r = torch.maximum(a, b), torch.minimum(a, b)
+        same = torch.arange(num, device=s.device) < int(self.cfg.flow_ratio * num)
+        return s, torch.where(same, s, r)
+
+    def average(self, view: LineView, cond: dict):
+        """u_theta(x_s, s, r) under a condition."""
+        return view.average(lambda x, tau, rho: self.student(x, tau, {**cond, "r": rho}))
+
+    def velocity(self, view: LineView, batch: Batch, x_s, s, eps, w, told) -> tuple[Tensor, dict]:
+        """(v to follow, the student's condition): the guided teacher's, the pair's, or the guided mixture of
+        the pair's and the student's own, with some conditions dropped.
+        """
+        cfg = self.cfg
+        if cfg.mode == "distillation":
+            D = lambda x, tau: self.teacher.guided(x, tau, batch.cond, batch.uncond, w)  # noqa: E731
+            return view.velocity(D)(x_s, s), told
+        v = eps - batch.x0
+        if not guided(cfg):
+            return v, told
+        null, own = (self.average(view, c)(x_s, s, s) for c in (batch.uncond, batch.cond))
+        mixed = cfg.omega * v + (1 - cfg.omega - cfg.kappa) * null + cfg.kappa * own  # eq. 19-21
+        drop = self.rng.rand(len(s)) < cfg.label_drop
+        cond = {n: torch.where(expand_mask(drop, c), batch.uncond[n], c) for n, c in batch.cond.items()}
+        return torch.where(expand_mask(drop, v), v, mixed), cond
+
+
+def guided(cfg: MeanFlowConfig) -> bool:
+    """Whether training mixes a guided velocity."""
+    return cfg.omega != 1 or cfg.kappa > 0
+
+
+def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A [B] mask shaped to broadcast against x [B, ...]."""
+    return mask.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
