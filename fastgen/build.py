@@ -14,7 +14,7 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.attention import check as check_attention
 from fastgen.backbones.base import Backbone
-from fastgen.config import LoraConfig, RunConfig, StageConfig
+from fastgen.config import RunConfig, StageConfig
 from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
 from fastgen.nets import FeatureNet, Perceptual
@@ -24,6 +24,7 @@ from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
 from fastgen.schedules import VP, Flow, Schedule
+from fastgen.sections import LoraConfig
 from fastgen.serving import serve
 
 

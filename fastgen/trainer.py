@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from fastgen import checkpoint
 from fastgen.build import Cast, fingerprint
-from fastgen.config import PlayerOptim, RunConfig, StageConfig
+from fastgen.config import RunConfig, StageConfig
 from fastgen.data import Data
 from fastgen.ema import EMA
 from fastgen.errors import UserError
 from fastgen.rng import Rng
 from fastgen.roles import Player
+from fastgen.sections import PlayerOptim
 
 
 class NotFinite(RuntimeError):
