@@ -47,17 +47,21 @@ def make(**cfg):
 def train(objective, steps, lrs, start=0, num=512):
     """Run steps with Adam at lrs by player; logs of every turn."""
     optimizers = {n: torch.optim.Adam(p.trainable().values(), lrs[n]) for n, p in objective.players.items()}
+    return [t for k in range(start, start + steps) for t in train_one(objective, optimizers, k, num)]
+
+
+def train_one(objective, optimizers, k, num):
+    """One step; (k, player, logs) of every turn."""
+    objective.rng.reset(k)
+    noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
     told = []
-    for k in range(start, start + steps):
-        objective.rng.reset(k)
-        noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        for loss, logs in objective.step(batch_of(noise, noise), k):
-            told.append((k, objective.active, logs))
-            for player in objective.players.values():
-                player.requires_grad_(player.name == objective.active)
-            optimizers[objective.active].zero_grad()
-            loss.backward()
-            optimizers[objective.active].step()
+    for loss, logs in objective.step(batch_of(noise, noise), k):
+        told.append((k, objective.active, logs))
+        for player in objective.players.values():
+            player.requires_grad_(player.name == objective.active)
+        optimizers[objective.active].zero_grad()
+        loss.backward()
+        optimizers[objective.active].step()
     return told
 
 
@@ -127,6 +131,33 @@ def test_p1_negative_forward_order_leaves_the_student_where_it_was():
         train(objective, 300, {"student": 0.02, "critic": 0.05}, start=150, num=256)
         ends[way] = objective.student.backbone.m.item()
     assert abs(ends["back"] - 0.5) < 0.3 and abs(ends["forward"] + 1.0) < 0.5, ends
+
+
+def student_steps(start, nodes, record, switch):
+    """Student updates until KL(student || teacher) < 0.05, from N(start, 0.2^2)."""
+    objective = DisBack(
+        DisBackConfig(host=HOST, nodes=nodes, record_steps=record, switch_every=switch),
+        players(start, 0.2),
+        rng(),
+    )
+    objective.prepare()
+    rates = {"student": 0.03, "critic": 0.06}
+    optimizers = {
+        n: torch.optim.Adam(p.trainable().values(), rates[n], (0.0, 0.99))
+        for n, p in objective.players.items()
+    }
+    for k in range(record + 800):
+        train_one(objective, optimizers, k, 128)
+        m, s = (p.detach() for p in objective.student.trainable().values())
+        if 0.5 * (s**2 + (m - 0.5) ** 2 - 1 - 2 * s.abs().log()) < 0.05:
+            return k + 1 - record
+    return 800
+
+
+def test_p1_the_path_saves_student_steps_from_afar_only():
+    """Twelve deviations away the recorded path needs fewer student steps; close by it is a detour."""
+    assert student_steps(-12.0, 6, 120, 30) < student_steps(-12.0, 0, 0, 1)
+    assert student_steps(-1.0, 4, 60, 20) > student_steps(-1.0, 0, 0, 1)
 
 
 def test_nodes_are_part_of_a_resumed_run():
