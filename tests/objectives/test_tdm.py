@@ -187,12 +187,11 @@ def test_renoising_is_refused(capsys, tmp_path):
     assert "deterministic" in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["vp"])
-def test_p2_four_steps_on_the_mixture(tmp_path, kind):
+def test_p2_four_steps_on_the_mixture(tmp_path):
     before, after, *_ = run_mixture(
         tmp_path,
         {"name": "tdm"},
-        f"analytic:gmm2d-{kind}",
+        "analytic:gmm2d-vp",
         steps=250,
         num_steps=4,
         student={"sampler": "ode"},
