@@ -29,10 +29,8 @@ def _keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
-    """Text to image or video: an ordinary pipeline call."""
-    family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
-    name = teacher.pipeline
+def _keywords_of_call(what: dict, family, codec, info: dict) -> dict:
+    """Sizes, steps and guidance as this pipeline's call takes them."""
     call = {**family.size_call(codec), "num_inference_steps": info["steps"]}
     call |= info["arguments"] if not info["bound"] else {}
     if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
@@ -43,6 +41,14 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
     if not info["times"] and info["guidance"] != 1:
         call |= family.guided_call(info["guidance"])
     call |= family.plain_call(what) | ({"output_type": "pil"} if family.temporal or family.views else {})
+    return call
+
+
+def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
+    """Text to image or video: an ordinary pipeline call."""
+    family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
+    name = teacher.pipeline
+    call, told = _keywords_of_call(what, family, codec, info), info.get("guidance_range") is not None
     own = told or info["gaps"]  # an input that the base has not
     on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])

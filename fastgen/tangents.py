@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgen.backbones.attention import exact_attention
 from fastgen.errors import UserError
 
 SMALLEST_STEP = 1e-5
@@ -64,7 +64,7 @@ def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfi
 
 
 def _forward_mode(f, at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
-    kernel = sdpa_kernel(SDPBackend.MATH) if cfg.math_attention else nullcontext()
+    kernel = exact_attention() if cfg.math_attention else nullcontext()
     try:
         with kernel:
             return torch.func.jvp(f, at, along)[1].detach()

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "fastgen.schedules": (),
     "fastgen.losses": ("schedules",),
     "fastgen.divergences": ("losses", "schedules"),
-    "fastgen.tangents": ("errors",),
+    "fastgen.tangents": ("backbones.attention", "errors"),
     "fastgen.coordinates": ("schedules",),
     "fastgen.roles": ("backbones.base", "codecs", "schedules"),
     "fastgen.critics": ("backbones.base", "roles"),
@@ -118,7 +118,7 @@ def test_core_stays_small():
     wrapper, own = ROOT / "fastgen/backbones", {ROOT / f"fastgen/{n}.py" for n in METHODS}
     core = [p for p in SOURCES if name_of(p).startswith("fastgen") and p not in OBJECTIVES]
     lines = code_lines(p for p in core if not p.is_relative_to(wrapper) and p not in own)
-    assert lines <= 5000, lines
+    assert lines <= 5250, lines
     assert code_lines(own) <= 1000
     inside = [p for p in core if p.is_relative_to(wrapper)]
     declares = {p for p in inside if "\nFAMILIES" in p.read_text() and p.stem != "registry"}
