@@ -20,6 +20,7 @@ from fastgen.paths import PACKAGE
 
 README = PACKAGE / "objectives" / "README.md"
 TESTS = PACKAGE.parent / "tests"
+GUIDE = PACKAGE.parent / "docs" / "methods.md"
 SKELETON = """# Objectives
 
 One file per method. The tables below are written by `python -m eval leaderboard`; do not edit them by hand.
@@ -216,6 +217,46 @@ def ladder(documents: list[dict], tests: Path = TESTS) -> str:
     return "\n".join(_markdown(header, rows))
 
 
+def _best(method: str, documents: list[dict]) -> str:
+    """The smallest ratio to its teacher that a method has evidence of."""
+    found = []
+    for document in (d for d in documents if method in d["objective"].split("+")):
+        metric, results = _metric([document]), document["results"]
+        teacher = results.get("teacher", {}).get(metric)
+        rows = [results.get("student", {}), *results.get("student_by_steps", {}).values()]
+        found += [
+            (r[metric] / teacher, r.get("nfe"), document["teacher"]) for r in rows if teacher and metric in r
+        ]
+    if not found:
+        return "-"
+    ratio, nfe, teacher = min(found)
+    return f"{ratio:.2f} at {nfe} ({teacher})"
+
+
+def choice(documents: list[dict]) -> str:
+    """What each method needs and costs, read off its class, beside the best it has reached."""
+    rows = []
+    for method, cls in sorted(REGISTRY.items()):
+        if not cls.__module__.startswith("fastgen."):
+            continue
+        cfg = cls.config()
+        calls = cls.evaluations(cfg, 2.0, 1)
+        plain = {k: v for k, v in calls.items() if not k.endswith("+grad")}
+        grads = {k.removesuffix("+grad"): v for k, v in calls.items() if k.endswith("+grad")}
+        shown = [f"{k} {v:g}" for k, v in plain.items()] + [f"{k} {v:g} g" for k, v in grads.items()]
+        rows.append(
+            [
+                f"[`{method}`](../fastgen/objectives/{cls.__module__.rsplit('.', 1)[-1]}.py)",
+                "yes" if cls.requires_data(cfg) else "no",
+                ", ".join(p for parts in cls.player_parts(cfg).values() for p in parts),
+                ", ".join(shown),
+                _best(method, documents),
+            ]
+        )
+    header = ("method", "real images", "trained", "calls a step", "best")
+    return "\n".join(_markdown(header, rows))
+
+
 # -- the file
 def _between(text: str, marker: str, body: str) -> str:
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
@@ -234,18 +275,26 @@ def render(text: str, documents: list[dict], tests: Path = TESTS) -> str:
 
 
 def leaderboard(
-    check: bool = False, readme: Path = README, folder: Path | None = None, tests: Path = TESTS
+    check: bool = False,
+    readme: Path = README,
+    folder: Path | None = None,
+    tests: Path = TESTS,
+    guide: Path | None = GUIDE,
 ) -> list[str]:
     """Rewrite the tables, or with check only say what is out of date."""
     if not tests.is_dir():
         raise UserError("leaderboard", f"{tests} does not exist", "run it in a checkout")
     documents = evidence.read_all(folder)
     text = readme.read_text() if readme.is_file() else SKELETON
-    built = render(text, documents, tests)
+    pages = {readme: (text, render(text, documents, tests))}
+    if guide is not None:
+        pages[guide] = (guide.read_text(), _between(guide.read_text(), "choice", choice(documents)))
     if not check:
-        write_text(readme, built)
+        for page, (_, built) in pages.items():
+            write_text(page, built)
         return []
     problems = evidence.outdated(documents)
-    if not readme.is_file() or built != text:
-        problems.append(f"{readme.name} differs from the evidence; run `python -m eval leaderboard`")
+    for page, (before, built) in pages.items():
+        if not page.is_file() or built != before:
+            problems.append(f"{page.name} differs from the evidence; run `python -m eval leaderboard`")
     return problems

@@ -100,9 +100,9 @@ def test_tables_follow_the_evidence(finished, tmp_path):
     for seed, fd in ((0, 2.0), (1, 3.0)):
         evidence.record(finished("digits_dmd2", fd, seed=seed), "digits_dmd2", seed, store)
     readme.write_text("before\n" + leaderboard.SKELETON + "after\n")
-    assert leaderboard.leaderboard(True, readme, store)
-    assert leaderboard.leaderboard(False, readme, store) == []
-    assert leaderboard.leaderboard(True, readme, store) == []
+    assert leaderboard.leaderboard(True, readme, store, guide=None)
+    assert leaderboard.leaderboard(False, readme, store, guide=None) == []
+    assert leaderboard.leaderboard(True, readme, store, guide=None) == []
     text = readme.read_text()
     assert text.startswith("before\n# Objectives") and text.endswith("after\n")
     row = next(line for line in text.splitlines() if line.startswith("| `digits_dmd2`"))
@@ -115,16 +115,16 @@ def test_tables_follow_the_evidence(finished, tmp_path):
     document = json.loads(file.read_text())
     document["results"]["student"]["fd_mini"] = 1.9
     file.write_text(json.dumps(document))
-    assert "differs from the evidence" in leaderboard.leaderboard(True, readme, store)[0]
+    assert "differs from the evidence" in leaderboard.leaderboard(True, readme, store, guide=None)[0]
     document["results"]["student"]["fd_mini"] = 2.0
     file.write_text(json.dumps({**document, "config_sha256": "0"}))
-    assert "has changed since; run it again" in leaderboard.leaderboard(True, readme, store)[0]
+    assert "has changed since; run it again" in leaderboard.leaderboard(True, readme, store, guide=None)[0]
     file.write_text(json.dumps({**document, "recipe": "gone"}))
-    assert "no 'gone'" in leaderboard.leaderboard(True, readme, store)[0]
+    assert "no 'gone'" in leaderboard.leaderboard(True, readme, store, guide=None)[0]
     del document["seed"]
     file.write_text(json.dumps(document))
     with pytest.raises(UserError, match="lacks seed"):
-        leaderboard.leaderboard(True, readme, store)
+        leaderboard.leaderboard(True, readme, store, guide=None)
 
 
 def test_a_row_for_every_step_count():
@@ -163,6 +163,19 @@ def test_ladder_reads_the_tests_that_exist(tmp_path):
 
 def test_the_repository_is_up_to_date():
     assert leaderboard.leaderboard(check=True) == []
+
+
+def test_the_guide_names_needs_costs_and_the_best_ratio():
+    document = {
+        "teacher": "digits",
+        "recipe": "r",
+        "objective": "ode_pairs+dmd2",
+        "results": results(2.0, 4.0),
+    }
+    rows = {line.split("`")[1]: line for line in leaderboard.choice([document]).splitlines() if "`" in line}
+    assert set(rows) >= {"dmd2", "boot", "ode_pairs"} and rows["sft"].endswith("| - |")
+    assert "| yes | student, critic, disc |" in rows["dmd2"] and "| no | student |" in rows["boot"]
+    assert "0.50 at 1 (digits)" in rows["dmd2"] and "0.50 at 1 (digits)" in rows["ode_pairs"]
 
 
 def test_orderings_say_what_the_seeds_say():
