@@ -1,8 +1,5 @@
 """The P4 rung: a method trained briefly, exported, and drawn by plain diffusers with the same images."""
 
-import subprocess
-import sys
-
 import torch
 import yaml
 from PIL import Image
@@ -11,16 +8,9 @@ from safetensors.torch import load_file
 from fastgen.export import load_export
 from fastgen.run import main
 from fastgen.sample import Painter, draw
+from tests.plain import run_plain
 from tests.tiny import PROMPTS
 
-BLOCK = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "fastgen":
-            raise ImportError("fastgen may not be imported here")
-sys.meta_path.insert(0, Blocked())
-"""
 SAVE = """
 from safetensors.torch import save_file
 save_file({"images": images.contiguous()}, "images.safetensors")
@@ -61,8 +51,8 @@ def train(tiny, tmp_path, objective, teacher=None, family="flow", **more):
 
 def plainly(code, folder):
     """Images that a script without fastgen makes in this folder."""
-    (folder / "plain.py").write_text(BLOCK + code + SAVE)
-    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True)
+    (folder / "plain.py").write_text(code + SAVE)
+    done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     return load_file(folder / "images.safetensors")["images"]
 
@@ -103,8 +93,8 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
     folder = export_student(run, tmp_path / "export", {})
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    (folder / "plain.py").write_text(BLOCK + code)
-    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True)
+    (folder / "plain.py").write_text(code)
+    done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     from torchvision.transforms.functional import pil_to_tensor
 

@@ -1,9 +1,6 @@
 """P4: what an export gives in plain diffusers is what the student gave here, in every family."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +17,7 @@ from fastgen.config import validate
 from fastgen.errors import UserError
 from fastgen.export import Loaded, export_student, load_export, load_lora_into, sample_command
 from fastgen.sample import Painter, draw, main
+from tests.plain import run_plain
 from tests.tiny import PROMPTS
 
 HERE = Path(__file__).parent
@@ -145,10 +143,8 @@ def replayed(tiny, tmp_path_factory):
     by_name = {c["name"]: c for c in cases}
     cases += [{**by_name[n], "name": f"{n}/wrong", "override": o} for n, o in wrong.items()]
     (root / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     files = [HERE / "plain_replay.py", root / "cases.json", root / "images.safetensors"]
-    command = [sys.executable, *map(str, files)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = run_plain(*files, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     found.plain, found.wrong = load_file(root / "images.safetensors"), list(wrong)
     return found
@@ -185,10 +181,7 @@ def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
         cases.append({"name": family, "how": "snippet", "code": code_of(folder), "folder": str(folder)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     files = [HERE / "plain_replay.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, files)], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_plain(*files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     plain = load_file(tmp_path / "images.safetensors")
     for family, folder in folders.items():

@@ -1,8 +1,6 @@
 """Students that take w as an input: no influence at the start, diffusers' own features, exports, refusals."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +16,7 @@ from fastgen.export import export_student, load_export
 from fastgen.rng import Rng
 from fastgen.sample import Painter, draw, main
 from tests.objectives.test_contract import batch
+from tests.plain import run_plain
 from tests.tiny import PROMPTS
 
 W = 4.0
@@ -148,9 +147,7 @@ def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, 
     assert loaded.role.guidance_range == (1.0, 8.0) and loaded.role.guidance == W
     (tmp_path / "plain.py").write_text(PLAIN % (list(PROMPTS),))
     where = folder if kind == "full" else folder / "merged"
-    done = subprocess.run(
-        [sys.executable, "plain.py", str(where)], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_plain("plain.py", where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plain = load_file(tmp_path / "images.safetensors")
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)

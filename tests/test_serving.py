@@ -48,7 +48,7 @@ def test_one_scheduler_serves_every_count_of_a_grid(grid):
 
     S, theirs = VP.scaled_linear(), DDIMScheduler(beta_schedule="scaled_linear")
     for sampler, gamma in (("renoise", 0.0), ("tcd", 0.3)):
-        served = scheduler_for(S.few_steps(4, grid), sampler, S, theirs, grid, gamma)
+        served = scheduler_for(S.few_steps(4, grid), sampler, S, theirs, grid=grid, gamma=gamma)
         assert served.arguments == {} and served.step == ({"eta": 0.3} if sampler == "tcd" else {})
         for num in (1, 2, 3, 4, 7, 8):
             served.scheduler.set_timesteps(num)

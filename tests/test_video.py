@@ -1,8 +1,5 @@
 """A run on clips from end to end: data, training of two experts, pictures, export, sampling."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
@@ -14,7 +11,7 @@ from fastgen.data import load_data
 from fastgen.run import main
 from tests.families import CASES
 from tests.families.video_parts import FRAMES, SIZE
-from tests.replay import BLOCK
+from tests.plain import run_plain
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +65,8 @@ def test_two_experts_from_clips_to_plain_diffusers(tmp_path, built, monkeypatch)
     card = (export / "README.md").read_text()
     assert "load_into_transformer_2=True" in card and "text-to-video" in card
     code = card.split("```python\n")[1].split("```")[0]
-    (export / "plain.py").write_text(BLOCK + code)
-    done = subprocess.run([sys.executable, "plain.py"], cwd=export, capture_output=True, text=True)
+    (export / "plain.py").write_text(code)
+    done = run_plain("plain.py", cwd=export)
     assert done.returncode == 0, done.stderr
     with Image.open(export / "sample.gif") as film:
         assert film.n_frames == FRAMES and film.size == (SIZE, SIZE)

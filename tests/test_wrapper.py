@@ -101,10 +101,11 @@ def test_tangents_pass_whatever_kernel_was_chosen(folder):
 def test_prompts_are_kept_on_disk_and_encoders_let_go(folder, tmp_path, monkeypatch):
     codec = load_teacher(str(folder("sdxl"))).codec
     captions = ["a red dress", "a bag", "a red dress"]
-    table, rows = _text_rows(codec, captions, "cpu", str(tmp_path), "key")
+    table, rows, texts = _text_rows(codec, captions, "cpu", str(tmp_path), "key")
+    assert texts == ["a bag", "a red dress"]
     assert rows.tolist() == [1, 0, 1] and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(codec, "prompts", lambda *_: pytest.fail("encoded again"))
-    again, _ = _text_rows(codec, captions, "cpu", str(tmp_path), "key")
+    again, *_ = _text_rows(codec, captions, "cpu", str(tmp_path), "key")
     assert set(again) == set(table) and all(torch.equal(again[k], table[k]) for k in table)
     monkeypatch.undo()
     changed = load_teacher(str(folder("sdxl"))).codec

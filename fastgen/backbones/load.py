@@ -43,9 +43,10 @@ class Teacher:
 
     @property
     def pipeline(self) -> str:
-        """The pipeline class that holds it."""
-        pipe = getattr(self.codec, "pipe", None)
-        return self.backbone.family.pipeline if pipe is None else type(pipe).__name__
+        """The pipeline class that holds it; its family's own where the folder's is another (SANA-Sprint)."""
+        pipe, family = getattr(self.codec, "pipe", None), self.backbone.family
+        name = "" if pipe is None else type(pipe).__name__
+        return name if name in family.pipelines or (name and not family.pipelines) else family.pipeline
 
     def to(self, device) -> "Teacher":
         self.backbone.to(device)

@@ -171,7 +171,7 @@ def test_compile_switch_reaches_every_network(tiny, monkeypatch):
 
 
 def data_free():
-    return sorted(n for n, cls in REGISTRY.items() if not cls.requires_data(cls.config(**SHORT[n])))
+    return sorted(n for n, cls in REGISTRY.items() if not cls.requires_data(cls.config(**SHORT.get(n, {}))))
 
 
 @pytest.mark.parametrize("name", data_free())

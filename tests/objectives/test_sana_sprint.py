@@ -1,8 +1,6 @@
 """SANA-Sprint: what its two losses add up to, the form of its network, and SanaSprintPipeline itself."""
 
 import copy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +21,7 @@ from fastgen.sprint import make_sprint
 from fastgen.tangents import TangentConfig, tangent
 from tests.objectives.test_ladd import LinearDisc
 from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
+from tests.plain import run_plain
 from tests.replay import replay
 from tests.tiny import PROMPTS
 
@@ -165,7 +164,7 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
     folder = export_student(run, tmp_path / "export", {})
     (folder / "plain.py").write_text(PLAIN.replace("PROMPTS", repr(list(PROMPTS))))
-    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True)
+    done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     plain = load_file(folder / "images.safetensors")
     loaded = load_export(folder)
