@@ -1,5 +1,6 @@
 """The P4 rung: a method trained briefly, exported, and drawn by plain diffusers with the same images."""
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -96,9 +97,8 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     (folder / "plain.py").write_text(code)
     done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr
-    from torchvision.transforms.functional import pil_to_tensor
-
-    image = pil_to_tensor(Image.open(folder / "sample.png")) / 255
+    pixels = torch.from_numpy(np.array(Image.open(folder / "sample.png")))
+    image = (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)) / 255
     loaded = load_export(str(folder))
     prompt = "a red dress on a grey background"
     text = hasattr(loaded.codec, "prompts")
