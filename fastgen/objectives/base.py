@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
+from fastgen.ema import ema_update
 from fastgen.rng import Rng
 from fastgen.roles import Player, Role, Student
 from fastgen.schedules import Schedule
@@ -221,6 +222,10 @@ class Objective:
             return self.guidance, batch.cond
         w = span[0] + (span[1] - span[0]) * self.rng.rand(len(batch.noise)).float()
         return w, {**batch.cond, "guidance": w}
+
+    def follow(self, part: str, decay: float = 0.0) -> None:
+        """Move a copy of the student (its target, its previous self) towards it; decay 0 makes them equal."""
+        ema_update(self.parts[part].trainable(), self.student.trainable(), decay)
 
     def drop_condition(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """The batch's conditions, the empty one in a share of its rows."""

@@ -29,7 +29,6 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
 from fastgen.objectives.discrete import draw_intervals, num_intervals
 from fastgen.samplers import jump, segment_ends, solver_step, undo_jump
@@ -108,7 +107,7 @@ class Consistency(Objective, config=ConsistencyConfig):
         t, r = grid[i], grid[i + 1]
         e = grid[segment_ends(num, cfg.segments).to(i.device)[i]]  # end of the segment
         if cfg.target_decay and k == 0:
-            ema_update(self.target.trainable(), self.student.trainable(), 0.0)
+            self.follow("target")
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -128,7 +127,7 @@ class Consistency(Objective, config=ConsistencyConfig):
             )
         if cfg.target_decay and self.sync:
             grown = (cfg.start_scales or num) / num if cfg.decay_grows else 1.0
-            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay**grown)
+            self.follow("target", cfg.target_decay**grown)
 
     def distance(self, pred, target, weight):
         """w d(pred, target) over the batch."""

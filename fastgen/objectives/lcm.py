@@ -27,7 +27,6 @@ import torch
 from pydantic import Field
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig, unfit_segments
 from fastgen.samplers import solver_step, teacher_grid
 from fastgen.schedules import expand
@@ -76,7 +75,7 @@ class LCM(Objective, config=LCMConfig):
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
         w, told = self.tell(batch)  # w ~ U(w_min, w_max), an input of the student
         if cfg.target_decay and k == 0:
-            ema_update(self.target.trainable(), self.student.trainable(), 0.0)
+            self.follow("target")
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -95,4 +94,4 @@ class LCM(Objective, config=LCMConfig):
                 loss = losses.pseudo_huber(pred, target, cfg.huber_c)
             yield loss, {"gap": (pred - target).abs().mean()}
         if cfg.target_decay and self.sync:
-            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+            self.follow("target", cfg.target_decay)

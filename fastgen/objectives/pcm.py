@@ -29,7 +29,6 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
 from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
@@ -99,7 +98,7 @@ class PCM(Objective, config=PCMConfig):
         t, r, e = grid[n], grid[n + 1], grid[end]
         cond, w = self.drop_condition(batch, cfg.cond_dropout), self.guidance if cfg.guided_solver else 1.0
         if cfg.target_decay and k == 0:
-            ema_update(self.target.trainable(), self.student.trainable(), 0.0)
+            self.follow("target")
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -120,7 +119,7 @@ class PCM(Objective, config=PCMConfig):
                 loss = loss + cfg.gan_weight * logs["gan"]
             yield loss, logs
         if cfg.target_decay and self.sync:
-            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+            self.follow("target", cfg.target_decay)
         if cfg.gan_weight:
             with self.turn("disc"):
                 fake_logits = self.disc(fake.detach(), v, cond)

@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig
 from fastgen.samplers import solver_step, teacher_grid, undo_jump
 from fastgen.schedules import expand
@@ -58,7 +57,7 @@ class Progressive(Objective, config=ProgressiveConfig):
     def step(self, batch, k):
         S, x0 = self.schedule, batch.x0
         if k == 0 and self.cfg.ode_teacher == "previous":  # the student becomes the teacher
-            ema_update(self.previous.trainable(), self.student.trainable(), 0.0)
+            self.follow("previous")
         t, mid, end = self.times(x0)
         w, told = self.tell(batch)
         with self.turn("student"):

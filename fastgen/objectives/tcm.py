@@ -20,7 +20,6 @@ import torch
 from pydantic import Field
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.errors import UserError
 from fastgen.objectives.base import Objective, ObjectiveConfig
 from fastgen.objectives.ect import level_time, noise_level, shrink
@@ -69,7 +68,7 @@ class TCM(Objective, config=TCMConfig):
     def step(self, batch, k):
         cfg, S, x0 = self.cfg, self.schedule, batch.x0
         if k == 0:
-            ema_update(self.previous.trainable(), self.student.trainable(), 0.0)  # f-, frozen
+            self.follow("previous")  # f-, frozen
         n_t, weight = self.levels(len(x0))
         n_r = shrink(n_t, cfg.gap, cfg.k, cfg.b)
         (t, _), (r, _) = level_time(S, n_t), level_time(S, n_r)

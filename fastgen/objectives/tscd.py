@@ -29,7 +29,6 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
-from fastgen.ema import ema_update
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
 from fastgen.samplers import segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
@@ -98,7 +97,7 @@ class TSCD(Objective, config=TSCDConfig):
         t, r, u = grid[n], grid[n + 1], grid[u_at]
         if k == 0:
             for copy in (p for p in ("target", "previous") if p in self.parts):
-                ema_update(self.parts[copy].trainable(), self.student.trainable(), 0.0)
+                self.follow(copy)
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -117,7 +116,7 @@ class TSCD(Objective, config=TSCDConfig):
                 loss = loss + cfg.gan_weight * logs["gan"]
             yield loss, logs
         if cfg.target_decay and self.sync:
-            ema_update(self.target.trainable(), self.student.trainable(), cfg.target_decay)
+            self.follow("target", cfg.target_decay)
         if cfg.gan_weight:
             with self.turn("disc"):
                 fake_logits = self.disc(fake.detach(), v, batch.cond)
