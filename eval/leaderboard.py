@@ -9,10 +9,10 @@ import ast
 import importlib
 import math
 import re
-import statistics
 from pathlib import Path
 
 from eval import evidence, orderings
+from eval.orderings import cell
 from fastgen.checkpoint import write_text
 from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY
@@ -59,15 +59,6 @@ def _numbers(documents: list[dict], *path: str) -> list[float]:
     return found
 
 
-def _cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
-    """Mean, and with several seeds the spread."""
-    if not values:
-        return ""
-    values = [scale * v for v in values]
-    mean = f"{statistics.mean(values):{digits}}"
-    return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
-
-
 def _metric(documents: list[dict]) -> str:
     """The distance these results are ordered by."""
     return "energy_distance" if _numbers(documents, "student", "energy_distance") else "fd_mini"
@@ -78,23 +69,23 @@ def _row(documents: list[dict], path: tuple[str, ...], nfe: str) -> list[str]:
     own, teacher = _numbers(documents, *path, metric), _numbers(documents, "teacher", metric)
     paired = [a / b for a, b in zip(own, teacher) if b] if len(own) == len(teacher) else []
     calls = _numbers(documents, "teacher", "nfe")
-    reference = f"{_cell(teacher)} ({calls[0]:.0f})" if teacher and calls else ""
+    reference = f"{cell(teacher)} ({calls[0]:.0f})" if teacher and calls else ""
     protocol = first["results"].get("protocol", {})
     return [
         f"`{first['recipe']}`",
         first["objective"],
         first["student"],
         nfe,
-        _cell(own),
+        cell(own),
         reference,
-        _cell(paired, ".2f"),
-        _cell(_numbers(documents, "untrained_student", metric)),
-        _cell(_numbers(documents, *path, "agreement"), ".1f", 100),
-        _cell(_numbers(documents, *path, "recall"), ".2f"),
-        _cell(_numbers(documents, "floor", metric)),
+        cell(paired, ".2f"),
+        cell(_numbers(documents, "untrained_student", metric)),
+        cell(_numbers(documents, *path, "agreement"), ".1f", 100),
+        cell(_numbers(documents, *path, "recall"), ".2f"),
+        cell(_numbers(documents, "floor", metric)),
         str(protocol.get("num_samples", "")),
         str(len(documents)),
-        _cell([v / 60 for v in _numbers(documents, "train", "seconds")], ".0f").split(" ")[0],
+        cell([v / 60 for v in _numbers(documents, "train", "seconds")], ".0f").split(" ")[0],
     ]
 
 

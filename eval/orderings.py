@@ -39,6 +39,15 @@ def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -
     return found
 
 
+def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
+    """Mean, and with several seeds the spread."""
+    if not values:
+        return ""
+    values = [scale * v for v in values]
+    mean = f"{statistics.mean(values):{digits}}"
+    return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
 def verdict(better: list[float], worse: list[float], higher: bool) -> str:
     """What the numbers say about a claim."""
     if not better or not worse:
@@ -59,12 +68,7 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
     for claim in claims:
         metric, steps = claim.get("metric", "fd_mini"), claim.get("steps")
         sides = [values(documents, claim[side], steps, metric) for side in ("better", "worse")]
-        shown = [
-            f"{statistics.mean(v):.3g}" + (f" +- {statistics.stdev(v):.2g}" if len(v) > 1 else "")
-            if v
-            else "-"
-            for v in sides
-        ]
+        shown = [cell(v) or "-" for v in sides]
         at = f" at {steps}" if steps else ""
         made.append(
             [

@@ -18,6 +18,11 @@ class _Players:
         self.teacher, self.parts, self.device = teacher, parts, device
 
 
+def _device(name: str) -> torch.device:
+    """The named device, else CUDA where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
     from fastgen.data import load_data
@@ -33,7 +38,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         )
     if num_samples:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
-    cast = _cast(run, cfg, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    cast = _cast(run, cfg, _device(device))
     if (cast.teacher.info or {}).get("measure"):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
@@ -63,17 +68,12 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
         "eval": {"num_samples": num_samples},
     }
     cfg = validate(values)
-    loaded = load_export(path, key="--teacher").to(
-        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    )
+    where = _device(device)
+    loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
         raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
     uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
-    cast = _Players(
-        loaded.teacher,
-        {"teacher": loaded.role, "student": loaded.role},
-        next(loaded.role.backbone.parameters()).device,
-    )
+    cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
     results = measure(cfg, Judge(cfg, cast, SimpleNamespace(uncond=uncond)))
     print(table(results))
     card = {
