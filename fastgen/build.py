@@ -14,6 +14,7 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.attention import check as check_attention
 from fastgen.backbones.base import Backbone
+from fastgen.codecs import switch_vae
 from fastgen.config import RunConfig, StageConfig
 from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
@@ -263,19 +264,22 @@ class Cast:
             student.guidance = float(len(student.times))
         if cls.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:
             serve(student, self.teacher)  # an export that nothing can serve fails now
-        if "logvar" in names and "logvar" not in self.parts:
-            self.parts["logvar"] = LogVariance().to(self.device)
-        if "weak" in names and "weak" not in self.parts:
-            self.parts["weak"] = self._weak(stage.objective.weak)
-        method = _method(stage)
-        if "disc" in map(_base, names) and "disc" not in self.parts:
-            num = range(self.num_students)
-            self.parts["disc"] = Members([self._disc(method, j) for j in num]) if num else self._disc(method)
-        if "clip" in names and "clip" not in self.parts:
-            self.parts["clip"] = self._clip(method.clip)
-        if "perceptual" in names and "perceptual" not in self.parts:
-            self.parts["perceptual"] = self._perceptual()
+        self._make_extras({_base(n) for n in names}, stage)
         return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
+
+    def _make_extras(self, names: set[str], stage: StageConfig) -> None:
+        """Parts beside the roles, each made when a stage first names it."""
+        method, num = _method(stage), range(self.num_students)
+        makers = {
+            "logvar": lambda: LogVariance().to(self.device),
+            "weak": lambda: self._weak(stage.objective.weak),
+            "disc": lambda: Members([self._disc(method, j) for j in num]) if num else self._disc(method),
+            "clip": lambda: self._clip(method.clip),
+            "perceptual": self._perceptual,
+        }
+        for name, make in makers.items():
+            if name in names and name not in self.parts:
+                self.parts[name] = make()
 
     def _part(self, name: str):
         """A part by name; "critic2" is the critic of student 2."""
@@ -350,17 +354,6 @@ def _num_students(cfg: RunConfig) -> int:
         told = f"found {', '.join(map(str, sorted(found)))} in different stages (0: no such method)"
         raise UserError("objective.num_students", told, "the same in every stage")
     return found.pop()
-
-
-def switch_vae(vae, teacher) -> None:
-    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
-    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
-        if not getattr(teacher, key):
-            continue
-        if vae is None or not hasattr(vae, method):
-            found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
-            raise UserError(f"teacher.{key}", found, "leave it false")
-        getattr(vae, method)()
 
 
 def _wanted(stage: StageConfig) -> list[str]:

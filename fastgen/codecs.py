@@ -208,3 +208,14 @@ def stack(conds: list[Cond]) -> Cond:
 def select(cond: Cond, index: Tensor) -> Cond:
     """Rows of a condition."""
     return {k: v[index] for k, v in cond.items()}
+
+
+def switch_vae(vae, teacher) -> None:
+    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
+    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if not getattr(teacher, key):
+            continue
+        if vae is None or not hasattr(vae, method):
+            found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
+            raise UserError(f"teacher.{key}", found, "leave it false")
+        getattr(vae, method)()

@@ -14,7 +14,8 @@ from fastgen import config, lora
 from fastgen.backbones import FAMILIES, detect, load_teacher
 from fastgen.backbones.attention import check, dispatches, exact_attention, kernel, works
 from fastgen.backbones.generic import declared
-from fastgen.build import Cast, switch_vae
+from fastgen.build import Cast
+from fastgen.codecs import switch_vae
 from fastgen.data import _text_rows, load_data
 from fastgen.errors import UserError
 from fastgen.media import read_folder
