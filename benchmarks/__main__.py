@@ -4,6 +4,7 @@
   python -m benchmarks memory     teacher + student + critic as adapters over one adapter being trained,
     >= 100M parameters
   python -m benchmarks sampling   seconds per image of teacher and student over their ratio of network calls
+  python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
 
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
+from benchmarks.methods import methods  # noqa: F401  (called by name)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -264,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=("overhead", "memory", "sampling", "jvp", "startup"))
+    parser.add_argument("name", choices=("overhead", "memory", "sampling", "jvp", "methods", "startup"))
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()

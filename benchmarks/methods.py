@@ -1,9 +1,9 @@
 """Seconds per training step of every method on one common network, beside the raw passes it is made of.
 
-One cycle of each method (as many steps as critic updates per student update) is recorded: every outermost call
-of a network or a discriminator with its inputs, and every optimizer step. Replaying the list with nothing of the
-framework around it gives the raw seconds; both are timed in turn. A method's own arithmetic, gradient clipping,
-EMA and logging are what the ratio shows beyond 1.
+One cycle of each method (as many steps as critic updates per student update) is recorded: every outermost
+call of a network or a discriminator with its inputs, and every optimizer step. Replaying the list with none
+of the framework around it gives the raw seconds; both are timed in turn. A method's own arithmetic, gradient
+clipping, EMA and logging are what the ratio shows beyond 1.
 """
 
 import functools
@@ -28,6 +28,8 @@ COMMON = {
     "data": {"name": "fashion", "limit": 64},
     "train": {"max_train_steps": 10_000, "validation_steps": 0, "checkpointing_steps": 0},
 }
+PAST_WARM_UP = 20_000
+"""the step count from which the timing starts, so that every term is in force"""
 CALLS = ((Role, "__call__"), (Role, "raw"), (Role, "features"), (Discriminator, "forward"))
 
 
@@ -98,7 +100,8 @@ def recording(objective):
         @functools.wraps(original)
         def call(self, *args, **kwargs):
             if not inside:
-                kind = "tangent" if any(map(_wrapped, args)) else "grad" if torch.is_grad_enabled() else "plain"
+                kind = "grad" if torch.is_grad_enabled() else "plain"
+                kind = "tangent" if any(map(_wrapped, args)) else kind
                 given = tuple(_bare(a) for a in args), {n: _bare(v) for n, v in kwargs.items()}
                 found.append(Call(self, original, *given, objective.active, kind))
             inside.append(1)
@@ -168,7 +171,7 @@ def one_method(name: str, rounds: int, batch: int) -> dict:
     objective.prepare()
     windows = data.batches(batch, 0, 1, trainer.rng, trainer.acc.device)
     host = getattr(stage.objective, "host", stage.objective)
-    cycle, step = getattr(host, "student_every", 1), [0]
+    cycle, step = getattr(host, "student_every", 1), [PAST_WARM_UP]
     update = Trainer._update
 
     def framework(calls: list | None = None) -> None:
