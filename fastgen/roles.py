@@ -84,7 +84,8 @@ class Role:
             return {n: p for n, p in named.items() if f".{self.adapter}." in n and "lora_" in n}
         if getattr(self.backbone, "adapter_names", ()):
             return {}
-        return named
+        fixed = getattr(self.backbone, "fixed", ())
+        return {n: p for n, p in named.items() if not n.startswith(fixed)} if fixed else named
 
 
 class Student(Role):

@@ -3,7 +3,8 @@
 Sinusoids of a time that counts to 1000 reach one radian a unit. In a teacher's samples that hardly shows,
 but its exact derivative by t is mostly ripple: on the bundled flow and VP teachers the ripple is about as
 large as the derivative behind it, or larger. Here the time embedder is solved anew, in closed form, from slow
-functions of time only. Nothing else changes, so that the export is the plain class.
+functions of time only, and kept: training it would bring the fast sinusoids back within a few hundred steps.
+Nothing else changes, so that the export is the plain class.
 """
 
 import math
@@ -66,3 +67,5 @@ def make_smooth(backbone: nn.Module) -> None:
     levels = S.t_min + u * (S.t_max - S.t_min) if math.isclose(S.t_min, 0) else S.from_unit(u)
     times = backbone.net_time(levels)
     solve_embedder(net, family, times, embedded(net, family, times))
+    backbone.fixed = (f"net.{family.time_layers[1]}.",)
+    net.get_submodule(family.time_layers[1]).requires_grad_(False)

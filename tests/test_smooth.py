@@ -82,6 +82,9 @@ def test_the_switch_changes_the_student_alone(tiny):
     teacher, student = (cast.parts[n].backbone.net for n in ("teacher", "student"))
     assert not torch.equal(teacher.time_embedding.linear_1.weight, student.time_embedding.linear_1.weight)
     assert torch.equal(teacher.conv_in.weight, student.conv_in.weight)
+    learned = cast.parts["student"].trainable()
+    assert learned and not any("time_embedding" in name for name in learned)  # training would undo it
+    assert not student.time_embedding.linear_1.weight.requires_grad
     with pytest.raises(UserError, match=r"student.smooth_time: found true for an adapter"):
         validate({**values, "student": {"smooth_time": True, "kind": "lora"}})
     with pytest.raises(
