@@ -67,5 +67,10 @@ def make_smooth(backbone: nn.Module) -> None:
     levels = S.t_min + u * (S.t_max - S.t_min) if math.isclose(S.t_min, 0) else S.from_unit(u)
     times = backbone.net_time(levels)
     solve_embedder(net, family, times, embedded(net, family, times))
-    backbone.fixed = (f"net.{family.time_layers[1]}.",)
-    net.get_submodule(family.time_layers[1]).requires_grad_(False)
+    keep(backbone, family.time_layers[1])
+
+
+def keep(backbone: nn.Module, name: str) -> None:
+    """Leave a part of the network out of what its roles train."""
+    backbone.fixed = (f"net.{name}.",)
+    backbone.net.get_submodule(name).requires_grad_(False)
