@@ -89,6 +89,14 @@ def _made(x):
     return x() if isinstance(x, functools.partial) else x
 
 
+def _moving(objective) -> str | None:
+    """The player whose turn it is, also where a method wraps another."""
+    for name, player in objective.players.items():
+        if any(p.requires_grad for p in player.trainable().values()):
+            return name
+    return None
+
+
 @contextmanager
 def recording(objective):
     """The list that every outermost network call is added to while the block lasts."""
@@ -103,7 +111,7 @@ def recording(objective):
                 kind = "grad" if torch.is_grad_enabled() else "plain"
                 kind = "tangent" if any(map(_wrapped, args)) else kind
                 given = tuple(_bare(a) for a in args), {n: _bare(v) for n, v in kwargs.items()}
-                found.append(Call(self, original, *given, objective.active, kind))
+                found.append(Call(self, original, *given, _moving(objective), kind))
             inside.append(1)
             try:
                 return original(self, *args, **kwargs)
@@ -187,7 +195,8 @@ def one_method(name: str, rounds: int, batch: int) -> dict:
             trainer.step += 1
         trainer.__dict__.pop("_update", None)
 
-    framework()  # whatever the first step alone does
+    for _ in range(len(data) // batch + 1):  # whatever the first steps alone do, such as solving for pairs
+        framework()
     with recording(objective) as calls:
         framework(calls)
     raw = lambda: replay(calls, objective, trainer.optimizers)  # noqa: E731
