@@ -26,7 +26,7 @@ UNIT_TIMES = 1e-3
 
 def make_sprint(backbone: nn.Module) -> None:
     """Give a SANA denoiser times in [0, 1] and a guidance input, keeping its function of time as closely as a
-    bounded slope allows. Its solved embedder is not trained: its steep ramps turn small steps into large ones.
+    bounded slope allows. The solved embedder is not trained: steep ramps turn small steps into large ones.
     """
     family = getattr(backbone, "family", None)
     if family is None or family.name != "sana" or not isinstance(backbone.schedule, Flow):
