@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
+from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,25 +41,13 @@ OVERHEAD = {
 
 def overhead(rounds: int = 12) -> dict:
     """Trainer step against the same network calls, backwards and optimizer steps by hand, alternating."""
-    import tempfile
-
     import torch
-    from accelerate import Accelerator
 
-    from fastgen import config, losses
-    from fastgen.build import Cast
-    from fastgen.data import load_data
-    from fastgen.trainer import Trainer
+    from fastgen import losses
 
     torch.set_num_threads(1)
-    cfg = config.validate(OVERHEAD)
-    cast = Cast(cfg)
-    data = load_data(cfg.data, cast.teacher)
-    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
-    stage = cfg.all_stages()[0]
-    trainer._begin(stage)
-    trainer.objective.prepare()
-    windows = data.batches(32, 0, 1, trainer.rng, trainer.acc.device)
+    trainer, windows = ready_trainer(OVERHEAD)
+    stage, cast = trainer.cfg.all_stages()[0], trainer.cast
     student, critic, teacher = (cast.parts[n] for n in ("student", "critic", "teacher"))
     x0 = torch.randn(32, 4, 16, 16)
     t, cond = torch.full((32,), 0.5, dtype=torch.float64), {"class_labels": torch.arange(32) % 10}
@@ -85,22 +74,9 @@ def overhead(rounds: int = 12) -> dict:
         with torch.no_grad():
             teacher(x0, t, cond), critic(x0, t, cond), student(x0, t, cond)
 
-    return _alternate(framework, raw, rounds)
-
-
-def _alternate(framework, raw, rounds: int) -> dict:
-    """Median ratio of two functions timed in turn, after one warm-up call each."""
-    for f in (framework, raw):
-        f()
-    times = {"framework": [], "raw": []}
-    for _ in range(rounds):
-        for name, f in (("framework", framework), ("raw", raw)):
-            start = time.process_time()
-            f()
-            times[name].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(times["framework"], times["raw"])]
+    times = alternate({"framework": framework, "raw": raw}, rounds)
     return {
-        "ratio": statistics.median(ratios),
+        "ratio": statistics.median(a / b for a, b in zip(times["framework"], times["raw"])),
         "framework_seconds": statistics.median(times["framework"]),
         "raw_seconds": statistics.median(times["raw"]),
         "rounds": rounds,
@@ -226,16 +202,13 @@ def sampling(rounds: int = 5, num: int = 50) -> dict:
     found = load_teacher("assets:teachers/fashion")
     role, student = Role(found.backbone), Student(found.backbone, None, found.schedule.steps(1))
     cond, null = found.codec.labels(torch.arange(num) % 10), found.codec.null(num)
-    noise, times = torch.randn(num, *found.codec.shape), {"teacher": [], "student": []}
-    for _ in range(rounds + 1):
-        for name, f in (
-            ("teacher", lambda: sample_teacher(role, noise, cond, null, 20)),
-            ("student", lambda: sample_student(student, list(range(num)), found.codec.shape, cond)),
-        ):
-            start = time.process_time()
-            found.codec.decode(f())
-            times[name].append((time.process_time() - start) / num)
-    teacher, quick = (statistics.median(times[n][1:]) for n in ("teacher", "student"))
+    noise = torch.randn(num, *found.codec.shape)
+    runs = {
+        "teacher": lambda: sample_teacher(role, noise, cond, null, 20),
+        "student": lambda: sample_student(student, list(range(num)), found.codec.shape, cond),
+    }
+    runs = {n: lambda draw=draw: found.codec.decode(draw()) for n, draw in runs.items()}
+    teacher, quick = (statistics.median(seconds) / num for seconds in alternate(runs, rounds).values())
     return {
         "speedup": teacher / quick,
         "nfe_ratio": 20,

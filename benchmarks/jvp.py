@@ -1,7 +1,8 @@
 """What a derivative along the trajectory costs: a whole sCM step over one plain forward and backward pass."""
 
 import statistics
-import time
+
+from benchmarks.timing import alternate
 
 SETTINGS = {
     "teacher": {"path": "assets:teachers/fashion"},
@@ -44,15 +45,12 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
     for method in ("exact", "difference"):
         runs[method] = lambda m=method: scm(m, "training")
         runs[f"{method}_with_teacher"] = lambda m=method: scm(m, "distillation")
-    times: dict[str, list[float]] = {n: [] for n in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            times[name].append(time.process_time() - start)
-            for p in parameters:
-                p.grad = None
-    kept = {n: found[1:] for n, found in times.items()}  # the first round warms up
+
+    def forget() -> None:
+        for p in parameters:
+            p.grad = None
+
+    kept = alternate(runs, rounds, after=forget)
     ratios = {
         f"{n}_ratio": statistics.median(a / b for a, b in zip(found, kept["plain"]))
         for n, found in kept.items()

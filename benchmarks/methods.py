@@ -8,20 +8,21 @@ clipping, EMA and logging are what the ratio shows beyond 1.
 
 import functools
 import statistics
-import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
+from benchmarks.timing import alternate, ready_trainer
 from fastgen.backbones.attention import exact_attention
 from fastgen.critics import Discriminator
+from fastgen.paths import config as config_file
 from fastgen.roles import Role
+from fastgen.trainer import Trainer
 
 COMMON = {
     "teacher": {"path": "assets:teachers/fashion"},
@@ -35,20 +36,17 @@ CALLS = ((Role, "__call__"), (Role, "raw"), (Role, "features"), (Discriminator, 
 
 @dataclass
 class Call:
-    """One pass: who, which method, on what, under whose turn, and how it is differentiated."""
+    """One pass: who, which method, on what, and how it is differentiated."""
 
     who: object
     method: object
     args: tuple
     kwargs: dict
-    player: str | None
     kind: str  # "plain", "grad" or "tangent"
 
 
 def settings(name: str, batch: int) -> dict:
     """A method's own config on the common network, as a full copy that no pipeline has to serve."""
-    from fastgen.paths import config as config_file
-
     own = yaml.safe_load(config_file(f"objectives/{name}.yaml").read_text())
     asked = own.get("student", {})
     sampler = "renoise" if asked.get("sampler", "renoise") == "renoise" else "ode"
@@ -70,7 +68,7 @@ def _wrapped(x) -> bool:
 
 def _bare(x):
     """A copy of an input to call with later: a leaf that asks for gradient where the input did. Of what
-    forward-mode AD carries only the shape can be had; ones are as dear as any numbers.
+    forward-mode AD carries only the shape is kept; one number is as dear as another.
     """
     if isinstance(x, dict):
         return {n: _bare(v) for n, v in x.items()}
@@ -89,18 +87,10 @@ def _made(x):
     return x() if isinstance(x, functools.partial) else x
 
 
-def _moving(objective) -> str | None:
-    """The player whose turn it is, also where a method wraps another."""
-    for name, player in objective.players.items():
-        if any(p.requires_grad for p in player.trainable().values()):
-            return name
-    return None
-
-
 @contextmanager
-def recording(objective):
-    """The list that every outermost network call is added to while the block lasts."""
-    found, inside, kept = [], [], {}
+def recording():
+    """The turns taken while the block lasts: (player, the outermost network calls that led to its update)."""
+    turns, calls, inside, kept = [], [], [], {(Trainer, "_update"): Trainer._update}
 
     def watch(cls, name):
         original = kept[cls, name] = getattr(cls, name)
@@ -111,7 +101,7 @@ def recording(objective):
                 kind = "grad" if torch.is_grad_enabled() else "plain"
                 kind = "tangent" if any(map(_wrapped, args)) else kind
                 given = tuple(_bare(a) for a in args), {n: _bare(v) for n, v in kwargs.items()}
-                found.append(Call(self, original, *given, _moving(objective), kind))
+                calls.append(Call(self, original, *given, kind))
             inside.append(1)
             try:
                 return original(self, *args, **kwargs)
@@ -120,36 +110,44 @@ def recording(objective):
 
         setattr(cls, name, call)
 
+    def update(trainer, player, *args):
+        turns.append((player, calls.copy()))
+        calls.clear()
+        kept[Trainer, "_update"](trainer, player, *args)
+
+    Trainer._update = update
     for cls, name in CALLS:
         watch(cls, name)
     try:
-        yield found
+        yield turns
     finally:
         for (cls, name), original in kept.items():
             setattr(cls, name, original)
 
 
-def replay(calls: list, objective, optimizers: dict) -> None:
+def replay(turns: list, objective, optimizers: dict) -> None:
     """The same passes, backwards and optimizer steps by hand."""
-    for call in calls:
-        if isinstance(call, str):  # the end of a turn
-            optimizers[call].step()
-            optimizers[call].zero_grad()
-            continue
+    for name, calls in turns:
         for player in objective.players.values():
-            player.requires_grad_(player.name == call.player)
-        if call.kind == "tangent":
-            x, t, cond = map(_made, call.args)
-            with torch.no_grad(), exact_attention():
-                f = lambda x, t: call.method(call.who, x, t, cond, **call.kwargs)  # noqa: E731, B023
-                torch.func.jvp(f, (x, t), (torch.ones_like(x), torch.ones_like(t)))
-        elif call.kind == "plain":
-            with torch.no_grad():
-                call.method(call.who, *call.args, **call.kwargs)
-        else:
-            outs = list(_outputs(call.method(call.who, *call.args, **call.kwargs)))
-            if any(o.requires_grad for o in outs):
-                sum(o.sum() for o in outs if o.requires_grad).backward()
+            player.requires_grad_(player.name == name)
+        for call in calls:
+            _pass(call)
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+
+def _pass(call: Call) -> None:
+    """One network call, with its backward where it had one."""
+    if call.kind == "tangent":
+        x, t, cond = map(_made, call.args)
+        f = lambda x, t: call.method(call.who, x, t, cond, **call.kwargs)  # noqa: E731
+        with torch.no_grad(), exact_attention():
+            torch.func.jvp(f, (x, t), (torch.ones_like(x), torch.ones_like(t)))
+        return
+    with torch.set_grad_enabled(call.kind == "grad"):
+        outs = [o for o in _outputs(call.method(call.who, *call.args, **call.kwargs)) if o.requires_grad]
+    if outs:
+        sum(o.sum() for o in outs).backward()
 
 
 def _outputs(out):
@@ -162,71 +160,43 @@ def _outputs(out):
 
 def one_method(name: str, rounds: int, batch: int) -> dict:
     """Median seconds of a step, of its raw passes, their ratio, and the passes of one cycle."""
-    from accelerate import Accelerator
+    trainer, windows = ready_trainer(settings(name, batch))
+    objective, student = trainer.objective, trainer.student
+    cycle = getattr(getattr(objective.cfg, "host", objective.cfg), "student_every", 1)
+    trainer.step = PAST_WARM_UP
 
-    from fastgen import config
-    from fastgen.build import Cast
-    from fastgen.data import load_data
-    from fastgen.trainer import Trainer
-
-    cfg = config.validate(settings(name, batch))
-    cast = Cast(cfg)
-    data = load_data(cfg.data, cast.teacher)
-    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
-    stage = cfg.all_stages()[0]
-    trainer._begin(stage)
-    objective = trainer.objective
-    objective.prepare()
-    windows = data.batches(batch, 0, 1, trainer.rng, trainer.acc.device)
-    host = getattr(stage.objective, "host", stage.objective)
-    cycle, step = getattr(host, "student_every", 1), [PAST_WARM_UP]
-    update = Trainer._update
-
-    def framework(calls: list | None = None) -> None:
-        if calls is not None:
-            trainer._update = lambda player, k, total: (
-                calls.append(player),
-                update(trainer, player, k, total),
-            )
+    def framework() -> None:
         for _ in range(cycle):
-            k, step[0] = step[0], step[0] + 1
-            trainer._micro_step(next(windows)[0], k, 0, 10_000)
-            trainer.ema.update(cast.parts["student"].trainable(), trainer.step)
+            trainer._micro_step(next(windows)[0], trainer.step, 0, 10_000)
+            trainer.ema.update(student.trainable(), trainer.step)
             trainer.step += 1
-        trainer.__dict__.pop("_update", None)
 
-    for _ in range(len(data) // batch + 1):  # whatever the first steps alone do, such as solving for pairs
+    for _ in range(len(trainer.data) // batch + 1):  # whatever comes once, such as solving for pairs
         framework()
-    with recording(objective) as calls:
-        framework(calls)
-    raw = lambda: replay(calls, objective, trainer.optimizers)  # noqa: E731
-    times = {framework: [], raw: []}
-    for _ in range(rounds + 1):
-        for run, kept in times.items():
-            start = time.perf_counter()
-            run()
-            kept.append((time.perf_counter() - start) / cycle)
-    ours, theirs = (kept[1:] for kept in times.values())  # the first round warms up
-    passes = Counter(c.kind for c in calls if isinstance(c, Call))
+    with recording() as turns:
+        framework()
+    runs = {"ours": framework, "raw": lambda: replay(turns, objective, trainer.optimizers)}
+    times = alternate(runs, rounds, time.perf_counter)
+    ours, raw = ([seconds / cycle for seconds in found] for found in times.values())
+    passes = Counter(call.kind for _, calls in turns for call in calls)
     return {
         "seconds_per_step": round(statistics.median(ours), 4),
-        "raw_seconds": round(statistics.median(theirs), 4),
-        "overhead": round(statistics.median(a / b for a, b in zip(ours, theirs)), 4),
+        "raw_seconds": round(statistics.median(raw), 4),
+        "overhead": round(statistics.median(a / b for a, b in zip(ours, raw)), 4),
         "steps_in_a_cycle": cycle,
         "passes_in_a_cycle": dict(passes),
     }
 
 
-def methods(rounds: int = 6, batch: int = 16, only: str = "") -> dict:
+def methods(rounds: int = 6, batch: int = 16) -> dict:
     """Every registered method in turn, two threads, wall clock: let the machine be idle."""
     from fastgen.backbones import load_teacher
     from fastgen.objectives import REGISTRY
 
     torch.set_num_threads(2)
     net = load_teacher(COMMON["teacher"]["path"]).backbone
-    names = [n for n in sorted(REGISTRY) if not only or n in only.split(",")]
     found = {}
-    for name in names:
+    for name in sorted(REGISTRY):
         found[name] = one_method(name, rounds, batch)
         print(f"{name:<22} {found[name]}", flush=True)
     return {

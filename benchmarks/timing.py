@@ -1,0 +1,42 @@
+"""What the benchmarks share: functions timed in turn, and a trainer that stands before its first step."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def alternate(
+    runs: dict[str, Callable], rounds: int, clock: Callable[[], float] = time.process_time, after=None
+) -> dict[str, list[float]]:
+    """Seconds of each function by name, called in turn; one more round before them warms up, untold.
+
+    `after` is called behind every call, outside the clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+            if after:
+                after()
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def ready_trainer(values: dict):
+    """(Trainer of a one-stage config with its parts, data and optimizers, its windows of batches)."""
+    from accelerate import Accelerator
+
+    from fastgen import config
+    from fastgen.build import Cast
+    from fastgen.data import load_data
+    from fastgen.trainer import Trainer
+
+    cfg = config.validate(values)
+    cast = Cast(cfg)
+    data = load_data(cfg.data, cast.teacher)
+    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
+    trainer._begin(cfg.all_stages()[0])
+    trainer.objective.prepare()
+    return trainer, data.batches(cfg.train.train_batch_size, 0, 1, trainer.rng, trainer.acc.device)
