@@ -85,7 +85,7 @@ class Role:
         if getattr(self.backbone, "adapter_names", ()):
             return {}
         fixed = getattr(self.backbone, "fixed", ())
-        return {n: p for n, p in named.items() if not n.startswith(fixed)} if fixed else named
+        return {n: p for n, p in named.items() if not n.startswith(fixed)}
 
 
 class Student(Role):

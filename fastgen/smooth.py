@@ -67,10 +67,4 @@ def make_smooth(backbone: nn.Module) -> None:
     levels = S.t_min + u * (S.t_max - S.t_min) if math.isclose(S.t_min, 0) else S.from_unit(u)
     times = backbone.net_time(levels)
     solve_embedder(net, family, times, embedded(net, family, times))
-    keep(backbone, family.time_layers[1])
-
-
-def keep(backbone: nn.Module, name: str) -> None:
-    """Leave a part of the network out of what its roles train."""
-    backbone.fixed = (f"net.{name}.",)
-    backbone.net.get_submodule(name).requires_grad_(False)
+    backbone.fix(family.time_layers[1])

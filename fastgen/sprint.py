@@ -18,7 +18,7 @@ from fastgen.backbones.schedulers import schedule_of
 from fastgen.errors import UserError
 from fastgen.roles import Student
 from fastgen.schedules import Flow
-from fastgen.smooth import embedded, keep, solve_embedder
+from fastgen.smooth import embedded, solve_embedder
 
 UNIT_TIMES = 1e-3
 """`timestep_scale` of a network that sees 0..1 where SanaPipeline counts 0..1000"""
@@ -39,7 +39,7 @@ def make_sprint(backbone: nn.Module) -> None:
         solve_embedder(changed, backbone.family, t, embedded(net, backbone.family, 1000 * t))
         backbone.net = changed.eval()
     backbone.add_guidance()
-    keep(backbone, "time_embed.timestep_embedder")
+    backbone.fix("time_embed.timestep_embedder")
     backbone.schedule = Flow(angles=True)
 
 

@@ -38,6 +38,8 @@ class Backbone(nn.Module):
         self.adapter: str | None = None
         self.attention: str | None = None
         self.adapter_names: tuple[str, ...] = ()
+        self.fixed: tuple[str, ...] = ()
+        """beginnings of the names of parameters that no role trains"""
 
     # -- prediction ----------------------------------------------------------------------------------------
     def net_time(self, t: Tensor) -> Tensor:
@@ -87,6 +89,11 @@ class Backbone(nn.Module):
         if not self.second_time:
             self.net = self.family.add_second_time(self.net).eval()
             self.second_time = True
+
+    def fix(self, name: str) -> None:
+        """Leave a module of the network out of what its roles train."""
+        self.fixed += (f"net.{name}.",)
+        self.net.get_submodule(name).requires_grad_(False)
 
     def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598); for families whose pipeline
