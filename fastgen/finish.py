@@ -32,9 +32,8 @@ class Validator:
 
     def _validate(self, trainer) -> None:
         cfg, judge = self.cfg.eval, self.judge
-        teacher_grid = self.folder / "samples" / "teacher.png"
-        if judge.few_step and not teacher_grid.exists():
-            save_grid(judge.images("teacher", cfg.grid, cfg.seed), teacher_grid)
+        if judge.few_step:
+            _once(self.folder / "samples" / "teacher.png", cfg, judge, "teacher")
         with averaged(trainer):
             save_grid(
                 judge.images("student", cfg.grid, cfg.seed),
@@ -50,6 +49,21 @@ class Validator:
                 trainer.best = {"score": primary, "step": trainer.step}
                 if cfg.keep == "best" and trainer.step:
                     write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
+
+
+def _once(path: Path, cfg, judge: Judge, who: str) -> None:
+    if not path.exists():
+        save_grid(judge.images(who, cfg.grid, cfg.seed), path)
+
+
+def _final_grids(cfg, judge: Judge, folder: Path) -> None:
+    """What was measured, as pictures from one set of seeds: all contenders, every step count asked for."""
+    if judge.few_step:
+        _once(folder / "teacher.png", cfg, judge, "teacher")
+        _once(folder / "untrained.png", cfg, judge, "untrained_student")
+    for steps in (0, *cfg.student_steps):
+        name = f"student_{steps}_steps.png" if steps else "student.png"
+        save_grid(judge.images("student", cfg.grid, cfg.seed, steps), folder / name)
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
@@ -109,6 +123,8 @@ def finish(trainer, judge: Judge) -> dict:
         results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
         results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
         write_text(folder / "results.json", json.dumps(results, indent=2))
+        if cfg.eval.num_samples:
+            _final_grids(cfg.eval, judge, folder / "samples")
         exported = None
         if not trainer.cast.teacher.path.startswith("analytic:"):
             exported = export_student(trainer, folder / "export", results)

@@ -190,13 +190,17 @@ def _uri(data: bytes) -> str:
 
 
 def _grids(folder: Path, most: int = 6) -> list[tuple[str, str]]:
-    """(caption, data URI): teacher, student at the end, then the student on its way, evenly thinned."""
-    steps = sorted((folder / "samples").glob("step_*.png"))
-    shown = [(f"student, step {int(p.stem.split('_')[1])}", p) for p in steps[-1:]]
-    before = steps[:-1]
-    if len(before) > most:
-        before = [before[round(i * (len(before) - 1) / (most - 1))] for i in range(most)]
-    shown += [(f"step {int(p.stem.split('_')[1])}", p) for p in before]
-    teacher = folder / "samples" / "teacher.png"
-    shown = [("teacher", teacher), *shown] if teacher.exists() else shown
+    """(caption, data URI): teacher, untrained and trained student, each step count, then the way there,
+    evenly thinned.
+    """
+    samples = folder / "samples"
+    ends = {"teacher": "teacher", "untrained": "untrained student", "student": "student"}
+    shown = [(caption, samples / f"{name}.png") for name, caption in ends.items()]
+    counts = sorted(int(p.stem.split("_")[1]) for p in samples.glob("student_*_steps.png"))
+    shown += [(f"student in {n} step{'s' * (n > 1)}", samples / f"student_{n}_steps.png") for n in counts]
+    way = sorted(samples.glob("step_*.png"))
+    if len(way) > most:
+        way = [way[round(i * (len(way) - 1) / (most - 1))] for i in range(most)]
+    shown += [(f"at step {int(p.stem.split('_')[1])}", p) for p in way]
+    shown = [(caption, p) for caption, p in shown if p.exists()]
     return [(caption, _uri(p.read_bytes())) for caption, p in shown]

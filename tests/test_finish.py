@@ -66,7 +66,9 @@ def test_results_have_the_promised_shape(digits):
 def test_the_run_folder_is_complete(digits):
     folder, results = digits
     names = {p.name for p in (folder / "samples").iterdir()}
-    assert names == {"teacher.png", "step_000000.png", "step_000002.png", "step_000004.png"}
+    way = {"step_000000.png", "step_000002.png", "step_000004.png"}
+    ends = {"teacher.png", "untrained.png", "student.png", "student_1_steps.png", "student_2_steps.png"}
+    assert names == way | ends
     assert (folder / "report" / "index.html").exists() and (folder / "export" / "unet").is_dir()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = {r["step"]: r["validation/fd_mini"] for r in records if "validation/fd_mini" in r}

@@ -68,12 +68,12 @@ def test_report_shows_the_run_and_needs_no_other_file(run):
         "Quality during training",
         "Curves of the student",
         "Curves of the critic",
-        "student, step 90",
+        "at step 90",
         "python train.py --a &lt;b&gt;",
     ):
         assert shown in page, shown
     images = re.findall(r'<img src="([^"]*)"', page)
-    assert len(images) == 3 + 8 and all(i.startswith("data:image/png;base64,") for i in images)
+    assert len(images) == 3 + 7 and all(i.startswith("data:image/png;base64,") for i in images)
     assert "http" not in page and "<script" not in page and "<link" not in page
     assert (
         page.index("Quality during")
