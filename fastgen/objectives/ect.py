@@ -77,9 +77,7 @@ class ECT(Objective, config=ECTConfig):
             eps = self.rng.randn_like(x0)
             x_t = S.noise(x0, eps, t)
             with torch.no_grad():
-                x_r = S.noise(x0, eps, r)
-                if cfg.source == "teacher":
-                    x_r = solver_step(S, self.denoiser(batch), x_t, t, r, "euler")
+                x_r = earlier(self, batch, x_t, eps, t, r)
                 target = torch.where(expand(clean, x0).bool(), x0, self.student(x_r, r, batch.cond))
             pred = self.student(x_t, t, batch.cond)
             loss = losses.sample_huber(pred, target, max(cfg.huber_c, 1e-6), 1 / (n_t - n_r))
@@ -90,8 +88,16 @@ class ECT(Objective, config=ECTConfig):
         j = k // self.cfg.double_every if self.cfg.double_every else 0
         return max(self.cfg.q ** -(j + 1), 1 - self.cfg.max_ratio)
 
-    def denoiser(self, batch):
-        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)
+
+def earlier(obj, batch, x_t, eps, t, r):
+    """x_r of the data with the same noise, or the guided teacher's Euler step from x_t."""
+    if obj.cfg.source == "data":
+        return obj.schedule.noise(batch.x0, eps, r)
+
+    def guided(x, t):
+        return obj.teacher.guided(x, t, batch.cond, batch.uncond, obj.guidance)
+
+    return solver_step(obj.schedule, guided, x_t, t, r, "euler")
 
 
 def level_time(schedule, n):

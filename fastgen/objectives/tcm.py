@@ -12,6 +12,8 @@ Paper: Lee et al. 2024, arXiv 2410.14895.
 Differs
 - levels are sigma / alpha of any schedule, as in `ect`.
 - stage one is any stage before this one: its student is copied when the stage begins.
+- `source: teacher` takes x_r from the guided teacher's ODE, as `ect` does; after a guided stage one, data
+  would pull the student back to the unguided distribution.
 """
 
 from typing import Literal
@@ -22,13 +24,15 @@ from pydantic import Field
 from fastgen import losses
 from fastgen.errors import UserError
 from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.objectives.ect import level_time, noise_level, shrink
+from fastgen.objectives.ect import earlier, level_time, noise_level, shrink
 
 
 class TCMConfig(ObjectiveConfig):
     """The truncated stage; give it a stage of `ect` or `consistency` before it."""
 
     name: Literal["tcm"] = "tcm"
+    source: Literal["data", "teacher"] = "data"
+    """what x_r comes from: the data point and the same noise, or a step of the guided teacher"""
     boundary: float = Field(1.0, gt=0)
     """noise level n' below which the network of stage one stays in charge"""
     boundary_share: float = Field(0.25, ge=0, lt=1)
@@ -52,11 +56,12 @@ class TCMConfig(ObjectiveConfig):
 class TCM(Objective, config=TCMConfig):
     @classmethod
     def uses(cls, cfg):
-        return ("previous",)
+        return ("previous", "teacher") if cfg.source == "teacher" else ("previous",)
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        return {"student+grad": 1, "student or previous": 1}
+        teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
+        return {"student+grad": 1, "student or previous": 1} | teacher
 
     def prepare(self):
         levels = noise_level(self.schedule, torch.tensor(self.student.times, dtype=torch.float64))
@@ -74,9 +79,11 @@ class TCM(Objective, config=TCMConfig):
         (t, _), (r, _) = level_time(S, n_t), level_time(S, n_r)
         with self.turn("student"):
             eps = self.rng.randn_like(x0)
+            x_t = S.noise(x0, eps, t)
             with torch.no_grad():
-                target = self.target(S.noise(x0, eps, r), r, batch.cond, n_r < cfg.boundary)
-            pred = self.student(S.noise(x0, eps, t), t, batch.cond)
+                x_r = earlier(self, batch, x_t, eps, t, r)
+                target = self.target(x_r, r, batch.cond, n_r < cfg.boundary)
+            pred = self.student(x_t, t, batch.cond)
             loss = losses.sample_huber(pred, target, 1e-6, weight / (n_t - n_r))
             yield loss, {"error": (pred - target).abs().mean(), "below": (n_r < cfg.boundary).float().mean()}
 

@@ -18,7 +18,12 @@ SHORT = {}
 def make(S=None, times=None, **cfg):
     S = S or EDM()
     student = Student(GaussianNet(S, 0.0, 1.0), None, times or S.steps(1))
-    objective = TCM(TCMConfig(**cfg), {"student": student, "previous": gaussian_role(S, 0.5, 0.3)}, rng())
+    parts = {
+        "student": student,
+        "previous": gaussian_role(S, 0.5, 0.3),
+        "teacher": gaussian_role(S, 0.5, 0.3),
+    }
+    objective = TCM(TCMConfig(**cfg), parts, rng())
     objective.prepare()
     return objective
 
@@ -64,6 +69,22 @@ def test_p1_stage_one_is_kept_as_it_was():
     objective.student.backbone.m.data.fill_(3.0)
     next(objective.step(batch_of(torch.randn(8, 2)), 1))
     assert float(objective.previous.backbone.m) == 2.0
+
+
+def test_p1_teacher_source_steps_along_its_ode():
+    """With the exact student of the teacher's law, steps along the ODE beat pairs of shared noise."""
+    x0 = 0.5 + 0.3 * torch.randn(512, 2, dtype=torch.float64)
+
+    def flow_map(x, t, cond):  # the exact consistency function of N(0.5, 0.3^2)
+        return 0.5 + (x - 0.5) * (0.3 / (0.3**2 + t**2).sqrt())[:, None]
+
+    found = {}
+    for source in ("data", "teacher"):
+        objective = make(source=source)
+        objective.follow = lambda name: None
+        objective.student.backbone.forward = objective.previous.backbone.forward = flow_map
+        found[source] = float(next(objective.step(batch_of(x0), 0))[0])
+    assert found["teacher"] < found["data"] / 3, found
 
 
 def collapsed(**cfg):
