@@ -38,20 +38,14 @@ def _samples(seen: dict) -> list[tuple[str, str]]:
     teacher, student, found = seen.get("teacher", {}), seen.get("student", {}), []
     if "spread" in teacher and "spread" in student and student["spread"] < COLLAPSE * teacher["spread"]:
         ratio = student["spread"] / teacher["spread"]
-        found.append(
-            (
-                f"student collapsed: images of one request differ {ratio:.2f} times as much as the teacher's",
-                "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term",
-            )
-        )
+        told = f"student collapsed: images of one request differ {ratio:.2f} times as much as the teacher's"
+        cure = "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term"
+        found.append((told, cure))
     if teacher and student and student["contrast"] > SATURATION * teacher["contrast"]:
         ratio = student["contrast"] / teacher["contrast"]
-        found.append(
-            (
-                f"student oversaturated: its images have {ratio:.2f} times the teacher's contrast",
-                "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training",
-            )
-        )
+        told = f"student oversaturated: its images have {ratio:.2f} times the teacher's contrast"
+        cure = "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
+        found.append((told, cure))
     return found
 
 
@@ -67,9 +61,8 @@ def fifths(metrics: list[dict], key: str) -> list[float]:
 def _student(metrics: list[dict], student: str) -> list[tuple[str, str]]:
     spread = fifths(metrics, f"{student}/x_spread")
     if spread and spread[-1] < COLLAPSE * max(spread):
-        told = (
-            f"{student} collapsed: the spread of its samples fell from {max(spread):.3g} to {spread[-1]:.3g}"
-        )
+        told = f"{student} collapsed: the spread of its samples fell from {max(spread):.3g}"
+        told += f" to {spread[-1]:.3g}"
         return [(told, "more critic updates (student_every), a lower optim.student.lr, or the GAN term")]
     return []
 

@@ -26,11 +26,8 @@ class Validator:
         self.cfg, self.folder, self.judge = cfg, folder, Judge(cfg, cast, data)
 
     def __call__(self, trainer) -> None:
-        if trainer.acc.is_main_process:
-            self._validate(trainer)
-        trainer.acc.wait_for_everyone()
-
-    def _validate(self, trainer) -> None:
+        if not trainer.acc.is_main_process:
+            return
         cfg, judge = self.cfg.eval, self.judge
         if judge.few_step:
             _once(self.folder / "samples" / "teacher.png", cfg, judge, "teacher")
@@ -67,13 +64,11 @@ def _final_grids(cfg, judge: Judge, folder: Path) -> None:
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
-    """[N, C, H, W] in [0, 1] to one [H, W, C] uint8 picture with a grey pixel around each image."""
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.5)
-    missing = -len(images) % columns
-    padded = torch.cat([padded, torch.full((missing, *padded.shape[1:]), 0.5)])
-    rows = padded.unflatten(0, (-1, columns))  # [R, columns, C, H, W]
-    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    return (picture.expand(-1, -1, 3) * 255).round().byte()
+    """[N, C, H, W] in [0, 1] to one [H, W, 3] uint8 picture with a grey pixel between images."""
+    from torchvision.utils import make_grid
+
+    picture = make_grid(images.float(), columns, padding=1, pad_value=0.5)
+    return (picture.permute(1, 2, 0) * 255).round().byte()
 
 
 def save_grid(images: Tensor, path: Path) -> None:

@@ -361,9 +361,8 @@ def grid(images: list, titles: list[str], columns: int = 10, most: int = 100):
     from fastgen.media import to_pil
 
     num = min(len(images[0]), most)
-    columns = min(
-        num, columns if images[0].shape[-1] < 6 * images[0].shape[-2] else 1
-    )  # filmstrips stand alone
+    filmstrips = images[0].shape[-1] >= 6 * images[0].shape[-2]  # which stand alone
+    columns = 1 if filmstrips else min(num, columns)
     scale = max(1, 64 // images[0].shape[-1])
     height, width = images[0].shape[-2] * scale + 2, images[0].shape[-1] * scale + 2
     left = 110 if len(images) > 1 else 0

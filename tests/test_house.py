@@ -94,9 +94,15 @@ def test_sizes_and_ascii(path):
 
 
 def code_lines(paths) -> int:
-    """Lines that are neither blank nor comments."""
-    stripped = [line.strip() for p in paths for line in p.read_text().splitlines()]
-    return sum(bool(s) and not s.startswith("#") for s in stripped)
+    """Lines that are neither blank, nor comments, nor docstrings (of modules, functions, classes, fields)."""
+    total = 0
+    for text in (p.read_text() for p in paths):
+        code = {i for i, s in enumerate(map(str.strip, text.splitlines()), 1) if s and not s.startswith("#")}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+                code -= set(range(node.lineno, node.end_lineno + 1))
+        total += len(code)
+    return total
 
 
 # what a family of methods needs beside its files in objectives/
@@ -118,11 +124,11 @@ def test_core_stays_small():
     wrapper, own = ROOT / "fastgen/backbones", {ROOT / f"fastgen/{n}.py" for n in METHODS}
     core = [p for p in SOURCES if name_of(p).startswith("fastgen") and p not in OBJECTIVES]
     lines = code_lines(p for p in core if not p.is_relative_to(wrapper) and p not in own)
-    assert lines <= 5250, lines
-    assert code_lines(own) <= 1000
+    assert lines <= 4500, lines
+    assert code_lines(own) <= 550
     inside = [p for p in core if p.is_relative_to(wrapper)]
     declares = {p for p in inside if "\nFAMILIES" in p.read_text() and p.stem != "registry"}
-    assert len(declares) >= 7 and code_lines(set(inside) - declares) <= 1450, code_lines(
+    assert len(declares) >= 7 and code_lines(set(inside) - declares) <= 1200, code_lines(
         set(inside) - declares
     )
     assert all(len(p.read_text().splitlines()) <= 300 for p in declares), (
