@@ -1,7 +1,8 @@
 """Published orderings (method A beats method B) against our own evidence, seed by seed.
 
 configs/claims.yaml lists the claims. One holds when the better side's mean is ahead by more than the larger
-spread of the two; with a smaller lead it is "within the spread", and with one seed a side it is "one seed".
+spread of the two (a claim of no difference allows a share, `within`); with a smaller lead it is "within the
+spread", and with one seed a side it is "one seed".
 """
 
 import statistics
@@ -11,7 +12,7 @@ import yaml
 from fastgen.errors import UserError
 from fastgen.paths import config
 
-KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "note"}
+KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "note"}
 HIGHER = ("agreement", "recall", "precision", "clip")
 
 
@@ -48,12 +49,12 @@ def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
     return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
 
-def verdict(better: list[float], worse: list[float], higher: bool) -> str:
-    """What the numbers say about a claim."""
+def verdict(better: list[float], worse: list[float], higher: bool, within: float = 0.0) -> str:
+    """What the numbers say about a claim; within: the share of the worse mean that is no difference."""
     if not better or not worse:
         return "not run yet"
     lead = statistics.mean(better) - statistics.mean(worse)
-    lead = lead if higher else -lead
+    lead = (lead if higher else -lead) + within * statistics.mean(worse)
     if lead <= 0:
         return "**does not hold**"
     if min(len(better), len(worse)) < 2:
@@ -70,6 +71,7 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
         sides = [values(documents, claim[side], steps, metric) for side in ("better", "worse")]
         shown = [cell(v) or "-" for v in sides]
         at = f" at {steps}" if steps else ""
+        said = verdict(*sides, metric in HIGHER, claim.get("within", 0.0))
         made.append(
             [
                 claim["claim"],
@@ -78,7 +80,7 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
                 f"`{claim['worse']}`{at} {shown[1]}",
                 metric,
                 "/".join(str(len(v)) for v in sides),
-                verdict(*sides, metric in HIGHER) + (f"; {claim['note']}" if claim.get("note") else ""),
+                f"{said}; {claim['note']}" if claim.get("note") else said,
             ]
         )
     return made

@@ -193,6 +193,10 @@ def test_orderings_say_what_the_seeds_say():
     assert orderings.rows(documents, [claim | {"worse": "d"}])[0][-1] == "not run yet"
     assert orderings.verdict([1.0, 1.4], [1.3, 1.4], False) == "within the spread"
     assert orderings.verdict([0.9, 0.91], [0.5, 0.51], True) == "holds"
+    close, full = [1.05, 1.06], [1.0, 1.01]
+    assert orderings.verdict(close, full, False) == "**does not hold**"
+    assert orderings.verdict(close, full, False, within=0.1) == "holds"
+    assert orderings.verdict([1.2, 1.21], full, False, within=0.1) == "**does not hold**"
 
 
 def test_every_claim_is_about_recipes_that_exist():
