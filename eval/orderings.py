@@ -12,7 +12,7 @@ import yaml
 from fastgen.errors import UserError
 from fastgen.paths import config
 
-KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "note"}
+KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "reach", "note"}
 HIGHER = ("agreement", "recall", "precision", "clip")
 
 
@@ -38,6 +38,13 @@ def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -
         if metric in rows.get(steps, {}):
             found.append(rows[steps][metric])
     return found
+
+
+def steps_to(documents: list[dict], recipe: str, reach: float) -> list[float]:
+    """Training steps to the first validation no worse than `reach`, one value per seed that gets there."""
+    curves = [d["results"].get("curve", {}) for d in documents if d["recipe"] == recipe]
+    firsts = [min((int(step) for step, v in c.items() if v <= reach), default=None) for c in curves]
+    return [step for step in firsts if step is not None]
 
 
 def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
@@ -69,6 +76,9 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
     for claim in claims:
         metric, steps = claim.get("metric", "fd_mini"), claim.get("steps")
         sides = [values(documents, claim[side], steps, metric) for side in ("better", "worse")]
+        if "reach" in claim:
+            sides = [steps_to(documents, claim[side], claim["reach"]) for side in ("better", "worse")]
+            metric = f"steps to fd_mini {claim['reach']}"
         shown = [cell(v) or "-" for v in sides]
         at = f" at {steps}" if steps else ""
         said = verdict(*sides, metric in HIGHER, claim.get("within", 0.0))

@@ -47,7 +47,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     file = run / "results.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
     results["protocol"]["weights"] = "export"
-    results["train"] = before.get("train", {})
+    results |= {k: before[k] for k in ("train", "curve") if k in before}
     write_text(file, json.dumps(results, indent=2))
     print(table(results))
     print(f"wrote {file} and {write_report(run)}")

@@ -103,6 +103,7 @@ def finish(trainer, judge: Judge) -> dict:
     """Measure, export, report; prints one short table and where everything is."""
     from fastgen.diagnose import warnings
     from fastgen.export import export_student, sample_command
+    from fastgen.reload import fuse
     from fastgen.report import read_metrics, write_report
 
     folder, cfg = trainer.folder, trainer.cfg
@@ -111,11 +112,13 @@ def finish(trainer, judge: Judge) -> dict:
     if best:
         _load_best(trainer, kept)
     if cfg.student.fuse:
-        _fuse(trainer)
+        weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
+        fuse(_kept(trainer), cfg.student.fuse, weight)
     with averaged(trainer):
         results = measure(cfg, judge)
         decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
         results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
+        results["curve"] = _curve(read_metrics(folder / "metrics.jsonl"), judge)
         results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
         write_text(folder / "results.json", json.dumps(results, indent=2))
         if cfg.eval.num_samples:
@@ -137,6 +140,12 @@ def finish(trainer, judge: Judge) -> dict:
     return results
 
 
+def _curve(metrics: list[dict], judge: Judge) -> dict[str, float]:
+    """The cheap metric at each validation, by step."""
+    key = f"validation/{judge.measurer.primary}" if judge.measurer else ""
+    return {str(r["step"]): r[key] for r in metrics if key in r}
+
+
 def teacher_card(results: dict) -> dict:
     """What a denoiser trained by sft reaches at several step counts, beside the floor."""
     kept = {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results}
@@ -156,14 +165,6 @@ def _kept(trainer) -> dict[str, Tensor]:
     """The weights that are measured and exported: the first average, or the raw ones."""
     decays = trainer.ema.decays
     return trainer.ema.averages[decays[0]] if decays else trainer.student.trainable()
-
-
-def _fuse(trainer) -> None:
-    from fastgen.reload import fuse
-
-    student = trainer.cfg.student
-    weight = 0.5 if student.fuse_weight is None else student.fuse_weight
-    fuse(_kept(trainer), student.fuse, weight)
 
 
 @torch.no_grad()

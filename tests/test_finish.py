@@ -72,7 +72,7 @@ def test_the_run_folder_is_complete(digits):
     assert (folder / "report" / "index.html").exists() and (folder / "export" / "unet").is_dir()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = {r["step"]: r["validation/fd_mini"] for r in records if "validation/fd_mini" in r}
-    assert list(curve) == [0, 2, 4]
+    assert list(curve) == [0, 2, 4] and results["curve"] == {str(k): v for k, v in curve.items()}
     best = min((s for s in curve if s), key=curve.get)
     assert results["protocol"]["weights"] == f"EMA 0.5, step {best}"
     assert results["student"]["fd_mini"] != results["untrained_student"]["fd_mini"]

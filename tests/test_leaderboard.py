@@ -193,6 +193,13 @@ def test_orderings_say_what_the_seeds_say():
     assert orderings.rows(documents, [claim | {"worse": "d"}])[0][-1] == "not run yet"
     assert orderings.verdict([1.0, 1.4], [1.3, 1.4], False) == "within the spread"
     assert orderings.verdict([0.9, 0.91], [0.5, 0.51], True) == "holds"
+    curves = [
+        {"recipe": r, "results": {"curve": c}}
+        for r, c in (("a", {"0": 9, "50": 2.5, "100": 3}), ("b", {"0": 9}))
+    ]
+    curves.append({"recipe": "b", "results": {"curve": {"0": 9, "200": 2}}})
+    row = orderings.rows(curves, [claim | {"reach": 3.0}])[0]
+    assert row[2:] == ["`a` 50", "`b` 200", "steps to fd_mini 3.0", "1/1", "holds, one seed"]
     close, full = [1.05, 1.06], [1.0, 1.01]
     assert orderings.verdict(close, full, False) == "**does not hold**"
     assert orderings.verdict(close, full, False, within=0.1) == "holds"
