@@ -1,6 +1,7 @@
 """The one exception for a user's mistake: printed as a single line, exit code 2, no traceback."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -12,6 +13,11 @@ class UserError(ValueError):
     def __init__(self, key: str, found: object, allowed: str):
         self.key, self.found, self.allowed = key, found, allowed
         super().__init__(f"{key}: {found}; {allowed}" if allowed else f"{key}: {found}")
+
+
+def warn(text: str) -> None:
+    """One line on stderr for what goes on, but not quite as asked."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:

@@ -6,14 +6,13 @@ noise from seed + i, so neither the batch size nor the number of images changes 
 
 import argparse
 import json
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, warn
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -65,87 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def parse_labels(text: str) -> list[int]:
-    """3 | 0-9 | 1,4,7 as a list."""
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
-    except ValueError:
-        found = []
-    if not found:
-        raise UserError("--labels", f"found {text!r}", "3, 0-9 or 1,4,7")
-    return found
-
-
-def read_prompts(args) -> list[str]:
-    """Prompts of both flags, in order."""
-    texts = list(args.prompt)
-    if args.prompts:
-        if not Path(args.prompts).is_file():
-            raise UserError("--prompts", f"{args.prompts} does not exist", "a text file, one prompt a line")
-        texts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
-    return texts
-
-
-def read_images(args, codec, num: int):
-    """Images [num, 3, H, W] in [-1, 1] for a model that is shown one beside the text; None for others."""
-    import torch
-
-    from fastgen.media import read_image
-
-    wanted = hasattr(codec, "prompts") and codec.family.needs_image
-    if not wanted:
-        if args.image:
-            raise UserError("--image", "this model is asked without an image", "leave it out")
-        return None
-    if len(args.image) not in (1, num):
-        raise UserError("--image", f"found {len(args.image)} for {num} prompts", "one for all, or one each")
-    try:
-        found = [read_image(Path(p), (3, *codec.pixels)).float() / 127.5 - 1 for p in args.image]
-    except OSError as error:
-        raise UserError("--image", f"cannot be read ({error})", "png, jpg or webp files") from None
-    return torch.stack(found).expand(num, -1, -1, -1)
-
-
-def conditions(args, codec) -> tuple[dict, list]:
-    """(one condition row each, what each stands for)."""
-    import torch
-
-    texts = read_prompts(args)
-    if hasattr(codec, "prompts"):
-        if not codec.family.takes_text:
-            if texts:
-                raise UserError("--prompt", "this model is asked by an image alone", "leave it out")
-            texts = [""] * max(1, len(args.image))
-        if args.labels:
-            raise UserError("--labels", "this model is asked by text", '--prompt "..." or --prompts FILE')
-        if not texts:
-            raise UserError("--prompt", "none given", 'this model is asked by text: --prompt "..."')
-        for text in texts:
-            if lost := codec.cut(text):
-                _warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
-        return codec.prompts(texts, read_images(args, codec, len(texts))), texts
-    read_images(args, codec, 0)
-    if texts:
-        raise UserError("--prompt", "this model takes class labels, not text", "--labels 0-9")
-    if not codec.num_classes:
-        if args.labels:
-            raise UserError("--labels", "this model is unconditional", "leave it out")
-        return {}, [""]
-    labels = parse_labels(args.labels) if args.labels else list(range(codec.num_classes))
-    try:
-        rows = codec.labels(torch.tensor(labels))
-    except UserError as error:
-        raise UserError("--labels", error.found, error.allowed) from None
-    return rows, [codec.class_names[i] for i in labels]
-
-
 class Painter:
     """One contender: a student with its times, or a teacher with its steps and guidance."""
 
@@ -157,12 +75,12 @@ class Painter:
         self.steps = steps or (len(self.role.times) if self.is_student else 20)
         if self.is_student and self.steps != len(self.role.times):
             if not self.role.grid:
-                _warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
+                warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
             self.role = self.role.taking(self.steps)
         if self.is_student and self.role.guidance_range and not self.role.told_steps:
             low, high = self.role.guidance_range
             if not low <= guidance <= high:
-                _warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
+                warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
             self.role = self.role.at(guidance)
 
     @property
@@ -226,30 +144,19 @@ def draw(painter: Painter, cond: dict, seeds: list[int], batch_size: int, device
     return torch.cat(images), (time.perf_counter() - start) / len(seeds)
 
 
-def null_of(args, codec) -> dict:
-    """One row of what guidance leads away from; of an image, only what its null changes."""
-    import torch
-
-    if not hasattr(codec, "prompts"):
-        return codec.null(1)
-    images = read_images(args, codec, max(1, len(args.image)))
-    images = None if images is None else images[:1]
-    null = codec.prompts([args.negative_prompt], images) if args.negative_prompt else codec.null(1, images)
-    if images is None:
-        return null
-    shown, nulled = codec.image_rows(images)
-    return {k: v for k, v in null.items() if k not in shown or not torch.equal(shown[k], nulled[k])}
-
-
 def contenders(args, loaded, device) -> list[Painter]:
     """The model asked for, then its teacher if compared; warns of flags that cannot act."""
+    import torch
+
+    from fastgen.asked import null_of
+
     guided = not loaded.is_student or args.compare_teacher
     told = loaded.is_student and loaded.role.guidance_range and not loaded.role.told_steps
     nasa_scale = _nasa_scale(args, loaded)
     for flag, acts in (("negative_prompt", guided or nasa_scale), ("guidance", guided or told)):
         if getattr(args, flag) not in ("", None) and not acts:
             way = "; --nasa_scale 0.5 subtracts it (NASA)" if flag == "negative_prompt" else ""
-            _warn(f"--{flag} has no effect: guidance is baked into the student{way}")
+            warn(f"--{flag} has no effect: guidance is baked into the student{way}")
     guidance = args.guidance if args.guidance is not None else float(loaded.info.get("guidance", 1.0))
     steps = args.steps or (0 if loaded.is_student else loaded.info.get("steps", 0))
     found = [loaded]
@@ -257,7 +164,7 @@ def contenders(args, loaded, device) -> list[Painter]:
         found.append(loaded.reference())
     painters = []
     for one in found:
-        one.to(device, _dtype(args.dtype))
+        one.to(device, getattr(torch, DTYPES[args.dtype]))
         null = null_of(args, one.codec)
         wanted = steps if one is loaded else args.teacher_steps or one.info.get("teacher_steps", 20)
         scale = nasa_scale if one is loaded else 0.0
@@ -271,22 +178,17 @@ def _nasa_scale(args, loaded) -> float:
         raise UserError("--nasa_scale", f"found {args.nasa_scale}", "0 or more")
     able = loaded.is_student and hasattr(loaded.codec, "prompts")
     if args.nasa_scale is not None and not (args.negative_prompt and able):
-        _warn("--nasa_scale has no effect without a --negative_prompt for a student asked by text")
+        warn("--nasa_scale has no effect without a --negative_prompt for a student asked by text")
     if not args.negative_prompt or not able:
         return 0.0
     return float(loaded.info.get("nasa", 0.0) if args.nasa_scale is None else args.nasa_scale)
-
-
-def _dtype(name: str):
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def run(args) -> dict:
     """Load, draw, write; the record that samples.json holds."""
     import torch
 
+    from fastgen.asked import conditions
     from fastgen.reload import load_export
 
     for name in ("num_images", "steps", "teacher_steps", "seed"):

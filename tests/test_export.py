@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastgen import cards, lora
+from fastgen import lora, usage
 from fastgen.build import Cast
 from fastgen.config import validate
 from fastgen.errors import UserError
@@ -162,7 +162,7 @@ def test_plain_diffusers_gives_the_same_images(replayed, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_s_snippet_draws_what_sample_py_draws(replayed, tmp_path, name):
     text = name.startswith(("sd", "sana"))
-    ask = ["--prompt", cards.PROMPT] if text else ["--labels", "3"]
+    ask = ["--prompt", usage.PROMPT] if text else ["--labels", "3"]
     assert main(["--model", str(replayed.folder[name]), *ask, "--out", str(tmp_path / "out")]) == 0
     mine = np.atleast_3d(np.array(Image.open(tmp_path / "out/00000_0.png"))).astype(int)
     card = (replayed.plain[f"{name}/card"][0].permute(1, 2, 0) * 255).round().int().numpy()
@@ -185,7 +185,7 @@ def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     plain = load_file(tmp_path / "images.safetensors")
     for family, folder in folders.items():
-        ask = ["--prompt", cards.PROMPT] if family == "sd" else ["--labels", "3"]
+        ask = ["--prompt", usage.PROMPT] if family == "sd" else ["--labels", "3"]
         assert main(["--model", str(folder), *ask, "--out", str(tmp_path / family / "out")]) == 0
         mine = np.atleast_3d(np.array(Image.open(tmp_path / family / "out/00000_0.png"))).astype(int)
         card = (plain[family][0].permute(1, 2, 0) * 255).round().int().numpy()

@@ -15,13 +15,13 @@ from PIL import Image
 from fastgen import config
 from fastgen.backbones import detect, load_teacher
 from fastgen.build import Cast
-from fastgen.cards import PROMPT
 from fastgen.errors import UserError
 from fastgen.export import export_student
 from fastgen.roles import Role
 from fastgen.samplers import sample_student, teacher_grid
 from fastgen.schedules import TrigFlow
 from fastgen.serving import scheduler_for
+from fastgen.usage import PROMPT
 from tests.families import CASES, PROMPTS
 from tests.families.image_transformers import FOLDERS, dit_call
 from tests.families.image_transformers_real import DIT

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastgen.asked import parse_labels
 from fastgen.export import export_student
-from fastgen.sample import main, parse_labels
+from fastgen.sample import main
 from tests.test_export import make_run
 
 
