@@ -3,7 +3,6 @@ objective that plays them.
 """
 
 import copy
-import json
 import zlib
 from contextlib import nullcontext
 from dataclasses import fields
@@ -14,6 +13,7 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.attention import check as check_attention
 from fastgen.backbones.base import Backbone
+from fastgen.checks import check_fits, method_of
 from fastgen.codecs import switch_vae
 from fastgen.config import RunConfig, StageConfig
 from fastgen.critics import Discriminator, LogVariance
@@ -39,8 +39,7 @@ class Cast:
         exact = cfg.teacher.path.startswith("analytic:")
         self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
         self.teacher = self._load()
-        self._check_asked()
-        self._check_told()
+        check_fits(cfg, self.teacher)
         if cfg.student.fuse:
             from fastgen.reload import locate
 
@@ -54,9 +53,8 @@ class Cast:
         kinds |= {"path": self.critic_kind}
         few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
-        for name in sorted(
-            (n for n in kinds if n in names), key=lambda n: kinds[n] != "full"
-        ):  # copies before adapters
+        copies_first = sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full")
+        for name in copies_first:  # adapters go on a network once it has been copied
             self._make(name, kinds[name], alone)
         for backbone in self.backbones():
             if hasattr(backbone, "net"):
@@ -70,43 +68,6 @@ class Cast:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
-
-    def _check_asked(self) -> None:
-        """Guidance and label dropout need a null condition that the teacher knows, a CLIP loss its text."""
-        codec, cfg = self.teacher.codec, self.cfg
-        conditional, family = bool(codec.null(1)), getattr(self.teacher.backbone, "family", None)
-        if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
-            told = (
-                f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
-            )
-            raise UserError("teacher.guidance", told, "use 1, and teacher.embedded_guidance")
-        asked = {"teacher.guidance": cfg.teacher.guidance}
-        for stage in cfg.all_stages():
-            for key, method in (("objective", stage.objective), ("objective.host", _method(stage))):
-                asked |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
-            if getattr(_method(stage), "clip_weight", 0) and not hasattr(codec, "prompts"):
-                raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
-        if cfg.student.guidance_embedding:
-            asked["student.guidance_embedding"] = max(cfg.student.guidance_embedding)
-        what = "a teacher without a null class" if conditional else "an unconditional teacher"
-        for key, w in asked.items():
-            if isinstance(w, float) and w != 1 and not (conditional and codec.has_null):
-                raise UserError(key, f"found {w} for {what}", "use 1, or leave it out")
-        for stage in cfg.all_stages():
-            drop = getattr(stage.objective, "cond_dropout", 0)
-            if drop and conditional and not codec.has_null:
-                raise UserError(
-                    "objective.cond_dropout", f"found {drop} for a teacher without a null class", "use 0"
-                )
-
-    def _check_told(self) -> None:
-        """Whether a student that is told w has something to be told, and a pipeline that tells it."""
-        if not self.cfg.student.guidance_embedding:
-            return
-        key, form = "student.guidance_embedding", getattr(self.teacher.backbone, "family", None)
-        if form and form.guidance_form and not getattr(self.cfg.student, form.guidance_form):
-            found = f"no pipeline tells a plain {form.net_class} its guidance scale"
-            raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
 
     @property
     def critic_kind(self) -> str:
@@ -269,7 +230,7 @@ class Cast:
 
     def _make_extras(self, names: set[str], stage: StageConfig) -> None:
         """Parts beside the roles, each made when a stage first names it."""
-        method, num = _method(stage), range(self.num_students)
+        method, num = method_of(stage), range(self.num_students)
         makers = {
             "logvar": lambda: LogVariance().to(self.device),
             "weak": lambda: self._weak(stage.objective.weak),
@@ -337,11 +298,6 @@ class Cast:
             return Discriminator(role, taps, example, head).to(self.device)
 
 
-def _method(stage: StageConfig):
-    """The settings of a stage's method, or of the one it is wrapped around."""
-    return getattr(stage.objective, "host", stage.objective)
-
-
 def _base(name: str) -> str:
     """The kind of part a numbered one is: "critic2" is a critic."""
     return name.rstrip("0123456789")
@@ -363,30 +319,3 @@ def _wanted(stage: StageConfig) -> list[str]:
     return list(
         dict.fromkeys([*(p for members in players.values() for p in members), *cls.uses(stage.objective)])
     )
-
-
-def fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """What may not change between a run and its resumption, as JSON by dotted key."""
-    values = cfg.model_dump(mode="json")
-    train = ("seed", "train_batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision")
-    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
-    kept["train"] = {k: values["train"][k] for k in train}
-    kept["data"].pop("cache_dir")
-    if cfg.stages:
-        kept["stages"] = {
-            str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])
-        }
-    else:
-        kept["objective"], kept["train"]["max_train_steps"] = (
-            values["objective"],
-            values["train"]["max_train_steps"],
-        )
-    return dict(_leaves(kept, ""))
-
-
-def _leaves(tree: dict, prefix: str):
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)

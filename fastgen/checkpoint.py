@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgen.config import RunConfig
 from fastgen.errors import UserError
 
 
@@ -190,3 +191,28 @@ def restore_optimizer(
                 name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
                 state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def fingerprint(cfg: RunConfig) -> dict[str, str]:
+    """What may not change between a run and its resumption, as JSON by dotted key."""
+    values = cfg.model_dump(mode="json")
+    train = ("seed", "train_batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision")
+    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
+    kept["train"] = {k: values["train"][k] for k in train}
+    kept["data"].pop("cache_dir")
+    if cfg.stages:
+        kept["stages"] = {
+            str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])
+        }
+    else:
+        kept["objective"] = values["objective"]
+        kept["train"]["max_train_steps"] = values["train"]["max_train_steps"]
+    return dict(_leaves(kept, ""))
+
+
+def _leaves(tree: dict, prefix: str):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

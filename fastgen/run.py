@@ -103,7 +103,7 @@ def run(cfg, known) -> int:
     import torch
 
     from fastgen import checkpoint, finish
-    from fastgen.build import Cast, fingerprint
+    from fastgen.build import Cast
     from fastgen.data import load_data
     from fastgen.trainer import NotFinite, Trainer
 
@@ -117,7 +117,7 @@ def run(cfg, known) -> int:
     folder = checkpoint.check_run(cfg.output_dir, known.resume, known.overwrite)
     last = checkpoint.latest(folder) if known.resume else None
     if last:
-        checkpoint.check_same(last, fingerprint(cfg))
+        checkpoint.check_same(last, checkpoint.fingerprint(cfg))
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
     accelerator = _accelerator(cfg)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastgen import checkpoint
-from fastgen.build import Cast, fingerprint
+from fastgen.build import Cast
 from fastgen.config import RunConfig, StageConfig
 from fastgen.data import Data
 from fastgen.ema import EMA
@@ -248,7 +248,7 @@ class Trainer:
             "seconds": self.seconds,
             "rest": rest,
             "best": self.best,
-            "fingerprint": fingerprint(self.cfg),
+            "fingerprint": checkpoint.fingerprint(self.cfg),
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
