@@ -123,7 +123,7 @@ class Objective:
         REGISTRY[config.model_fields["name"].default] = cls
 
     def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
-        self.cfg, self.rng, self.guidance = cfg, rng, guidance
+        self.cfg, self.rng, self.guidance = cfg, rng, self.learned_guidance(cfg, guidance)
         self.parts = parts
         for name, part in parts.items():
             setattr(self, name, part)

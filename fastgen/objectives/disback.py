@@ -82,6 +82,10 @@ class DisBack(Objective, config=DisBackConfig):
         return REGISTRY[cfg.host.name].unsampled(cfg.host, num_steps, sampler)
 
     @classmethod
+    def learned_guidance(cls, cfg, guidance):
+        return REGISTRY[cfg.host.name].learned_guidance(cfg.host, guidance)
+
+    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         return REGISTRY[cfg.host.name].evaluations(cfg.host, guidance, num_steps)
 

@@ -77,6 +77,10 @@ class MSD(Objective, config=MSDConfig):
         return hosted(cfg).unsampled(cfg.host, num_steps, sampler)
 
     @classmethod
+    def learned_guidance(cls, cfg, guidance):
+        return hosted(cfg).learned_guidance(cfg.host, guidance)
+
+    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         if cfg.score_matching:
             return {"student+grad": 1, "teacher": 1}

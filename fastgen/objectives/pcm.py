@@ -96,7 +96,7 @@ class PCM(Objective, config=PCMConfig):
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]
         t, r, e = grid[n], grid[n + 1], grid[end]
-        cond, w = self.drop_condition(batch, cfg.cond_dropout), self.guidance if cfg.guided_solver else 1.0
+        cond, w = self.drop_condition(batch, cfg.cond_dropout), self.guidance
         if cfg.target_decay and k == 0:
             self.follow("target")
         with self.turn("student"):
