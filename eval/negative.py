@@ -68,6 +68,7 @@ def _draw(loaded, prompts: list[str], word: str, scale: float, rows, seed: int) 
 def record(model: str, folder: Path) -> Path:
     """Measure and write assets/results/benchmarks/negative_<run>.json."""
     measured = removal(model)
+    measured["command"] = f"python -m eval negative --run runs/{measured['model']}"
     file = folder / f"negative_{measured['model']}.json"
     write_text(file, json.dumps(measured, indent=1) + "\n")
     return file
