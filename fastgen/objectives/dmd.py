@@ -42,7 +42,7 @@ class DMDConfig(MatchingConfig):
     regression: Literal["l2", "huber"] = "l2"
     """distance between the student's output and the pair's end point"""
     teacher_steps: int = Field(20, ge=1)
-    """ODE steps a pair costs; the student's times must lie on this grid"""
+    """ODE steps a pair costs; the student's times after the first lie on this grid"""
 
 
 class DMD(Objective, config=DMDConfig):

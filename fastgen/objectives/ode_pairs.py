@@ -4,7 +4,7 @@ Papers: Luhman & Luhman 2021, arXiv 2101.02388 (Alg. 1); as a warm start: DMD2, 
 SDXL one step).
 
   for each condition c of the data (`noises` times):  z ~ N(0, I);  states x_t, end y of the guided ODE from z
-  step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: t = T, x_T = z
+  step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: x_t = z
 
 Differs
 - DMD2 compares decoded images by LPIPS; no perceptual network is bundled, so d is a pseudo-Huber or square
@@ -36,8 +36,9 @@ class Pairs:
         self.obj, self.solver, self.noises, self.rows = obj, solver, noises, {}
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
-        self.where = [min(range(teacher_steps), key=lambda j: abs(self.grid[j] - t)) for t in times]
-        off = [t for t, j in zip(times, self.where) if abs(self.grid[j] - t) > 1e-6 * schedule.t_max]
+        later = times[1:]  # the first input is noise, wherever it enters
+        self.where = [min(range(teacher_steps), key=lambda j: abs(self.grid[j] - t)) for t in later]
+        off = [t for t, j in zip(later, self.where) if abs(self.grid[j] - t) > 1e-6 * schedule.t_max]
         if off:
             raise UserError(
                 "student.timesteps",
@@ -46,7 +47,7 @@ class Pairs:
             )
 
     def __call__(self, batch: Batch) -> Tensor:
-        """[B, len(times) + 1, ...]: x_t at each time of the student's list, then y."""
+        """[B, len(times) + 1, ...]: the student's noise, x_t at each of its later times, then y."""
         number = batch.index
         if self.noises > 1:
             number = number * self.noises + self.obj.rng.randint(self.noises, len(number)).cpu()
@@ -64,7 +65,9 @@ class Pairs:
         seeds = [obj.rng.seed * 1_000_003 + n for n in numbers]
         noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
-        x = torch.stack(noise).to(like) * obj.schedule.prior_std(self.grid[0])
+        noise = torch.stack(noise).to(like)
+        first = noise * obj.schedule.prior_std(obj.student.times[0])
+        x = noise * obj.schedule.prior_std(self.grid[0])
 
         def D(x_t: Tensor, t: Tensor) -> Tensor:
             return obj.teacher.guided(x_t, t, cond, uncond, obj.guidance)
@@ -77,7 +80,7 @@ class Pairs:
             )
             end = j == len(self.grid) - 2  # the last step is D itself
             x = D(x, t) if end else solver_step(obj.schedule, D, x, t, u, self.solver)
-        return torch.stack([*(states[j] for j in self.where), x], 1)
+        return torch.stack([first, *(states[j] for j in self.where), x], 1)
 
 
 class ODEPairsConfig(ObjectiveConfig):
@@ -85,7 +88,7 @@ class ODEPairsConfig(ObjectiveConfig):
 
     name: Literal["ode_pairs"] = "ode_pairs"
     teacher_steps: int = Field(20, ge=1)
-    """ODE steps a pair costs; the student's times must lie on this grid"""
+    """ODE steps a pair costs; the student's times after the first lie on this grid"""
     noises: int = Field(0, ge=0)
     """pairs of each condition of the data; 0 is one"""
     solver: Literal["euler", "heun"] = "euler"

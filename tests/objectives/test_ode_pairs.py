@@ -38,6 +38,22 @@ def test_p1_pair_is_the_teachers_own_sample():
         )
 
 
+def test_p1_noise_may_enter_below_the_top_of_the_schedule():
+    """A one-step student told t = 0.6 still gets pure noise, not the state there, half an image."""
+    S = Flow()
+    student = Student(GaussianNet(S, 0.0, 1.0), None, [0.6])
+    parts = {"student": student, "teacher": gaussian_role(S, 0.5, 0.3)}
+    objective = ODEPairs(ODEPairsConfig(teacher_steps=10), parts, rng())
+    objective.prepare()
+    next(objective.step(batch_of(torch.randn(5, 2)), 0))
+    top = make(S, 1, teacher_steps=10)
+    next(top.step(batch_of(torch.randn(5, 2)), 0))
+    for i in range(5):
+        low, high = objective.pairs.rows[i], top.pairs.rows[i]
+        torch.testing.assert_close(low[0], high[0] * S.prior_std(0.6) / S.prior_std(1.0))
+        torch.testing.assert_close(low[1], high[1])
+
+
 def test_p1_many_steps_approach_the_exact_flow_map():
     """Gaussian teacher: y = m + s z (EDM from sigma_max, up to the prior's own spread)."""
     S = EDM()
