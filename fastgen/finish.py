@@ -64,11 +64,12 @@ def _final_grids(cfg, judge: Judge, folder: Path) -> None:
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
-    """[N, C, H, W] in [0, 1] to one [H, W, 3] uint8 picture with a grey pixel between images."""
-    from torchvision.utils import make_grid
-
-    picture = make_grid(images.float(), columns, padding=1, pad_value=0.5)
-    return (picture.permute(1, 2, 0) * 255).round().byte()
+    """[N, C, H, W] in [0, 1] to one [H, W, 3] uint8 picture with a grey pixel around each image."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.5)
+    padded = torch.cat([padded, torch.full((-len(images) % columns, *padded.shape[1:]), 0.5)])
+    rows = padded.unflatten(0, (-1, columns))  # [R, columns, C, H, W]
+    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return (picture.expand(-1, -1, 3) * 255).round().byte()
 
 
 def save_grid(images: Tensor, path: Path) -> None:

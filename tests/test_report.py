@@ -115,7 +115,7 @@ def test_grid_places_images_in_rows(tmp_path):
     images = torch.zeros(12, 3, 2, 2)
     images[11] = 1
     picture = to_grid(images)
-    assert picture.shape == (2 * 3 + 1, 10 * 3 + 1, 3) and picture.dtype == torch.uint8
-    assert (picture[4:6, 4:6] == 255).all() and (picture[1:3, 1:3] == 0).all()
+    assert picture.shape == (2 * 4, 10 * 4, 3) and picture.dtype == torch.uint8
+    assert (picture[5:7, 5:7] == 255).all() and (picture[1:3, 1:3] == 0).all()
     save_grid(torch.randn(50, 1), tmp_path / "points.png")
     assert (tmp_path / "points.png").stat().st_size > 500
