@@ -6,13 +6,10 @@ from fastgen.errors import UserError
 
 
 def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
-    """Raises a UserError for guidance, label dropout or conditions that this teacher does not have."""
-    _check_asked(cfg, teacher)
+    """Raises a UserError where guidance or label dropout lacks a null condition that the teacher knows, a
+    CLIP loss its text, or an input for w a pipeline that fills it.
+    """
     _check_told(cfg, teacher)
-
-
-def _check_asked(cfg: RunConfig, teacher: Teacher) -> None:
-    """Guidance and label dropout need a null condition that the teacher knows, a CLIP loss its text."""
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), getattr(teacher.backbone, "family", None)
     if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
@@ -33,9 +30,8 @@ def _check_asked(cfg: RunConfig, teacher: Teacher) -> None:
     for stage in cfg.all_stages():
         drop = getattr(stage.objective, "cond_dropout", 0)
         if drop and conditional and not codec.has_null:
-            raise UserError(
-                "objective.cond_dropout", f"found {drop} for a teacher without a null class", "use 0"
-            )
+            found = f"found {drop} for a teacher without a null class"
+            raise UserError("objective.cond_dropout", found, "use 0")
 
 
 def _check_told(cfg: RunConfig, teacher: Teacher) -> None:
