@@ -26,11 +26,15 @@ class Validator:
         self.cfg, self.folder, self.judge = cfg, folder, Judge(cfg, cast, data)
 
     def __call__(self, trainer) -> None:
-        if not trainer.acc.is_main_process:
-            return
+        if trainer.acc.is_main_process:
+            self._validate(trainer)
+        trainer.acc.wait_for_everyone()
+
+    def _validate(self, trainer) -> None:
         cfg, judge = self.cfg.eval, self.judge
-        if judge.few_step:
-            _once(self.folder / "samples" / "teacher.png", cfg, judge, "teacher")
+        teacher_grid = self.folder / "samples" / "teacher.png"
+        if judge.few_step and not teacher_grid.exists():
+            save_grid(judge.images("teacher", cfg.grid, cfg.seed), teacher_grid)
         with averaged(trainer):
             save_grid(
                 judge.images("student", cfg.grid, cfg.seed),
@@ -46,21 +50,6 @@ class Validator:
                 trainer.best = {"score": primary, "step": trainer.step}
                 if cfg.keep == "best" and trainer.step:
                     write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
-
-
-def _once(path: Path, cfg, judge: Judge, who: str) -> None:
-    if not path.exists():
-        save_grid(judge.images(who, cfg.grid, cfg.seed), path)
-
-
-def _final_grids(cfg, judge: Judge, folder: Path) -> None:
-    """What was measured, as pictures from one set of seeds: all contenders, every step count asked for."""
-    if judge.few_step:
-        _once(folder / "teacher.png", cfg, judge, "teacher")
-        _once(folder / "untrained.png", cfg, judge, "untrained_student")
-    for steps in (0, *cfg.student_steps):
-        name = f"student_{steps}_steps.png" if steps else "student.png"
-        save_grid(judge.images("student", cfg.grid, cfg.seed, steps), folder / name)
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
@@ -115,15 +104,21 @@ def finish(trainer, judge: Judge) -> dict:
     if cfg.student.fuse:
         weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
         fuse(_kept(trainer), cfg.student.fuse, weight)
+
+    def show(who: str, steps: int, images: Tensor) -> None:
+        """The first of the measured images, of all contenders and every step count asked for."""
+        if steps in (0, *cfg.eval.student_steps):
+            name = who.removesuffix("_student") + (f"_{steps}_steps" if steps else "")
+            save_grid(images[: cfg.eval.grid], folder / "samples" / f"{name}.png")
+
+    metrics = read_metrics(folder / "metrics.jsonl")
     with averaged(trainer):
-        results = measure(cfg, judge)
+        results = measure(cfg, judge, show)
         decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
         results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
-        results["curve"] = _curve(read_metrics(folder / "metrics.jsonl"), judge)
+        results["curve"] = _curve(metrics, judge)
         results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
         write_text(folder / "results.json", json.dumps(results, indent=2))
-        if cfg.eval.num_samples:
-            _final_grids(cfg.eval, judge, folder / "samples")
         exported = None
         if not trainer.cast.teacher.path.startswith("analytic:"):
             exported = export_student(trainer, folder / "export", results)
@@ -131,7 +126,7 @@ def finish(trainer, judge: Judge) -> dict:
         write_text(exported / "card.json", json.dumps(teacher_card(results), indent=2))
     report = write_report(folder)
     print(table(results))
-    for seen, cure in warnings(read_metrics(folder / "metrics.jsonl"), results):
+    for seen, cure in warnings(metrics, results):
         print(f"warning: {seen}; try {cure}")
     print(f"report  {report}")
     if exported is None:

@@ -1,5 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -107,8 +109,11 @@ class Judge:
         return steps or len(self.cast.parts["student"].times)
 
 
-def measure(cfg, judge: Judge) -> dict:
-    """results.json but for its train section: same requests and seeds for all, timed side by side."""
+def measure(cfg, judge: Judge, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
+    """results.json but for its train section: same requests and seeds for all, timed side by side.
+
+    show is handed each contender's measured images: its name, the step count (0: its own), [N, C, H, W].
+    """
     who = ["teacher", "untrained_student", "student"] if judge.few_step else ["student"]
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
@@ -119,6 +124,8 @@ def measure(cfg, judge: Judge) -> dict:
         if not counts[name]:
             return {"nfe": judge.nfe(name, steps)}
         images = judge.images(name, counts[name], cfg.eval.seed, steps)
+        if show is not None:
+            show(name, steps, images)
         seen.setdefault(name, look(images, len(judge.requests.rows)))
         return {"nfe": judge.nfe(name, steps), **judge.score(images)}
 
