@@ -75,10 +75,12 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
     made = []
     for claim in claims:
         metric, steps = claim.get("metric", "fd_mini"), claim.get("steps")
-        sides = [values(documents, claim[side], steps, metric) for side in ("better", "worse")]
+        recipes = (claim["better"], claim["worse"])
         if "reach" in claim:
-            sides = [steps_to(documents, claim[side], claim["reach"]) for side in ("better", "worse")]
+            sides = [steps_to(documents, recipe, claim["reach"]) for recipe in recipes]
             metric = f"steps to fd_mini {claim['reach']}"
+        else:
+            sides = [values(documents, recipe, steps, metric) for recipe in recipes]
         shown = [cell(v) or "-" for v in sides]
         at = f" at {steps}" if steps else ""
         said = verdict(*sides, metric in HIGHER, claim.get("within", 0.0))
