@@ -93,13 +93,17 @@ def test_sizes_and_ascii(path):
             assert lines <= 60, f"{node.name} has {lines} lines; at most 60"
 
 
-def code_lines(paths) -> int:
-    """Lines that are neither blank, nor comments, nor docstrings (of modules, functions, classes, fields)."""
+def code_lines(paths, docstrings: bool = False) -> int:
+    """Lines that are neither blank nor comments nor, unless counted, docstrings (those of fields too)."""
     total = 0
     for text in (p.read_text() for p in paths):
         code = {i for i, s in enumerate(map(str.strip, text.splitlines()), 1) if s and not s.startswith("#")}
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            if (
+                not docstrings
+                and isinstance(node, ast.Expr)
+                and isinstance(getattr(node.value, "value", None), str)
+            ):
                 code -= set(range(node.lineno, node.end_lineno + 1))
         total += len(code)
     return total
@@ -123,8 +127,9 @@ def test_core_stays_small():
     """What every method and network shares; the wrapper and the tools of single methods are counted apart."""
     wrapper, own = ROOT / "fastgen/backbones", {ROOT / f"fastgen/{n}.py" for n in METHODS}
     core = [p for p in SOURCES if name_of(p).startswith("fastgen") and p not in OBJECTIVES]
-    lines = code_lines(p for p in core if not p.is_relative_to(wrapper) and p not in own)
-    assert lines <= 4500, lines
+    shared = [p for p in core if not p.is_relative_to(wrapper) and p not in own]
+    assert code_lines(shared) <= 4500, code_lines(shared)
+    assert code_lines(shared, docstrings=True) <= 5250
     assert code_lines(own) <= 550
     inside = [p for p in core if p.is_relative_to(wrapper)]
     declares = {p for p in inside if "\nFAMILIES" in p.read_text() and p.stem != "registry"}
