@@ -5,6 +5,8 @@ spread of the two (a claim of no difference allows a share, `within`); with a sm
 spread", and with one seed a side it is "one seed".
 """
 
+import itertools
+import math
 import statistics
 
 import yaml
@@ -12,7 +14,7 @@ import yaml
 from fastgen.errors import UserError
 from fastgen.paths import config
 
-KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "reach", "note"}
+KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "reach", "steadier", "note"}
 HIGHER = ("agreement", "recall", "precision", "clip")
 
 
@@ -40,17 +42,30 @@ def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -
     return found
 
 
-def steps_to(documents: list[dict], recipe: str, reach: float) -> list[float]:
-    """Training steps to the first validation no worse than `reach`, one value per seed that gets there."""
-    curves = [d["results"].get("curve", {}) for d in documents if d["recipe"] == recipe]
-    firsts = [min((int(step) for step, v in c.items() if v <= reach), default=None) for c in curves]
-    return [step for step in firsts if step is not None]
+def curves(documents: list[dict], recipe: str) -> list[dict[int, float]]:
+    """Quality at each validation of a recipe's runs, by rising step; one curve per seed that has one."""
+    found = [d["results"].get("curve", {}) for d in documents if d["recipe"] == recipe]
+    return [dict(sorted((int(step), v) for step, v in curve.items())) for curve in found if curve]
+
+
+def steps_to(curve: dict[int, float], reach: float) -> float:
+    """Training steps to the first validation no worse than `reach`; infinite for one that never does."""
+    return min((step for step, v in curve.items() if v <= reach), default=math.inf)
+
+
+def setback(curve: dict[int, float]) -> float:
+    """By how much, at most, a validation is worse than the best one before it."""
+    best = itertools.accumulate(curve.values(), min)
+    return max(v - b for v, b in zip(curve.values(), best))
 
 
 def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
     """Mean, and with several seeds the spread."""
     if not values:
         return ""
+    lost = values.count(math.inf)
+    if lost:
+        return "never" if lost == len(values) else f"never in {lost} of {len(values)} seeds"
     values = [scale * v for v in values]
     mean = f"{statistics.mean(values):{digits}}"
     return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
@@ -62,10 +77,12 @@ def verdict(better: list[float], worse: list[float], higher: bool, within: float
         return "not run yet"
     lead = statistics.mean(better) - statistics.mean(worse)
     lead = (lead if higher else -lead) + within * statistics.mean(worse)
-    if lead <= 0:
+    if math.inf in better or lead <= 0:
         return "**does not hold**"
     if min(len(better), len(worse)) < 2:
         return "holds, one seed"
+    if math.inf in worse:
+        return "holds"
     spread = max(statistics.stdev(better), statistics.stdev(worse))
     return "holds" if lead > spread else "within the spread"
 
@@ -77,8 +94,11 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
         metric, steps = claim.get("metric", "fd_mini"), claim.get("steps")
         recipes = (claim["better"], claim["worse"])
         if "reach" in claim:
-            sides = [steps_to(documents, recipe, claim["reach"]) for recipe in recipes]
+            sides = [[steps_to(c, claim["reach"]) for c in curves(documents, r)] for r in recipes]
             metric = f"steps to fd_mini {claim['reach']}"
+        elif claim.get("steadier"):
+            sides = [[setback(c) for c in curves(documents, r)] for r in recipes]
+            metric = "largest rise of fd_mini while training"
         else:
             sides = [values(documents, recipe, steps, metric) for recipe in recipes]
         shown = [cell(v) or "-" for v in sides]

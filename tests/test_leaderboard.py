@@ -199,7 +199,11 @@ def test_orderings_say_what_the_seeds_say():
     ]
     curves.append({"recipe": "b", "results": {"curve": {"0": 9, "200": 2}}})
     row = orderings.rows(curves, [claim | {"reach": 3.0}])[0]
-    assert row[2:] == ["`a` 50", "`b` 200", "steps to fd_mini 3.0", "1/1", "holds, one seed"]
+    assert row[2:4] == ["`a` 50", "`b` never in 1 of 2 seeds"] and row[5:] == ["1/2", "holds, one seed"]
+    backward = claim | {"reach": 3.0, "better": "b", "worse": "a"}
+    assert orderings.rows(curves, [backward])[0][-1] == "**does not hold**"
+    row = orderings.rows(curves, [claim | {"steadier": True}])[0]
+    assert row[2:4] == ["`a` 0.5", "`b` 0 +- 0"]  # the largest rise above the best before it
     close, full = [1.05, 1.06], [1.0, 1.01]
     assert orderings.verdict(close, full, False) == "**does not hold**"
     assert orderings.verdict(close, full, False, within=0.1) == "holds"
