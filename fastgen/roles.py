@@ -110,10 +110,13 @@ class Student(Role):
         self.times, self.sampler, self.gamma, self.grid = times, sampler, gamma, grid
 
     def taking(self, num: int, role: Role | None = None) -> "Student":
-        """The same network (or another in its place) sampled in num steps; 0 keeps the time list."""
+        """The same network (or another in its place) sampled in num steps; 0 keeps the time list, and a list
+        of its own says where every other one starts.
+        """
         other = copy.copy(self)
         if num not in (0, len(self.times)):
-            other.times = self.schedule.few_steps(num, self.grid)
+            few, times = self.schedule.few_steps, self.times
+            other.times = few(num, self.grid, 0.0 if times == few(len(times), self.grid) else times[0])
         if self.told_steps:
             other.guidance = float(len(other.times))
         if role is not None:

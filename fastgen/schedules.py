@@ -104,14 +104,13 @@ class Schedule:
         """Standard deviation of the pure noise that few-step sampling starts from at time t."""
         return 1.0
 
-    def few_steps(self, num: int, grid: int = 0) -> list[float]:
+    def few_steps(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
         """Times of a num-step sample: the schedule's own, or every (grid / num)-th of a grid that the student
-        was trained on, picked as LCMScheduler and TCDScheduler pick them.
+        was trained on, picked as LCMScheduler and TCDScheduler pick them; `first`, if given, scales them.
         """
-        if not grid:
-            return self.steps(num)
-        times = self.steps(grid)
-        return [times[int(i)] for i in np.linspace(0, grid, num, endpoint=False)]
+        times = self.steps(grid or num)
+        scale = (first or times[0]) / times[0]
+        return [scale * times[int(i)] for i in np.linspace(0, grid or num, num, endpoint=False)]
 
     def toward_data(self, u: Tensor, gamma: float) -> Tensor:
         """The time s = (1 - gamma) u of TCD's strategic stochastic sampling (arXiv 2402.19159)."""
@@ -184,6 +183,9 @@ class VP(Schedule):
         """The grid LCMScheduler visits with `original_inference_steps=num`: 999, 749, 499, 249 for four."""
         stride = self.num_timesteps // num
         return [float((num - i) * stride - 1) for i in range(num)]
+
+    def few_steps(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
+        return [float(round(t)) for t in super().few_steps(num, grid, first)]
 
 
 class Flow(Schedule):

@@ -92,7 +92,8 @@ class StudentConfig(Section):
     num_steps: int = Field(1, ge=1, le=64)
     """network evaluations per sample; the time list follows the exported scheduler's grid"""
     timesteps: tuple[float, ...] = ()
-    """explicit time list in the schedule's units, descending; overrides num_steps"""
+    """explicit time list in the schedule's units, descending; overrides num_steps, and says where other step
+    counts start"""
     sampler: Literal["renoise", "ode", "tcd"] = "renoise"
     """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
     gamma: float = Field(0.0, ge=0, le=1)

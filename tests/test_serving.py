@@ -5,7 +5,9 @@ import pytest
 
 from fastgen.errors import UserError
 from fastgen.export import scheduler_for
+from fastgen.roles import Student
 from fastgen.schedules import EDM, VP, Flow
+from tests.objectives.toys import GaussianNet
 
 SCHEDULES = {"flow": Flow(), "flow3": Flow(3.0), "flow half": Flow(0.5), "vp": VP.scaled_linear()}
 
@@ -54,6 +56,19 @@ def test_one_scheduler_serves_every_count_of_a_grid(grid):
             served.scheduler.set_timesteps(num)
             assert served.scheduler.timesteps.tolist() == S.few_steps(num, grid)
     assert S.few_steps(4, 50) != S.few_steps(4) and S.few_steps(4, 40) == S.few_steps(4)
+
+
+def test_every_step_count_starts_where_the_students_own_list_does():
+    def counts(S, times, *wanted):
+        student = Student(GaussianNet(S, 0.0, 1.0), None, times)
+        return [student.taking(num).times for num in wanted]
+
+    S = VP.scaled_linear()
+    assert counts(S, [850.0], 1, 2, 4) == [[850.0], [850.0, 425.0], [850.0, 637.0, 425.0, 212.0]]
+    assert counts(S, [850.0, 300.0], 0, 1, 2) == [[850.0, 300.0], [850.0], [850.0, 300.0]]
+    assert counts(Flow(3.0), [0.9], 2) == [[0.9, pytest.approx(0.675)]]
+    for num in (1, 3, 16):  # the schedule's own lists stay on its grid
+        assert counts(S, S.steps(num), 4) == [S.steps(4)]
 
 
 def test_edm_serving():
