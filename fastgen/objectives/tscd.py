@@ -6,7 +6,7 @@ sampling) and CTM, Kim et al. 2023, arXiv 2310.02279 (targets inside the traject
   a stage has k segments of the teacher's K-step DDIM grid, k = 8, 4, 2, 1 in turn; each starts from the last
   n ~ U;  t = t_n, r = t_{n+1};  e = end of the segment that holds t
   x_t = alpha x0 + sigma eps
-  x_r = one ODE step t -> r with D_real^w: DDIM, or Heun        (or with the last stage's student)
+  x_r = DDIM step t -> r with D_real^w                              (or with the last stage's student)
   u   ~ U over the grid's points in [e, r]                          e itself with probability end_prob
   pred   = Psi(x_t, t, u; theta),  target = sg Psi(x_r, r, u; theta-),  x_r itself at u = r
       Psi(x, t, u) = alpha_u D(x, t) + sigma_u (x - alpha_t D(x, t)) / sigma_t
@@ -40,8 +40,6 @@ class TSCDConfig(ObjectiveConfig):
     name: Literal["tscd"] = "tscd"
     grid_steps: int = Field(40, ge=1)
     """steps K of the solver's grid; the student is sampled in any number up to it"""
-    solver: Literal["euler", "heun"] = "euler"
-    """solver of that ODE; Euler is DDIM"""
     segments: int = Field(8, ge=1)
     """segments k of this stage; must divide the grid"""
     end_prob: float = Field(0.0, ge=0, le=1)
@@ -86,8 +84,7 @@ class TSCD(Objective, config=TSCDConfig):
     def evaluations(cls, cfg, guidance, num_steps):
         calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
         own = cfg.ode_teacher == "previous"
-        solves = 2 if cfg.solver == "heun" else 1
-        calls["previous" if own else "teacher"] = solves * (1 if own or guidance == 1 else 2)
+        calls["previous" if own else "teacher"] = 1 if own or guidance == 1 else 2
         return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
 
     def step(self, batch, k):
@@ -104,7 +101,7 @@ class TSCD(Objective, config=TSCDConfig):
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
-                x_r = solver_step(S, self.denoiser(batch), x_t, t, r, cfg.solver)
+                x_r = solver_step(S, self.denoiser(batch), x_t, t, r, "euler")
                 net, near = self.target if cfg.target_decay else self.student, r.clamp(min=grid[-2])
                 target = S.ode_step(net(x_r, near, batch.cond), x_r, near, u)  # Psi(x_r, r, u; theta-)
                 target = torch.where(expand(u == r, x_r).bool(), x_r, target)
