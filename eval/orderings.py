@@ -3,6 +3,10 @@
 configs/claims.yaml lists the claims. One holds when the better side's mean is ahead by more than the larger
 spread of the two (a claim of no difference allows a share, `within`); with a smaller lead it is "within the
 spread", and with one seed a side it is "one seed".
+
+What is compared is a metric (`metric`, fd_mini unless told) at a step count (`steps`), or something of the
+curve of fd_mini that a validating run keeps: the training steps to a quality (`reach`), its largest rise
+(`steadier`).
 """
 
 import itertools
