@@ -59,7 +59,7 @@ class Snoopi(Objective, config=SnoopiConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         calls = matching.evaluations(cfg, 2.0, (num_steps - 1) / 2)
-        return calls | {"critic": 2 * calls["critic"]}
+        return calls | {"critic": calls["critic"] * (1 if cfg.plain_critic else 2)}
 
     def step(self, batch, k):
         low, high = self.cfg.min_guidance, self.cfg.max_guidance

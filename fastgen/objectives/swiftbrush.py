@@ -15,6 +15,11 @@ Papers: Nguyen & Tran 2023, arXiv 2312.05239 (Alg. 1, eq. 5-7); v2: Dao et al. 2
 v2 also starts from a few-step student (`student.init`), trains a LoRA student beside a full one, and averages
 the two at the end (`student.fuse`, `student.fuse_weight`).
 
+Where teacher and critic are guided alike, the step vanishes at the teacher's *unguided* distribution: two
+equal models are equal at every w. Students of this method therefore end near what the teacher draws without
+guidance. `plain_critic` leaves the critic unguided, as variational score distillation in 3D does, and the
+student then follows the guided teacher.
+
 Differs
 - authors fix alpha_T^2 = 0.0047; here it is the scheduler's own 0.00466, so that plain diffusers agrees.
 - the alpha^2 weight and the null prompts of the critic stand in the authors' code only; both are kept. Null
@@ -42,6 +47,8 @@ class SwiftBrushConfig(MatchingConfig):
     """critic updates per student update"""
     critic_drop: float = Field(0.1, ge=0, lt=1)
     """probability that the critic's batch is given the null condition"""
+    plain_critic: bool = False
+    """no guidance on the critic: the student follows the guided teacher instead of the unguided one"""
     clip_weight: float = Field(0.0, ge=0)
     """weight of version 2's clamped image-text loss at the start; it falls linearly to 0 over clip_steps"""
     clip_margin: float = Field(0.35, gt=0, le=1)
@@ -74,7 +81,7 @@ class SwiftBrush(Objective, config=SwiftBrushConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         calls = matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
-        return calls | {"critic": calls["critic"] * (1 if guidance == 1 else 2)}
+        return calls | {"critic": calls["critic"] * (1 if guidance == 1 or cfg.plain_critic else 2)}
 
     def step(self, batch, k):
         yield from vsd(self, batch, k, self.guidance)
@@ -90,7 +97,8 @@ def vsd(obj, batch, k, w):
             t, x_t = matching.noised(obj, x, cfg.time)  # x_t = alpha x + sigma eps
             with torch.no_grad():
                 real = obj.teacher.guided(x_t, t, batch.cond, batch.uncond, w)  # e_T^w, as D
-                fake = obj.critic.guided(x_t, t, batch.cond, batch.uncond, w)  # e_L^w, as D
+                own = 1.0 if cfg.plain_critic else w
+                fake = obj.critic.guided(x_t, t, batch.cond, batch.uncond, own)  # e_L^w, as D
             loss = losses.score_difference(x, real, fake, S.alpha(t) * S.sigma(t))  # sigma^2 (e_T - e_L)
             logs = {"vsd": loss, **matching.diagnostics(x, real, fake)}
             if cfg.clip_weight:

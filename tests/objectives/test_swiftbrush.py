@@ -8,7 +8,7 @@ from fastgen import losses
 from fastgen.objectives import matching
 from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
 from fastgen.run import main
-from fastgen.schedules import VP, Flow
+from fastgen.schedules import VP, Flow, expand
 from tests.objectives.toys import (
     AffineStudent,
     CountingRole,
@@ -58,6 +58,40 @@ def test_p1_guidance_is_linear_in_both_branches():
 
     torch.testing.assert_close(g(4.5), -3.5 * g(1.0, null) + 4.5 * g(1.0))
     torch.testing.assert_close(g(torch.full((6,), 4.5)), g(4.5))
+
+
+class Prompted(GaussianNet):
+    """Exact denoiser of N(m + shift, s^2), shift being the condition: equal spreads make guidance exact."""
+
+    def forward(self, x_t, t, cond):
+        moved = GaussianNet(self.schedule, 0, self.s.item())
+        mean = (self.m + cond["shift"])[:, None]
+        a = expand(self.schedule.alpha(t), x_t).double()
+        return mean + moved(x_t - a * mean, t, {})
+
+    raw = forward
+
+
+@pytest.mark.parametrize("plain,rest", [(False, 1.0), (True, 3.0)])
+def test_p1_where_the_step_vanishes(plain, rest):
+    """Teacher N(0.5 + 1, 1), null N(0.5, 1), w = 3: guided alike, a critic that equals the unguided teacher
+    feels nothing; left plain, one that equals the guided teacher, N(0.5 + 3, 1), does; never the other way.
+    """
+    S = VP.scaled_linear()
+    cfg = SwiftBrushConfig(plain_critic=plain)
+    for shift in (1.0, 3.0):
+        players = parts(S)
+        players["teacher"], players["critic"] = (CountingRole(Prompted(S, 0.5, 1.0)) for _ in range(2))
+        if shift != 1.0:  # a critic whose conditional is the guided teacher's
+            inner = players["critic"].backbone.forward
+            players["critic"].backbone.forward = lambda x, t, c, f=inner: f(x, t, {"shift": 3 * c["shift"]})
+        objective = SwiftBrush(cfg, players, rng())
+        objective.guidance = 3.0
+        one, null = ({"shift": torch.full((8,), v, dtype=torch.float64)} for v in (1.0, 0.0))
+        batch = batch_of(torch.zeros(8, 1), torch.randn(8, 1, dtype=torch.float64), one)
+        batch.uncond = null
+        _, logs = next(objective.step(batch, 0))
+        assert (float(logs["real_fake_gap"]) < 1e-9) == (shift == rest), (shift, logs)
 
 
 def descend(follow, steps=400, lr=0.05):
