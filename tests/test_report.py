@@ -57,6 +57,7 @@ def run(tmp_path):
 def test_report_shows_the_run_and_needs_no_other_file(run):
     page = write_report(run).read_text()
     for shown in (
+        "fd_mini reads higher here",
         "assets:teachers/fashion (20 steps, guidance 2) distilled with dmd2 into a lora student of 4 steps",
         "10.0 times as fast",
         "3.21",
