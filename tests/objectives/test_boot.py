@@ -126,6 +126,17 @@ def test_p1_the_sample_is_an_ordinary_one_step_draw():
         assert told[1].tolist() == pytest.approx([S.t_min] * 3)
 
 
+def test_p1_a_later_start_keeps_the_grid_below_it():
+    """VP from 850: the boundary is told 0, the clean end 850, and every level in between lies under 850."""
+    objective = make(VP.scaled_linear(), [850.0])
+    assert objective.time(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.0, 425.0, 850.0]
+    seen = []
+    objective.student.backbone.y = lambda x, net_t: (seen.append(net_t), x)[1]
+    for u in (1.0, 0.0):
+        objective.signal(torch.randn(2, 2), torch.full((2,), u, dtype=torch.float64), {})
+    assert [t[0].item() for t in seen] == [0.0, 850.0]
+
+
 def test_p1_clamp_limits_the_teacher():
     objective = make(Flow(), clamp=0.1)
     batch = batch_of(torch.zeros(8, 2))
