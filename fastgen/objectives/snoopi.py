@@ -19,9 +19,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fastgen.objectives import matching
-from fastgen.objectives.base import Objective
-from fastgen.objectives.swiftbrush import SwiftBrushConfig, vsd
+from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig, vsd
 
 
 class SnoopiConfig(SwiftBrushConfig):
@@ -45,21 +43,10 @@ class SnoopiConfig(SwiftBrushConfig):
         return self
 
 
-class Snoopi(Objective, config=SnoopiConfig):
-    needs_data = False
-
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
-    @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "clip") if cfg.clip_weight else ("teacher",)
-
+class Snoopi(SwiftBrush, config=SnoopiConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        calls = matching.evaluations(cfg, 2.0, (num_steps - 1) / 2)
-        return calls | {"critic": calls["critic"] * (1 if cfg.plain_critic else 2)}
+        return super().evaluations(cfg, 2.0, num_steps)  # w is drawn, whatever teacher.guidance
 
     def step(self, batch, k):
         low, high = self.cfg.min_guidance, self.cfg.max_guidance
