@@ -64,16 +64,14 @@ class BOOT(Objective, config=BOOTConfig):
     def prepare(self):
         S, first = self.schedule, self.student.times[0]
         signal = float(1 / noise_level(S, torch.tensor([first], dtype=torch.float64)))
-        limit = 0.2 if isinstance(S, VP) else 0.1 * (first == S.steps(1)[0])
-        if signal > limit:
+        pure = signal <= 0.2 if isinstance(S, VP) else first == S.steps(1)[0] and signal <= 0.1
+        if not pure:
             found = f"the teacher's x_t at {first:g} is not pure noise (signal over noise {signal:.2g})"
             raise UserError("student.timesteps", found, f"BOOT starts from noise alone, at {S.steps(1)[0]:g}")
-        u = torch.linspace(0, 1, 1001, dtype=torch.float64)
-        self.top = float(u[(S.from_unit(u) - first).abs().argmin()])
 
     def time(self, u):
-        """Time at grid position u in [0, 1], 1 being the student's own."""
-        return self.schedule.from_unit(self.top * u)
+        """Time at grid position u in [0, 1], 1 being the student's own, which only VP has below t_max."""
+        return self.schedule.from_unit(u.double() * (self.student.times[0] / self.schedule.t_max))
 
     def step(self, batch, k):
         cfg, eps, num = self.cfg, batch.noise, self.cfg.num_times
