@@ -157,7 +157,8 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
 def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
     """Network passes whose graphs live together, on average over turns and rounded up."""
     cls = REGISTRY[stage.objective.name]
-    calls = cls.evaluations(stage.objective, cfg.teacher.guidance, num_steps)
+    w = cls.learned_guidance(stage.objective, cfg.teacher.guidance)
+    calls = cls.evaluations(stage.objective, w, num_steps)
     with_grad = sum(v for n, v in calls.items() if n.endswith("+grad"))
     return max(1, math.ceil(with_grad / len(cls.player_parts(stage.objective))))
 

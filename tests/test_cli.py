@@ -121,6 +121,13 @@ def test_dry_run_tells_everything_and_starts_nothing(tmp_path, capsys):
     assert not run.exists()
 
 
+def test_dry_run_counts_the_guidance_a_method_trains_under(capsys):
+    guided = [*FLAT, "--teacher.guidance", "2", "--objective.student_every", "1", "--dry_run"]
+    for more, calls in ([], "teacher 2"), (["--objective.real_guidance", "1"], "teacher 1"):
+        assert main([*guided, *more]) == 0
+        assert calls in capsys.readouterr().out
+
+
 def test_dry_run_needs_no_room_for_the_weights(tmp_path, capsys):
     """A billion parameters are described in seconds: networks are laid out, not filled."""
     net = {

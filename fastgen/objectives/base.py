@@ -163,7 +163,8 @@ class Objective:
     @classmethod
     def learned_guidance(cls, cfg, guidance: float) -> float:
         """The teacher's guidance that ends up inside the student."""
-        return guidance
+        own = getattr(cfg, "real_guidance", None)
+        return guidance if own is None else own
 
     @classmethod
     def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:

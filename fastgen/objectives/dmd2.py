@@ -29,7 +29,6 @@ Differs
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives import matching
@@ -43,8 +42,6 @@ class DMD2Config(GanMatchingConfig):
     name: Literal["dmd2"] = "dmd2"
     backward_simulation: bool = True
     """several steps: train on the student's own intermediate states, not on noised data (Sec. 4.5)"""
-    real_guidance: float | None = Field(None, ge=0)
-    """guidance of the real score; null is teacher.guidance, under which the run measures its teacher"""
 
 
 class DMD2(Objective, config=DMD2Config):
@@ -57,12 +54,7 @@ class DMD2(Objective, config=DMD2Config):
         return cfg.gan_weight > 0 or not cfg.backward_simulation
 
     @classmethod
-    def learned_guidance(cls, cfg, guidance):
-        return guidance if cfg.real_guidance is None else cfg.real_guidance
-
-    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        guidance = cls.learned_guidance(cfg, guidance)
         return matching.evaluations(cfg, guidance, (num_steps - 1) / 2 if cfg.backward_simulation else 0)
 
     def step(self, batch, k):

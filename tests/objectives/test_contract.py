@@ -118,6 +118,20 @@ def test_same_seed_same_run(name, tiny):
     assert runs[0] == runs[1]
 
 
+MATCHING = [n for n, c in REGISTRY.items() if "real_guidance" in c.config.model_fields and n != "snoopi"]
+"""methods whose real score may be guided otherwise than the teacher's samples; SNOOPI draws its scale"""
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_the_real_score_may_have_its_own_guidance(name, tiny, monkeypatch):
+    monkeypatch.setitem(SHORT, name, {**SHORT[name], "real_guidance": 3.0})
+    _, cast, objective = make(name, tiny("flow"))
+    guided, used = objective.teacher.guided, []
+    objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, w))[1]
+    play(objective, batch(cast), 0)
+    assert set(used) == {3.0}
+
+
 @each
 def test_bf16_autocast_is_finite(name, tiny):
     _, cast, objective = make(name, tiny("flow"))
