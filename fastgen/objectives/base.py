@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from fastgen.ema import ema_update
+from fastgen.errors import UserError
 from fastgen.rng import Rng
 from fastgen.roles import Player, Role, Student
 from fastgen.schedules import Schedule
@@ -29,6 +38,15 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
+    real_guidance: float | None = Field(None, ge=0)
+    """guidance of the teacher that is learned from; null is teacher.guidance, that of its own samples"""
+
+    @model_validator(mode="after")
+    def _guidance_is_the_outermost(self):
+        for key in type(self).model_fields:
+            if getattr(getattr(self, key), "real_guidance", None) is not None:
+                raise ValueError(f"{key}.real_guidance: set it on the method around, real_guidance")
+        return self
 
 
 def _any_objective(value: Any) -> Any:
@@ -134,6 +152,11 @@ class Objective:
         }
         self.active: str | None = None
         self.sync = True
+        if cfg.real_guidance is not None and (
+            not self.follows_guidance(cfg) or self.student.guidance_range is not None
+        ):
+            told = "these settings learn from no guided teacher, or draw its guidance; leave it out"
+            raise UserError("objective.real_guidance", f"found {cfg.real_guidance:g}", told)
 
     @classmethod
     def player_parts(cls, cfg) -> dict[str, tuple[str, ...]]:
@@ -144,6 +167,11 @@ class Objective:
     def uses(cls, cfg) -> tuple[str, ...]:
         """Untrained parts this method needs besides the players', e.g. ("teacher",)."""
         return ("teacher",)
+
+    @classmethod
+    def follows_guidance(cls, cfg) -> bool:
+        """Whether these settings learn from the teacher at one fixed guidance."""
+        return "teacher" in cls.uses(cfg)
 
     @classmethod
     def requires_data(cls, cfg) -> bool:
@@ -163,8 +191,7 @@ class Objective:
     @classmethod
     def learned_guidance(cls, cfg, guidance: float) -> float:
         """The teacher's guidance that ends up inside the student."""
-        own = getattr(cfg, "real_guidance", None)
-        return guidance if own is None else own
+        return guidance if cfg.real_guidance is None else cfg.real_guidance
 
     @classmethod
     def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:

@@ -83,7 +83,7 @@ class DisBack(Objective, config=DisBackConfig):
 
     @classmethod
     def learned_guidance(cls, cfg, guidance):
-        return REGISTRY[cfg.host.name].learned_guidance(cfg.host, guidance)
+        return REGISTRY[cfg.host.name].learned_guidance(cfg.host, super().learned_guidance(cfg, guidance))
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
@@ -91,7 +91,7 @@ class DisBack(Objective, config=DisBackConfig):
 
     def __init__(self, cfg, parts, rng, guidance=1.0):
         super().__init__(cfg, parts, rng, guidance)
-        self.host = REGISTRY[cfg.host.name](cfg.host, parts, rng, guidance)
+        self.host = REGISTRY[cfg.host.name](cfg.host, parts, rng, self.guidance)
         self.critic_tensors = list(self.critic.trainable().values())
         self.nodes = [[torch.zeros_like(p) for p in self.critic_tensors] for _ in range(cfg.nodes)]
         self.loaded = 0

@@ -84,6 +84,10 @@ class LADD(Objective, config=LADDConfig):
         return {"student": ("student",), "disc": ("disc",)}
 
     @classmethod
+    def follows_guidance(cls, cfg):
+        return False  # of the teacher only features are read
+
+    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         r = 1 / cfg.student_every
         calls = cfg.gan.evaluations() | {"student+grad": r, "features+grad": r}

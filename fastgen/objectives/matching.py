@@ -28,8 +28,6 @@ class MatchingConfig(ObjectiveConfig):
     """noise levels of the distribution-matching gradient"""
     critic_time: TimeConfig = TimeConfig(low=0.001, high=1.0)
     """noise levels of the critic's denoising loss"""
-    real_guidance: float | None = Field(None, ge=0)
-    """guidance of the real score; null is teacher.guidance, under which the run measures its teacher"""
 
 
 class GanMatchingConfig(MatchingConfig):

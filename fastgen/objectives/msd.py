@@ -78,7 +78,7 @@ class MSD(Objective, config=MSDConfig):
 
     @classmethod
     def learned_guidance(cls, cfg, guidance):
-        return hosted(cfg).learned_guidance(cfg.host, guidance)
+        return hosted(cfg).learned_guidance(cfg.host, super().learned_guidance(cfg, guidance))
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
@@ -92,7 +92,7 @@ class MSD(Objective, config=MSDConfig):
         self.student.trained = list(cfg.only or range(cfg.num_students))
         for j in cfg.only or range(cfg.num_students):
             own = {n.removesuffix(str(j)): p for n, p in parts.items() if n.endswith(str(j))}
-            self.hosts[j] = hosted(cfg)(cfg.host, {**parts, **own}, rng, guidance)
+            self.hosts[j] = hosted(cfg)(cfg.host, {**parts, **own}, rng, self.guidance)
 
     def prepare(self):
         if not self.cfg.score_matching:

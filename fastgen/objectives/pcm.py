@@ -77,7 +77,11 @@ class PCM(Objective, config=PCMConfig):
 
     @classmethod
     def learned_guidance(cls, cfg, guidance):
-        return guidance if cfg.guided_solver else 1.0
+        return super().learned_guidance(cfg, guidance) if cfg.guided_solver else 1.0
+
+    @classmethod
+    def follows_guidance(cls, cfg):
+        return cfg.guided_solver
 
     @classmethod
     def unsampled(cls, cfg, num_steps, sampler):

@@ -40,12 +40,14 @@ class SnoopiConfig(SwiftBrushConfig):
     def _ordered(self):
         if self.min_guidance > self.max_guidance:
             raise ValueError(f"objective.min_guidance: found {self.min_guidance:g}, above max_guidance")
-        if self.real_guidance is not None:
-            raise ValueError("real_guidance: w is drawn; to fix it set min_guidance and max_guidance alike")
         return self
 
 
 class Snoopi(SwiftBrush, config=SnoopiConfig):
+    @classmethod
+    def follows_guidance(cls, cfg):
+        return False  # w is drawn
+
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         return super().evaluations(cfg, 2.0, num_steps)  # w is drawn, whatever teacher.guidance

@@ -73,6 +73,10 @@ class TSCD(Objective, config=TSCDConfig):
         return ("teacher", *(n for n, wanted in more.items() if wanted))
 
     @classmethod
+    def follows_guidance(cls, cfg):
+        return cfg.ode_teacher == "original"
+
+    @classmethod
     def grid_steps(cls, cfg):
         return cfg.grid_steps
 

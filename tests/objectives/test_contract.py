@@ -12,6 +12,7 @@ import yaml
 
 from fastgen import config
 from fastgen.build import Cast
+from fastgen.errors import UserError
 from fastgen.objectives import REGISTRY
 from fastgen.objectives.base import Batch
 from fastgen.paths import config as config_file
@@ -118,18 +119,26 @@ def test_same_seed_same_run(name, tiny):
     assert runs[0] == runs[1]
 
 
-MATCHING = [n for n, c in REGISTRY.items() if "real_guidance" in c.config.model_fields and n != "snoopi"]
-"""methods whose real score may be guided otherwise than the teacher's samples; SNOOPI draws its scale"""
-
-
-@pytest.mark.parametrize("name", MATCHING)
-def test_the_real_score_may_have_its_own_guidance(name, tiny, monkeypatch):
-    monkeypatch.setitem(SHORT, name, {**SHORT[name], "real_guidance": 3.0})
-    _, cast, objective = make(name, tiny("flow"))
+@each
+def test_what_is_learned_may_be_guided_otherwise_than_the_teachers_samples(name, tiny, monkeypatch):
+    """Every call of the guided teacher takes real_guidance; a method that makes none refuses the key."""
+    monkeypatch.setitem(SHORT, name, {**SHORT.get(name, {}), "real_guidance": 3.0})
+    try:
+        _, cast, objective = make(name, tiny("flow"))
+    except UserError as error:
+        cfg = REGISTRY[name].config(name=name, **SHORT[name])
+        assert "real_guidance" in str(error) and not REGISTRY[name].follows_guidance(cfg)
+        return
     guided, used = objective.teacher.guided, []
     objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, w))[1]
-    play(objective, batch(cast), 0)
+    for k in range(3):
+        play(objective, batch(cast), k)
     assert set(used) == {3.0}
+
+
+def test_guidance_is_set_on_the_method_around():
+    with pytest.raises(ValueError, match="scm.real_guidance"):
+        REGISTRY["sana_sprint"].config(scm={"real_guidance": 3.0})
 
 
 @each

@@ -75,11 +75,6 @@ def test_a_range_upside_down_is_refused():
         SnoopiConfig(min_guidance=3, max_guidance=1)
 
 
-def test_a_fixed_scale_is_refused():
-    with pytest.raises(ValueError, match="real_guidance"):
-        SnoopiConfig(real_guidance=1.5)
-
-
 def networks(tiny):
     """(name, denoiser, its call, a negative's states and mask, number of attentions to text)."""
     from diffusers import SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
