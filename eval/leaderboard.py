@@ -42,7 +42,9 @@ One file per method. The tables below are written by `python -m eval leaderboard
 """
 NOTES = """fd_mini is a Frechet distance in the features of a small net of our own, against held-out real
 images. It orders generators of one image set among each other and is not comparable with any published FID.
-"of teacher" is the ratio to the teacher measured in the same run. With several seeds: mean +- standard
+"of teacher" is the ratio to the teacher at as many samples, since fewer enlarge a Frechet distance: of the
+same run, or where that measured its teacher on fewer, of another run of the same teacher and protocol; a "~"
+says that there is none, so that the ratio flatters the student. With several seeds: mean +- standard
 deviation. "teacher (NFE)" names the network calls of one teacher sample."""
 
 
@@ -64,12 +66,31 @@ def _metric(documents: list[dict]) -> str:
     return "energy_distance" if _numbers(documents, "student", "energy_distance") else "fd_mini"
 
 
-def _row(documents: list[dict], path: tuple[str, ...], nfe: str) -> list[str]:
-    first, metric = documents[0], _metric(documents)
-    own, teacher = _numbers(documents, *path, metric), _numbers(documents, "teacher", metric)
+def _key(document: dict, samples: str) -> tuple:
+    """What a teacher's number depends on, with the count of samples named."""
+    protocol = document["results"].get("protocol", {})
+    about = ("guidance", "teacher_steps", "seed", "extractor", samples)
+    return (document["teacher"], *(protocol.get(name) for name in about))
+
+
+def teacher_value(document: dict, documents: list[dict], metric: str) -> tuple[float, bool] | None:
+    """(the teacher's distance, whether it is of as many samples as the student's); None without a teacher."""
+    for other in (document, *documents):
+        found = _numbers([other], "teacher", metric)
+        if found and _key(other, "teacher_samples") == _key(document, "num_samples"):
+            return found[0], True
+    found = _numbers([document], "teacher", metric)
+    return (found[0], False) if found else None
+
+
+def _row(group: list[dict], path: tuple[str, ...], nfe: str, documents: list[dict]) -> list[str]:
+    first, metric = group[0], _metric(group)
+    own, teachers = _numbers(group, *path, metric), [teacher_value(d, documents, metric) for d in group]
+    teacher = [t[0] for t in teachers if t]
     paired = [a / b for a, b in zip(own, teacher) if b] if len(own) == len(teacher) else []
-    calls = _numbers(documents, "teacher", "nfe")
+    calls = _numbers(group, "teacher", "nfe")
     reference = f"{cell(teacher)} ({calls[0]:.0f})" if teacher and calls else ""
+    mark = "" if all(t[1] for t in teachers if t) else "~"
     protocol = first["results"].get("protocol", {})
     return [
         f"`{first['recipe']}`",
@@ -78,14 +99,14 @@ def _row(documents: list[dict], path: tuple[str, ...], nfe: str) -> list[str]:
         nfe,
         cell(own),
         reference,
-        cell(paired, ".2f"),
-        cell(_numbers(documents, "untrained_student", metric)),
-        cell(_numbers(documents, *path, "agreement"), ".1f", 100),
-        cell(_numbers(documents, *path, "recall"), ".2f"),
-        cell(_numbers(documents, "floor", metric)),
+        mark + cell(paired, ".2f"),
+        cell(_numbers(group, "untrained_student", metric)),
+        cell(_numbers(group, *path, "agreement"), ".1f", 100),
+        cell(_numbers(group, *path, "recall"), ".2f"),
+        cell(_numbers(group, "floor", metric)),
         str(protocol.get("num_samples", "")),
-        str(len(documents)),
-        cell([v / 60 for v in _numbers(documents, "train", "seconds")], ".0f").split(" ")[0],
+        str(len(group)),
+        cell([v / 60 for v in _numbers(group, "train", "seconds")], ".0f").split(" ")[0],
     ]
 
 
@@ -112,9 +133,10 @@ def measured(documents: list[dict]) -> str:
             by_steps = group[0]["results"].get("student_by_steps", {})
             own = _numbers(group, "student", "nfe")
             if own and not any(row.get("nfe") == own[0] for row in by_steps.values()):
-                rows.append(_row(group, ("student",), f"{own[0]:.0f}"))
+                rows.append(_row(group, ("student",), f"{own[0]:.0f}", documents))
             for steps, row in by_steps.items():
-                rows.append(_row(group, ("student_by_steps", steps), f"{row.get('nfe', steps)}"))
+                path = ("student_by_steps", steps)
+                rows.append(_row(group, path, f"{row.get('nfe', steps)}", documents))
         metric = _metric([d for d in documents if d["teacher"] == teacher])
         header = tuple(metric if name == "fd_mini" else name for name in HEADER)
         lines += ["", f"### {teacher}", "", *_markdown(header, rows)]
@@ -170,7 +192,7 @@ def _p3(method: str, documents: list[dict]) -> str:
         if not values or metric != "fd_mini":
             continue
         value, nfe = min(values, key=lambda v: v[0])
-        teacher = _numbers([document], "teacher", metric)
+        teacher = teacher_value(document, documents, metric)
         beside = f", teacher {teacher[0]:.3g}" if teacher else ""
         shown = f"{document['teacher']} {value:.3g} at NFE {nfe}{beside}"
         if value < best.get(document["teacher"], (math.inf, ""))[0]:
@@ -213,14 +235,16 @@ def _best(method: str, documents: list[dict]) -> str:
     found = []
     for document in (d for d in documents if method in d["objective"].split("+")):
         metric, results = _metric([document]), document["results"]
-        teacher = results.get("teacher", {}).get(metric)
+        teacher, fair = teacher_value(document, documents, metric) or (None, False)
         rows = [results.get("student", {}), *results.get("student_by_steps", {}).values()]
         found += [
-            (r[metric] / teacher, r.get("nfe"), document["teacher"]) for r in rows if teacher and metric in r
+            (not fair, r[metric] / teacher, r.get("nfe"), document["teacher"])
+            for r in rows
+            if teacher and metric in r
         ]
     if not found:
         return "-"
-    ratio, nfe, teacher = min(found)
+    _, ratio, nfe, teacher = min(found)
     return f"{ratio:.2f} at {nfe} ({teacher})"
 
 

@@ -16,7 +16,7 @@ def results(fd: float, teacher: float = 3.0) -> dict:
         "teacher": {"nfe": 20, "fd_mini": teacher, "seconds_per_sample": 0.2},
         "student": {"nfe": 1, "fd_mini": fd, "agreement": 0.91, "recall": 0.5, "seconds_per_sample": 0.01},
         "untrained_student": {"nfe": 1, "fd_mini": 90.0, "seconds_per_sample": 0.01},
-        "protocol": {"num_samples": 100, "seed": 1},
+        "protocol": {"num_samples": 100, "teacher_samples": 100, "seed": 1},
         "train": {"seconds": 600.0, "steps": 10, "peak_rss_mb": 1.0},
     }
 
@@ -144,6 +144,30 @@ def test_a_row_for_every_step_count():
     trained = {**found, "teacher": None}
     trained.pop("teacher")
     assert "| 4 |" in leaderboard.measured([{**document, "results": trained}])
+
+
+def test_the_ratio_is_to_a_teacher_of_as_many_samples():
+    """Its own teacher was measured on fewer, which enlarges it: another run's is taken, or a mark set."""
+    few = {
+        "recipe": "a",
+        "objective": "dmd2",
+        "teacher": "digits",
+        "student": "full",
+        "results": results(2.0),
+    }
+    few["results"]["teacher"]["fd_mini"] = 8.0
+    few["results"]["protocol"]["teacher_samples"] = 50
+    fair = {**few, "recipe": "b", "results": results(3.0, 4.0)}
+    other = {**fair, "recipe": "c", "results": results(3.0, 5.0)}
+    other["results"]["protocol"]["seed"] = 2
+
+    def row(*documents) -> str:
+        return next(line for line in leaderboard.measured(list(documents)).splitlines() if "| `a`" in line)
+
+    assert "| 8 (20) | ~0.25 |" in row(few) and "| 8 (20) | ~0.25 |" in row(few, other)
+    assert "| 4 (20) | 0.50 |" in row(few, fair, other)
+    assert leaderboard._best("dmd2", [few]).startswith("0.25")
+    assert leaderboard._best("dmd2", [few, fair]).startswith("0.50")
 
 
 def test_ladder_reads_the_tests_that_exist(tmp_path):
