@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from eval import evidence, leaderboard, orderings
+from eval import evidence, ladder, leaderboard, measured, orderings
 from eval.__main__ import main
 from fastgen.config import RunConfig, dump, validate
 from fastgen.errors import UserError
@@ -138,12 +138,12 @@ def test_a_row_for_every_step_count():
         "seed": 0,
         "results": found,
     }
-    rows = [line for line in leaderboard.measured([document]).splitlines() if line.startswith("| `r`")]
+    rows = [line for line in measured.measured([document]).splitlines() if line.startswith("| `r`")]
     assert [row.split("|")[4].strip() for row in rows] == ["1", "4"]
     assert [row.split("|")[7].strip() for row in rows] == ["1.33", "0.67"]
     trained = {**found, "teacher": None}
     trained.pop("teacher")
-    assert "| 4 |" in leaderboard.measured([{**document, "results": trained}])
+    assert "| 4 |" in measured.measured([{**document, "results": trained}])
 
 
 def test_the_ratio_is_to_a_teacher_of_as_many_samples():
@@ -162,12 +162,12 @@ def test_the_ratio_is_to_a_teacher_of_as_many_samples():
     other["results"]["protocol"]["seed"] = 2
 
     def row(*documents) -> str:
-        return next(line for line in leaderboard.measured(list(documents)).splitlines() if "| `a`" in line)
+        return next(line for line in measured.measured(list(documents)).splitlines() if "| `a`" in line)
 
     assert "| 8 (20) | ~0.25 |" in row(few) and "| 8 (20) | ~0.25 |" in row(few, other)
     assert "| 4 (20) | 0.50 |" in row(few, fair, other)
-    assert leaderboard._best("dmd2", [few]).startswith("0.25")
-    assert leaderboard._best("dmd2", [few, fair]).startswith("0.50")
+    assert ladder._best("dmd2", [few]).startswith("0.25")
+    assert ladder._best("dmd2", [few, fair]).startswith("0.50")
 
 
 def test_ladder_reads_the_tests_that_exist(tmp_path):
@@ -175,12 +175,12 @@ def test_ladder_reads_the_tests_that_exist(tmp_path):
     own = "import pytest\ndef test_p1_a(): ...\n@pytest.mark.skip\ndef test_p2_b(): ...\n"
     own += "def helper_p4_x(): ...\n"
     (tmp_path / "objectives" / "test_dmd2.py").write_text(own)
-    where = leaderboard.proofs("dmd2", tmp_path)
+    where = ladder.proofs("dmd2", tmp_path)
     assert where == {"P1": "objectives/test_dmd2.py", "P2": "", "P4": ""}
     (tmp_path / "test_export.py").write_text("def test_p4_dmd2_full(): ...\ndef test_p4_sft(): ...\n")
-    assert leaderboard.proofs("dmd2", tmp_path)["P4"] == "test_export.py"
-    assert leaderboard.proofs("consistency", tmp_path) == {"P1": "", "P2": "", "P4": ""}
-    row = next(line for line in leaderboard.ladder([], tmp_path).splitlines() if "`dmd2`" in line)
+    assert ladder.proofs("dmd2", tmp_path)["P4"] == "test_export.py"
+    assert ladder.proofs("consistency", tmp_path) == {"P1": "", "P2": "", "P4": ""}
+    row = next(line for line in ladder.ladder([], tmp_path).splitlines() if "`dmd2`" in line)
     assert "[2405.14867](https://arxiv.org/abs/2405.14867)" in row
     assert row.count("[tested](../../tests/") == 2
 
@@ -196,7 +196,7 @@ def test_the_guide_names_needs_costs_and_the_best_ratio():
         "objective": "ode_pairs+dmd2",
         "results": results(2.0, 4.0),
     }
-    rows = {line.split("`")[1]: line for line in leaderboard.choice([document]).splitlines() if "`" in line}
+    rows = {line.split("`")[1]: line for line in ladder.choice([document]).splitlines() if "`" in line}
     assert set(rows) >= {"dmd2", "boot", "ode_pairs"} and rows["sft"].endswith("| - |")
     assert "| yes | student, critic, disc |" in rows["dmd2"] and "| no | student |" in rows["boot"]
     assert "0.50 at 1 (digits)" in rows["dmd2"] and "0.50 at 1 (digits)" in rows["ode_pairs"]

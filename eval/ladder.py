@@ -1,0 +1,149 @@
+"""Method by method: which proofs exist, and what it needs and costs.
+
+Ladder: P1 identities, P2 distils an exact mixture, P3 distils a trained mini teacher (evidence), P4 exported
+and sampled by plain diffusers. P1, P2 and P4 ask for test functions named `test_p1_*` and so on in
+tests/objectives/test_<method>.py, and `test_p4_<method>*` in any other test file; skipped ones do not count.
+"""
+
+import ast
+import importlib
+import math
+import re
+from pathlib import Path
+
+from eval.measured import distance, markdown, teacher_value
+from fastgen.objectives import REGISTRY
+from fastgen.paths import PACKAGE
+
+TESTS = PACKAGE.parent / "tests"
+
+
+def _tests(file: Path) -> list[str]:
+    """Names of the test functions of a file that are not skipped."""
+    if not file.is_file():
+        return []
+    found = []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            marks = " ".join(ast.unparse(d) for d in node.decorator_list)
+            if "mark.skip" not in marks and "xfail" not in marks:
+                found.append(node.name)
+    return found
+
+
+def proofs(method: str, tests: Path) -> dict[str, str]:
+    """The test file (relative to tests/) behind P1, P2 and P4 of a method; empty where there is none."""
+    own = tests / "objectives" / f"test_{method}.py"
+    found = {}
+    for proof in ("P1", "P2", "P4"):
+        named = any(n.startswith(f"test_{proof.lower()}_") for n in _tests(own))
+        found[proof] = f"objectives/{own.name}" if named else ""
+    for file in sorted(tests.glob("test_*.py")):
+        if not found["P4"] and any(re.match(rf"test_p4_{method}(_|$)", n) for n in _tests(file)):
+            found["P4"] = file.name
+    return found
+
+
+def paper(method: str) -> str:
+    """The first arXiv id that the method's module names."""
+    text = importlib.import_module(REGISTRY[method].__module__).__doc__ or ""
+    found = re.search(r"(?:arXiv:? ?)?\b(\d{4}\.\d{5})\b", text)
+    return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
+
+
+def _p3(method: str, documents: list[dict]) -> str:
+    """Per teacher, the best student this method has made: its distance and the teacher's."""
+    best: dict[str, tuple[float, str]] = {}
+    for document in documents:
+        if method not in document["objective"].split("+"):
+            continue
+        metric = distance([document])
+        rows = [
+            document["results"].get("student", {}),
+            *document["results"].get("student_by_steps", {}).values(),
+        ]
+        values = [(row[metric], row.get("nfe")) for row in rows if metric in row]
+        if not values or metric != "fd_mini":
+            continue
+        value, nfe = min(values, key=lambda v: v[0])
+        teacher = teacher_value(document, documents, metric)
+        beside = f", teacher {teacher[0]:.3g}" if teacher else ""
+        shown = f"{document['teacher']} {value:.3g} at NFE {nfe}{beside}"
+        if value < best.get(document["teacher"], (math.inf, ""))[0]:
+            best[document["teacher"]] = (value, shown)
+    return "; ".join(shown for _, shown in best.values())
+
+
+def ladder(documents: list[dict], tests: Path = TESTS) -> str:
+    """Method by method, the proofs that exist."""
+    rows = []
+    for method, cls in sorted(REGISTRY.items()):
+        file = f"{cls.__module__.rsplit('.', 1)[-1]}.py"
+        if not cls.__module__.startswith("fastgen."):
+            continue
+        found = proofs(method, tests)
+        marks = {p: f"[tested](../../tests/{where})" if where else "-" for p, where in found.items()}
+        rows.append(
+            [
+                f"[`{method}`]({file})",
+                paper(method),
+                marks["P1"],
+                marks["P2"],
+                _p3(method, documents) or "-",
+                marks["P4"],
+            ]
+        )
+    header = (
+        "method",
+        "paper",
+        "P1 identities",
+        "P2 exact mixture",
+        "P3 trained teacher",
+        "P4 plain diffusers",
+    )
+    return "\n".join(markdown(header, rows))
+
+
+def _best(method: str, documents: list[dict]) -> str:
+    """The smallest ratio to its teacher that a method has evidence of."""
+    found = []
+    for document in (d for d in documents if method in d["objective"].split("+")):
+        metric, results = distance([document]), document["results"]
+        teacher, fair = teacher_value(document, documents, metric) or (None, False)
+        rows = [results.get("student", {}), *results.get("student_by_steps", {}).values()]
+        found += [
+            (not fair, r[metric] / teacher, r.get("nfe"), document["teacher"])
+            for r in rows
+            if teacher and metric in r
+        ]
+    if not found:
+        return "-"
+    _, ratio, nfe, teacher = min(found)
+    return f"{ratio:.2f} at {nfe} ({teacher})"
+
+
+def choice(documents: list[dict]) -> str:
+    """What each method needs and costs, read off its class, beside the best it has reached."""
+    rows = []
+    for method, cls in sorted(REGISTRY.items()):
+        if not cls.__module__.startswith("fastgen."):
+            continue
+        cfg = cls.config()
+        calls = cls.evaluations(cfg, 2.0, 1)
+        plain = {k: v for k, v in calls.items() if not k.endswith("+grad")}
+        grads = {k.removesuffix("+grad"): v for k, v in calls.items() if k.endswith("+grad")}
+        shown = [f"{k} {v:g}" for k, v in plain.items()] + [f"{k} {v:g} g" for k, v in grads.items()]
+        rows.append(
+            [
+                f"[`{method}`](../fastgen/objectives/{cls.__module__.rsplit('.', 1)[-1]}.py)",
+                "yes" if cls.requires_data(cfg) else "no",
+                ", ".join(p for parts in cls.player_parts(cfg).values() for p in parts),
+                ", ".join(shown),
+                _best(method, documents),
+            ]
+        )
+    header = ("method", "real images", "trained", "calls a step", "best")
+    return "\n".join(markdown(header, rows))
+
+
+# -- the file

@@ -1,0 +1,106 @@
+"""The leaderboard's tables of numbers, one a teacher, from the evidence of finished runs."""
+
+import math
+
+from eval.orderings import cell
+
+NOTES = """fd_mini is a Frechet distance in the features of a small net of our own, against held-out real
+images. It orders generators of one image set among each other and is not comparable with any published FID.
+"of teacher" is the ratio to the teacher at as many samples, since fewer enlarge a Frechet distance: of the
+same run, or where that measured its teacher on fewer, of another run of the same teacher and protocol; a "~"
+says that there is none, so that the ratio flatters the student. With several seeds: mean +- standard
+deviation. "teacher (NFE)" names the network calls of one teacher sample."""
+
+
+def numbers(documents: list[dict], *path: str) -> list[float]:
+    """One value per document, where it has it."""
+    found = []
+    for document in documents:
+        value = document["results"]
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append(float(value))
+    return found
+
+
+def distance(documents: list[dict]) -> str:
+    """The distance these results are ordered by."""
+    return "energy_distance" if numbers(documents, "student", "energy_distance") else "fd_mini"
+
+
+def _key(document: dict, samples: str) -> tuple:
+    """What a teacher's number depends on, with the count of samples named."""
+    protocol = document["results"].get("protocol", {})
+    about = ("guidance", "teacher_steps", "seed", "extractor", samples)
+    return (document["teacher"], *(protocol.get(name) for name in about))
+
+
+def teacher_value(document: dict, documents: list[dict], metric: str) -> tuple[float, bool] | None:
+    """(the teacher's distance, whether it is of as many samples as the student's); None without a teacher."""
+    for other in (document, *documents):
+        found = numbers([other], "teacher", metric)
+        if found and _key(other, "teacher_samples") == _key(document, "num_samples"):
+            return found[0], True
+    found = numbers([document], "teacher", metric)
+    return (found[0], False) if found else None
+
+
+def _row(group: list[dict], path: tuple[str, ...], nfe: str, documents: list[dict]) -> list[str]:
+    first, metric = group[0], distance(group)
+    own, teachers = numbers(group, *path, metric), [teacher_value(d, documents, metric) for d in group]
+    teacher = [t[0] for t in teachers if t]
+    paired = [a / b for a, b in zip(own, teacher) if b] if len(own) == len(teacher) else []
+    calls = numbers(group, "teacher", "nfe")
+    reference = f"{cell(teacher)} ({calls[0]:.0f})" if teacher and calls else ""
+    mark = "" if all(t[1] for t in teachers if t) else "~"
+    protocol = first["results"].get("protocol", {})
+    return [
+        f"`{first['recipe']}`",
+        first["objective"],
+        first["student"],
+        nfe,
+        cell(own),
+        reference,
+        mark + cell(paired, ".2f"),
+        cell(numbers(group, "untrained_student", metric)),
+        cell(numbers(group, *path, "agreement"), ".1f", 100),
+        cell(numbers(group, *path, "recall"), ".2f"),
+        cell(numbers(group, "floor", metric)),
+        str(protocol.get("num_samples", "")),
+        str(len(group)),
+        cell([v / 60 for v in numbers(group, "train", "seconds")], ".0f").split(" ")[0],
+    ]
+
+
+HEADER = (
+    "recipe", "method", "student", "NFE", "fd_mini", "teacher (NFE)", "of teacher", "untrained",
+    "agreement %", "recall", "floor", "samples", "seeds", "minutes",
+)  # fmt: skip
+
+
+def markdown(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def measured(documents: list[dict]) -> str:
+    """One table per teacher; one row per recipe and step count, seeds merged."""
+    if not documents:
+        return "No evidence yet."
+    lines = NOTES.splitlines()
+    for teacher in dict.fromkeys(d["teacher"] for d in documents):
+        rows = []
+        for recipe in dict.fromkeys(d["recipe"] for d in documents if d["teacher"] == teacher):
+            group = [d for d in documents if (d["teacher"], d["recipe"]) == (teacher, recipe)]
+            by_steps = group[0]["results"].get("student_by_steps", {})
+            own = numbers(group, "student", "nfe")
+            if own and not any(row.get("nfe") == own[0] for row in by_steps.values()):
+                rows.append(_row(group, ("student",), f"{own[0]:.0f}", documents))
+            for steps, row in by_steps.items():
+                path = ("student_by_steps", steps)
+                rows.append(_row(group, path, f"{row.get('nfe', steps)}", documents))
+        metric = distance([d for d in documents if d["teacher"] == teacher])
+        header = tuple(metric if name == "fd_mini" else name for name in HEADER)
+        lines += ["", f"### {teacher}", "", *markdown(header, rows)]
+    return "\n".join(lines)
