@@ -47,7 +47,8 @@ def open_run(folder: Path, overwrite: bool) -> None:
 def check_same(path: Path, now: dict[str, str]) -> None:
     """Refuse to resume a checkpoint under settings that would make another run of it; says which and how."""
     before = read_meta(path)["fingerprint"]
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    # a key that came after the checkpoint was written counts as null
+    changed = [k for k in sorted(before | now) if before.get(k, "null") != now.get(k, "null")]
     if changed:
         told = ", ".join(f"{k} ({before.get(k, 'unset')} -> {now.get(k, 'unset')})" for k in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

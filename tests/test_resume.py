@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fastgen import checkpoint
+from fastgen.errors import UserError
 from fastgen.run import main
 from fastgen.trainer import Trainer
 
@@ -239,3 +240,10 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, no_finish):
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-5", "checkpoint-6"]
     files = {p.suffix for p in (tmp_path / "run/checkpoints").rglob("*") if p.is_file()}
     assert files == {".safetensors", ".json"}
+
+
+def test_a_setting_newer_than_the_checkpoint_must_be_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path: {"fingerprint": {"train.seed": "0"}})
+    checkpoint.check_same(tmp_path, {"train.seed": "0", "objective.new": "null"})
+    with pytest.raises(UserError, match=r"objective.new \(unset -> 3\)"):
+        checkpoint.check_same(tmp_path, {"train.seed": "0", "objective.new": "3"})
