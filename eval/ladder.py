@@ -18,6 +18,19 @@ from fastgen.paths import PACKAGE
 TESTS = PACKAGE.parent / "tests"
 
 
+def _methods():
+    """(name, class, file) of every method of the package, by name; plugins are not ours to tell of."""
+    for method, cls in sorted(REGISTRY.items()):
+        if cls.__module__.startswith("fastgen."):
+            yield method, cls, f"{cls.__module__.rsplit('.', 1)[-1]}.py"
+
+
+def _students(document: dict) -> list[dict]:
+    """What was measured of a run's student: at its own step count and at the others."""
+    results = document["results"]
+    return [results.get("student", {}), *results.get("student_by_steps", {}).values()]
+
+
 def _tests(file: Path) -> list[str]:
     """Names of the test functions of a file that are not skipped."""
     if not file.is_file():
@@ -58,11 +71,7 @@ def _p3(method: str, documents: list[dict]) -> str:
         if method not in document["objective"].split("+"):
             continue
         metric = distance([document])
-        rows = [
-            document["results"].get("student", {}),
-            *document["results"].get("student_by_steps", {}).values(),
-        ]
-        values = [(row[metric], row.get("nfe")) for row in rows if metric in row]
+        values = [(row[metric], row.get("nfe")) for row in _students(document) if metric in row]
         if not values or metric != "fd_mini":
             continue
         value, nfe = min(values, key=lambda v: v[0])
@@ -77,10 +86,7 @@ def _p3(method: str, documents: list[dict]) -> str:
 def ladder(documents: list[dict], tests: Path = TESTS) -> str:
     """Method by method, the proofs that exist."""
     rows = []
-    for method, cls in sorted(REGISTRY.items()):
-        file = f"{cls.__module__.rsplit('.', 1)[-1]}.py"
-        if not cls.__module__.startswith("fastgen."):
-            continue
+    for method, _, file in _methods():
         found = proofs(method, tests)
         marks = {p: f"[tested](../../tests/{where})" if where else "-" for p, where in found.items()}
         rows.append(
@@ -108,12 +114,11 @@ def _best(method: str, documents: list[dict]) -> str:
     """The smallest ratio to its teacher that a method has evidence of."""
     found = []
     for document in (d for d in documents if method in d["objective"].split("+")):
-        metric, results = distance([document]), document["results"]
+        metric = distance([document])
         teacher, fair = teacher_value(document, documents, metric) or (None, False)
-        rows = [results.get("student", {}), *results.get("student_by_steps", {}).values()]
         found += [
             (not fair, r[metric] / teacher, r.get("nfe"), document["teacher"])
-            for r in rows
+            for r in _students(document)
             if teacher and metric in r
         ]
     if not found:
@@ -125,9 +130,7 @@ def _best(method: str, documents: list[dict]) -> str:
 def choice(documents: list[dict]) -> str:
     """What each method needs and costs, read off its class, beside the best it has reached."""
     rows = []
-    for method, cls in sorted(REGISTRY.items()):
-        if not cls.__module__.startswith("fastgen."):
-            continue
+    for method, cls, file in _methods():
         cfg = cls.config()
         calls = cls.evaluations(cfg, 2.0, 1)
         plain = {k: v for k, v in calls.items() if not k.endswith("+grad")}
@@ -135,7 +138,7 @@ def choice(documents: list[dict]) -> str:
         shown = [f"{k} {v:g}" for k, v in plain.items()] + [f"{k} {v:g} g" for k, v in grads.items()]
         rows.append(
             [
-                f"[`{method}`](../fastgen/objectives/{cls.__module__.rsplit('.', 1)[-1]}.py)",
+                f"[`{method}`](../fastgen/objectives/{file})",
                 "yes" if cls.requires_data(cfg) else "no",
                 ", ".join(p for parts in cls.player_parts(cfg).values() for p in parts),
                 ", ".join(shown),
@@ -144,6 +147,3 @@ def choice(documents: list[dict]) -> str:
         )
     header = ("method", "real images", "trained", "calls a step", "best")
     return "\n".join(markdown(header, rows))
-
-
-# -- the file

@@ -242,7 +242,7 @@ class Objective:
         return self.schedule.t_from_lambda(-normal).clamp(self.schedule.t_min, self.schedule.t_max)
 
     def tell(self, batch: Batch) -> tuple[float | Tensor, dict[str, Tensor]]:
-        """(w of this step, the student's cond): teacher.guidance, or w ~ U(range) [B] that the student is
+        """(w of this step, the student's cond): the learned guidance, or w ~ U(range) [B] that the student is
         told.
         """
         span = self.student.guidance_range

@@ -18,7 +18,7 @@ Differs
   the run stops and says where.
 - SIM's distances need no W: each is self-normalised, so W divides the GAN term and the l2 distance alone.
 - SiD-LSG feeds sigma_625 z at t = 625; here the student's first time is any `student.timesteps` and its input
-  is the schedule's unit noise, which plain pipelines draw. Guidance k4 of the teacher is `teacher.guidance`.
+  is the schedule's unit noise, which plain pipelines draw. k4 is the guidance of the teacher.
 - SiDA has no new parameters (`disc_mean`): logits are channel means of the critic's deepest encoder features.
 """
 

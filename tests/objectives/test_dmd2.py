@@ -121,6 +121,17 @@ def make(cfg, schedule=None, student=None, steps=1):
     )
 
 
+def test_p1_the_real_score_may_have_its_own_guidance():
+    objective, used = make({"gan_weight": 0.0, "student_every": 1, "real_guidance": 3.0}), []
+    guided = objective.teacher.guided
+    objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, 1.0))[1]
+    next(objective.step(batch_of(torch.randn(8, 1)), 0))
+    assert used == [3.0] and DMD2.learned_guidance(DMD2Config(), 2.0) == 2.0
+    cfg = DMD2Config(real_guidance=1.0, gan_weight=0.0, student_every=1)
+    calls = DMD2.evaluations(cfg, DMD2.learned_guidance(cfg, 2.0), 1)
+    assert calls["teacher"] == 1, "an unguided real score is one call, whatever the teacher's samples use"
+
+
 def test_p1_update_ratio_and_turns():
     """Twenty steps at ratio 5: four student updates, twenty critic updates, gradients only in one's own
     turn.
