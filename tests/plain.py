@@ -25,9 +25,14 @@ def run_plain(script, *arguments, cwd) -> SimpleNamespace:
         _server = subprocess.Popen([sys.executable, str(Path(__file__).resolve())], cwd="/", **pipes)
         atexit.register(_server.kill)
     job = {"script": str(script), "arguments": [str(a) for a in arguments], "cwd": str(cwd)}
-    _server.stdin.write(json.dumps(job) + "\n")
-    _server.stdin.flush()
-    return SimpleNamespace(**json.loads(_server.stdout.readline()))
+    try:
+        _server.stdin.write(json.dumps(job) + "\n")
+        _server.stdin.flush()
+        return SimpleNamespace(**json.loads(_server.stdout.readline()))
+    except BaseException:  # out of time: its answer must not be read as that of the next script
+        _server.kill()
+        _server = None
+        raise
 
 
 class Barred:

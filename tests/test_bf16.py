@@ -16,6 +16,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_thousand_steps(tmp_path, name):
     cfg = config.validate(

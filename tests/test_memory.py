@@ -30,6 +30,7 @@ def test_the_page_is_current(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", [n for n in models() if n not in QUICK])
 def test_the_whole_page_is_current(name):
     assert row(name) in PAGE.splitlines()
