@@ -228,7 +228,7 @@ def test_kill_while_saving_leaves_a_checkpoint_that_resumes(point, tmp_path, no_
         "train": BASE["train"] | {"validation_steps": 0, "log_steps": 2}
     }
     arguments, run = write(tmp_path, values), tmp_path / "run"
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would keep its threads' locks
+    context = multiprocessing.get_context("forkserver")  # a fork would keep the locks of threads
     context.set_forkserver_preload(["fastgen.run", "fastgen.trainer"])
     child = context.Process(target=killed_run, args=(point, [*arguments, str(run)]))
     child.start()
