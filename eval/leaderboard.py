@@ -29,6 +29,11 @@ One file per method. The tables below are written by `python -m eval leaderboard
 
 <!-- orderings:begin -->
 <!-- orderings:end -->
+
+## Drift while training
+
+<!-- drift:begin -->
+<!-- drift:end -->
 """
 
 
@@ -41,11 +46,13 @@ def _between(text: str, marker: str, body: str) -> str:
 
 
 def render(text: str, documents: list[dict], tests: Path = TESTS) -> str:
-    """The README with both tables rebuilt."""
+    """The README with its tables rebuilt."""
     text = _between(text, "ladder", ladder(documents, tests))
     text = _between(text, "leaderboard", measured(documents))
     table = markdown(orderings.HEADER, orderings.rows(documents, orderings.load_claims()))
-    return _between(text, "orderings", "\n".join(table))
+    text = _between(text, "orderings", "\n".join(table))
+    table = markdown(orderings.DRIFTS, orderings.drifts(documents))
+    return _between(text, "drift", "\n".join(table))
 
 
 def leaderboard(

@@ -123,3 +123,19 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
 
 
 HEADER = ("claim", "paper", "should be better", "should be worse", "metric", "seeds", "here")
+
+
+def drifts(documents: list[dict]) -> list[list[str]]:
+    """One table row per watched recipe: where its curve was lowest, where it ended."""
+    made = []
+    for recipe in dict.fromkeys(d["recipe"] for d in documents):
+        found = curves(documents, recipe)
+        if found:
+            best, last = [min(c.values()) for c in found], [list(c.values())[-1] for c in found]
+            at = [f"{min(c, key=c.get)} of {max(c)}" for c in found]
+            ratio = [b / a for a, b in zip(best, last)]
+            made.append([f"`{recipe}`", ", ".join(at), cell(best), cell(last), cell(ratio, ".2f")])
+    return made
+
+
+DRIFTS = ("recipe", "step of the lowest", "lowest", "last", "last / lowest")

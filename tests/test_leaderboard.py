@@ -228,6 +228,10 @@ def test_orderings_say_what_the_seeds_say():
     assert orderings.rows(curves, [backward])[0][-1] == "**does not hold**"
     row = orderings.rows(curves, [claim | {"steadier": True}])[0]
     assert row[2:4] == ["`a` 0.5", "`b` 0 +- 0"]  # the largest rise above the best before it
+    assert orderings.drifts([*curves, document("c", 0, 1.0, 1.0)]) == [
+        ["`a`", "50 of 100", "2.5", "3", "1.20"],
+        ["`b`", "0 of 0, 200 of 200", "5.5 +- 4.9", "5.5 +- 4.9", "1.00 +- 0"],
+    ]
     close, full = [1.05, 1.06], [1.0, 1.01]
     assert orderings.verdict(close, full, False) == "**does not hold**"
     assert orderings.verdict(close, full, False, within=0.1) == "holds"
