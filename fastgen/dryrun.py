@@ -2,7 +2,7 @@
 
 from fastgen.build import Cast
 from fastgen.config import RunConfig, dump
-from fastgen.memory import estimate
+from fastgen.memory import estimate, evaluations
 from fastgen.roles import Role
 
 
@@ -30,16 +30,11 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.parts["student"]
-    calls = type(objective).evaluations(stage.objective, _guidance(cfg, objective), len(student.times))
+    calls = evaluations(cfg, stage, len(student.times))
     spelled = ", ".join(f"{n} {v:g}" for n, v in calls.items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
     return lines
-
-
-def _guidance(cfg: RunConfig, objective) -> float:
-    """A guidance that costs what the run's costs: drawn ones always take both passes."""
-    return cfg.student.guidance_embedding[1] if cfg.student.guidance_embedding else objective.guidance
 
 
 def _count(backbone, base_only: bool = False) -> int:

@@ -156,11 +156,16 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
 
 def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
     """Network passes whose graphs live together, on average over turns and rounded up."""
-    cls = REGISTRY[stage.objective.name]
-    w = cls.learned_guidance(stage.objective, cfg.teacher.guidance)
-    calls = cls.evaluations(stage.objective, w, num_steps)
-    with_grad = sum(v for n, v in calls.items() if n.endswith("+grad"))
-    return max(1, math.ceil(with_grad / len(cls.player_parts(stage.objective))))
+    with_grad = sum(v for n, v in evaluations(cfg, stage, num_steps).items() if n.endswith("+grad"))
+    players = REGISTRY[stage.objective.name].player_parts(stage.objective)
+    return max(1, math.ceil(with_grad / len(players)))
+
+
+def evaluations(cfg: RunConfig, stage, num_steps: int) -> dict[str, float]:
+    """Network passes of a stage's step; a drawn guidance always takes both of the teacher's."""
+    cls, drawn = REGISTRY[stage.objective.name], cfg.student.guidance_embedding
+    w = drawn[1] if drawn else cls.learned_guidance(stage.objective, cfg.teacher.guidance)
+    return cls.evaluations(stage.objective, w, num_steps)
 
 
 def models() -> list[str]:
