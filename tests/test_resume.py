@@ -213,11 +213,7 @@ def kill_in_save(point, number):
 
 
 def killed_run(point, arguments):
-    """A run that dies in its third checkpoint, without the final table, in a process of its own."""
-    from fastgen import finish
-
-    torch.set_num_threads(1)
-    finish.finish = lambda trainer, judge: None
+    """A run that dies in its third checkpoint."""
     kill_in_save(point, 3)
     main(arguments)
 
@@ -230,7 +226,7 @@ def test_kill_while_saving_leaves_a_checkpoint_that_resumes(point, tmp_path, no_
     arguments, run = write(tmp_path, values), tmp_path / "run"
     context = multiprocessing.get_context("forkserver")  # a fork would keep the locks of threads
     context.set_forkserver_preload(["fastgen.run", "fastgen.trainer"])
-    child = context.Process(target=killed_run, args=(point, [*arguments, str(run)]))
+    child = context.Process(target=killed_run, args=(point, [*arguments, str(run)]), daemon=True)
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
