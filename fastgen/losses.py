@@ -1,10 +1,15 @@
 """Pure functions from tensors to a scalar loss. Images are [B, ...]; every loss is a mean over the batch."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.schedules import Schedule, expand
+
+Weighting = Literal["x0", "eps", "snr1", "snr_plus_1", "flow", "edm", "v"]
+"""names of w(t), see `error_weight`"""
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
@@ -69,21 +74,10 @@ def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor 
     )
 
 
-def denoising(
-    schedule: Schedule,
-    D: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    weighting: str = "eps",
-    sigma_data: float = 0.5,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t).
-
-    weighting: "x0" w = 1; "eps" w = SNR, the noise-prediction loss; "snr1" w = max(SNR, 1);
-    "snr_plus_1" w = SNR + 1;
-    "flow" w = ((alpha + sigma) / sigma)^2; "edm" w = 1/sigma^2 + 1/sigma_data^2 (alpha = 1);
-    "v" w = (alpha^2 + sigma^2) SNR-like v-prediction loss.
+def error_weight(schedule: Schedule, t: Tensor, weighting: Weighting) -> Tensor:
+    """w(t) [B] of a squared error in D: "x0" 1; "snr1" max(SNR, 1); "snr_plus_1" SNR + 1; and for each
+    prediction kind what turns the error in D into that of such a network's output, which "eps" SNR,
+    "flow" ((alpha + sigma) / sigma)^2, "v" ((alpha^2 + sigma^2) / sigma)^2 and "edm" SNR + 1/sigma_data^2 do.
     """
     a, s = schedule.alpha(t), schedule.sigma(t)
     weights = {
@@ -92,10 +86,22 @@ def denoising(
         "snr1": lambda: ((a / s) ** 2).clamp(min=1),
         "snr_plus_1": lambda: (a / s) ** 2 + 1,
         "flow": lambda: ((a + s) / s) ** 2,
-        "edm": lambda: (a / s) ** 2 + 1 / sigma_data**2,
+        "edm": lambda: (a / s) ** 2 + 1 / getattr(schedule, "sigma_data", 0.5) ** 2,
         "v": lambda: ((a**2 + s**2) / s) ** 2,
     }
-    w = weights[weighting]()
+    return weights[weighting]()
+
+
+def denoising(
+    schedule: Schedule,
+    D: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    weighting: Weighting = "eps",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t)."""
+    w = error_weight(schedule, t, weighting)
     return mse(D, x0, w if weight is None else w * weight)
 
 

@@ -57,8 +57,8 @@ class ConsistencyConfig(ObjectiveConfig):
     """distance between prediction and target"""
     huber_c: float = Field(0.00054, gt=0)
     """Huber constant, multiplied by sqrt(dimension)"""
-    weighting: Literal["uniform", "inverse_gap"] = "uniform"
-    """w: uniform, or 1 / (t - r) in the schedule's time, as improved CT takes it for EDM"""
+    weighting: Literal["uniform", "inverse_gap"] | losses.Weighting = "uniform"
+    """w: 1; 1 / (t - r) in the schedule's time, as improved CT takes it for EDM; or a w(t)"""
     space: Literal["state", "x0"] = "state"
     """where d is taken: at the state x_e, or in D (multistep, 2403.06807)"""
     log_normal: tuple[float, float] | None = None
@@ -120,9 +120,8 @@ class Consistency(Objective, config=ConsistencyConfig):
                 target = undo_jump(S, target, x_t, t, e)
             else:
                 pred = jump(S, pred, x_t, t, e)
-            weight = None if cfg.weighting == "uniform" else 1 / (t - r)
             yield (
-                self.distance(pred, target, weight),
+                self.distance(pred, target, self.weight(t, r)),
                 {"scales": float(num), "gap": (pred - target).abs().mean()},
             )
         if cfg.target_decay and self.sync:
@@ -136,6 +135,14 @@ class Consistency(Objective, config=ConsistencyConfig):
         if self.cfg.metric == "perceptual":
             return losses.feature_distance(self.perceptual(pred), self.perceptual(target), weight)
         return (losses.mse if self.cfg.metric == "l2" else losses.l1)(pred, target, weight)
+
+    def weight(self, t, r):
+        """w [B], or None for 1."""
+        if self.cfg.weighting == "uniform":
+            return None
+        if self.cfg.weighting == "inverse_gap":
+            return 1 / (t - r)
+        return losses.error_weight(self.schedule, t, self.cfg.weighting)
 
     def denoiser(self, batch):
         """D along whose ODE the target moves: the guided teacher, or the data point itself."""

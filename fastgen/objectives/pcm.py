@@ -48,6 +48,8 @@ class PCMConfig(ObjectiveConfig):
     """share of the batch whose condition is left out; the authors take 0.1 without the guided solver"""
     huber_c: float = Field(1e-3, gt=0)
     """constant of the elementwise pseudo-Huber"""
+    weighting: losses.Weighting | None = None
+    """w(t) of the pseudo-Huber; null is 1, as in the paper"""
     target_decay: float = Field(0.0, ge=0, lt=1)
     """EMA decay of the target network; 0 uses the student itself"""
     gan_weight: float = Field(0.1, ge=0)
@@ -113,7 +115,8 @@ class PCM(Objective, config=PCMConfig):
                 target = jump(S, net(x_r, r.clamp(min=grid[-2]), cond), x_r, r, e)  # F(x_r, r, e; theta-)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary of the phase
             pred = jump(S, self.student(x_t, t, cond), x_t, t, e)  # F(x_t, t, e; theta)
-            huber = losses.pseudo_huber(pred, target, cfg.huber_c)
+            weight = cfg.weighting and losses.error_weight(S, t, cfg.weighting)
+            huber = losses.pseudo_huber(pred, target, cfg.huber_c, weight)
             loss, logs = huber, {"huber": huber}
             if cfg.gan_weight:
                 length = K // cfg.segments

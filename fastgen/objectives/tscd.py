@@ -50,6 +50,8 @@ class TSCDConfig(ObjectiveConfig):
     """EMA decay of the target network; 0 uses the student itself"""
     mse_weight: float = Field(1.0, ge=0)
     """weight of the consistency loss"""
+    weighting: losses.Weighting | None = None
+    """w(t) of the consistency loss; null is 1"""
     gan_weight: float = Field(0.0, ge=0)
     """weight of the adversarial loss; 0 drops the discriminator"""
     gan_loss: Literal["hinge", "softplus"] = "hinge"
@@ -110,7 +112,7 @@ class TSCD(Objective, config=TSCDConfig):
                 target = S.ode_step(net(x_r, near, batch.cond), x_r, near, u)  # Psi(x_r, r, u; theta-)
                 target = torch.where(expand(u == r, x_r).bool(), x_r, target)
             pred = S.ode_step(self.student(x_t, t, batch.cond), x_t, t, u)  # Psi(x_t, t, u; theta)
-            mse = losses.mse(pred, target)
+            mse = losses.mse(pred, target, cfg.weighting and losses.error_weight(S, t, cfg.weighting))
             loss, logs = cfg.mse_weight * mse, {"mse": mse}
             if cfg.gan_weight:
                 start = end - K // cfg.segments

@@ -20,6 +20,7 @@ from tests.objectives.toys import (
     gaussian_role,
     rng,
     run_mixture,
+    weighed,
 )
 from tests.replay import replay
 
@@ -228,6 +229,16 @@ def test_p1_weight_is_one_over_the_gap(metric):
         found[weighting] = float(next(objective.step(batch_of(x0), 0))[0].detach())
     gap = float(objective.grid(0)[1] - objective.grid(0)[2])
     assert found["inverse_gap"] == pytest.approx(found["uniform"] / gap, rel=1e-5)
+
+
+def test_p1_weight_of_a_prediction_kind():
+    """The edm weight turns the distance into that of the preconditioned network's output."""
+    S = EDM()
+    ratio = weighed(
+        lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), num_scales=4, metric="l2", **cfg), 1, "edm"
+    )
+    t = float(make(S, GaussianNet(S, 0.4, 0.9), num_scales=4).grid(0)[1])
+    assert ratio == pytest.approx(1 / t**2 + 1 / 0.5**2, rel=1e-5)
 
 
 def test_p1_decay_grows_with_the_scales():

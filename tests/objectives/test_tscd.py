@@ -9,7 +9,16 @@ from fastgen.objectives.tscd import TSCD, TSCDConfig
 from fastgen.roles import Role, Student
 from fastgen.samplers import segment_ends, teacher_grid
 from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, Spy, batch_of, captured, gaussian_role, rng, run_mixture
+from tests.objectives.toys import (
+    GaussianNet,
+    Spy,
+    batch_of,
+    captured,
+    gaussian_role,
+    rng,
+    run_mixture,
+    weighed,
+)
 from tests.replay import replay_counts
 
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "ode_teacher": "previous", "target_decay": 0.5}
@@ -51,6 +60,21 @@ def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeyp
         pred, target, losses[k] = captured(monkeypatch, "mse", objective, batch_of(x0))
         assert torch.allclose(pred, target, rtol=1e-5, atol=1e-6) == (k == 8)
     assert losses[8] < 1e-9 and losses[1] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
+    """w(t) = (d output / dD)^2, here by finite difference through the schedule's own conversion."""
+    S, one = SCHEDULES["vp"], torch.ones(1, 1, dtype=torch.float64)
+    t = torch.tensor([teacher_grid(S, 8)[3]], dtype=torch.float64)
+    slope = S.from_x0(kind, one, one, t) - S.from_x0(kind, 0 * one, one, t)
+    ratio = weighed(
+        lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), grid_steps=8, **cfg, segments=1, end_prob=1.0),
+        3,
+        kind,
+    )
+    assert ratio == pytest.approx(float(slope) ** 2, rel=1e-4)
+    assert abs(ratio - 1) > 0.05
 
 
 def test_p1_one_d_serves_one_u_only():

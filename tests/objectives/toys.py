@@ -92,6 +92,19 @@ def captured(monkeypatch, loss, objective, batch, k=0):
     return seen["pred"], seen["target"], value
 
 
+def weighed(make, interval: int, weighting: str):
+    """Loss with w(t) over the loss without, all samples being in one interval; `make(weighting=...)` is the
+    objective.
+    """
+    x0, found = torch.linspace(-1, 1, 32, dtype=torch.float64)[:, None], []
+    for name in (None, weighting):
+        objective = make(**({"weighting": name} if name else {}))
+        objective.rng.randint = lambda high, num: torch.full((num,), interval)
+        objective.rng.reset(0)
+        found.append(float(next(objective.step(batch_of(x0), 0))[0].detach()))
+    return found[1] / found[0]
+
+
 def fit(objective, draw, steps, lr=0.05):
     """Plain training of a closed-form student; `draw(rng)` makes x0."""
     params = list(objective.players["student"].trainable().values())
