@@ -153,7 +153,7 @@ class Cast:
             role = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
             role.guidance_range, role.told_steps = told, bool(counts)
         if told:
-            role.guidance = self.cfg.teacher.guidance
+            role.guidance = self.cfg.told_guidance
         base.eval()
         if name == "student" and self.cfg.student.init and str(self.device) != "meta":
             from fastgen.export import init_student

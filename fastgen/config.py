@@ -66,6 +66,11 @@ class RunConfig(Section):
     train.max_train_steps
     """
 
+    @property
+    def told_guidance(self) -> float:
+        """w that a student with an input for it is told in samples."""
+        return self.teacher.guidance if self.student.guidance is None else self.student.guidance
+
     def all_stages(self) -> tuple[StageConfig, ...]:
         """The stages, with the flat form written out."""
         if self.stages:
@@ -101,22 +106,16 @@ class RunConfig(Section):
         if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
             raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
         if self.student.fuse and self.student.kind == "lora":
-            raise ValueError(
-                "student.fuse: found a LoRA student; only a full network takes an average: kind full"
-            )
+            raise ValueError("student.fuse: found student.kind lora; only a full network takes an average")
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
         self._check_guidance()
         if self.student.smooth_time and self.student.kind != "full":
             raise ValueError("student.smooth_time: found true for an adapter; it needs student.kind full")
         if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
-            raise ValueError(
-                "student.sprint: found true; it needs student.kind full and student.guidance_embedding"
-            )
+            raise ValueError("student.sprint: found true; it needs kind full and student.guidance_embedding")
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
-            raise ValueError(
-                "eval.keep: 'best' needs train.validation_steps and eval.validation_samples above 0"
-            )
+            raise ValueError("eval.keep: 'best' needs train.validation_steps and eval.validation_samples")
         if self.student.gamma and self.student.sampler != "tcd":
             raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
         self._check_steps()
@@ -131,18 +130,21 @@ class RunConfig(Section):
             has_data = self.data.name or self.data.images
             if cls.requires_data(stage.objective) and not has_data:
                 raise ValueError(
-                    f"data: no images are named; {stage.objective.name} with these settings needs real data, "
-                    "set data.name or data.images"
+                    f"data: no images are named; {stage.objective.name} needs real data, data.name or .images"
                 )
         return self
 
     def _check_guidance(self) -> None:
         """Whether every stage trains the range of guidance that the student is to be told."""
-        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.teacher.guidance
+        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.told_guidance
         if span is None:
+            if self.student.guidance is not None:
+                raise ValueError(f"student.guidance: found {w:g} without {key}, whose input it is; give both")
             return
-        if not 0 <= span[0] < span[1] or not span[0] <= w <= span[1]:
-            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] around teacher.guidance {w:g}")
+        own = self.teacher.guidance
+        if not 0 <= span[0] < span[1] or not all(span[0] <= x <= span[1] for x in (own, w)):
+            around = f"around teacher.guidance {own:g}" + f" and student.guidance {w:g}" * (w != own)
+            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] {around}")
         for name in (s.objective.name for s in self.all_stages()):
             if not REGISTRY[name].draws_guidance:
                 able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)

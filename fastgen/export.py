@@ -127,7 +127,7 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "embedded_guidance": getattr(teacher.codec, "guidance", None),
         "gaps": gaps(student) if distilled else None,
         "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
-        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.teacher.guidance),
+        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.told_guidance),
         "guidance_range": student.guidance_range and list(student.guidance_range),
         "told_steps": student.told_steps,
         "base": cfg.teacher.path if distilled or student.adapter else "",

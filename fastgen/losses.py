@@ -79,17 +79,13 @@ def error_weight(schedule: Schedule, t: Tensor, weighting: Weighting) -> Tensor:
     prediction kind what turns the error in D into that of such a network's output, which "eps" SNR,
     "flow" ((alpha + sigma) / sigma)^2, "v" ((alpha^2 + sigma^2) / sigma)^2 and "edm" SNR + 1/sigma_data^2 do.
     """
-    a, s = schedule.alpha(t), schedule.sigma(t)
-    weights = {
-        "x0": lambda: torch.ones_like(a),
-        "eps": lambda: (a / s) ** 2,
-        "snr1": lambda: ((a / s) ** 2).clamp(min=1),
-        "snr_plus_1": lambda: (a / s) ** 2 + 1,
-        "flow": lambda: ((a + s) / s) ** 2,
-        "edm": lambda: (a / s) ** 2 + 1 / getattr(schedule, "sigma_data", 0.5) ** 2,
-        "v": lambda: ((a**2 + s**2) / s) ** 2,
-    }
-    return weights[weighting]()
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    if weighting == "snr1":
+        return snr.clamp(min=1)
+    if weighting in ("snr_plus_1", "edm"):
+        return snr + (1 if weighting == "snr_plus_1" else getattr(schedule, "sigma_data", 0.5) ** -2)
+    zero = torch.zeros_like(t, dtype=torch.float64)
+    return schedule.from_x0(weighting, zero + 1, zero, t) ** 2  # outputs are affine in D: the slope
 
 
 def denoising(

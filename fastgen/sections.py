@@ -100,6 +100,8 @@ class StudentConfig(Section):
     """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
     guidance_embedding: tuple[float, float] | None = None
     """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    guidance: float | None = None
+    """w that such a network is told in samples and, by default, in its export; null is teacher.guidance"""
     smooth_time: bool = False
     """solve a full student's time embedder anew without fast ripples, for continuous-time methods"""
     sprint: bool = False

@@ -23,7 +23,7 @@ W = 4.0
 SEEDS = [5, 6]
 
 
-def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillation", init="", w=W):
+def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillation", init="", w=W, told=None):
     cfg = validate(
         {
             "teacher": {"path": str(tiny(family)), "guidance": w, "num_steps": 4},
@@ -32,6 +32,7 @@ def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillati
                 "num_steps": 4,
                 "sampler": "ode",
                 "guidance_embedding": span,
+                "guidance": told,
                 "lora": {"rank": 4, "lora_alpha": 8},
                 "init": init,
             },
@@ -192,12 +193,31 @@ def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
         ({"method": "dmd2"}, "dmd2 trains teacher.guidance alone"),
         ({"span": (5.0, 8.0)}, r"allowed: \[low, high\] around teacher.guidance 4"),
         ({"span": (8.0, 1.0)}, r"allowed: \[low, high\]"),
+        ({"told": 9.0}, r"around teacher.guidance 4 and student.guidance 9"),
+        ({"span": None, "told": 5.0}, r"student.guidance: found 5 without student.guidance_embedding"),
     ],
 )
 def test_refusals(tiny, change, said):
     with pytest.raises(UserError, match=said) as error:
         make(tiny, **{"family": "sd", **change})
     assert "student.guidance_embedding" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_student_may_be_told_more_than_its_teacher_is_sampled_with(tiny, tmp_path):
+    """student.guidance is what samples of the run use and what the export's description says."""
+    found = {}
+    for told in (None, 6.0):
+        cfg, cast, objective = make(tiny, "sd", told=told)
+        moved(cast, "full")
+        student, one = cast.parts["student"], batch(cast)
+        with torch.no_grad():
+            found[told] = student.generate(one.noise, one.cond, torch.randn_like)
+            asked = student.at(told or W).generate(one.noise, one.cond, torch.randn_like)
+        torch.testing.assert_close(found[told], asked)
+        assert objective.guidance == W
+        run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+        assert load_export(export_student(run, tmp_path / f"{told}", {})).role.guidance == (told or W)
+    assert not torch.allclose(found[None], found[6.0], atol=1e-4)
 
 
 def test_it_is_off_by_default():

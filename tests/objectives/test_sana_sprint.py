@@ -110,8 +110,8 @@ def cast_of(tiny, family="sana", **student):
     "change, said",
     [
         ({"family": "sd"}, "a teacher of family sd"),
-        ({"kind": "lora"}, "needs student.kind full and student.guidance_embedding"),
-        ({"guidance_embedding": None}, "needs student.kind full and student.guidance_embedding"),
+        ({"kind": "lora"}, "needs kind full and student.guidance_embedding"),
+        ({"guidance_embedding": None}, "needs kind full and student.guidance_embedding"),
     ],
 )
 def test_refusals(tiny, change, said):
