@@ -64,7 +64,7 @@ def setback(curve: dict[int, float]) -> float:
 
 
 def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
-    """Mean, and with several seeds the spread."""
+    """Mean, and with several seeds the spread, unless they agree."""
     if not values:
         return ""
     lost = values.count(math.inf)
@@ -72,7 +72,8 @@ def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
         return "never" if lost == len(values) else f"never in {lost} of {len(values)} seeds"
     values = [scale * v for v in values]
     mean = f"{statistics.mean(values):{digits}}"
-    return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean} +- {spread:.2g}" if spread > 1e-6 * abs(statistics.mean(values)) else mean
 
 
 def verdict(better: list[float], worse: list[float], higher: bool, within: float = 0.0) -> str:
