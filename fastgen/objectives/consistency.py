@@ -57,7 +57,7 @@ class ConsistencyConfig(ObjectiveConfig):
     """distance between prediction and target"""
     huber_c: float = Field(0.00054, gt=0)
     """Huber constant, multiplied by sqrt(dimension)"""
-    weighting: Literal["uniform", "inverse_gap"] | losses.Weighting = "uniform"
+    weighting: Literal["uniform", "inverse_gap", losses.Weighting] = "uniform"
     """w: 1; 1 / (t - r) in the schedule's time, as improved CT takes it for EDM; or a w(t)"""
     space: Literal["state", "x0"] = "state"
     """where d is taken: at the state x_e, or in D (multistep, 2403.06807)"""
