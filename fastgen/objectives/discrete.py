@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastgen import losses
 from fastgen.rng import Rng
 from fastgen.schedules import Schedule
 
@@ -21,6 +22,11 @@ def num_intervals(curriculum: str, first: int, last: int, done: float) -> int:
     if curriculum == "root":
         return min(last, math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1)
     return round(first * (last / first) ** done)
+
+
+def distance_weight(schedule: Schedule, t: Tensor, weighting: losses.Weighting | None) -> Tensor | None:
+    """w(t) [B] of a distance between denoised estimates; None where there is none, which is 1."""
+    return weighting and losses.error_weight(schedule, t, weighting)
 
 
 def draw_intervals(

@@ -30,6 +30,7 @@ from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, unfit_segments
+from fastgen.objectives.discrete import distance_weight
 from fastgen.samplers import solver_step, teacher_grid
 from fastgen.schedules import expand
 
@@ -92,7 +93,7 @@ class LCM(Objective, config=LCMConfig):
                 target = net(x_r, r.clamp(min=grid[-2]), told)
                 target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
             pred = self.student(x_t, t, told)
-            weight = cfg.weighting and losses.error_weight(S, t, cfg.weighting)
+            weight = distance_weight(S, t, cfg.weighting)
             if cfg.metric == "l2":
                 loss = losses.mse(pred, target, weight)
             else:

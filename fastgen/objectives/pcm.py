@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
+from fastgen.objectives.discrete import distance_weight
 from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
 
@@ -115,7 +116,7 @@ class PCM(Objective, config=PCMConfig):
                 target = jump(S, net(x_r, r.clamp(min=grid[-2]), cond), x_r, r, e)  # F(x_r, r, e; theta-)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary of the phase
             pred = jump(S, self.student(x_t, t, cond), x_t, t, e)  # F(x_t, t, e; theta)
-            weight = cfg.weighting and losses.error_weight(S, t, cfg.weighting)
+            weight = distance_weight(S, t, cfg.weighting)
             huber = losses.pseudo_huber(pred, target, cfg.huber_c, weight)
             loss, logs = huber, {"huber": huber}
             if cfg.gan_weight:

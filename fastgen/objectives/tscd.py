@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
+from fastgen.objectives.discrete import distance_weight
 from fastgen.samplers import segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
 
@@ -112,7 +113,7 @@ class TSCD(Objective, config=TSCDConfig):
                 target = S.ode_step(net(x_r, near, batch.cond), x_r, near, u)  # Psi(x_r, r, u; theta-)
                 target = torch.where(expand(u == r, x_r).bool(), x_r, target)
             pred = S.ode_step(self.student(x_t, t, batch.cond), x_t, t, u)  # Psi(x_t, t, u; theta)
-            mse = losses.mse(pred, target, cfg.weighting and losses.error_weight(S, t, cfg.weighting))
+            mse = losses.mse(pred, target, distance_weight(S, t, cfg.weighting))
             loss, logs = cfg.mse_weight * mse, {"mse": mse}
             if cfg.gan_weight:
                 start = end - K // cfg.segments

@@ -10,12 +10,13 @@ from fastgen.objectives.consistency import Consistency, ConsistencyConfig
 from fastgen.objectives.discrete import draw_intervals, num_intervals
 from fastgen.roles import Role, Student
 from fastgen.samplers import jump, solver_step, undo_jump
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.schedules import EDM, Flow
 from tests.objectives.toys import (
     Constant,
     GaussianNet,
     PerTime,
     batch_of,
+    each,
     fit,
     gaussian_role,
     rng,
@@ -26,9 +27,6 @@ from tests.replay import replay
 
 SHORT = {"num_scales": 4, "target_decay": 0.5}
 """settings of the contract battery"""
-
-SCHEDULES = {"edm": EDM(), "flow": Flow(), "vp": VP.scaled_linear()}
-each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def make(schedule, student_net, teacher=(0.0, 0.5), target=None, **cfg):

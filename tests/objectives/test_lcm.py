@@ -10,27 +10,27 @@ from fastgen.export import export_student, load_export
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.roles import Role, Student
 from fastgen.samplers import teacher_grid
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.schedules import VP, Flow
 from tests.objectives.toys import (
+    SCHEDULES,
     Constant,
     GaussianNet,
     PerTime,
     Spy,
     batch_of,
     captured,
+    check_weight,
+    each,
     fit,
+    outputs,
     rng,
     run_mixture,
-    weighed,
 )
 from tests.replay import replay_counts
 from tests.test_export import make_run
 
 SHORT = {"grid_steps": 10, "target_decay": 0.5}
 """settings of the contract battery"""
-
-SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
-each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def make(schedule, net, teacher=None, target=None, guidance=1.0, **cfg):
@@ -63,15 +63,9 @@ def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatc
     assert (targets[4, 0.0] - targets[4, 9.0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@outputs
 def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
-    """w(t) = (d output / dD)^2, here by finite difference through the schedule's own conversion."""
-    S, one = SCHEDULES["vp"], torch.ones(1, 1, dtype=torch.float64)
-    t = torch.tensor([teacher_grid(S, 8)[3]], dtype=torch.float64)
-    slope = S.from_x0(kind, one, one, t) - S.from_x0(kind, 0 * one, one, t)
-    ratio = weighed(lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), grid_steps=8, **cfg), 3, kind)
-    assert ratio == pytest.approx(float(slope) ** 2, rel=1e-4)
-    assert abs(ratio - 1) > 0.05
+    check_weight(make, kind)
 
 
 class Told(Student):

@@ -6,15 +6,13 @@ import torch
 from fastgen.objectives import meanflow
 from fastgen.objectives.meanflow import MeanFlow, MeanFlowConfig
 from fastgen.roles import Student
-from fastgen.schedules import EDM, VP, Flow, expand
-from tests.objectives.toys import batch_of, gaussian_role, rng, run_mixture
+from fastgen.schedules import Flow, expand
+from tests.objectives.toys import batch_of, each, gaussian_role, rng, run_mixture
 from tests.replay import card_replay
 
 SHORT = {"flow_ratio": 0.5}
 """settings of the contract battery"""
 
-SCHEDULES = {"edm": EDM(), "flow": Flow(), "vp": VP.scaled_linear()}
-each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 S0 = 0.8
 
 

@@ -1,5 +1,7 @@
 """PCM: phases, their fixed point, its relation to LCM, adversarial consistency, and CFG-free solving."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,26 +11,26 @@ from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.objectives.pcm import PCM, PCMConfig
 from fastgen.roles import Student
 from fastgen.samplers import jump, teacher_grid
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.schedules import VP, Flow
 from tests.objectives.toys import (
+    SCHEDULES,
     GaussianNet,
     PerTime,
     Spy,
     batch_of,
     captured,
+    check_weight,
+    each,
     fit,
+    outputs,
     rng,
     run_mixture,
-    weighed,
 )
 from tests.replay import replay_counts
 
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "cond_dropout": 0.5}
 """settings of the contract battery"""
 STUDENT = {"sampler": "ode", "num_steps": 2}
-
-SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
-each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def make(schedule, net, guidance=1.0, disc=None, **cfg):
@@ -49,15 +51,9 @@ def test_p1_as_many_phases_as_steps_is_the_teachers_own_step(schedule):
     assert losses[8] < 1e-6 and losses[2] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@outputs
 def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
-    """w(t) = (d output / dD)^2, here by finite difference through the schedule's own conversion."""
-    S, one = SCHEDULES["vp"], torch.ones(1, 1, dtype=torch.float64)
-    t = torch.tensor([teacher_grid(S, 8)[3]], dtype=torch.float64)
-    slope = S.from_x0(kind, one, one, t) - S.from_x0(kind, 0 * one, one, t)
-    ratio = weighed(lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), grid_steps=8, **cfg, segments=2), 3, kind)
-    assert ratio == pytest.approx(float(slope) ** 2, rel=1e-4)
-    assert abs(ratio - 1) > 0.05
+    check_weight(partial(make, segments=2), kind)
 
 
 @each

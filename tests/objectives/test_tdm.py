@@ -14,16 +14,23 @@ from fastgen.roles import Role, Student
 from fastgen.run import main
 from fastgen.sample import Painter, draw
 from fastgen.samplers import sample_student
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.schedules import VP, Flow
 from tests.objectives.gaussians import nodes
-from tests.objectives.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
+from tests.objectives.toys import (
+    SCHEDULES,
+    GaussianNet,
+    batch_of,
+    energy_distance,
+    gaussian_role,
+    rng,
+    run_mixture,
+)
 from tests.replay import plainly, replay
 from tests.tiny import PROMPTS
 
 SHORT = {"student_every": 2}
 STUDENT = {"num_steps": 4, "sampler": "ode"}
 """settings of the contract battery"""
-SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
 
 
 def make(schedule, num_steps=4, net=(-0.5, 0.6), critic=(-0.5, 0.6), **cfg):

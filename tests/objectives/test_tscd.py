@@ -1,5 +1,7 @@
 """TSCD: the jump and its limits, segments, adversarial noise levels, stages, and gamma sampling."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,25 +10,25 @@ from fastgen.errors import UserError
 from fastgen.objectives.tscd import TSCD, TSCDConfig
 from fastgen.roles import Role, Student
 from fastgen.samplers import segment_ends, teacher_grid
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.schedules import Flow
 from tests.objectives.toys import (
+    SCHEDULES,
     GaussianNet,
     Spy,
     batch_of,
     captured,
+    check_weight,
+    each,
     gaussian_role,
+    outputs,
     rng,
     run_mixture,
-    weighed,
 )
 from tests.replay import replay_counts
 
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "ode_teacher": "previous", "target_decay": 0.5}
 """settings of the contract battery"""
 STUDENT = {"sampler": "ode", "num_steps": 2}
-
-SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
-each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
 def make(schedule, net, teacher=None, disc=None, guidance=1.0, **cfg):
@@ -62,19 +64,9 @@ def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeyp
     assert losses[8] < 1e-9 and losses[1] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@outputs
 def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
-    """w(t) = (d output / dD)^2, here by finite difference through the schedule's own conversion."""
-    S, one = SCHEDULES["vp"], torch.ones(1, 1, dtype=torch.float64)
-    t = torch.tensor([teacher_grid(S, 8)[3]], dtype=torch.float64)
-    slope = S.from_x0(kind, one, one, t) - S.from_x0(kind, 0 * one, one, t)
-    ratio = weighed(
-        lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), grid_steps=8, **cfg, segments=1, end_prob=1.0),
-        3,
-        kind,
-    )
-    assert ratio == pytest.approx(float(slope) ** 2, rel=1e-4)
-    assert abs(ratio - 1) > 0.05
+    check_weight(partial(make, segments=1, end_prob=1.0), kind)
 
 
 def test_p1_one_d_serves_one_u_only():

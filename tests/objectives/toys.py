@@ -1,12 +1,19 @@
 """Closed-form players for identity tests, and the mixture harness of the P2 rung."""
 
+import pytest
 import torch
 from torch import nn
 
 from fastgen.objectives.base import Batch
 from fastgen.rng import Rng
 from fastgen.roles import Role, Student
-from fastgen.schedules import expand
+from fastgen.samplers import teacher_grid
+from fastgen.schedules import EDM, VP, Flow, expand
+
+SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
+each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+outputs = pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+"""kinds of network output whose error a weighting can stand for"""
 
 
 class GaussianNet(nn.Module):
@@ -103,6 +110,18 @@ def weighed(make, interval: int, weighting: str):
         objective.rng.reset(0)
         found.append(float(next(objective.step(batch_of(x0), 0))[0].detach()))
     return found[1] / found[0]
+
+
+def check_weight(make, kind: str):
+    """w(t) = (d output / dD)^2, here by finite difference through the schedule's own conversion;
+    `make(schedule, net, grid_steps=, weighting=)` is the objective.
+    """
+    S, one = SCHEDULES["vp"], torch.ones(1, 1, dtype=torch.float64)
+    t = torch.tensor([teacher_grid(S, 8)[3]], dtype=torch.float64)
+    slope = S.from_x0(kind, one, one, t) - S.from_x0(kind, 0 * one, one, t)
+    ratio = weighed(lambda **cfg: make(S, GaussianNet(S, 0.4, 0.9), grid_steps=8, **cfg), 3, kind)
+    assert ratio == pytest.approx(float(slope) ** 2, rel=1e-4)
+    assert abs(ratio - 1) > 0.05
 
 
 def fit(objective, draw, steps, lr=0.05):
