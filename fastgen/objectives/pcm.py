@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
+from fastgen.objectives import adversarial
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
 from fastgen.objectives.discrete import distance_weight
 from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
@@ -129,9 +130,5 @@ class PCM(Objective, config=PCMConfig):
         if cfg.target_decay and self.sync:
             self.follow("target", cfg.target_decay)
         if cfg.gan_weight:
-            with self.turn("disc"):
-                fake_logits = self.disc(fake.detach(), v, cond)
-                real = S.renoise(target, self.rng.randn_like(x0), e, v)
-                real_logits = self.disc(real, v, cond)
-                loss = losses.gan_discriminator(fake_logits, real_logits, cfg.gan_loss)
-                yield loss, {"logit_fake": fake_logits[0].mean(), "logit_real": real_logits[0].mean()}
+            real = S.renoise(target, self.rng.randn_like(x0), e, v)
+            yield from adversarial.pair_turn(self, fake, real, v, cond, cfg.gan_loss)

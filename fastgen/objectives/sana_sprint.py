@@ -1,6 +1,6 @@
 """SANA-Sprint: continuous-time consistency and latent adversarial distillation, one model for 1 to 4 steps.
 
-Paper: Chen et al. 2025, arXiv 2503.09641 (Sec. 3); NVlabs/Sana. Its parts: `scm.py` and `ladd.py`.
+Paper: Chen et al. 2025, arXiv 2503.09641 (Sec. 3); NVlabs/Sana. Its parts: `scm.py` and `adversarial.py`.
 
   w ~ U(range), told to the student (student.guidance_embedding)
   L_sCM as in scm.py, with the guided flow teacher seen in TrigFlow coordinates                  (eq. 5-6)
@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen.objectives import ladd
+from fastgen.objectives import adversarial
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 from fastgen.objectives.scm import SCM, SCMConfig, scm_loss
 
@@ -39,7 +39,7 @@ class SanaSprintConfig(ObjectiveConfig):
         sigma_data=1.0, time=TimeConfig(kind="log_normal", mean=0.9, std=1.6), warmup_steps=4000
     )
     """the consistency loss"""
-    gan: ladd.AdversarialConfig = ladd.AdversarialConfig(
+    gan: adversarial.AdversarialConfig = adversarial.AdversarialConfig(
         disc_time=TimeConfig(kind="log_normal", mean=0.1, std=1.0)
     )
     """the adversarial loss"""
@@ -75,9 +75,9 @@ class SanaSprint(Objective, config=SanaSprintConfig):
                 t = self.sample_t(len(batch.x0), cfg.student_time)
                 pure = self.rng.rand(len(t)) < cfg.max_time_prob
                 t = torch.where(pure, self.student.times[0], t)  # max-time weighting
-                x = self.student(ladd.start(self, batch, t), t, told)
-                adversarial, more = ladd.student_loss(self, cfg.gan, x, batch.cond)
-                loss, logs = loss + cfg.gan_weight * adversarial, logs | more  # eq. 10
+                x = self.student(adversarial.start(self, batch, t), t, told)
+                gan, more = adversarial.student_loss(self, cfg.gan, x, batch.cond)
+                loss, logs = loss + cfg.gan_weight * gan, logs | more  # eq. 10
             yield loss, logs
         if cfg.gan_weight:
-            yield from ladd.disc_turn(self, cfg.gan, batch, x)
+            yield from adversarial.disc_turn(self, cfg.gan, batch, x)

@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
+from fastgen.objectives import adversarial
 from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
 from fastgen.objectives.discrete import distance_weight
 from fastgen.samplers import segment_ends, solver_step, teacher_grid
@@ -125,11 +126,8 @@ class TSCD(Objective, config=TSCDConfig):
         if cfg.target_decay and self.sync:
             self.follow("target", cfg.target_decay)
         if cfg.gan_weight:
-            with self.turn("disc"):
-                fake_logits = self.disc(fake.detach(), v, batch.cond)
-                real_logits = self.disc(S.noise(x0, self.rng.randn_like(x0), v), v, batch.cond)
-                loss = losses.gan_discriminator(fake_logits, real_logits, cfg.gan_loss)
-                yield loss, {"logit_fake": fake_logits[0].mean(), "logit_real": real_logits[0].mean()}
+            real = S.noise(x0, self.rng.randn_like(x0), v)
+            yield from adversarial.pair_turn(self, fake, real, v, batch.cond, cfg.gan_loss)
 
     def denoiser(self, batch):
         """D whose ODE is stepped along: the guided teacher, or the last stage's student, guided already."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fastgen.critics import Discriminator, PatchHead
-from fastgen.objectives.ladd import LADD, LADDConfig, different
+from fastgen.objectives.adversarial import different
+from fastgen.objectives.ladd import LADD, LADDConfig
 from fastgen.roles import Role, Student
 from fastgen.schedules import Flow
 from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
