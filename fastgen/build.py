@@ -1,5 +1,5 @@
-"""From a config to the cast of one run: teacher, student, critic, discriminator, target, and the
-objective that plays them.
+"""From a config to the cast of one run: teacher, student, critic, target, and the objective that plays them.
+Discriminators and other helpers are made in `extras.py`.
 """
 
 import copy
@@ -13,14 +13,12 @@ from torch import nn
 from fastgen.backbones import Source, Teacher, load_teacher
 from fastgen.backbones.attention import check as check_attention
 from fastgen.backbones.base import Backbone
-from fastgen.checks import check_fits, method_of
+from fastgen.checks import check_fits
 from fastgen.codecs import switch_vae
 from fastgen.config import RunConfig, StageConfig
-from fastgen.critics import Discriminator, LogVariance
 from fastgen.errors import UserError, first_line, suggest
-from fastgen.nets import FeatureNet, Perceptual
+from fastgen.extras import make_extra
 from fastgen.objectives import REGISTRY, Objective
-from fastgen.paths import asset
 from fastgen.rng import Rng
 from fastgen.roles import Members, Role, Student, Students
 from fastgen.router import Router
@@ -108,58 +106,53 @@ class Cast:
             self.parts[name] = Members(members)
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
-        base = self.teacher.backbone
-        two_times = name in ("student", "target", "previous") and self.two_times
+        chosen, as_student = self.cfg.student, name in ("student", "target", "previous")
         counts = [
             n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
         ]
-        adapter, told = None, (min(counts), max(counts)) if counts else None
-        if name in ("student", "target", "previous") and not counts:
-            told = self.cfg.student.guidance_embedding
-        if kind == "lora":
-            if not hasattr(base, "add_adapter"):
-                raise UserError(
-                    f"{name}.kind", "lora on an analytic teacher, which has no weights to adapt", "use full"
-                )
-            lora = self.cfg.critic.lora if name in ("critic", "path") else self.cfg.student.lora
-            adapter = adapter_name
-            if two_times:
-                base.add_second_time()
-                base.requires_grad_(False)
-            self._adapter(base, adapter, lora, told is not None, two_times)
-        elif hasattr(base, "trainable_copy"):
-            base = base.trainable_copy().to(self.device)
-        elif self.cfg.student.net and name == "student":
-            base = self._other_net()
-        elif not alone:
-            base = copy.deepcopy(base).float()
-        if self.cfg.student.smooth_time and name in ("student", "target", "previous"):
+        told = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
+        two_times, adapter = as_student and self.two_times, adapter_name if kind == "lora" else None
+        base = self._network(name, alone) if adapter is None else self.teacher.backbone
+        if adapter and not hasattr(base, "add_adapter"):
+            found = "lora on an analytic teacher, which has no weights to adapt"
+            raise UserError(f"{name}.kind", found, "use full")
+        if chosen.smooth_time and as_student:
             from fastgen.smooth import make_smooth
 
             make_smooth(base)
-        if two_times and adapter is None:
+        if two_times:
             base.add_second_time()
-            base.to(self.device)
-        if told and adapter is None:
-            if self.cfg.student.sprint:
-                from fastgen.sprint import make_sprint
+        if told and chosen.sprint and not adapter:
+            from fastgen.sprint import make_sprint
 
-                make_sprint(base)
+            make_sprint(base)
+        if told:
             base.add_guidance()
-            base.to(self.device)
+        if adapter:
+            lora = self.cfg.critic.lora if name in ("critic", "path") else chosen.lora
+            self._adapter(base, adapter, lora, told is not None, two_times)
+        base.to(self.device)
         role = Role(base, adapter)
         if name == "student":
-            chosen = self.cfg.student
             role = Student(base, adapter, self._times(), chosen.sampler, chosen.gamma)
             role.guidance_range, role.told_steps = told, bool(counts)
         if told:
             role.guidance = self.cfg.told_guidance
         base.eval()
-        if name == "student" and self.cfg.student.init and str(self.device) != "meta":
+        if name == "student" and chosen.init and str(self.device) != "meta":
             from fastgen.export import init_student
 
-            init_student(role, self.cfg.student.init)
+            init_student(role, chosen.init)
         return role
+
+    def _network(self, name: str, alone: bool) -> nn.Module:
+        """The network of a player with weights of its own; the teacher's where nobody else needs it."""
+        base = self.teacher.backbone
+        if hasattr(base, "trainable_copy"):
+            return base.trainable_copy()
+        if self.cfg.student.net and name == "student":
+            return self._other_net()
+        return base if alone else copy.deepcopy(base).float()
 
     def _other_net(self) -> nn.Module:
         """An untrained network of the teacher's class with some of its config changed."""
@@ -182,8 +175,7 @@ class Cast:
             self.parts["student"].router.divide(data.cond_table)
 
     def _adapter(self, base, name: str, lora: LoraConfig, told: bool, two_times: bool = False) -> None:
-        if told:
-            base.add_guidance()
+        if told or two_times:
             base.requires_grad_(False)
         laid_out = torch.device("meta") if str(self.device) == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), laid_out:
@@ -192,7 +184,6 @@ class Cast:
             targets += base.family.guidance_layers if told else ()
             targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
-        base.to(self.device)
 
     def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.cfg.student, self.few_step_schedule
@@ -225,22 +216,10 @@ class Cast:
             student.guidance = float(len(student.times))
         if cls.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:
             serve(student, self.teacher)  # an export that nothing can serve fails now
-        self._make_extras({_base(n) for n in names}, stage)
+        for name in map(_base, names):
+            if name not in self.parts:
+                self.parts[name] = make_extra(name, self, stage)
         return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
-
-    def _make_extras(self, names: set[str], stage: StageConfig) -> None:
-        """Parts beside the roles, each made when a stage first names it."""
-        method, num = method_of(stage), range(self.num_students)
-        makers = {
-            "logvar": lambda: LogVariance().to(self.device),
-            "weak": lambda: self._weak(stage.objective.weak),
-            "disc": lambda: Members([self._disc(method, j) for j in num]) if num else self._disc(method),
-            "clip": lambda: self._clip(method.clip),
-            "perceptual": self._perceptual,
-        }
-        for name, make in makers.items():
-            if name in names and name not in self.parts:
-                self.parts[name] = make()
 
     def _part(self, name: str):
         """A part by name; "critic2" is the critic of student 2."""
@@ -248,54 +227,6 @@ class Cast:
             return self.parts[name]
         base = _base(name)
         return self.parts[base].members[int(name.removeprefix(base))]
-
-    def _weak(self, path: str) -> Role:
-        """The weaker version of the teacher that autoguidance leads away from."""
-        if not path:
-            found = "not given, and objective.autoguidance leads away from a weaker model"
-            raise UserError(
-                "objective.weak", found, "an early checkpoint or a smaller model of the same data"
-            )
-        weak = load_teacher(path, weights=str(self.device) != "meta").to(self.device)
-        same = type(weak.schedule) is type(self.teacher.schedule)
-        if weak.codec.shape != self.teacher.codec.shape or not same:
-            found = f"{path} makes {weak.codec.shape} on a {type(weak.schedule).__name__} schedule"
-            allowed = f"as the teacher: {self.teacher.codec.shape}, {type(self.teacher.schedule).__name__}"
-            raise UserError("objective.weak", found, allowed)
-        weak.backbone.requires_grad_(False).eval()
-        return Role(weak.backbone)
-
-    def _clip(self, path: str):
-        """The image-text net that version 2 of SwiftBrush trains against."""
-        from fastgen.imagetext import Alignment, image_text
-
-        return Alignment(image_text(path, str(self.device)), self.teacher.codec)
-
-    def _perceptual(self) -> Perceptual:
-        measured = (self.teacher.info or {}).get("measure")
-        if not measured:
-            found = f"perceptual for {self.cfg.teacher.path}, whose images no bundled net knows"
-            raise UserError("objective.metric", found, "use l2, l1 or huber")
-        return Perceptual(self.teacher.codec, FeatureNet.load(asset(f"measure/{measured}"))).to(self.device)
-
-    def _disc(self, objective, member: int = 0) -> Discriminator:
-        objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
-        features = getattr(objective, "disc_features", "teacher")
-        role = self.parts[features if features in self.parts else "teacher"]
-        role = role.members[member] if hasattr(role, "members") else role
-        codec, schedule = self.teacher.codec, self.teacher.schedule
-        taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
-        if not objective.disc_taps and hasattr(role.backbone, "family"):
-            family, net = role.backbone.family, role.backbone.net
-            depths = getattr(objective, "disc_depths", 0)
-            taps = family.spread_taps(net, depths) if depths else family.default_taps(net)
-        t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=self.device)
-        cond = {k: v.to(self.device) for k, v in codec.null(2).items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.train.seed)
-            example = (torch.zeros(2, *codec.shape, device=self.device), t, cond)
-            head = "mean" if getattr(objective, "disc_mean", False) else head
-            return Discriminator(role, taps, example, head).to(self.device)
 
 
 def _base(name: str) -> str:
