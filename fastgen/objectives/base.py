@@ -255,6 +255,19 @@ class Objective:
         """Move a copy of the student (its target, its previous self) towards it; decay 0 makes them equal."""
         ema_update(self.parts[part].trainable(), self.student.trainable(), decay)
 
+    def target_net(self, k: int) -> Role:
+        """theta- of a consistency target: a copy that starts as the student; with target_decay 0 itself."""
+        if not self.cfg.target_decay:
+            return self.student
+        if k == 0:
+            self.follow("target")
+        return self.parts["target"]
+
+    def move_target(self, growth: float = 1.0) -> None:
+        """After an update: theta- <- mu theta- + (1 - mu) theta, mu = target_decay ** growth."""
+        if self.cfg.target_decay and self.sync:
+            self.follow("target", self.cfg.target_decay**growth)
+
     def drop_condition(self, batch: Batch, share: float) -> dict[str, Tensor]:
         """The batch's conditions, the empty one in a share of its rows."""
         if not share:

@@ -106,14 +106,12 @@ class Consistency(Objective, config=ConsistencyConfig):
         i = draw_intervals(self.rng, S, grid, len(x0), cfg.log_normal)
         t, r = grid[i], grid[i + 1]
         e = grid[segment_ends(num, cfg.segments).to(i.device)[i]]  # end of the segment
-        if cfg.target_decay and k == 0:
-            self.follow("target")
+        net = self.target_net(k)  # theta-
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 x_r = solver_step(S, self.denoiser(batch), x_t, t, r, cfg.solver)
-                target_net = self.target if cfg.target_decay else self.student
-                target = jump(S, target_net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
+                target = jump(S, net(x_r, r.clamp(min=grid[-2]), batch.cond), x_r, r, e)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary: x_r at the end
             pred = self.student(x_t, t, batch.cond)
             if cfg.space == "x0":
@@ -124,9 +122,7 @@ class Consistency(Objective, config=ConsistencyConfig):
                 self.distance(pred, target, self.weight(t, r)),
                 {"scales": float(num), "gap": (pred - target).abs().mean()},
             )
-        if cfg.target_decay and self.sync:
-            grown = (cfg.start_scales or num) / num if cfg.decay_grows else 1.0
-            self.follow("target", cfg.target_decay**grown)
+        self.move_target((cfg.start_scales or num) / num if cfg.decay_grows else 1.0)
 
     def distance(self, pred, target, weight):
         """w d(pred, target) over the batch."""

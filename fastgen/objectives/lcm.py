@@ -79,8 +79,7 @@ class LCM(Objective, config=LCMConfig):
         n = self.rng.randint(cfg.grid_steps, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
         w, told = self.tell(batch)  # w ~ U(w_min, w_max), an input of the student
-        if cfg.target_decay and k == 0:
-            self.follow("target")
+        net = self.target_net(k)  # theta-
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
@@ -89,7 +88,6 @@ class LCM(Objective, config=LCMConfig):
                     return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w
 
                 x_r = solver_step(S, D, x_t, t, r, cfg.solver)
-                net = self.target if cfg.target_decay else self.student
                 target = net(x_r, r.clamp(min=grid[-2]), told)
                 target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
             pred = self.student(x_t, t, told)
@@ -99,5 +97,4 @@ class LCM(Objective, config=LCMConfig):
             else:
                 loss = losses.pseudo_huber(pred, target, cfg.huber_c, weight)
             yield loss, {"gap": (pred - target).abs().mean()}
-        if cfg.target_decay and self.sync:
-            self.follow("target", cfg.target_decay)
+        self.move_target()

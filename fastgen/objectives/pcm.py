@@ -105,15 +105,13 @@ class PCM(Objective, config=PCMConfig):
         end = segment_ends(K, cfg.segments).to(n.device)[n]
         t, r, e = grid[n], grid[n + 1], grid[end]
         cond, w = self.drop_condition(batch, cfg.cond_dropout), self.guidance
-        if cfg.target_decay and k == 0:
-            self.follow("target")
+        net = self.target_net(k)  # theta-
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 x_r = solver_step(
                     S, lambda x, u: self.teacher.guided(x, u, cond, batch.uncond, w), x_t, t, r, "euler"
                 )
-                net = self.target if cfg.target_decay else self.student
                 target = jump(S, net(x_r, r.clamp(min=grid[-2]), cond), x_r, r, e)  # F(x_r, r, e; theta-)
                 target = torch.where(expand(r == e, x_r).bool(), x_r, target)  # boundary of the phase
             pred = jump(S, self.student(x_t, t, cond), x_t, t, e)  # F(x_t, t, e; theta)
@@ -127,8 +125,7 @@ class PCM(Objective, config=PCMConfig):
                 logs["gan"] = losses.gan_generator(self.disc(fake, v, cond), cfg.gan_loss)
                 loss = loss + cfg.gan_weight * logs["gan"]
             yield loss, logs
-        if cfg.target_decay and self.sync:
-            self.follow("target", cfg.target_decay)
+        self.move_target()
         if cfg.gan_weight:
             real = S.renoise(target, self.rng.randn_like(x0), e, v)
             yield from adversarial.pair_turn(self, fake, real, v, cond, cfg.gan_loss)

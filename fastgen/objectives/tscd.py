@@ -103,14 +103,14 @@ class TSCD(Objective, config=TSCDConfig):
         inside = n + 1 + (self.rng.rand(len(x0)) * (end - n)).long()
         u_at = torch.where(self.rng.rand(len(x0)) < cfg.end_prob, end, inside)
         t, r, u = grid[n], grid[n + 1], grid[u_at]
-        if k == 0:
-            for copy in (p for p in ("target", "previous") if p in self.parts):
-                self.follow(copy)
+        net = self.target_net(k)  # theta-
+        if k == 0 and "previous" in self.parts:
+            self.follow("previous")
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 x_r = solver_step(S, self.denoiser(batch), x_t, t, r, "euler")
-                net, near = self.target if cfg.target_decay else self.student, r.clamp(min=grid[-2])
+                near = r.clamp(min=grid[-2])
                 target = S.ode_step(net(x_r, near, batch.cond), x_r, near, u)  # Psi(x_r, r, u; theta-)
                 target = torch.where(expand(u == r, x_r).bool(), x_r, target)
             pred = S.ode_step(self.student(x_t, t, batch.cond), x_t, t, u)  # Psi(x_t, t, u; theta)
@@ -123,8 +123,7 @@ class TSCD(Objective, config=TSCDConfig):
                 logs["gan"] = losses.gan_generator(self.disc(fake, v, batch.cond), cfg.gan_loss)
                 loss = loss + cfg.gan_weight * logs["gan"]
             yield loss, logs
-        if cfg.target_decay and self.sync:
-            self.follow("target", cfg.target_decay)
+        self.move_target()
         if cfg.gan_weight:
             real = S.noise(x0, self.rng.randn_like(x0), v)
             yield from adversarial.pair_turn(self, fake, real, v, batch.cond, cfg.gan_loss)
