@@ -1,8 +1,7 @@
 """The leaderboard's tables of numbers, one a teacher, from the evidence of finished runs."""
 
 import math
-
-from eval.orderings import cell
+import statistics
 
 NOTES = """fd_mini is a Frechet distance in the features of a small net of our own, against held-out real
 images. It orders generators of one image set among each other and is not comparable with any published FID.
@@ -46,6 +45,19 @@ def teacher_value(document: dict, documents: list[dict], metric: str) -> tuple[f
             return found[0], True
     found = numbers([document], "teacher", metric)
     return (found[0], False) if found else None
+
+
+def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
+    """Mean, and with several seeds the spread, unless they agree."""
+    if not values:
+        return ""
+    lost = values.count(math.inf)
+    if lost:
+        return "never" if lost == len(values) else f"never in {lost} of {len(values)} seeds"
+    values = [scale * v for v in values]
+    mean = f"{statistics.mean(values):{digits}}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean} +- {spread:.2g}" if spread > 1e-6 * abs(statistics.mean(values)) else mean
 
 
 def _row(group: list[dict], path: tuple[str, ...], nfe: str, documents: list[dict]) -> list[str]:

@@ -6,7 +6,8 @@ spread", and with one seed a side it is "one seed".
 
 What is compared is a metric (`metric`, fd_mini unless told) at a step count (`steps`), or something of the
 curve of fd_mini that a validating run keeps: the training steps to a quality (`reach`), its largest rise
-(`steadier`).
+(`steadier`). Where the two sides were measured on different numbers of samples, which a Frechet distance
+depends on, each is divided by its teacher's at as many.
 """
 
 import itertools
@@ -15,6 +16,7 @@ import statistics
 
 import yaml
 
+from eval.measured import cell, teacher_value
 from fastgen.errors import UserError
 from fastgen.paths import config
 
@@ -32,8 +34,12 @@ def load_claims() -> list[dict]:
     return claims
 
 
-def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -> list[float]:
-    """The metric of a recipe's student at a step count (its own without one), one value per seed."""
+def values(
+    documents: list[dict], recipe: str, steps: int | None, metric: str, relative: bool = False
+) -> list[float]:
+    """The metric of a recipe's student at a step count (its own without one), one value per seed; relative
+    to its teacher's at as many samples where asked.
+    """
     found = []
     for document in (d for d in documents if d["recipe"] == recipe):
         results = document["results"]
@@ -42,8 +48,15 @@ def values(documents: list[dict], recipe: str, steps: int | None, metric: str) -
             int(n): row for n, row in results.get("student_by_steps", {}).items()
         }
         if metric in rows.get(steps, {}):
-            found.append(rows[steps][metric])
+            teacher, fair = teacher_value(document, documents, metric) or (1.0, False)
+            if fair or not relative:
+                found.append(rows[steps][metric] / (teacher if relative else 1.0))
     return found
+
+
+def samples(documents: list[dict], recipes: tuple[str, ...]) -> set[int]:
+    """The numbers of samples that the students of these recipes were measured on."""
+    return {d["results"].get("protocol", {}).get("num_samples") for d in documents if d["recipe"] in recipes}
 
 
 def curves(documents: list[dict], recipe: str) -> list[dict[int, float]]:
@@ -61,19 +74,6 @@ def setback(curve: dict[int, float]) -> float:
     """By how much, at most, a validation is worse than the best one before it."""
     best = itertools.accumulate(curve.values(), min)
     return max(v - b for v, b in zip(curve.values(), best))
-
-
-def cell(values: list[float], digits: str = ".3g", scale: float = 1.0) -> str:
-    """Mean, and with several seeds the spread, unless they agree."""
-    if not values:
-        return ""
-    lost = values.count(math.inf)
-    if lost:
-        return "never" if lost == len(values) else f"never in {lost} of {len(values)} seeds"
-    values = [scale * v for v in values]
-    mean = f"{statistics.mean(values):{digits}}"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean} +- {spread:.2g}" if spread > 1e-6 * abs(statistics.mean(values)) else mean
 
 
 def verdict(better: list[float], worse: list[float], higher: bool, within: float = 0.0) -> str:
@@ -105,7 +105,9 @@ def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:
             sides = [[setback(c) for c in curves(documents, r)] for r in recipes]
             metric = "largest rise of fd_mini while training"
         else:
-            sides = [values(documents, recipe, steps, metric) for recipe in recipes]
+            relative = metric == "fd_mini" and len(samples(documents, recipes)) > 1
+            sides = [values(documents, recipe, steps, metric, relative) for recipe in recipes]
+            metric += " of teacher" if relative else ""
         shown = [cell(v) or "-" for v in sides]
         at = f" at {steps}" if steps else ""
         said = verdict(*sides, metric in HIGHER, claim.get("within", 0.0))

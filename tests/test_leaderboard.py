@@ -238,6 +238,24 @@ def test_orderings_say_what_the_seeds_say():
     assert orderings.verdict([1.2, 1.21], full, False, within=0.1) == "**does not hold**"
 
 
+def test_unequal_sample_counts_are_compared_through_the_teacher():
+    def document(recipe, num, fd, teacher):
+        protocol = {"num_samples": num, "teacher_samples": num}
+        found = {"student": {"nfe": 1, "fd_mini": fd}, "teacher": {"fd_mini": teacher}, "protocol": protocol}
+        return {"teacher": "t", "recipe": recipe, "results": found}
+
+    claim = {"claim": "few", "paper": "2405.14867", "better": "few", "worse": "many"}
+    few, many = document("few", 500, 6.0, 4.0), document("many", 1000, 5.0, 2.5)
+    row = orderings.rows([few, many], [claim])[0]
+    assert row[2:5] == ["`few` 1.5", "`many` 2", "fd_mini of teacher"] and row[-1] == "holds, one seed"
+    many["results"]["protocol"]["teacher_samples"] = (
+        500  # negative: its teacher is no scale
+    )
+    assert orderings.rows([few, many], [claim])[0][-1] == "not run yet"
+    many["results"]["protocol"]["num_samples"] = 500  # as many: the distances themselves
+    assert orderings.rows([few, many], [claim])[0][-1] == "**does not hold**"
+
+
 def test_every_claim_is_about_recipes_that_exist():
     for claim in orderings.load_claims():
         for side in ("better", "worse"):
