@@ -248,9 +248,7 @@ def test_unequal_sample_counts_are_compared_through_the_teacher():
     few, many = document("few", 500, 6.0, 4.0), document("many", 1000, 5.0, 2.5)
     row = orderings.rows([few, many], [claim])[0]
     assert row[2:5] == ["`few` 1.5", "`many` 2", "fd_mini of teacher"] and row[-1] == "holds, one seed"
-    many["results"]["protocol"]["teacher_samples"] = (
-        500  # negative: its teacher is no scale
-    )
+    many["results"]["protocol"]["teacher_samples"] = 500  # negative: its teacher is no scale
     assert orderings.rows([few, many], [claim])[0][-1] == "not run yet"
     many["results"]["protocol"]["num_samples"] = 500  # as many: the distances themselves
     assert orderings.rows([few, many], [claim])[0][-1] == "**does not hold**"
