@@ -48,9 +48,9 @@ def values(
             int(n): row for n, row in results.get("student_by_steps", {}).items()
         }
         if metric in rows.get(steps, {}):
-            teacher, fair = teacher_value(document, documents, metric) or (1.0, False)
-            if fair or not relative:
-                found.append(rows[steps][metric] / (teacher if relative else 1.0))
+            scale = teacher_value(document, documents, metric) if relative else (1.0, True)
+            if scale and scale[1]:  # of as many samples
+                found.append(rows[steps][metric] / scale[0])
     return found
 
 
