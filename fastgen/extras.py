@@ -5,7 +5,6 @@ autoguidance; clip: an image-text net; perceptual: the measuring net as a metric
 """
 
 import torch
-from torch import nn
 
 from fastgen.backbones import load_teacher
 from fastgen.checks import method_of
@@ -17,19 +16,23 @@ from fastgen.paths import asset
 from fastgen.roles import Members, Role
 
 
-def make_extra(name: str, cast, stage: StageConfig) -> nn.Module | Members | Role:
+def make_extra(name: str, cast, stage: StageConfig):
     """The part of this name for a cast whose players are made."""
-    method = method_of(stage)
-    if name == "disc":
-        num = cast.num_students
-        return Members([_disc(cast, method, j) for j in range(num)]) if num else _disc(cast, method)
-    if name == "clip":
-        from fastgen.imagetext import Alignment, image_text
+    method, num = method_of(stage), range(cast.num_students)
+    makers = {
+        "logvar": lambda: LogVariance().to(cast.device),
+        "weak": lambda: _weak(cast, stage.objective.weak),
+        "disc": lambda: Members([_disc(cast, method, j) for j in num]) if num else _disc(cast, method),
+        "clip": lambda: _clip(cast, method.clip),
+        "perceptual": lambda: _perceptual(cast).to(cast.device),
+    }
+    return makers[name]()
 
-        return Alignment(image_text(method.clip, str(cast.device)), cast.teacher.codec)
-    if name == "weak":
-        return _weak(cast, stage.objective.weak)
-    return {"logvar": LogVariance, "perceptual": lambda: _perceptual(cast)}[name]().to(cast.device)
+
+def _clip(cast, path: str):
+    from fastgen.imagetext import Alignment, image_text
+
+    return Alignment(image_text(path, str(cast.device)), cast.teacher.codec)
 
 
 def _weak(cast, path: str) -> Role:
