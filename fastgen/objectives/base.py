@@ -85,24 +85,6 @@ class TimeConfig(BaseModel):
     """standard deviation of the (logit- or log-) normal kinds"""
 
 
-def check_segments(cfg, num: int, key: str = "segments"):
-    """Validator of configs with segments: they must divide a grid of num steps."""
-    if num % cfg.segments:
-        raise ValueError(f"{key}: {cfg.segments} segments do not divide a grid of {num} steps; use a divisor")
-    return cfg
-
-
-def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> str:
-    """Why a student trained on the segments of a grid cannot be sampled so; empty if it can."""
-    if num_steps > grid:
-        return f"the grid it is trained on has {grid} steps"
-    if segments > 1 and sampler == "renoise":
-        return f"trained to land at the ends of {segments} segments, not at data: use student.sampler ode"
-    if num_steps % segments:
-        return f"trained on {segments} segments: use a multiple of {segments}"
-    return ""
-
-
 @dataclass
 class Batch:
     """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
@@ -135,8 +117,10 @@ class Objective:
     student: Student
     teacher: Role
 
-    def __init_subclass__(cls, config: type[ObjectiveConfig], **kwargs):
+    def __init_subclass__(cls, config: type[ObjectiveConfig] | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
+        if config is None:  # what several methods share
+            return
         cls.config = config
         REGISTRY[config.model_fields["name"].default] = cls
 

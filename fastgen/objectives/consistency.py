@@ -29,8 +29,8 @@ import torch
 from pydantic import Field, model_validator
 
 from fastgen import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
-from fastgen.objectives.discrete import draw_intervals, num_intervals
+from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.discrete import check_segments, draw_intervals, num_intervals, unfit_segments
 from fastgen.samplers import jump, segment_ends, solver_step, undo_jump
 from fastgen.schedules import expand
 

@@ -26,8 +26,8 @@ from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective, TimeConfig
-from fastgen.objectives.matching import MatchingConfig
+from fastgen.objectives.base import TimeConfig
+from fastgen.objectives.matching import Matching, MatchingConfig
 
 
 class DiffInstructConfig(MatchingConfig):
@@ -42,17 +42,7 @@ class DiffInstructConfig(MatchingConfig):
     """noise levels of the critic's denoising loss"""
 
 
-class DiffInstruct(Objective, config=DiffInstructConfig):
-    needs_data = False
-
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
-
+class DiffInstruct(Matching, config=DiffInstructConfig):
     def step(self, batch, k):
         last = self.rng.shared_randint(len(self.student.times))
         if k % self.cfg.student_every == 0:

@@ -1,11 +1,16 @@
-"""Discretisations of the consistency family: how many intervals a grid has, and which of them are drawn."""
+"""Discretisations of the consistency family: how many intervals a grid has, which of them are drawn, and what
+the methods share whose grid falls into segments.
+"""
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen import losses
+from fastgen.objectives.base import Objective, ObjectiveConfig
 from fastgen.rng import Rng
 from fastgen.schedules import Schedule
 
@@ -42,3 +47,70 @@ def draw_intervals(
     below = torch.erf((-schedule.log_snr(grid) - mean) / (math.sqrt(2) * std))
     mass = (below[:-1] - below[1:]).cumsum(0)
     return torch.searchsorted(mass, rng.rand(num).to(mass) * mass[-1]).clamp(max=last)
+
+
+def check_segments(cfg, num: int, key: str = "segments"):
+    """Validator of configs with segments: they must divide a grid of num steps."""
+    if num % cfg.segments:
+        raise ValueError(f"{key}: {cfg.segments} segments do not divide a grid of {num} steps; use a divisor")
+    return cfg
+
+
+def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> str:
+    """Why a student trained on the segments of a grid cannot be sampled so; empty if it can."""
+    if num_steps > grid:
+        return f"the grid it is trained on has {grid} steps"
+    if segments > 1 and sampler == "renoise":
+        return f"trained to land at the ends of {segments} segments, not at data: use student.sampler ode"
+    if num_steps % segments:
+        return f"trained on {segments} segments: use a multiple of {segments}"
+    return ""
+
+
+class SegmentedConfig(ObjectiveConfig):
+    """A consistency loss inside the segments of the solver's grid, and a GAN on its noised predictions."""
+
+    grid_steps: int = Field(40, ge=1)
+    """steps K of the solver's grid; the student is sampled in any fitting number up to it"""
+    segments: int = Field(8, ge=1)
+    """segments of the grid, which they must divide"""
+    weighting: losses.Weighting | None = None
+    """w(t) of the consistency loss; null is 1, as in the papers"""
+    target_decay: float = Field(0.0, ge=0, lt=1)
+    """EMA decay of the target network; 0 uses the student itself"""
+    gan_weight: float = Field(0.0, ge=0)
+    """weight of the adversarial loss; 0 drops the discriminator"""
+    gan_loss: Literal["hinge", "softplus"] = "hinge"
+    """form of the adversarial pair"""
+    disc_taps: tuple[int, ...] = ()
+    """teacher features the heads read, by index; empty takes the family's default"""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        return check_segments(self, self.grid_steps)
+
+
+class Segmented(Objective):
+    """A method with these settings."""
+
+    @classmethod
+    def player_parts(cls, cfg):
+        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
+
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher", "target") if cfg.target_decay else ("teacher",)
+
+    @classmethod
+    def grid_steps(cls, cfg):
+        return cfg.grid_steps
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
+        calls["teacher"] = 1 if guidance == 1 else 2
+        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})

@@ -26,8 +26,7 @@ from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective
-from fastgen.objectives.matching import MatchingConfig
+from fastgen.objectives.matching import Matching, MatchingConfig
 from fastgen.objectives.ode_pairs import Pairs
 
 
@@ -45,16 +44,10 @@ class DMDConfig(MatchingConfig):
     """ODE steps a pair costs; the student's times after the first lie on this grid"""
 
 
-class DMD(Objective, config=DMDConfig):
-    needs_data = False
-
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
+class DMD(Matching, config=DMDConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        calls = matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
+        calls = super().evaluations(cfg, guidance, num_steps)
         if cfg.regression_weight:
             calls["student+grad"] = round(calls["student+grad"] + 1 / cfg.student_every, 3)
             calls["teacher (first epoch)"] = cfg.teacher_steps * (1 if guidance == 1 else 2)

@@ -32,8 +32,7 @@ import torch
 
 from fastgen import losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective
-from fastgen.objectives.matching import GanMatchingConfig
+from fastgen.objectives.matching import GanMatchingConfig, Matching
 
 
 class DMD2Config(GanMatchingConfig):
@@ -44,11 +43,7 @@ class DMD2Config(GanMatchingConfig):
     """several steps: train on the student's own intermediate states, not on noised data (Sec. 4.5)"""
 
 
-class DMD2(Objective, config=DMD2Config):
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
+class DMD2(Matching, config=DMD2Config):
     @classmethod
     def requires_data(cls, cfg):
         return cfg.gan_weight > 0 or not cfg.backward_simulation

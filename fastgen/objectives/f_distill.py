@@ -28,8 +28,7 @@ from pydantic import Field
 
 from fastgen import divergences, losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective
-from fastgen.objectives.matching import GanMatchingConfig
+from fastgen.objectives.matching import GanMatchingConfig, Matching
 
 
 class FDistillConfig(GanMatchingConfig):
@@ -50,15 +49,7 @@ class FDistillConfig(GanMatchingConfig):
     """rho, memory of the bins; 0 knows the current batch only"""
 
 
-class FDistill(Objective, config=FDistillConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
-
+class FDistill(Matching, config=FDistillConfig):
     def prepare(self):
         self.bins = torch.ones(self.cfg.bins, device=self.rng.device)
 

@@ -29,8 +29,8 @@ import torch
 from pydantic import Field
 
 from fastgen import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, unfit_segments
-from fastgen.objectives.discrete import distance_weight
+from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.discrete import distance_weight, unfit_segments
 from fastgen.samplers import solver_step, teacher_grid
 from fastgen.schedules import expand
 

@@ -61,11 +61,6 @@ def has_gan(cfg) -> bool:
     return getattr(cfg, "gan_weight", 0) > 0
 
 
-def players(cfg) -> dict[str, tuple[str, ...]]:
-    """Student, and a critic that holds the discriminator's heads where there are any."""
-    return {"student": ("student",), "critic": ("critic", "disc") if has_gan(cfg) else ("critic",)}
-
-
 def evaluations(cfg, guidance: float, walk: float = 0) -> dict[str, float]:
     """Expected network calls of one step; `walk` counts the student's calls before its last one."""
     gan, r = has_gan(cfg), 1 / cfg.student_every
@@ -97,6 +92,22 @@ def evaluations_through(
         "features+grad": gan + r * own[0] + own[1],
     }
     return {name: round(n, 3) for name, n in calls.items() if n}
+
+
+class Matching(Objective):
+    """A method with an online critic, which holds the discriminator's heads where there are any."""
+
+    @classmethod
+    def player_parts(cls, cfg):
+        return {"student": ("student",), "critic": ("critic", "disc") if has_gan(cfg) else ("critic",)}
+
+    @classmethod
+    def requires_data(cls, cfg):
+        return has_gan(cfg)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        return evaluations(cfg, guidance, (num_steps - 1) / 2)
 
 
 def sample(obj: Objective, batch: Batch, last: int, simulate: bool = True) -> Tensor:

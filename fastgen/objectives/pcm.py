@@ -26,22 +26,19 @@ Differs
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives import adversarial
-from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
-from fastgen.objectives.discrete import distance_weight
+from fastgen.objectives.discrete import Segmented, SegmentedConfig, distance_weight
 from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
 
 
-class PCMConfig(ObjectiveConfig):
+class PCMConfig(SegmentedConfig):
     """Phased consistency distillation."""
 
     name: Literal["pcm"] = "pcm"
-    grid_steps: int = Field(40, ge=1)
-    """steps K of the solver's grid"""
     segments: int = Field(4, ge=1)
     """phases M; must divide the grid, and the student takes a multiple of it in steps"""
     guided_solver: bool = True
@@ -50,35 +47,11 @@ class PCMConfig(ObjectiveConfig):
     """share of the batch whose condition is left out; the authors take 0.1 without the guided solver"""
     huber_c: float = Field(1e-3, gt=0)
     """constant of the elementwise pseudo-Huber"""
-    weighting: losses.Weighting | None = None
-    """w(t) of the pseudo-Huber; null is 1, as in the paper"""
-    target_decay: float = Field(0.0, ge=0, lt=1)
-    """EMA decay of the target network; 0 uses the student itself"""
     gan_weight: float = Field(0.1, ge=0)
     """weight of the adversarial consistency loss; 0 drops the discriminator"""
-    gan_loss: Literal["hinge", "softplus"] = "hinge"
-    """form of the adversarial pair"""
-    disc_taps: tuple[int, ...] = ()
-    """teacher features the heads read, by index; empty takes the family's default"""
-
-    @model_validator(mode="after")
-    def _divides(self):
-        return check_segments(self, self.grid_steps)
 
 
-class PCM(Objective, config=PCMConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
-
-    @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "target") if cfg.target_decay else ("teacher",)
-
-    @classmethod
-    def grid_steps(cls, cfg):
-        return cfg.grid_steps
-
+class PCM(Segmented, config=PCMConfig):
     @classmethod
     def learned_guidance(cls, cfg, guidance):
         return super().learned_guidance(cfg, guidance) if cfg.guided_solver else 1.0
@@ -88,15 +61,8 @@ class PCM(Objective, config=PCMConfig):
         return cfg.guided_solver
 
     @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
-
-    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        guided = cfg.guided_solver and guidance != 1
-        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
-        calls["teacher"] = 2 if guided else 1
-        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
+        return super().evaluations(cfg, guidance if cfg.guided_solver else 1, num_steps)
 
     def step(self, batch, k):
         cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps

@@ -29,8 +29,8 @@ from pydantic import Field
 
 from fastgen import divergences, losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective, TimeConfig
-from fastgen.objectives.matching import GanMatchingConfig
+from fastgen.objectives.base import TimeConfig
+from fastgen.objectives.matching import GanMatchingConfig, Matching
 
 
 class SiDConfig(GanMatchingConfig):
@@ -61,15 +61,7 @@ class SiDConfig(GanMatchingConfig):
     """k2 = k3: guidance under which the critic is read in the student's turn"""
 
 
-class SiD(Objective, config=SiDConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
-    @classmethod
-    def requires_data(cls, cfg):
-        return cfg.gan_weight > 0
-
+class SiD(Matching, config=SiDConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         scales = (cfg.score_guidance, cfg.train_guidance)

@@ -35,8 +35,7 @@ from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective
-from fastgen.objectives.matching import MatchingConfig
+from fastgen.objectives.matching import Matching, MatchingConfig
 
 
 class SwiftBrushConfig(MatchingConfig):
@@ -67,20 +66,14 @@ class SwiftBrushConfig(MatchingConfig):
         return self
 
 
-class SwiftBrush(Objective, config=SwiftBrushConfig):
-    needs_data = False
-
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
+class SwiftBrush(Matching, config=SwiftBrushConfig):
     @classmethod
     def uses(cls, cfg):
         return ("teacher", "clip") if cfg.clip_weight else ("teacher",)
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        calls = matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
+        calls = super().evaluations(cfg, guidance, num_steps)
         return calls | {"critic": calls["critic"] * (1 if guidance == 1 or cfg.plain_critic else 2)}
 
     def step(self, batch, k):

@@ -30,7 +30,8 @@ from pydantic import Field, model_validator
 
 from fastgen import losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import ObjectiveConfig
+from fastgen.objectives.matching import Matching
 from fastgen.samplers import jump
 from fastgen.schedules import expand
 
@@ -65,13 +66,7 @@ class TDMConfig(ObjectiveConfig):
         return self
 
 
-class TDM(Objective, config=TDMConfig):
-    needs_data = False
-
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
+class TDM(Matching, config=TDMConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         r = 1 / cfg.student_every

@@ -26,74 +26,43 @@ Differs
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fastgen import losses
 from fastgen.objectives import adversarial
-from fastgen.objectives.base import Objective, ObjectiveConfig, check_segments, unfit_segments
-from fastgen.objectives.discrete import distance_weight
+from fastgen.objectives.discrete import Segmented, SegmentedConfig, distance_weight
 from fastgen.samplers import segment_ends, solver_step, teacher_grid
 from fastgen.schedules import expand
 
 
-class TSCDConfig(ObjectiveConfig):
+class TSCDConfig(SegmentedConfig):
     """One stage of trajectory segmented consistency distillation."""
 
     name: Literal["tscd"] = "tscd"
-    grid_steps: int = Field(40, ge=1)
-    """steps K of the solver's grid; the student is sampled in any number up to it"""
-    segments: int = Field(8, ge=1)
-    """segments k of this stage; must divide the grid"""
     end_prob: float = Field(0.0, ge=0, le=1)
     """share of the batch whose target time is the segment's end"""
     ode_teacher: Literal["original", "previous"] = "original"
     """whose ODE is stepped along: the guided teacher's, or that of the student the last stage left"""
-    target_decay: float = Field(0.0, ge=0, lt=1)
-    """EMA decay of the target network; 0 uses the student itself"""
     mse_weight: float = Field(1.0, ge=0)
     """weight of the consistency loss"""
-    weighting: losses.Weighting | None = None
-    """w(t) of the consistency loss; null is 1"""
-    gan_weight: float = Field(0.0, ge=0)
-    """weight of the adversarial loss; 0 drops the discriminator"""
-    gan_loss: Literal["hinge", "softplus"] = "hinge"
-    """form of the adversarial pair"""
-    disc_taps: tuple[int, ...] = ()
-    """teacher features the heads read, by index; empty takes the family's default"""
-
-    @model_validator(mode="after")
-    def _divides(self):
-        return check_segments(self, self.grid_steps)
 
 
-class TSCD(Objective, config=TSCDConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
-
+class TSCD(Segmented, config=TSCDConfig):
     @classmethod
     def uses(cls, cfg):
-        more = {"target": cfg.target_decay, "previous": cfg.ode_teacher == "previous"}
-        return ("teacher", *(n for n, wanted in more.items() if wanted))
+        return super().uses(cfg) + (("previous",) if cfg.ode_teacher == "previous" else ())
 
     @classmethod
     def follows_guidance(cls, cfg):
         return cfg.ode_teacher == "original"
 
     @classmethod
-    def grid_steps(cls, cfg):
-        return cfg.grid_steps
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
-
-    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
         own = cfg.ode_teacher == "previous"
-        calls["previous" if own else "teacher"] = 1 if own or guidance == 1 else 2
-        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
+        calls = super().evaluations(cfg, 1 if own else guidance, num_steps)
+        if own:
+            calls["previous"] = calls.pop("teacher")
+        return calls
 
     def step(self, batch, k):
         cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps

@@ -30,8 +30,8 @@ from pydantic import Field, model_validator
 
 from fastgen import divergences, losses
 from fastgen.objectives import matching
-from fastgen.objectives.base import Objective, TimeConfig
-from fastgen.objectives.matching import GanMatchingConfig
+from fastgen.objectives.base import TimeConfig
+from fastgen.objectives.matching import GanMatchingConfig, Matching
 
 
 class UniInstructConfig(GanMatchingConfig):
@@ -68,15 +68,7 @@ class UniInstructConfig(GanMatchingConfig):
         return self
 
 
-class UniInstruct(Objective, config=UniInstructConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return matching.players(cfg)
-
-    @classmethod
-    def requires_data(cls, cfg):
-        return cfg.gan_weight > 0
-
+class UniInstruct(Matching, config=UniInstructConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         return matching.evaluations_through(cfg, guidance, num_steps)
