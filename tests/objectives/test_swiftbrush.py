@@ -171,7 +171,7 @@ def test_p1_fresh_adapter_gives_exactly_nothing(tiny, family):
     _, cast, objective = make("swiftbrush", tiny(family), "lora")
     one = batch(cast)
     loss, logs = next(objective.step(one, 0))
-    assert float(loss) == 0 and float(logs["real_fake_gap"]) == 0
+    assert loss.item() == 0 and float(logs["real_fake_gap"]) == 0
     for k in range(2):
         objective.rng.reset(k)
         play(objective, one, k)
