@@ -67,17 +67,43 @@ def unfit_segments(grid: int, segments: int, num_steps: int, sampler: str) -> st
     return ""
 
 
-class SegmentedConfig(ObjectiveConfig):
-    """A consistency loss inside the segments of the solver's grid, and a GAN on its noised predictions."""
+class SolverGridConfig(ObjectiveConfig):
+    """A consistency loss between neighbours on the grid of the teacher's solver."""
 
     grid_steps: int = Field(40, ge=1)
     """steps K of the solver's grid; the student is sampled in any fitting number up to it"""
-    segments: int = Field(8, ge=1)
-    """segments of the grid, which they must divide"""
     weighting: losses.Weighting | None = None
     """w(t) of the consistency loss; null is 1, as in the papers"""
     target_decay: float = Field(0.0, ge=0, lt=1)
     """EMA decay of the target network; 0 uses the student itself"""
+
+
+class OnSolverGrid(Objective):
+    """A method with these settings."""
+
+    @classmethod
+    def uses(cls, cfg):
+        return ("teacher", "target") if cfg.target_decay else ("teacher",)
+
+    @classmethod
+    def grid_steps(cls, cfg):
+        return cfg.grid_steps
+
+    @classmethod
+    def unsampled(cls, cfg, num_steps, sampler):
+        return unfit_segments(cfg.grid_steps, 1, num_steps, sampler)
+
+    @classmethod
+    def evaluations(cls, cfg, guidance, num_steps):
+        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
+        return calls | {"teacher": 1 if guidance == 1 else 2}
+
+
+class SegmentedConfig(SolverGridConfig):
+    """The same inside the segments of the grid, and a GAN on the noised predictions."""
+
+    segments: int = Field(8, ge=1)
+    """segments of the grid, which they must divide"""
     gan_weight: float = Field(0.0, ge=0)
     """weight of the adversarial loss; 0 drops the discriminator"""
     gan_loss: Literal["hinge", "softplus"] = "hinge"
@@ -90,7 +116,7 @@ class SegmentedConfig(ObjectiveConfig):
         return check_segments(self, self.grid_steps)
 
 
-class Segmented(Objective):
+class Segmented(OnSolverGrid):
     """A method with these settings."""
 
     @classmethod
@@ -98,19 +124,10 @@ class Segmented(Objective):
         return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
 
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "target") if cfg.target_decay else ("teacher",)
-
-    @classmethod
-    def grid_steps(cls, cfg):
-        return cfg.grid_steps
-
-    @classmethod
     def unsampled(cls, cfg, num_steps, sampler):
         return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
-        calls["teacher"] = 1 if guidance == 1 else 2
+        calls = super().evaluations(cfg, guidance, num_steps)
         return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})

@@ -46,7 +46,7 @@ class DMD2Config(GanMatchingConfig):
 class DMD2(Matching, config=DMD2Config):
     @classmethod
     def requires_data(cls, cfg):
-        return cfg.gan_weight > 0 or not cfg.backward_simulation
+        return super().requires_data(cfg) or not cfg.backward_simulation
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):

@@ -29,13 +29,12 @@ import torch
 from pydantic import Field
 
 from fastgen import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.objectives.discrete import distance_weight, unfit_segments
+from fastgen.objectives.discrete import OnSolverGrid, SolverGridConfig, distance_weight
 from fastgen.samplers import solver_step, teacher_grid
 from fastgen.schedules import expand
 
 
-class LCMConfig(ObjectiveConfig):
+class LCMConfig(SolverGridConfig):
     """Latent consistency distillation with guidance in the solver."""
 
     name: Literal["lcm"] = "lcm"
@@ -47,31 +46,15 @@ class LCMConfig(ObjectiveConfig):
     """distance between prediction and target"""
     huber_c: float = Field(1e-3, gt=0)
     """constant of the elementwise pseudo-Huber"""
-    weighting: losses.Weighting | None = None
-    """w(t) of the distance; null is 1, as in the paper"""
-    target_decay: float = Field(0.0, ge=0, lt=1)
-    """EMA decay of the target network; 0 uses the student itself"""
 
 
-class LCM(Objective, config=LCMConfig):
+class LCM(OnSolverGrid, config=LCMConfig):
     draws_guidance = True
 
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "target") if cfg.target_decay else ("teacher",)
-
-    @classmethod
-    def grid_steps(cls, cfg):
-        return cfg.grid_steps
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.grid_steps, 1, num_steps, sampler)
-
-    @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        teacher = (1 if guidance == 1 else 2) * (2 if cfg.solver == "heun" else 1)
-        return {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1, "teacher": teacher}
+        calls = super().evaluations(cfg, guidance, num_steps)
+        return calls | {"teacher": calls["teacher"] * (2 if cfg.solver == "heun" else 1)}
 
     def step(self, batch, k):
         cfg, S, x0 = self.cfg, self.schedule, batch.x0
