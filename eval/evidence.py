@@ -36,7 +36,7 @@ def config_sha256(cfg: RunConfig) -> str:
 
 def recipe_files(recipe: str) -> list[Path]:
     """configs/recipes/<recipe>.yaml, or for a teacher's own training configs/teachers/<recipe>.yaml; what
-    follows a + is a change to it: "fashion_dmd2+no_gan" adds configs/ablations/no_gan.yaml.
+    follows a + is a change to it: "fashion_dmd2+score_alone" adds configs/ablations/score_alone.yaml.
     """
     name, *changes = recipe.split("+")
     return [_find(name, ("recipes", "teachers")), *(_find(c, ("ablations",)) for c in changes)]

@@ -56,15 +56,15 @@ def test_hash_ignores_place_threads_seed_and_switches_that_are_off():
 
 
 def test_an_ablation_is_a_recipe_and_a_change(finished, tmp_path):
-    plain, changed = (evidence.load_recipe(n) for n in ("fashion_dmd2", "fashion_dmd2+no_gan"))
+    plain, changed = (evidence.load_recipe(n) for n in ("fashion_dmd2", "fashion_dmd2+score_alone"))
     assert evidence.differing(plain, changed)  # the change reaches the config ...
-    assert changed.stages[1].objective.gan_weight == 0 < plain.stages[1].objective.gan_weight
-    assert changed.stages[1].optim == plain.stages[1].optim  # ... and nothing else does
-    name = "fashion_dmd2+no_gan"
+    assert changed.objective.gan_weight == 0 < plain.objective.gan_weight
+    assert changed.optim == plain.optim  # ... and nothing else does
+    name = "fashion_dmd2+score_alone"
     document = json.loads(evidence.record(finished(name, 9.0), name, None, tmp_path / "r").read_text())
-    assert document["command"].endswith("configs/recipes/fashion_dmd2.yaml configs/ablations/no_gan.yaml")
-    with pytest.raises(UserError, match="no_gun.*did you mean"):
-        evidence.load_recipe("fashion_dmd2+no_gun")
+    assert document["command"].endswith("recipes/fashion_dmd2.yaml configs/ablations/score_alone.yaml")
+    with pytest.raises(UserError, match="score_aline.*did you mean"):
+        evidence.load_recipe("fashion_dmd2+score_aline")
 
 
 def test_record_writes_the_schema(finished, tmp_path):
