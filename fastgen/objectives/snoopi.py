@@ -12,6 +12,7 @@ Differs
 - whether w is drawn per sample or per batch is not stated; per sample here, which averages over w at once.
 - the teacher's own `teacher.guidance` plays no part in training; it is what the teacher is compared with.
 - the paper adds SwiftBrush v2's clamped CLIP loss (tau 0.37): `clip_weight`, off unless set.
+- `plain_critic`, which the text-to-image recipe sets, leaves w to the teacher alone (see swiftbrush.py).
 - NASA inside training (the paper's v3) is left out: it needs a list of generic negative prompts.
 """
 
