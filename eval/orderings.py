@@ -2,7 +2,7 @@
 
 configs/claims.yaml lists the claims. One holds when the better side's mean is ahead by more than the larger
 spread of the two (a claim of no difference allows a share, `within`); with a smaller lead it is "within the
-spread", and with one seed a side it is "one seed".
+spread", and where a side has but one seed the lead is said to be of "one seed".
 
 What is compared is a metric (`metric`, fd_mini unless told) at a step count (`steps`), or something of the
 curve of fd_mini that a validating run keeps: the training steps to a quality (`reach`), its largest rise
@@ -84,12 +84,10 @@ def verdict(better: list[float], worse: list[float], higher: bool, within: float
     lead = (lead if higher else -lead) + within * statistics.mean(worse)
     if math.inf in better or lead <= 0:
         return "**does not hold**"
-    if min(len(better), len(worse)) < 2:
-        return "holds, one seed"
-    if math.inf in worse:
-        return "holds"
-    spread = max(statistics.stdev(better), statistics.stdev(worse))
-    return "holds" if lead > spread else "within the spread"
+    spreads = [statistics.stdev(v) for v in (better, worse) if len(v) > 1 and math.inf not in v]
+    if math.inf not in worse and lead <= max(spreads, default=0.0):
+        return "within the spread"
+    return "holds, one seed" if min(len(better), len(worse)) < 2 else "holds"
 
 
 def rows(documents: list[dict], claims: list[dict]) -> list[list[str]]:

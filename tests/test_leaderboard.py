@@ -218,6 +218,8 @@ def test_orderings_say_what_the_seeds_say():
     assert orderings.rows(documents, [claim | {"worse": "d"}])[0][-1] == "not run yet"
     assert orderings.verdict([1.0, 1.4], [1.3, 1.4], False) == "within the spread"
     assert orderings.verdict([0.9, 0.91], [0.5, 0.51], True) == "holds"
+    assert orderings.verdict([1.0, 1.4], [1.3], False) == "within the spread", "the side that has one counts"
+    assert orderings.verdict([1.0, 1.1], [1.3], False) == "holds, one seed"
     curves = [
         {"recipe": r, "results": {"curve": c}}
         for r, c in (("a", {"0": 9, "50": 2.5, "100": 3}), ("b", {"0": 9}))
