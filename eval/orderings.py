@@ -84,9 +84,10 @@ def verdict(better: list[float], worse: list[float], higher: bool, within: float
     lead = (lead if higher else -lead) + within * statistics.mean(worse)
     if math.inf in better or lead <= 0:
         return "**does not hold**"
-    spreads = [statistics.stdev(v) for v in (better, worse) if len(v) > 1 and math.inf not in v]
-    if math.inf not in worse and lead <= max(spreads, default=0.0):
-        return "within the spread"
+    if math.inf not in worse:
+        spread = max((statistics.stdev(v) for v in (better, worse) if len(v) > 1), default=0.0)
+        if lead <= spread:
+            return "within the spread"
     return "holds, one seed" if min(len(better), len(worse)) < 2 else "holds"
 
 
