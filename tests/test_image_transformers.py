@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastgen import config
 from fastgen.backbones import detect, load_teacher
+from fastgen.backbones.targets import adapter_layers
 from fastgen.build import Cast
 from fastgen.errors import UserError
 from fastgen.export import export_student
@@ -190,11 +191,11 @@ def test_dit_xl_counts_one_embedder():
 def test_default_adapters_leave_the_last_layer_alone(world, name):
     net, family = world.backbone.net, world.family
     one = "single_transformer_blocks.0.proj_out"
-    assert family.lora_modules(net, (one,)) == [one]
+    assert adapter_layers(family, net, (one,)) == [one]
     with pytest.raises(UserError, match="target_modules: 'proj_out' also matches"):
-        family.lora_modules(net, ("proj_out", "to_q"))
-    assert all(".attn." in n for n in family.lora_modules(net, family.lora_targets))
-    assert family.reads_kohya(family.lora_modules(net, family.lora_targets))
+        adapter_layers(family, net, ("proj_out", "to_q"))
+    assert all(".attn." in n for n in adapter_layers(family, net, family.lora_targets))
+    assert family.reads_kohya(adapter_layers(family, net, family.lora_targets))
     assert not family.reads_kohya(["transformer_blocks.0.ff.net.2"]), "diffusers misreads kohya's name for it"
 
 

@@ -14,6 +14,7 @@ from fastgen import config, lora
 from fastgen.backbones import FAMILIES, detect, load_teacher
 from fastgen.backbones.attention import check, dispatches, exact_attention, kernel, works
 from fastgen.backbones.generic import declared
+from fastgen.backbones.targets import adapter_layers
 from fastgen.build import Cast
 from fastgen.codecs import switch_vae
 from fastgen.data import _text_rows, load_data
@@ -222,7 +223,7 @@ def test_lora_endings_that_match_nothing_or_too_much(folder, targets, told, tmp_
     argv += ["--objective.name", "sft", "--student.lora.target_modules", *targets]
     if told is None:
         backbone = load_teacher(str(folder("sd"))).backbone
-        assert backbone.family.lora_modules(backbone.net, tuple(targets)) == targets
+        assert adapter_layers(backbone.family, backbone.net, tuple(targets)) == targets
     else:
         assert told in refused(capsys, *argv)
 

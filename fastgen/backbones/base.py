@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgen.backbones.attention import kernel
 from fastgen.backbones.family import Cond, Family
 from fastgen.backbones.parts import FLOW_TIMES
+from fastgen.backbones.targets import adapter_layers
 from fastgen.errors import UserError
 from fastgen.schedules import EDM, VP, Schedule, TrigFlow, expand
 
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
             r=rank,
             lora_alpha=alpha,
             init_lora_weights="gaussian",
-            target_modules=self.family.lora_modules(self.net, tuple(targets)),
+            target_modules=adapter_layers(self.family, self.net, tuple(targets)),
             lora_dropout=0.0,
             use_rslora=rs,
         )

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen.backbones.parts import Parts, dynamic_shift, fold_tokens, part_name, patch_of
+from fastgen.backbones.parts import Parts, dynamic_shift, fold_tokens, one_channel_wider, part_name, patch_of
 from fastgen.errors import UserError
 
 Cond = dict[str, Tensor]
@@ -181,20 +181,12 @@ class Family:
             "leave it out: the student learns teacher.guidance alone",
         )
 
-    @torch.no_grad()
     def add_second_time(self, net: nn.Module) -> nn.Module:
-        """The same function by a network with one more input channel, whose weights are zero."""
-        layer = dict(net.named_modules()).get(self.input_layer)
-        width = net.config.in_channels
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
+        """The same function by a network that reads a second time as one more input channel."""
+        wider = one_channel_wider(net, self.input_layer)
+        if wider is None:
             told = f"{self.net_class} has no plain convolution over its latent for a second time to enter by"
             raise UserError("objective.name", told, "a method whose network takes one time")
-        with torch.device(layer.weight.device), torch.random.fork_rng(devices=[]):
-            wider = type(net).from_config({**net.config, "in_channels": width + 1})
-        state, key = net.state_dict(), f"{self.input_layer}.weight"
-        state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
-        if layer.weight.device.type != "meta":
-            wider.load_state_dict(state)
         return wider
 
     # -- latents --------------------------------------------------------------------------------------------
@@ -316,42 +308,10 @@ class Family:
         parts = self.parts(net)
         return {n: parts[n] for n in self.lora_parts or (self.component,) if n in parts}
 
-    def lora_modules(self, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
-        """Full names of the layers that adapters with these endings touch; a UserError where none, or the
-        network's last layer, would be.
-        """
-        inside = [f"{p}." for p in self.adapted(net)] if isinstance(net, Parts) else [""]
-        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        found = [n for n, m in net.named_modules() if isinstance(m, kinds) and n.startswith(tuple(inside))]
-        layers = {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
-        hit = {e: [n for n in layers if n == e or n.endswith(f".{e}")] for e in endings}
-        leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
-        added = {*self.guidance_layers, self.input_layer}
-        default = set(endings) - added == set(self.lora_targets) - added
-        for ending, found in hit.items():
-            if not found and not default:
-                told = f"no layer of {self.net_class} ends in {ending!r}"
-                raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
-            final = sorted(n for n in found if self._is_final(n, inside))
-            if default:
-                hit[ending] = [n for n in found if n not in final or n == ending in added]
-            elif final and found != [ending]:
-                told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
-                raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
-        names = sorted({n for found in hit.values() for n in found})
-        if not names:
-            told = f"no layer of {self.net_class} ends in any of {list(endings)}"
-            raise UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
-        return names
-
     def reads_kohya(self, layers) -> bool:
         """Whether a file of these layers under kohya's names can be read back whole."""
         known = all(any(fnmatch(name, pattern) for pattern in self.kohya_layers) for name in layers)
         return self.kohya_prefix is not None and known
-
-    def _is_final(self, name: str, inside: list[str]) -> bool:
-        part = next((p for p in inside if name.startswith(p)), "")
-        return any(fnmatch(name.removeprefix(part), pattern) for pattern in self.final_layers)
 
     def is_unreached(self, name: str, net: nn.Module) -> bool:
         """Whether a parameter is a documented exception to 'gradient reaches everything'."""

@@ -38,6 +38,24 @@ def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn
     return fresh
 
 
+@torch.no_grad()
+def one_channel_wider(net: nn.Module, input_layer: str) -> nn.Module | None:
+    """The same function by a network with one more input channel, whose weights are zero; None where the
+    input layer is not one plain convolution over the latent.
+    """
+    layer = dict(net.named_modules()).get(input_layer)
+    width = net.config.in_channels
+    if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
+        return None
+    with torch.device(layer.weight.device), torch.random.fork_rng(devices=[]):
+        wider = type(net).from_config({**net.config, "in_channels": width + 1})
+    state, key = net.state_dict(), f"{input_layer}.weight"
+    state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
+    if layer.weight.device.type != "meta":
+        wider.load_state_dict(state)
+    return wider
+
+
 def patch_of(net: nn.Module) -> int:
     size = net.config.get("patch_size") or 1
     return size if isinstance(size, int) else size[-1]
