@@ -3,10 +3,16 @@
 Curves are cut into fifths. The thresholds are wide: a warning is meant to be right, not early.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-COLLAPSE, SATURATION, RISE, LAG, LOGITS = 0.6, 1.25, 1.6, 2.5, 8.0
+COLLAPSE, SATURATION, RISE, LAG, LOGITS, FALL = 0.6, 1.25, 1.6, 2.5, 8.0, 1.4
+
+
+Warnings = Iterator[tuple[str, str]]
+"""(what is seen, what to try)"""
 
 
 @torch.no_grad()
@@ -24,29 +30,36 @@ def look(images: Tensor, period: int) -> dict[str, float]:
 
 def warnings(metrics: list[dict], results: dict) -> list[tuple[str, str]]:
     """(what is seen, what to try) for a run's metrics.jsonl records and results.json."""
-    found = [*_samples(results.get("look", {}))]
+    found = [*_samples(results.get("look", {})), *_quality(results.get("curve", {}))]
     players = {k.split("/")[0] for r in metrics for k in r if "/" in k}
     for student in sorted(p for p in players if p.startswith("student")):
-        critic = "critic" + student.removeprefix("student")
-        found += _student(metrics, student)
-        found += _critic(metrics, student, critic)
+        number = student.removeprefix("student")
+        found += [*_student(metrics, student), *_critic(metrics, student, f"critic{number}")]
+        found += [*_heads(metrics, f"critic{number}"), *_heads(metrics, f"disc{number}")]
     return found
 
 
-def _samples(seen: dict) -> list[tuple[str, str]]:
+def _samples(seen: dict) -> Warnings:
     """The student's final samples beside the teacher's."""
-    teacher, student, found = seen.get("teacher", {}), seen.get("student", {}), []
+    teacher, student = seen.get("teacher", {}), seen.get("student", {})
     if "spread" in teacher and "spread" in student and student["spread"] < COLLAPSE * teacher["spread"]:
         ratio = student["spread"] / teacher["spread"]
         told = f"student collapsed: images of one request differ {ratio:.2f} times as much as the teacher's"
-        cure = "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term"
-        found.append((told, cure))
+        yield told, "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term"
     if teacher and student and student["contrast"] > SATURATION * teacher["contrast"]:
         ratio = student["contrast"] / teacher["contrast"]
         told = f"student oversaturated: its images have {ratio:.2f} times the teacher's contrast"
-        cure = "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
-        found.append((told, cure))
-    return found
+        yield told, "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
+
+
+def _quality(curve: dict[str, float]) -> Warnings:
+    """The distance at each validation, by step."""
+    if len(curve) > 2:
+        best, last = min(curve, key=curve.get), list(curve)[-1]
+        if curve[last] > FALL * curve[best]:
+            told = f"student drifts: its distance rose from {curve[best]:.3g} at step {best}"
+            told += f" to {curve[last]:.3g} at step {last}"
+            yield told, "eval.keep best, a lower optim.student.lr, or a critic (disc) that learns faster"
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
@@ -58,27 +71,27 @@ def fifths(metrics: list[dict], key: str) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:])]
 
 
-def _student(metrics: list[dict], student: str) -> list[tuple[str, str]]:
+def _student(metrics: list[dict], student: str) -> Warnings:
     spread = fifths(metrics, f"{student}/x_spread")
     if spread and spread[-1] < COLLAPSE * max(spread):
-        told = f"{student} collapsed: the spread of its samples fell from {max(spread):.3g}"
-        told += f" to {spread[-1]:.3g}"
-        return [(told, "more critic updates (student_every), a lower optim.student.lr, or the GAN term")]
-    return []
+        told = f"{student} collapsed: its samples' spread fell from {max(spread):.3g} to {spread[-1]:.3g}"
+        yield told, "more critic updates (student_every), a lower optim.student.lr, or the GAN term"
 
 
-def _critic(metrics: list[dict], student: str, critic: str) -> list[tuple[str, str]]:
-    found = []
+def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:
     gap, error = fifths(metrics, f"{student}/real_fake_gap"), fifths(metrics, f"{critic}/critic_error")
     cure = "more critic updates (student_every), a higher optim.critic.lr, or a lower optim.student.lr"
     if gap and gap[-1] > RISE * min(gap):
-        told = f"{critic} behind: mean |D_real - D_fake| rose from {min(gap):.3g} to {gap[-1]:.3g}"
-        found.append((told, cure))
+        yield f"{critic} behind: mean |D_real - D_fake| rose from {min(gap):.3g} to {gap[-1]:.3g}", cure
     elif gap and error and error[-1] > max(LAG * gap[-1], 0.15 * fifths(metrics, f"{student}/x_std")[-1]):
-        told = f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}"
-        found.append((told, cure))
-    real, fake = fifths(metrics, f"{critic}/logit_real"), fifths(metrics, f"{critic}/logit_fake")
+        yield (
+            f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}",
+            cure,
+        )
+
+
+def _heads(metrics: list[dict], player: str) -> Warnings:
+    real, fake = fifths(metrics, f"{player}/logit_real"), fifths(metrics, f"{player}/logit_fake")
     if real and fake and real[-1] - fake[-1] > LOGITS:
         told = f"discriminator too strong: its logits stand {real[-1] - fake[-1]:.1f} apart"
-        found.append((told, "r1_weight, a lower disc_weight, or noisier gan_time"))
-    return found
+        yield told, "r1_weight, a lower disc_weight or optim.disc.lr, or noisier gan_time (gan.disc_time)"

@@ -51,6 +51,15 @@ def test_curves():
     apart = [{"critic/logit_real": 6.0, "critic/logit_fake": -6.0}] * 10
     assert not told(apart), "no student, no warning"
     assert "discriminator too strong" in told([{**r, "student/loss": 1.0} for r in apart])
+    ladd = [{"disc/logit_real": 6.0, "disc/logit_fake": -6.0, "student/loss": 1.0}] * 10
+    assert "discriminator too strong" in told(ladd)
+
+
+def test_a_drifting_student_is_told_from_a_noisy_curve():
+    assert not told([], {"curve": {"0": 7.0, "100": 3.0, "200": 3.9}})
+    assert not told([], {"curve": {"0": 3.0, "100": 9.0}}), "two points are no curve"
+    seen = told([], {"curve": {"0": 7.0, "100": 13.3, "200": 29.3}})
+    assert "student drifts" in seen and "7 at step 0" in seen and "29.3 at step 200" in seen
 
 
 def test_p2_a_starved_critic_is_told_from_a_healthy_one(tmp_path):
