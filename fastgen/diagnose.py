@@ -10,7 +10,6 @@ from torch import Tensor
 
 COLLAPSE, SATURATION, RISE, LAG, LOGITS, FALL = 0.6, 1.25, 1.6, 2.5, 8.0, 1.4
 
-
 Warnings = Iterator[tuple[str, str]]
 """(what is seen, what to try)"""
 
@@ -84,10 +83,8 @@ def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:
     if gap and gap[-1] > RISE * min(gap):
         yield f"{critic} behind: mean |D_real - D_fake| rose from {min(gap):.3g} to {gap[-1]:.3g}", cure
     elif gap and error and error[-1] > max(LAG * gap[-1], 0.15 * fifths(metrics, f"{student}/x_std")[-1]):
-        yield (
-            f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}",
-            cure,
-        )
+        told = f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}"
+        yield told, cure
 
 
 def _heads(metrics: list[dict], player: str) -> Warnings:

@@ -30,10 +30,15 @@ def part_name(file: str, part: str) -> str:
     return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
 
 
+def _of_changed_config(net: nn.Module, **changes) -> nn.Module:
+    """A fresh network of the same class on the same device; the random stream stays where it was."""
+    with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
+        return type(net).from_config({**net.config, **changes})
+
+
 def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:
     """The network of a changed config with the same weights, `rename`d; new layers keep their fresh ones."""
-    with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
-        fresh = type(net).from_config({**net.config, **changes})
+    fresh = _of_changed_config(net, **changes)
     fresh.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
     return fresh
 
@@ -47,8 +52,7 @@ def one_channel_wider(net: nn.Module, input_layer: str) -> nn.Module | None:
     width = net.config.in_channels
     if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
         return None
-    with torch.device(layer.weight.device), torch.random.fork_rng(devices=[]):
-        wider = type(net).from_config({**net.config, "in_channels": width + 1})
+    wider = _of_changed_config(net, in_channels=width + 1)
     state, key = net.state_dict(), f"{input_layer}.weight"
     state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
     if layer.weight.device.type != "meta":

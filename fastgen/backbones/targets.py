@@ -4,13 +4,14 @@ from fnmatch import fnmatch
 
 from torch import nn
 
+from fastgen.backbones.family import Family
 from fastgen.backbones.parts import Parts
 from fastgen.errors import UserError
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def adapter_layers(family, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
+def adapter_layers(family: Family, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
     """Full names of the layers that adapters with these endings touch.
 
     The family's own endings leave its final layers (input, time, output) out and may miss some; a user's
@@ -38,18 +39,18 @@ def adapter_layers(family, net: nn.Module, endings: tuple[str, ...]) -> list[str
     return sorted(names)
 
 
-def _layers(net, inside: tuple[str, ...]) -> set[str]:
+def _layers(net: nn.Module, inside: tuple[str, ...]) -> set[str]:
     """Names of the layers that can be adapted, those already adapted under their first name."""
     found = [n for n, m in net.named_modules() if isinstance(m, _ADAPTABLE) and n.startswith(inside)]
     return {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
 
 
-def _is_final(family, name: str, inside: list[str]) -> bool:
+def _is_final(family: Family, name: str, inside: list[str]) -> bool:
     part = next((p for p in inside if name.startswith(p)), "")
     return any(fnmatch(name.removeprefix(part), pattern) for pattern in family.final_layers)
 
 
-def _missing(family, asked: str, layers: set[str]) -> UserError:
+def _missing(family: Family, asked: str, layers: set[str]) -> UserError:
     leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
     told = f"no layer of {family.net_class} ends in {asked}"
     return UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
