@@ -58,8 +58,7 @@ def _quality(curve: dict[str, float]) -> Warnings:
         if curve[last] > FALL * curve[best]:
             told = f"student drifts: its distance rose from {curve[best]:.3g} at step {best}"
             told += f" to {curve[last]:.3g} at step {last}"
-            cure = "a lower optim.student.lr, or a critic (disc) that learns faster"
-            yield told, f"{cure}; eval.keep best ships step {best}"
+            yield told, "a lower optim.student.lr, a critic (disc) that learns faster, or eval.keep best"
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
