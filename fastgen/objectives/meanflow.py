@@ -2,7 +2,8 @@
 
 Paper: Geng et al. 2025, arXiv 2505.13447 (Alg. 1; guidance eq. 19-21); distilled as in NVlabs/FastGen.
 
-  s, r from the time distribution, s >= r;  r = s for the first flow_ratio of the batch
+  s, r from the time distribution, s >= r;  r = s for the first flow_ratio of the batch,
+                                                 r = 0 for the last end_ratio of it (ours)
   x_s = (1 - s) x0 + s eps
   v = eps - x0                                  distillation: v_teacher^w(x_s, s)
   training with guidance: v <- omega v + (1 - omega - kappa) u(x_s, s, s | null) + kappa u(x_s, s, s | c)
@@ -16,13 +17,15 @@ Differs
   length s - r enters the network as one more input channel with zero weights at first, so that the student
   starts as the teacher; the paper adds an embedding of s - r to the time's.
 - the tangent is taken for the rows with r < s only: for the others it is multiplied by zero.
+- end_ratio above 0 trains the map to data itself, which two draws of a law with two tails almost never
+  ask for together with a high s and which a single step is; the paper's is 0.
 - c is 0.01 as in the authors' code; the paper's text says 0.001. |e|^2 is the sum over elements.
 """
 
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen.coordinates import LineView
@@ -41,6 +44,8 @@ class MeanFlowConfig(ObjectiveConfig):
     """both times"""
     flow_ratio: float = Field(0.75, ge=0, le=1)
     """share of the batch with r = s: plain flow matching"""
+    end_ratio: float = Field(0.0, ge=0, le=1)
+    """share of the batch with r = 0: the whole way to data, as the last step of a sample takes it"""
     tangent: TangentConfig = TangentConfig()
     """how du/ds is taken"""
     norm_c: float = Field(0.01, gt=0)
@@ -53,6 +58,14 @@ class MeanFlowConfig(ObjectiveConfig):
     """training: weight of the student's own conditional velocity in the guided target"""
     label_drop: float = Field(0.1, ge=0, lt=1)
     """training with guidance: share of conditions replaced by none"""
+
+    @model_validator(mode="after")
+    def _one_batch(self):
+        if self.flow_ratio + self.end_ratio > 1:
+            raise ValueError(
+                f"end_ratio: found {self.end_ratio:g} beside flow_ratio {self.flow_ratio:g}; at most 1 in all"
+            )
+        return self
 
 
 class MeanFlow(Objective, config=MeanFlowConfig):
@@ -92,12 +105,13 @@ class MeanFlow(Objective, config=MeanFlowConfig):
             yield (weight * error).mean(), {"error": error.detach().mean() / x_s[0].numel()}
 
     def times(self, num: int) -> tuple[Tensor, Tensor]:
-        """Levels s >= r [B], equal in the first part of the batch."""
-        view = LineView(self.schedule, self.cfg.tangent.reach)
-        a, b = (view.level(self.sample_t(num, self.cfg.time)) for _ in range(2))
+        """Levels s >= r [B], equal in the first part of the batch, with r at the data in the last."""
+        cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
+        a, b = (view.level(self.sample_t(num, cfg.time)) for _ in range(2))
         s, r = torch.maximum(a, b), torch.minimum(a, b)
-        same = torch.arange(num, device=s.device) < int(self.cfg.flow_ratio * num)
-        return s, torch.where(same, s, r)
+        row, clean = torch.arange(num, device=s.device), view.level(torch.full_like(s, self.schedule.t_min))
+        r = torch.where(row >= num - int(cfg.end_ratio * num), clean, r)
+        return s, torch.where(row < int(cfg.flow_ratio * num), s, r)
 
     def average(self, view: LineView, cond: dict):
         """u_theta(x_s, s, r) under a condition."""

@@ -97,6 +97,24 @@ def test_p1_pairs_of_times():
     assert float(logit.mean()) == pytest.approx(-0.4 + 0.564, abs=0.15)  # the larger of two normals
 
 
+def test_p1_the_last_rows_go_all_the_way_to_data():
+    objective = make(Flow(), flow_ratio=0.25, end_ratio=0.5)
+    s, r = objective.times(400)
+    assert (s[:100] == r[:100]).all() and (r[200:] < 2e-6).all() and (s[200:] > 1e-3).all()
+    assert float(r[100:200].mean()) > 0.1  # the rows between are drawn as ever
+    plain = make(Flow(), flow_ratio=0.25).times(400)
+    assert torch.equal(plain[0], s) and torch.equal(plain[1][:200], r[:200])  # and so is everything else
+    with pytest.raises(ValueError, match="end_ratio: found 0.9 beside flow_ratio 0.25; at most 1"):
+        MeanFlowConfig(flow_ratio=0.25, end_ratio=0.9)
+
+
+@each
+def test_p1_rows_that_end_at_data_have_the_average_velocity_at_rest(schedule):
+    cfg = {"end_ratio": 0.75, "time": {"kind": "uniform", "low": 0.1, "high": 0.9}}
+    assert loss_of(make(schedule, **cfg)) < 1e-8
+    assert loss_of(make(schedule, FlowMapNet(schedule, 1.2), **cfg)) > 1e-3
+
+
 def test_p1_equal_times_are_flow_matching_without_a_tangent(monkeypatch):
     monkeypatch.setattr(meanflow, "tangent", lambda *_: pytest.fail("no tangent is needed"))
     seen = make(Flow(), flow_ratio=1.0, mode="training")
