@@ -17,8 +17,8 @@ Differs
   length s - r enters the network as one more input channel with zero weights at first, so that the student
   starts as the teacher; the paper adds an embedding of s - r to the time's.
 - the tangent is taken for the rows with r < s only: for the others it is multiplied by zero.
-- end_ratio above 0 trains the map to data itself, which two draws of a law with two tails almost never
-  ask for together with a high s and which a single step is; the paper's is 0.
+- end_ratio is ours, 0 in the paper: a single step goes from s = 1 to r = 0, a pair that two draws of one
+  law hardly ever make.
 - c is 0.01 as in the authors' code; the paper's text says 0.001. |e|^2 is the sum over elements.
 """
 
