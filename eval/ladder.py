@@ -9,6 +9,7 @@ import ast
 import importlib
 import math
 import re
+import statistics
 from pathlib import Path
 
 from eval.measured import distance, markdown, teacher_value
@@ -64,22 +65,26 @@ def paper(method: str) -> str:
     return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
 
 
-def _p3(method: str, documents: list[dict]) -> str:
-    """Per teacher, the best student this method has made: its distance and the teacher's."""
-    best: dict[str, tuple[float, str]] = {}
-    for document in documents:
-        if method not in document["objective"].split("+"):
-            continue
+def _reached(method: str, documents: list[dict]):
+    """(mean distance over the seeds, NFE, metric, one of the documents) of every student of a method."""
+    found: dict[tuple, list[tuple[float, dict]]] = {}
+    for document in (d for d in documents if method in d["objective"].split("+")):
         metric = distance([document])
-        values = [(row[metric], row.get("nfe")) for row in _students(document) if metric in row]
-        if not values or metric != "fd_mini":
-            continue
-        value, nfe = min(values, key=lambda v: v[0])
-        teacher = teacher_value(document, documents, metric)
-        beside = f", teacher {teacher[0]:.3g}" if teacher else ""
-        shown = f"{document['teacher']} {value:.3g} at NFE {nfe}{beside}"
-        if value < best.get(document["teacher"], (math.inf, ""))[0]:
-            best[document["teacher"]] = (value, shown)
+        for row in (r for r in _students(document) if metric in r):
+            of = (document["teacher"], document["recipe"], row.get("nfe"), metric)
+            found.setdefault(of, []).append((row[metric], document))
+    for (_, _, nfe, metric), seeds in found.items():
+        yield statistics.mean(value for value, _ in seeds), nfe, metric, seeds[0][1]
+
+
+def _p3(method: str, documents: list[dict]) -> str:
+    """Per teacher, the best recipe of this method over its seeds: its distance and the teacher's."""
+    best: dict[str, tuple[float, str]] = {}
+    for value, nfe, metric, document in _reached(method, documents):
+        if metric == "fd_mini" and value < best.get(document["teacher"], (math.inf, ""))[0]:
+            teacher = teacher_value(document, documents, metric)
+            beside = f", teacher {teacher[0]:.3g}" if teacher else ""
+            best[document["teacher"]] = (value, f"{document['teacher']} {value:.3g} at NFE {nfe}{beside}")
     return "; ".join(shown for _, shown in best.values())
 
 
@@ -111,16 +116,12 @@ def ladder(documents: list[dict], tests: Path = TESTS) -> str:
 
 
 def _best(method: str, documents: list[dict]) -> str:
-    """The smallest ratio to its teacher that a method has evidence of."""
+    """The smallest ratio to its teacher that a recipe of this method has evidence of, seeds averaged."""
     found = []
-    for document in (d for d in documents if method in d["objective"].split("+")):
-        metric = distance([document])
+    for value, nfe, metric, document in _reached(method, documents):
         teacher, fair = teacher_value(document, documents, metric) or (None, False)
-        found += [
-            (not fair, r[metric] / teacher, r.get("nfe"), document["teacher"])
-            for r in _students(document)
-            if teacher and metric in r
-        ]
+        if teacher:
+            found.append((not fair, value / teacher, nfe, document["teacher"]))
     if not found:
         return "-"
     _, ratio, nfe, teacher = min(found)
