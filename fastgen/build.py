@@ -208,10 +208,10 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few = self.few_step_schedule.few_steps
+        few, start = self.few_step_schedule.few_steps, max(self.cfg.student.timesteps, default=0.0)
         for one in (student, *getattr(student, "members", ())):
             one.grid = grid
-            one.times = few(stage.num_steps, grid) if stage.num_steps else self._times(grid)
+            one.times = few(stage.num_steps, grid, start) if stage.num_steps else self._times(grid)
         if student.told_steps:
             student.guidance = float(len(student.times))
         if cls.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:

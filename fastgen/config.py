@@ -33,7 +33,7 @@ class StageConfig(Section):
     optim: OptimConfig = OptimConfig()
     """optimizers of this stage"""
     num_steps: int | None = None
-    """student steps in this stage; the run's student.num_steps if not set"""
+    """student steps in this stage, from where student.timesteps starts; the run's own if not set"""
     limit: int = Field(0, ge=0)
     """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""
 

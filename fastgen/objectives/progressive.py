@@ -72,7 +72,8 @@ class Progressive(Objective, config=ProgressiveConfig):
         """(t_i, m_i, t_{i+1}) of a random step for each row."""
         num = len(self.student.times)
         coarse = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
-        fine = torch.tensor(teacher_grid(self.schedule, 2 * num), dtype=torch.float64)
+        start = coarse[0] / self.schedule.few_steps(num)[0]  # below 1 where student.timesteps starts lower
+        fine = start * torch.tensor(teacher_grid(self.schedule, 2 * num), dtype=torch.float64)
         i = self.rng.randint(num, len(x0))
         coarse, fine = coarse.to(i.device), fine.to(i.device)
         return coarse[i], fine[2 * i + 1], coarse[i + 1]

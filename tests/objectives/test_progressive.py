@@ -2,6 +2,8 @@
 
 import torch
 
+from fastgen import config
+from fastgen.build import Cast
 from fastgen.objectives.progressive import Progressive, ProgressiveConfig
 from fastgen.roles import Student
 from fastgen.samplers import sample_teacher, solver_step
@@ -18,18 +20,20 @@ def exact(S):
     return lambda x, t: teacher(x, t, {})
 
 
-def make(S, num, **cfg):
-    student = Student(GaussianNet(S, 0.0, 1.0), None, S.few_steps(num, 0), "ode")
+def make(S, num, start=0.0, **cfg):
+    student = Student(GaussianNet(S, 0.0, 1.0), None, S.few_steps(num, 0, start), "ode")
     others = {name: gaussian_role(S, 0.5, 0.3) for name in ("teacher", "previous")}
     return Progressive(ProgressiveConfig(**cfg), {"student": student, **others}, rng())
 
 
 def test_p1_one_step_to_the_target_is_two_of_the_teacher():
-    for S in (Flow(), Flow(3.0), EDM(), VP.scaled_linear()):
-        objective = make(S, 8, ode_teacher="original")
+    own = [(S, 0) for S in (Flow(), Flow(3.0), EDM(), VP.scaled_linear())]
+    for S, start in own + [(Flow(), 0.9), (EDM(), 30), (VP.scaled_linear(), 850)]:
+        objective = make(S, 8, start, ode_teacher="original")
         x0 = torch.randn(200, 2, dtype=torch.float64)
         t, mid, end = objective.times(x0)
         assert ((t > mid) & (mid > end)).all() and len(set(t.tolist())) == 8
+        assert t.max() == (start or S.t_max)
         z = S.noise(x0, torch.randn_like(x0), t)
         D = exact(S)
         target = objective.target(z, t, mid, end, D)
@@ -77,6 +81,17 @@ def test_p1_later_stages_step_with_the_student_the_last_one_left():
     objective.student.backbone.m.data.fill_(3.0)
     next(objective.step(batch_of(torch.randn(8, 2)), 1))
     assert float(objective.previous.backbone.m) == 2.0
+
+
+def test_p1_every_stage_starts_where_the_students_own_times_do():
+    stages = [{"name": f"to{n}", "num_steps": n, "objective": {"name": "progressive"}} for n in (4, 1)]
+    for start, four in (([850], [850.0, 637.0, 425.0, 212.0]), ([], [999.0, 749.0, 499.0, 249.0])):
+        student = {"sampler": "ode", "timesteps": start}
+        teacher = {"path": "analytic:gmm2d-vp"}
+        cfg = config.validate({"teacher": teacher, "student": student, "stages": stages})
+        cast, (first, last) = Cast(cfg), cfg.all_stages()
+        assert cast.stage(first, rng()).student.times == four
+        assert cast.stage(last, rng()).student.times == four[:1]
 
 
 def test_p2_distils_the_mixture_from_eight_steps_to_one(tmp_path):
