@@ -14,7 +14,8 @@ Differs
 - stages are the run's stages (`num_steps` of each); the first says ode_teacher original where the teacher is
   guided, and so distils guidance with it, told to the student or not; later ones step with the last student.
 - the student becomes the teacher as it stands, not its average, after its learning rate has come down.
-- the grid is the teacher scheduler's (VP timesteps, Karras levels, shifted flow), not a cosine in i / N.
+- the grid is the teacher scheduler's (VP timesteps, Karras levels, shifted flow), not a cosine in i / N;
+  `student.timesteps` says where every stage starts, m_i is then half-way between its times.
 - the student keeps the teacher's prediction; the paper turns eps to x0 or v, as D from eps divides by alpha.
 """
 
@@ -72,8 +73,9 @@ class Progressive(Objective, config=ProgressiveConfig):
         """(t_i, m_i, t_{i+1}) of a random step for each row."""
         num = len(self.student.times)
         coarse = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
-        start = coarse[0] / self.schedule.few_steps(num)[0]  # below 1 where student.timesteps starts lower
-        fine = start * torch.tensor(teacher_grid(self.schedule, 2 * num), dtype=torch.float64)
+        fine = torch.tensor(teacher_grid(self.schedule, 2 * num), dtype=torch.float64)
+        if self.student.times != self.schedule.few_steps(num):  # times of one's own: half-way between them
+            fine[1::2] = (coarse[1:] + coarse[:-1]) / 2
         i = self.rng.randint(num, len(x0))
         coarse, fine = coarse.to(i.device), fine.to(i.device)
         return coarse[i], fine[2 * i + 1], coarse[i + 1]

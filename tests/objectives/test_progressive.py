@@ -28,12 +28,14 @@ def make(S, num, start=0.0, **cfg):
 
 def test_p1_one_step_to_the_target_is_two_of_the_teacher():
     own = [(S, 0) for S in (Flow(), Flow(3.0), EDM(), VP.scaled_linear())]
-    for S, start in own + [(Flow(), 0.9), (EDM(), 30), (VP.scaled_linear(), 850)]:
-        objective = make(S, 8, start, ode_teacher="original")
+    for S, start in own + [(Flow(), 0.9), (EDM(), 30), (VP.scaled_linear(), 850), (VP.scaled_linear(), None)]:
+        objective = make(S, 8, start or 0, ode_teacher="original")
+        if start is None:  # a list of one's own
+            objective.student.times = [900.0, 880.0, 850.0, 700.0, 650.0, 600.0, 500.0, 200.0]
         x0 = torch.randn(200, 2, dtype=torch.float64)
         t, mid, end = objective.times(x0)
         assert ((t > mid) & (mid > end)).all() and len(set(t.tolist())) == 8
-        assert t.max() == (start or S.t_max)
+        assert t.max() == (900 if start is None else start or S.t_max)
         z = S.noise(x0, torch.randn_like(x0), t)
         D = exact(S)
         target = objective.target(z, t, mid, end, D)
@@ -85,7 +87,8 @@ def test_p1_later_stages_step_with_the_student_the_last_one_left():
 
 def test_p1_every_stage_starts_where_the_students_own_times_do():
     stages = [{"name": f"to{n}", "num_steps": n, "objective": {"name": "progressive"}} for n in (4, 1)]
-    for start, four in (([850], [850.0, 637.0, 425.0, 212.0]), ([], [999.0, 749.0, 499.0, 249.0])):
+    whole, own = [999.0, 749.0, 499.0, 249.0], [900.0, 800.0, 700.0, 300.0]
+    for start, four in (([850], [850.0, 637.0, 425.0, 212.0]), ([], whole), (own, own)):
         student = {"sampler": "ode", "timesteps": start}
         teacher = {"path": "analytic:gmm2d-vp"}
         cfg = config.validate({"teacher": teacher, "student": student, "stages": stages})
