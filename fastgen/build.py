@@ -208,11 +208,9 @@ class Cast:
         cls = REGISTRY[stage.objective.name]
         names = _wanted(stage)
         student, grid = self.parts["student"], cls.grid_steps(stage.objective)
-        few, listed = self.few_step_schedule.few_steps, self.cfg.student.timesteps
-        own = stage.num_steps in (None, len(listed))
         for one in (student, *getattr(student, "members", ())):
-            one.grid = grid
-            one.times = self._times(grid) if own else few(stage.num_steps, grid, max(listed, default=0))
+            one.grid, one.times = grid, self._times(grid)
+            one.times = one.taking(stage.num_steps or 0).times
         if student.told_steps:
             student.guidance = float(len(student.times))
         if cls.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:

@@ -73,12 +73,12 @@ class Progressive(Objective, config=ProgressiveConfig):
         """(t_i, m_i, t_{i+1}) of a random step for each row."""
         num = len(self.student.times)
         coarse = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
-        fine = torch.tensor(teacher_grid(self.schedule, 2 * num), dtype=torch.float64)
+        middle = torch.tensor(teacher_grid(self.schedule, 2 * num)[1::2], dtype=torch.float64)
         if self.student.times != self.schedule.few_steps(num):  # times of one's own: half-way between them
-            fine[1::2] = (coarse[1:] + coarse[:-1]) / 2
+            middle = (coarse[1:] + coarse[:-1]) / 2
         i = self.rng.randint(num, len(x0))
-        coarse, fine = coarse.to(i.device), fine.to(i.device)
-        return coarse[i], fine[2 * i + 1], coarse[i + 1]
+        coarse, middle = coarse.to(i.device), middle.to(i.device)
+        return coarse[i], middle[i], coarse[i + 1]
 
     def target(self, z, t, mid, end, D):
         """x*: the estimate whose single step does what the teacher's two do."""
