@@ -29,7 +29,7 @@ def look(images: Tensor, period: int) -> dict[str, float]:
 
 def warnings(metrics: list[dict], results: dict) -> list[tuple[str, str]]:
     """(what is seen, what to try) for a run's metrics.jsonl records and results.json."""
-    found = [*_samples(results.get("look", {})), *_quality(results.get("curve", {}))]
+    found = [*_samples(results.get("look", {})), *_quality(results)]
     players = {k.split("/")[0] for r in metrics for k in r if "/" in k}
     for student in sorted(p for p in players if p.startswith("student")):
         number = student.removeprefix("student")
@@ -51,14 +51,16 @@ def _samples(seen: dict) -> Warnings:
         yield told, "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
 
 
-def _quality(curve: dict[str, float]) -> Warnings:
-    """The distance at each validation, by step."""
+def _quality(results: dict) -> Warnings:
+    """The distance at each validation, by step; the lowest may be what was exported."""
+    curve, weights = results.get("curve", {}), results.get("protocol", {}).get("weights", "")
     if len(curve) > 2:
         best, last = min(curve, key=curve.get), list(curve)[-1]
         if curve[last] > FALL * curve[best]:
             told = f"student drifts: its distance rose from {curve[best]:.3g} at step {best}"
             told += f" to {curve[last]:.3g} at step {last}"
-            yield told, "a lower optim.student.lr, a critic (disc) that learns faster, or eval.keep best"
+            keep = "" if weights.endswith(f"step {best}") else ", or eval.keep best"
+            yield told, f"a lower optim.student.lr, a critic (disc) that learns faster{keep}"
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:

@@ -62,6 +62,16 @@ def test_a_drifting_student_is_told_from_a_noisy_curve():
     assert "student drifts" in seen and "7 at step 0" in seen and "29.3 at step 200" in seen
 
 
+def test_a_drift_is_not_cured_by_keeping_what_is_kept_already():
+    rise = {"curve": {"100": 13.3, "200": 7.0, "300": 29.3}}
+    cures = [
+        c
+        for kept in (200, 300)
+        for _, c in warnings([], rise | {"protocol": {"weights": f"EMA 0.98, step {kept}"}})
+    ]
+    assert ["eval.keep best" in c for c in cures] == [False, True]
+
+
 def test_p2_a_starved_critic_is_told_from_a_healthy_one(tmp_path):
     """The same run with a critic that hardly learns, against the critic error of the exact mixture."""
     found = {}
