@@ -18,7 +18,7 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
+from tests.replay import replay, replay_counts
 
 SHORT = {"student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1}
 """settings of the contract battery"""
@@ -337,6 +337,16 @@ call = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 1
 images = pipe(["a red dress"] * 3, generator=generators, **call).images
 assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
 """
+
+
+def test_p4_dmd2_adapter_between_renoise_and_ode(tiny, tmp_path):
+    """Walked and drawn by TCD's mixture, as the four-step adapter recipe; plain TCDScheduler with its eta."""
+    objective = {"name": "dmd2", "student_every": 1, "gan_weight": 0.0}
+    found = replay_counts(
+        tiny, tmp_path, objective, "TCDScheduler", counts=(4,), other={"original_inference_steps": 10},
+        sampler="tcd", gamma=0.3,
+    )  # fmt: skip
+    assert found.info["step"] == {"eta": 0.3}
 
 
 def test_p4_dmd2_four_steps_through_lcm_scheduler(tiny, tmp_path):
