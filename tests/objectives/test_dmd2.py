@@ -241,6 +241,16 @@ def test_p4_dmd2(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_weight": 0.1})
 
 
+def test_p4_dmd2_adapter_between_renoise_and_ode(tiny, tmp_path):
+    """Walked and drawn by TCD's mixture, as the four-step adapter recipe; plain TCDScheduler with its eta."""
+    objective = {"name": "dmd2", "student_every": 1, "gan_weight": 0.0}
+    found = replay_counts(
+        tiny, tmp_path, objective, "TCDScheduler", counts=(4,), other={"original_inference_steps": 10},
+        sampler="tcd", gamma=0.3,
+    )  # fmt: skip
+    assert found.info["step"] == {"eta": 0.3}
+
+
 class LinearDisc(nn.Module):
     """l(x) = a . x: its squared gradient is |a|^2 everywhere. Keeps what it was shown."""
 
@@ -337,16 +347,6 @@ call = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 1
 images = pipe(["a red dress"] * 3, generator=generators, **call).images
 assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
 """
-
-
-def test_p4_dmd2_adapter_between_renoise_and_ode(tiny, tmp_path):
-    """Walked and drawn by TCD's mixture, as the four-step adapter recipe; plain TCDScheduler with its eta."""
-    objective = {"name": "dmd2", "student_every": 1, "gan_weight": 0.0}
-    found = replay_counts(
-        tiny, tmp_path, objective, "TCDScheduler", counts=(4,), other={"original_inference_steps": 10},
-        sampler="tcd", gamma=0.3,
-    )  # fmt: skip
-    assert found.info["step"] == {"eta": 0.3}
 
 
 def test_p4_dmd2_four_steps_through_lcm_scheduler(tiny, tmp_path):
