@@ -59,7 +59,7 @@ def overhead(rounds: int = 12) -> dict:
     def framework() -> None:
         for k in range(2):  # one cycle: a student and critic step, then a critic step
             trainer._micro_step(next(windows)[0], k, 0, 10_000)
-            trainer.ema.update(student.trainable(), trainer.step)
+            trainer.ema.update(trainer.objective.learned("student"), trainer.step)
             trainer.step += 1
             trainer._log(stage, k, Quiet())
 

@@ -161,14 +161,14 @@ def _outputs(out):
 def one_method(name: str, rounds: int, batch: int) -> dict:
     """Median seconds of a step, of its raw passes, their ratio, and the passes of one cycle."""
     trainer, windows = ready_trainer(settings(name, batch))
-    objective, student = trainer.objective, trainer.student
+    objective = trainer.objective
     cycle = getattr(getattr(objective.cfg, "host", objective.cfg), "student_every", 1)
     trainer.step = PAST_WARM_UP
 
     def framework() -> None:
         for _ in range(cycle):
             trainer._micro_step(next(windows)[0], trainer.step, 0, 10_000)
-            trainer.ema.update(student.trainable(), trainer.step)
+            trainer.ema.update(objective.learned("student"), trainer.step)
             trainer.step += 1
 
     for _ in range(len(trainer.data) // batch + 1):  # whatever comes once, such as solving for pairs

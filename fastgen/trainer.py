@@ -143,7 +143,7 @@ class Trainer:
             for micro, batch in enumerate(window):
                 self._micro_step(batch, k, micro, stage.max_train_steps)
             if self.ema.averages:
-                self.ema.update(self.student.trainable(), self.step)
+                self.ema.update(self.objective.learned("student"), self.step)
             self.step += 1
             self.seconds = time.monotonic() - started
             self._log(stage, k, bar)

@@ -6,6 +6,7 @@ optimizer before the generator goes on. Values shared between turns are local va
 ordinary `if k % r`.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Objective:
     def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
         self.cfg, self.rng, self.guidance = cfg, rng, self.learned_guidance(cfg, guidance)
         self.parts = parts
+        self.learned = functools.cache(lambda name: parts[name].trainable())  # walked once, not every step
         for name, part in parts.items():
             setattr(self, name, part)
         self.schedule: Schedule = self.student.schedule
@@ -237,7 +239,7 @@ class Objective:
 
     def follow(self, part: str, decay: float = 0.0) -> None:
         """Move a copy of the student (its target, its previous self) towards it; decay 0 makes them equal."""
-        ema_update(self.parts[part].trainable(), self.student.trainable(), decay)
+        ema_update(self.learned(part), self.learned("student"), decay)
 
     def target_net(self, k: int) -> Role:
         """theta- of a consistency target: a copy that starts as the student; with target_decay 0 itself."""
