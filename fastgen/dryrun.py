@@ -3,22 +3,30 @@
 from fastgen.build import Cast
 from fastgen.config import RunConfig, dump
 from fastgen.memory import estimate, evaluations
+from fastgen.rng import Rng
 from fastgen.roles import Role
+
+
+def rehearse(cfg: RunConfig) -> Cast:
+    """The run's parts without weights, on which every stage's objective was made once: what a config gets
+    wrong is refused here, before a run folder is touched.
+    """
+    silent = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
+    cast = Cast(silent, "meta")
+    for stage in cfg.all_stages():
+        cast.stage(stage, Rng(cfg.train.seed))
+    return cast
 
 
 def describe(cfg: RunConfig) -> str:
     """Resolved config, players, network evaluations per step and a memory estimate, as plain text."""
-    silent = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
-    cast = Cast(silent, "meta")
-    lines = [dump(cfg), "players"]
+    cast, lines = rehearse(cfg), [dump(cfg), "players"]
     for stage in cfg.all_stages():
         lines += _stage(cfg, cast, stage)
     return "\n".join([*lines, "", *_memory(cfg, cast), "nothing was started or written"])
 
 
 def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
-    from fastgen.rng import Rng
-
     objective = cast.stage(stage, Rng(cfg.train.seed))
     teacher = cast.parts["teacher"].backbone
     lines = [f"  stage {stage.name}: {stage.objective.name}, {stage.max_train_steps} steps"]

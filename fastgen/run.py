@@ -105,13 +105,12 @@ def run(cfg, known) -> int:
     from fastgen import checkpoint, finish
     from fastgen.build import Cast
     from fastgen.data import load_data
+    from fastgen.dryrun import describe, rehearse
     from fastgen.trainer import NotFinite, Trainer
 
     _quiet()
     _check_libraries(cfg)
     if known.dry_run:
-        from fastgen.dryrun import describe
-
         print(describe(cfg))
         return 0
     folder = checkpoint.check_run(cfg.output_dir, known.resume, known.overwrite)
@@ -120,13 +119,13 @@ def run(cfg, known) -> int:
         checkpoint.check_same(last, checkpoint.fingerprint(cfg))
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
+    rehearse(cfg)
     accelerator = _accelerator(cfg)
     cast = Cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device, pixels=cfg.reads_data())
     validator = finish.Validator(cfg, cast, data, folder)
-    _open(
-        cfg, folder, known.overwrite, accelerator
-    )  # nothing is written before everything was found in order
+    # nothing is written before everything was found in order
+    _open(cfg, folder, known.overwrite, accelerator)
     if hasattr(cast.teacher.codec, "free"):
         freed = cast.teacher.codec.free() / 2**20
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")

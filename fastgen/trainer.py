@@ -208,13 +208,11 @@ class Trainer:
             return
         means = {n: sum(map(float, v)) / len(v) for n, v in self.logs.items()}
         self.logs.clear()
-        rate = self.step / max(self.seconds, 1e-9)
         record = {"step": self.step, "stage": stage.name, "seconds": round(self.seconds, 2), **means}
-        record["steps_per_second"] = rate
+        record["steps_per_second"] = self.step / max(self.seconds, 1e-9)
         record["rss_mb"] = psutil.Process().memory_info().rss / 2**20
         self.write_metrics(record)
-        shown = {n.split("/")[0]: f"{v:.4g}" for n, v in means.items() if n.endswith("/loss")}
-        bar.set_postfix(shown)
+        bar.set_postfix({n.split("/")[0]: f"{v:.4g}" for n, v in means.items() if n.endswith("/loss")})
 
     def write_metrics(self, record: dict) -> None:
         """Append one line to metrics.jsonl and hand it to the trackers."""

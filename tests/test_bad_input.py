@@ -29,6 +29,8 @@ TOY = [
 
 
 BASE = str(Path(__file__).parent / "flat.yaml")
+RECIPES = Path(__file__).parents[1] / "configs/recipes"
+HALF_NOISE = ["--config", f"{RECIPES}/digits_boot.yaml", "--student.timesteps", "[0.8]"]
 
 
 def started(argv):
@@ -52,6 +54,19 @@ SIMPLE = {
     ),
     "wrong type": (["--optim.student.lr", "fast"], ["optim.student.lr", "'fast'"]),
     "out of range": (["--train.seed", "-1"], ["train.seed", "greater than or equal to 0", "-1"]),
+    "boot from half noise": (HALF_NOISE, ["student.timesteps", "not pure noise", "at 80"]),
+    "tbcm on data": (
+        ["--config", f"{RECIPES}/digits_tbcm.yaml", "--objective.scm.mode", "training"],
+        ["objective.scm.mode", "TBCM has no data"],
+    ),
+    "tcm below its boundary": (
+        ["--config", f"{RECIPES}/digits_tcm.yaml", "--student.timesteps", "[0.1]"],
+        ["student.timesteps", "less noise than the boundary"],
+    ),
+    "guidance that nothing learns from": (
+        ["--config", f"{RECIPES}/digits_ect.yaml", "--objective.real_guidance", "2"],
+        ["objective.real_guidance", "leave it out"],
+    ),
     "critic ratio 0": (
         ["--objective.student_every", "0"],
         ["objective.student_every", "greater than or equal to 1"],
@@ -230,6 +245,14 @@ def test_used_run_folder_is_left_alone(tmp_path, capsys, no_finish):
     )
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     assert main(started(toy(tmp_path, "--overwrite"))) == 0
+
+
+def test_a_mistake_under_overwrite_leaves_the_old_run(tmp_path, capsys):
+    """Also one that only the objective can find, with the teacher's schedule before it."""
+    (tmp_path / "config.yaml").write_text("train: {}")
+    code, err = say(capsys, [*HALF_NOISE, "--output_dir", tmp_path, "--overwrite"])
+    assert code == 2 and "not pure noise" in err
+    assert (tmp_path / "config.yaml").read_text() == "train: {}" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_overwrite_clears_run_folders_only(tmp_path, capsys):

@@ -143,6 +143,12 @@ class Objective:
         ):
             told = "these settings learn from no guided teacher, or draw its guidance; leave it out"
             raise UserError("objective.real_guidance", f"found {cfg.real_guidance:g}", told)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that do not fit these parts, with UserError. Also called before a run folder is
+        opened, on parts without weights.
+        """
 
     @classmethod
     def player_parts(cls, cfg) -> dict[str, tuple[str, ...]]:

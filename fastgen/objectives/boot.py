@@ -61,7 +61,7 @@ class BOOT(Objective, config=BOOTConfig):
         teacher = (cfg.boundary_share + (2 if cfg.solver == "heun" else 1)) * (1 if guidance == 1 else 2)
         return {"student": 1, "student+grad": 1 + cfg.boundary_share, "teacher": teacher}
 
-    def prepare(self):
+    def check(self):
         S, first = self.schedule, self.student.times[0]
         signal = float(1 / noise_level(S, torch.tensor([first], dtype=torch.float64)))
         pure = signal <= 0.2 if isinstance(S, VP) else first == S.steps(1)[0] and signal <= 0.1

@@ -50,7 +50,7 @@ class TBCM(Objective, config=TBCMConfig):
     def evaluations(cls, cfg, guidance, num_steps):
         return {n: v * cfg.points for n, v in SCM.evaluations(cfg.scm, guidance, num_steps).items()}
 
-    def prepare(self):
+    def check(self):
         if self.cfg.scm.mode == "training":
             raise UserError("objective.scm.mode", "found 'training'", "distillation: TBCM has no data")
 

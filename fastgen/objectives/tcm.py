@@ -63,7 +63,7 @@ class TCM(Objective, config=TCMConfig):
         teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
         return {"student+grad": 1, "student or previous": 1} | teacher
 
-    def prepare(self):
+    def check(self):
         levels = noise_level(self.schedule, torch.tensor(self.student.times, dtype=torch.float64))
         low = [t for t, n in zip(self.student.times, levels.tolist()) if n < self.cfg.boundary * (1 - 1e-6)]
         if low:

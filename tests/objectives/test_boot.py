@@ -34,9 +34,7 @@ class Signal(nn.Module):
 
 def make(S, times=None, **cfg):
     student = Student(Signal(S), None, times or S.steps(1))
-    objective = BOOT(BOOTConfig(**cfg), {"student": student, "teacher": gaussian_role(S, M, SD)}, rng())
-    objective.prepare()
-    return objective
+    return BOOT(BOOTConfig(**cfg), {"student": student, "teacher": gaussian_role(S, M, SD)}, rng())
 
 
 def exact(S, eps, t):

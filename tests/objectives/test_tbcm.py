@@ -21,9 +21,7 @@ def make(S, net=None, points=6, **scm):
     scm = {"name": "scm", "sigma_data": 1.0, **PLAIN, **scm}
     student = Student(net or FlowMapNet(S), None, S.steps(1))
     teacher = CountingRole(GaussianNet(S, 0.0, S0).requires_grad_(False))
-    objective = TBCM(TBCMConfig(points=points, scm=scm), {"student": student, "teacher": teacher}, rng())
-    objective.prepare()
-    return objective
+    return TBCM(TBCMConfig(points=points, scm=scm), {"student": student, "teacher": teacher}, rng())
 
 
 def batch_without_data(num=64):

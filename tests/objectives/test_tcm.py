@@ -23,9 +23,7 @@ def make(S=None, times=None, **cfg):
         "previous": gaussian_role(S, 0.5, 0.3),
         "teacher": gaussian_role(S, 0.5, 0.3),
     }
-    objective = TCM(TCMConfig(**cfg), parts, rng())
-    objective.prepare()
-    return objective
+    return TCM(TCMConfig(**cfg), parts, rng())
 
 
 def test_p1_levels_hold_the_boundary_and_a_heavy_tail():
