@@ -147,6 +147,17 @@ def test_a_row_for_every_step_count():
     assert "| 4 |" in measured.measured([{**document, "results": trained}])
 
 
+def test_real_images_agreement_is_that_of_the_largest_count():
+    few, many = (
+        {**results(4.0), "floor": {"agreement": a}, "protocol": {"num_samples": n}}
+        for a, n in ((0.9, 10), (0.925, 1000))
+    )
+    about = {"teacher": "t", "objective": "dmd2", "student": "lora", "seed": 0}
+    documents = [{**about, "recipe": f"r{i}", "results": r} for i, r in enumerate((few, many))]
+    assert "real images with their own labels: 92.5 %" in measured.measured(documents)
+    assert "their own labels" not in measured.measured([{**about, "recipe": "r", "results": results(4.0)}])
+
+
 def test_the_ratio_is_to_a_teacher_of_as_many_samples():
     """Its own teacher was measured on fewer, which enlarges it: another run's is taken, or a mark set."""
     few = {
