@@ -7,11 +7,14 @@ clipping, EMA and logging are what the ratio shows beyond 1.
 """
 
 import functools
+import shutil
 import statistics
+import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import yaml
@@ -20,12 +23,14 @@ from torch import Tensor
 from benchmarks.timing import alternate, ready_trainer
 from fastgen.backbones.attention import exact_attention
 from fastgen.critics import Discriminator
+from fastgen.paths import asset
 from fastgen.paths import config as config_file
 from fastgen.roles import Role
 from fastgen.trainer import Trainer
 
+WIDTHS = (32, 80, 112)
+"""channels of the common network's three levels; the bundled teacher has 32, 64, 96"""
 COMMON = {
-    "teacher": {"path": "assets:teachers/fashion"},
     "data": {"name": "fashion", "limit": 64},
     "train": {"max_train_steps": 10_000, "validation_steps": 0, "checkpointing_steps": 0},
 }
@@ -45,7 +50,17 @@ class Call:
     kind: str  # "plain", "grad" or "tangent"
 
 
-def settings(name: str, batch: int) -> dict:
+def common_network(folder: Path) -> str:
+    """The Fashion-MNIST teacher's pipeline around a network of WIDTHS, not trained; path of its folder."""
+    from diffusers import UNet2DModel
+
+    shutil.copytree(asset("teachers/fashion"), folder)
+    shape = UNet2DModel.load_config(folder / "unet")
+    UNet2DModel.from_config({**shape, "block_out_channels": WIDTHS}).save_pretrained(folder / "unet")
+    return str(folder)
+
+
+def settings(name: str, teacher: str, batch: int) -> dict:
     """A method's own config on the common network, as a full copy that no pipeline has to serve."""
     own = yaml.safe_load(config_file(f"objectives/{name}.yaml").read_text())
     asked = own.get("student", {})
@@ -54,7 +69,7 @@ def settings(name: str, batch: int) -> dict:
     guided = {"guidance": 1.5} if "guidance" in own.get("teacher", {}) else {}
     return {
         **COMMON,
-        "teacher": {**COMMON["teacher"], **guided},
+        "teacher": {"path": teacher, **guided},
         "student": {"kind": "full", "num_steps": steps, "sampler": sampler},
         "objective": {**own["objective"], "name": name},
         "train": {**COMMON["train"], "train_batch_size": batch},
@@ -158,9 +173,9 @@ def _outputs(out):
             yield from _outputs(part)
 
 
-def one_method(name: str, rounds: int, batch: int) -> dict:
+def one_method(name: str, teacher: str, rounds: int, batch: int) -> dict:
     """Median seconds of a step, of its raw passes, their ratio, and the passes of one cycle."""
-    trainer, windows = ready_trainer(settings(name, batch))
+    trainer, windows = ready_trainer(settings(name, teacher, batch))
     objective = trainer.objective
     cycle = getattr(getattr(objective.cfg, "host", objective.cfg), "student_every", 1)
     trainer.step = PAST_WARM_UP
@@ -194,10 +209,11 @@ def methods(rounds: int = 6, batch: int = 16) -> dict:
     from fastgen.objectives import REGISTRY
 
     torch.set_num_threads(2)
-    net = load_teacher(COMMON["teacher"]["path"]).backbone
+    teacher = common_network(Path(tempfile.mkdtemp()) / "teacher")
+    net = load_teacher(teacher).backbone
     found = {}
     for name in sorted(REGISTRY):
-        found[name] = one_method(name, rounds, batch)
+        found[name] = one_method(name, teacher, rounds, batch)
         print(f"{name:<22} {found[name]}", flush=True)
     return {
         "methods": found,
