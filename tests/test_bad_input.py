@@ -15,16 +15,8 @@ import yaml
 from fastgen.run import main
 
 TOY = [
-    "--teacher.path",
-    "analytic:gmm2d-flow",
-    "--train.max_train_steps",
-    "2",
-    "--train.validation_steps",
-    "0",
-    "--eval.num_samples",
-    "0",
-    "--objective.gan_weight",
-    "0",
+    *("--teacher.path", "analytic:gmm2d-flow", "--train.max_train_steps", "2"),
+    *("--train.validation_steps", "0", "--eval.num_samples", "0", "--objective.gan_weight", "0"),
 ]
 
 
