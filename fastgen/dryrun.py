@@ -7,20 +7,24 @@ from fastgen.rng import Rng
 from fastgen.roles import Role
 
 
-def rehearse(cfg: RunConfig) -> Cast:
-    """The run's parts without weights, on which every stage's objective was made once: what a config gets
-    wrong is refused here, before a run folder is touched.
-    """
+def weightless(cfg: RunConfig) -> Cast:
+    """The run's parts on the meta device."""
     silent = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
-    cast = Cast(silent, "meta")
+    return Cast(silent, "meta")
+
+
+def rehearse(cfg: RunConfig) -> None:
+    """Make every stage's objective once on parts without weights: what a config gets wrong is refused here,
+    before a run folder is touched.
+    """
+    cast = weightless(cfg)
     for stage in cfg.all_stages():
         cast.stage(stage, Rng(cfg.train.seed))
-    return cast
 
 
 def describe(cfg: RunConfig) -> str:
     """Resolved config, players, network evaluations per step and a memory estimate, as plain text."""
-    cast, lines = rehearse(cfg), [dump(cfg), "players"]
+    cast, lines = weightless(cfg), [dump(cfg), "players"]
     for stage in cfg.all_stages():
         lines += _stage(cfg, cast, stage)
     return "\n".join([*lines, "", *_memory(cfg, cast), "nothing was started or written"])
@@ -38,8 +42,7 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.parts["student"]
-    calls = evaluations(cfg, stage, len(student.times))
-    spelled = ", ".join(f"{n} {v:g}" for n, v in calls.items())
+    spelled = ", ".join(f"{n} {v:g}" for n, v in evaluations(cfg, stage, len(student.times)).items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
     return lines
