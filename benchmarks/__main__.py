@@ -43,7 +43,7 @@ def overhead(rounds: int = 12) -> dict:
     """Trainer step against the same network calls, backwards and optimizer steps by hand, alternating."""
     import torch
 
-    from fastgen import losses
+    from fastgen.diffusion import losses
 
     torch.set_num_threads(1)
     trainer, windows = ready_trainer(OVERHEAD)
@@ -118,15 +118,15 @@ def _memory_child(mode: str) -> None:
     import torch
     from accelerate import Accelerator
 
-    from fastgen import config
-    from fastgen.build import Cast
-    from fastgen.data import Data
-    from fastgen.trainer import Trainer
+    from fastgen.config.run import validate
+    from fastgen.data.loader import Data
+    from fastgen.training.cast import Cast
+    from fastgen.training.trainer import Trainer
 
     torch.set_num_threads(2)
     lora = {"rank": 16, "lora_alpha": 16}
     objective = {"name": "sft"} if mode == "one" else {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
-    cfg = config.validate(
+    cfg = validate(
         {
             "teacher": {"path": "", "blueprint": LARGE},
             "student": {"kind": "lora", "lora": lora},
@@ -194,9 +194,9 @@ def sampling(rounds: int = 5, num: int = 50) -> dict:
     """Speed-up of one step over twenty teacher steps, as a share of the ratio of network calls."""
     import torch
 
-    from fastgen.backbones import load_teacher
-    from fastgen.roles import Role, Student
-    from fastgen.samplers import sample_student, sample_teacher
+    from fastgen.networks.load import load_teacher
+    from fastgen.roles.roles import Role, Student
+    from fastgen.sampling.solvers import sample_student, sample_teacher
 
     torch.set_num_threads(1)
     found = load_teacher("assets:teachers/fashion")

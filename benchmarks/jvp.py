@@ -15,13 +15,14 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
     """Ratios for the exact tangent and for differences, without and with a teacher's call, side by side."""
     import torch
 
-    from fastgen import config, losses
-    from fastgen.build import Cast
-    from fastgen.objectives.base import Batch
-    from fastgen.rng import Rng
+    from fastgen.config.run import validate
+    from fastgen.core.batch import Batch
+    from fastgen.core.rng import Rng
+    from fastgen.diffusion import losses
+    from fastgen.training.cast import Cast
 
     torch.set_num_threads(1)
-    cfg = config.validate(SETTINGS)
+    cfg = validate(SETTINGS)
     cast = Cast(cfg)
     x0, noise = torch.randn(2, batch, *cast.teacher.codec.shape)
     cond = {"class_labels": torch.arange(batch) % 10}

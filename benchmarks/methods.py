@@ -21,12 +21,12 @@ import yaml
 from torch import Tensor
 
 from benchmarks.timing import alternate, ready_trainer
-from fastgen.backbones.attention import exact_attention
-from fastgen.critics import Discriminator
-from fastgen.paths import asset
-from fastgen.paths import config as config_file
-from fastgen.roles import Role
-from fastgen.trainer import Trainer
+from fastgen.core.paths import asset
+from fastgen.core.paths import config as config_file
+from fastgen.networks.attention import exact_attention
+from fastgen.roles.heads import Discriminator
+from fastgen.roles.roles import Role
+from fastgen.training.trainer import Trainer
 
 WIDTHS = (32, 80, 112)
 """channels of the common network's three levels; the bundled teacher has 32, 64, 96"""
@@ -205,7 +205,7 @@ def one_method(name: str, teacher: str, rounds: int, batch: int) -> dict:
 
 def methods(rounds: int = 6, batch: int = 16) -> dict:
     """Every registered method in turn, two threads, wall clock: let the machine be idle."""
-    from fastgen.backbones import load_teacher
+    from fastgen.networks.load import load_teacher
     from fastgen.objectives import REGISTRY
 
     torch.set_num_threads(2)

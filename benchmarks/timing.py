@@ -28,12 +28,12 @@ def ready_trainer(values: dict):
     """(Trainer of a one-stage config with its parts, data and optimizers, its windows of batches)."""
     from accelerate import Accelerator
 
-    from fastgen import config
-    from fastgen.build import Cast
-    from fastgen.data import load_data
-    from fastgen.trainer import Trainer
+    from fastgen.config.run import validate
+    from fastgen.data.loader import load_data
+    from fastgen.training.cast import Cast
+    from fastgen.training.trainer import Trainer
 
-    cfg = config.validate(values)
+    cfg = validate(values)
     cast = Cast(cfg)
     data = load_data(cfg.data, cast.teacher)
     trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))

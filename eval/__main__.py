@@ -1,25 +1,23 @@
-"""Measure runs and image folders, and keep the leaderboard.
+"""Keep the evidence: record runs of the recipes, and write the leaderboard from them.
 
-python -m eval --run runs/quickstart [--num_samples 5000]     measure an export again, rewrite results.json
-python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
-python -m eval --images a --against b --metrics fid kid --weights inception=FILE
-python -m eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE hps=FILE
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
-python -m eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
+
+Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
+
+python -m eval --run runs/quickstart [--num_samples 5000]
+python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
-from fastgen.errors import UserError
+from fastgen.cli import evaluate
+from fastgen.core.console import fail, quiet
+from fastgen.core.errors import UserError
 
-MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
-COMMANDS = ("measure", "record", "leaderboard", "card", "negative")
-METRICS = (*MINI, "fid", "kid", "clip", "hps")
+COMMANDS = ("record", "leaderboard", "negative")
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -30,20 +28,9 @@ def _flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("command", nargs="?", default="measure", choices=COMMANDS)
+    add("command", choices=COMMANDS)
     add("--run", default="", metavar="DIR", help="run folder")
-    add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
-    add("--images", default="", metavar="DIR", help="generated images; grid*.png are passed over")
-    add("--against", default="", help="folder of real images, or digits, fashion, tinted (held-out images)")
-    add("--metrics", nargs="+", default=["fd_mini"], choices=METRICS, metavar="NAME", help=", ".join(METRICS))
-    add("--extractor", default="", help="digits, fashion or tinted: whose net measures two folders")
-    add("--weights", nargs="+", default=[], metavar="NAME=FILE", help="local files for inception, clip, hps")
-    add("--prompts", default="", metavar="FILE", help="what was asked for: a prompt or label a line, in turn")
-    add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
-    add("--device", default="", help="default: cuda if there is one")
     add("--recipe", default="", help="record: the recipe the run is of")
-    add("--teacher", default="", metavar="PATH", help="card: the teacher to measure at 1, 4, 20 and 50 steps")
-    add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
     add("--seed", type=int, default=None, help="record: check that the run had this seed")
     add(
         "--check",
@@ -55,29 +42,15 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where --check finds something; 2 for a user's mistake."""
-    from fastgen.run import _quiet, fail
-
+    argv = sys.argv[1:] if argv is None else argv
+    if not (argv and argv[0] in COMMANDS or {"-h", "--help"} & set(argv)):
+        return evaluate.main(argv)
     args = _flags().parse_args(argv)
-    _quiet()
+    quiet()
     try:
-        if args.command == "leaderboard":
-            return _leaderboard(args)
-        if args.command == "negative":
-            return _negative(args)
-        if args.command == "record":
-            return _record(args)
-        if args.command == "card":
-            return _card(args)
-        if bool(args.run) == bool(args.images):
-            raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
-        from eval.rerun import remeasure
-
-        found = remeasure(Path(args.run), args.num_samples, args.device) if args.run else measure_folder(args)
-        if not args.run:
-            print(json.dumps(found, indent=2))
+        return {"leaderboard": _leaderboard, "negative": _negative, "record": _record}[args.command](args)
     except UserError as error:
         return fail(error)
-    return 0
 
 
 def _negative(args) -> int:
@@ -109,119 +82,6 @@ def _record(args) -> int:
         raise UserError("record", "needs --run DIR and --recipe NAME", "see --help")
     print(f"wrote {record(args.run, args.recipe, args.seed)}")
     return 0
-
-
-def _card(args) -> int:
-    from eval.rerun import measure_teacher
-
-    if not args.teacher:
-        raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
-    measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
-    return 0
-
-
-def _weights(pairs: list[str]) -> dict[str, str]:
-    found = dict(pair.partition("=")[::2] for pair in pairs)
-    bad = [k for k in found if k not in ("inception", "clip", "hps") or not found[k]]
-    if bad:
-        raise UserError("--weights", f"found {bad[0]!r}", "inception=FILE, clip=FILE, hps=FILE")
-    return found
-
-
-def measure_folder(args) -> dict:
-    """Every metric asked for, with what it was measured with."""
-    import torch
-
-    from eval.images import image_files
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    asked, weights = set(args.metrics), _weights(args.weights)
-    if asked & {"clip", "hps"} and not args.prompts:
-        raise UserError(
-            "--prompts", "none given", f"{' and '.join(sorted(asked & {'clip', 'hps'}))} need the prompts"
-        )
-    if asked - {"clip", "hps"} and not args.against:
-        raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
-    found: dict = {"num_images": len(image_files(args.images))}
-    if asked & set(MINI):
-        found |= _mini(args, asked, device)
-    if asked & {"fid", "kid"}:
-        found |= _inception(args, asked, weights, device)
-    if asked & {"clip", "hps"}:
-        found |= _text(args, asked, weights, device)
-    return found
-
-
-def _mini(args, asked: set, device) -> dict:
-    """Metrics of the bundled nets."""
-    from eval.images import read_all, read_lines
-    from eval.measure import NOTE, Measurer, attributes_from, compare_features
-    from fastgen.datasets import NAMES
-
-    name = args.extractor or args.against
-    if name not in NAMES:
-        raise UserError("--extractor", "none given", f"two folders need one of {', '.join(NAMES)}")
-    judge = Measurer(name, device)
-    mode = "L" if judge.net.config["channels"] == 1 else "RGB"
-    images = read_all(args.images, mode).float() / 255
-    if args.against in NAMES:
-        asked_for = read_lines(args.prompts, len(images)) if args.prompts else []
-        scores = judge.compare(images, attributes_from(name, asked_for))
-    else:
-        real = judge.features(read_all(args.against, mode, "--against").float() / 255)
-        scores = compare_features(judge.features(images), real)
-    scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
-    if missing := [m for m in asked & set(MINI) if m not in scores]:
-        raise UserError(
-            "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
-        )
-    kept = {
-        k: v
-        for k, v in scores.items()
-        if k.split("_")[0] == "agreement" and "agreement" in asked or k in asked
-    }
-    return {**kept, "extractor": judge.describe()["extractor"], "note": NOTE}
-
-
-def _inception(args, asked: set, weights: dict, device) -> dict:
-    """FID and KID; a bundled set is named to compare with its held-out images."""
-    from eval import fid
-    from eval.images import batches, digest, image_files, local_file
-    from fastgen.datasets import NAMES, load_images
-
-    file = local_file(weights, "inception", fid.WANTED)
-    net = fid.load_inception(file)
-    fake = fid.features(net, batches(image_files(args.images)), device)
-    if args.against in NAMES:
-        real = fid.features(net, load_images(args.against, "heldout").images.split(64), device)
-    else:
-        real = fid.features(net, batches(image_files(args.against, "--against"), key="--against"), device)
-    scores = fid.compare(fake, real, tuple(asked & {"fid", "kid"}))
-    return {**scores, "num_real": len(real), "inception_sha256": digest(file)}
-
-
-def _text(args, asked: set, weights: dict, device) -> dict:
-    """CLIP score and HPS."""
-    from eval import clip, hps
-    from eval.images import digest, image_files, local_file, read_all, read_lines
-
-    if args.clip not in clip.PRESETS:
-        raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
-    prompts = read_lines(args.prompts, len(image_files(args.images)))
-    images, found = read_all(args.images), {}
-    if "clip" in asked:
-        preset = dict(clip.PRESETS[args.clip])
-        arch = preset.pop("arch")
-        file = local_file(weights, "clip", clip.WANTED.format(arch=arch))
-        model, tokenizer = clip.load_model(arch, file)
-        found["clip"] = clip.clip_score(model.to(device), tokenizer, images, prompts, **preset)
-        found |= {"clip_preset": args.clip, "clip_sha256": digest(file)}
-    if "hps" in asked:
-        file = local_file(weights, "hps", hps.WANTED)
-        model, tokenizer = hps.load_hps(file)
-        found |= {"hps": hps.hps_score(model.to(device), tokenizer, images, prompts), "hps_file": file.name}
-        found["hps_sha256"] = digest(file)
-    return found
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from fastgen.checkpoint import write_text
-from fastgen.config import RunConfig, read_files, validate
-from fastgen.errors import UserError, suggest
-from fastgen.paths import PACKAGE, config
+from fastgen.config.parse import read_files
+from fastgen.config.run import RunConfig, validate
+from fastgen.core.errors import UserError, suggest
+from fastgen.core.files import write_text
+from fastgen.core.paths import PACKAGE, config
 
 KEYS = ("recipe", "objective", "teacher", "student", "seed", "command", "config_sha256", "results")
 

@@ -12,9 +12,9 @@ import re
 import statistics
 from pathlib import Path
 
-from eval.measured import distance, markdown, teacher_value
+from eval.results_table import distance, markdown, teacher_value
+from fastgen.core.paths import PACKAGE
 from fastgen.objectives import REGISTRY
-from fastgen.paths import PACKAGE
 
 TESTS = PACKAGE.parent / "tests"
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from eval import evidence, orderings
 from eval.ladder import TESTS, choice, ladder
-from eval.measured import markdown, measured
-from fastgen.checkpoint import write_text
-from fastgen.errors import UserError
-from fastgen.paths import PACKAGE
+from eval.results_table import markdown, measured
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
+from fastgen.core.paths import PACKAGE
 
 README = PACKAGE / "objectives" / "README.md"
 GUIDE = PACKAGE.parent / "docs" / "methods.md"

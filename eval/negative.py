@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from fastgen import nasa
-from fastgen.checkpoint import write_text
-from fastgen.datasets import VOCABULARY, all_captions, attributes_of
-from fastgen.errors import UserError
-from fastgen.reload import load_export
-from fastgen.samplers import sample_student
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
+from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
+from fastgen.export.load import load_export
+from fastgen.networks import negative_prompts
+from fastgen.sampling.solvers import sample_student
 
 
 @torch.no_grad()
 def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repeats: int = 1, seed: int = 0):
     """By attribute and scale: share of images that still show the named value, and the others' agreement."""
-    from eval.measure import Measurer, agreement
-    from fastgen.nets import measure
+    from fastgen.evaluation.metrics.fd_mini import Measurer, agreement
+    from fastgen.networks.feature_net import measure
 
     loaded = load_export(model, key="--model")
     if not loaded.is_student or not hasattr(loaded.codec, "prompts"):
@@ -58,11 +58,11 @@ def _draw(loaded, prompts: list[str], word: str, scale: float, rows, seed: int) 
     cond, seeds = loaded.codec.prompts(prompts), [seed + int(i) for i in rows]
     states, mask = (negative.get(f"encoder_{k}") for k in ("hidden_states", "attention_mask"))
     if scale:
-        nasa.attach(role.backbone.net, states, scale, mask)
+        negative_prompts.attach(role.backbone.net, states, scale, mask)
     try:
         return loaded.codec.decode(sample_student(role, seeds, loaded.codec.shape, cond))
     finally:
-        nasa.remove(role.backbone.net)
+        negative_prompts.remove(role.backbone.net)
 
 
 def record(model: str, folder: Path) -> Path:

@@ -16,9 +16,9 @@ import statistics
 
 import yaml
 
-from eval.measured import cell, teacher_value
-from fastgen.errors import UserError
-from fastgen.paths import config
+from eval.results_table import cell, teacher_value
+from fastgen.core.errors import UserError
+from fastgen.core.paths import config
 
 KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "reach", "steadier", "note"}
 HIGHER = ("agreement", "recall", "precision", "clip")

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from fastgen import losses
+from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 
 

@@ -8,20 +8,20 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Schedule": "fastgen.schedules",
-    "VP": "fastgen.schedules",
-    "EDM": "fastgen.schedules",
-    "Flow": "fastgen.schedules",
-    "TrigFlow": "fastgen.schedules",
-    "Backbone": "fastgen.backbones.base",
-    "Role": "fastgen.roles",
-    "Student": "fastgen.roles",
+    "Schedule": "fastgen.diffusion.schedules",
+    "VP": "fastgen.diffusion.schedules",
+    "EDM": "fastgen.diffusion.schedules",
+    "Flow": "fastgen.diffusion.schedules",
+    "TrigFlow": "fastgen.diffusion.schedules",
+    "Backbone": "fastgen.networks.backbone",
+    "Role": "fastgen.roles.roles",
+    "Student": "fastgen.roles.roles",
     "Objective": "fastgen.objectives.base",
     "ObjectiveConfig": "fastgen.objectives.base",
-    "RunConfig": "fastgen.config",
-    "Trainer": "fastgen.trainer",
-    "load_teacher": "fastgen.backbones",
-    "load_export": "fastgen.export",
+    "RunConfig": "fastgen.config.run",
+    "Trainer": "fastgen.training.trainer",
+    "load_teacher": "fastgen.networks.load",
+    "load_export": "fastgen.export.load",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -15,8 +15,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-if os.environ.get("FASTGEN_TEST_PLUGIN"):  # see test_plugin.py; must come before fastgen.config is imported
-    from fastgen.run import _import_plugin
+if os.environ.get("FASTGEN_TEST_PLUGIN"):  # see test_plugin.py; before fastgen.config.run is imported
+    from fastgen.cli.train import _import_plugin
 
     _import_plugin(os.environ["FASTGEN_TEST_PLUGIN"])
 
@@ -32,7 +32,7 @@ def remembered_copies():
     """An exact teacher's trainable copy is fitted once per (teacher, random state): the same weights,
     sooner.
     """
-    from fastgen.backbones.analytic import GaussianMixture
+    from fastgen.networks.analytic import GaussianMixture
 
     fit, known = GaussianMixture.trainable_copy, {}
 
@@ -58,15 +58,15 @@ def remembered_copies():
 @pytest.fixture
 def no_finish(monkeypatch):
     """Leave out the final table, export and report, for tests that look at training only."""
-    from fastgen import finish
+    from fastgen.training import validation
 
-    monkeypatch.setattr(finish, "finish", lambda trainer, judge: None)
+    monkeypatch.setattr(validation, "finish", lambda trainer, evaluator: None)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folders of tiny random teachers by family name: tiny("flow"), "edm", "vp", "sd", "sana"."""
-    from tests.tiny import FOLDERS
+    from tests.support.tiny import FOLDERS
 
     made = {}
 

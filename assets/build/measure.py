@@ -8,8 +8,8 @@ import torch
 from common import ASSETS, frechet, jitter, one_cycle, seconds, write_card
 from torch.nn import functional as F
 
-from fastgen.datasets import NAMES, VOCABULARY, load_images
-from fastgen.nets import FeatureNet, measure
+from fastgen.data.bundled import NAMES, VOCABULARY, load_images
+from fastgen.networks.feature_net import FeatureNet, measure
 
 EPOCHS = {"digits": 40, "fashion": 14, "tinted": 7}
 

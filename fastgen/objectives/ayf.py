@@ -23,11 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen import losses
-from fastgen.coordinates import LineView
-from fastgen.objectives.base import Batch, Objective, ObjectiveConfig
-from fastgen.schedules import expand
-from fastgen.tangents import TangentConfig, tangent
+from fastgen.core.batch import Batch
+from fastgen.diffusion import losses
+from fastgen.diffusion.reparametrization import LineView
+from fastgen.diffusion.schedules import expand
+from fastgen.networks.jvp import TangentConfig, tangent
+from fastgen.objectives.base import Objective, ObjectiveConfig
 
 
 class AYFConfig(ObjectiveConfig):

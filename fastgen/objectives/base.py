@@ -9,7 +9,6 @@ ordinary `if k % r`.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,11 +23,12 @@ from pydantic import (
 )
 from torch import Tensor
 
-from fastgen.ema import ema_update
-from fastgen.errors import UserError
-from fastgen.rng import Rng
-from fastgen.roles import Player, Role, Student
-from fastgen.schedules import Schedule
+from fastgen.core.batch import Batch
+from fastgen.core.ema import ema_update
+from fastgen.core.errors import UserError
+from fastgen.core.rng import Rng
+from fastgen.diffusion.schedules import Schedule
+from fastgen.roles.roles import Player, Role, Student
 
 REGISTRY: dict[str, type["Objective"]] = {}
 
@@ -86,20 +86,6 @@ class TimeConfig(BaseModel):
     """standard deviation of the (logit- or log-) normal kinds"""
 
 
-@dataclass
-class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
-    its caption where there is one.
-    """
-
-    x0: Tensor | None
-    cond: dict[str, Tensor]
-    uncond: dict[str, Tensor]
-    noise: Tensor
-    index: Tensor
-    texts: list[str] | None = None
-
-
 class Objective:
     """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `step`; the registry takes it
     from there.
@@ -152,7 +138,7 @@ class Objective:
 
     @classmethod
     def player_parts(cls, cfg) -> dict[str, tuple[str, ...]]:
-        """Players and the parts each one trains; parts are built by `fastgen.build`."""
+        """Players and the parts each one trains; parts are built by `fastgen.training.cast`."""
         return {"student": ("student",)}
 
     @classmethod

@@ -25,11 +25,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import VP, expand
 from fastgen.objectives.base import Objective, ObjectiveConfig
 from fastgen.objectives.ect import noise_level
-from fastgen.schedules import VP, expand
 
 
 class BOOTConfig(ObjectiveConfig):

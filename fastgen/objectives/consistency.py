@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.objectives.discrete import check_segments, draw_intervals, num_intervals, unfit_segments
-from fastgen.samplers import jump, segment_ends, solver_step, undo_jump
-from fastgen.schedules import expand
+from fastgen.objectives.shared.grids import check_segments, draw_intervals, num_intervals, unfit_segments
+from fastgen.sampling.solvers import jump, segment_ends, solver_step, undo_jump
 
 
 class ConsistencyConfig(ObjectiveConfig):

@@ -24,10 +24,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives import matching
+from fastgen.diffusion import losses
 from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.matching import Matching, MatchingConfig
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import Matching, MatchingConfig
 
 
 class DiffInstructConfig(MatchingConfig):
@@ -48,13 +48,13 @@ class DiffInstruct(Matching, config=DiffInstructConfig):
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = matching.noised(self, x, self.cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = critic.noised(self, x, self.cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real
                     fake = self.critic(x_t, t, batch.cond)  # D_fake
                 loss = losses.score_difference(x, real, fake)  # grad = D_fake - D_real
-                yield loss, matching.diagnostics(x, real, fake)
+                yield loss, critic.diagnostics(x, real, fake)
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2

@@ -26,10 +26,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen.objectives import matching
 from fastgen.objectives.base import REGISTRY, AnyObjective, Objective, ObjectiveConfig
 from fastgen.objectives.diff_instruct import DiffInstructConfig
-from fastgen.objectives.matching import MatchingConfig
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import MatchingConfig
 
 
 class DisBackConfig(ObjectiveConfig):
@@ -124,8 +124,8 @@ class DisBack(Objective, config=DisBackConfig):
         cfg, (last, drop) = self.cfg, (len(self.student.times) - 1, self.cfg.record_drop)
         with torch.no_grad():
             x = self.generate(batch, self.rng.shared_randint(last + 1))  # x = G_0(z, c)
-        cond = matching.drop_cond(self, batch, drop if self.guidance != 1 else 0)
-        yield from matching.critic_turn(self.host, batch, x, cond=cond)  # w(t) |D_psi(x_t) - sg x|^2
+        cond = critic.drop_cond(self, batch, drop if self.guidance != 1 else 0)
+        yield from critic.critic_turn(self.host, batch, x, cond=cond)  # w(t) |D_psi(x_t) - sg x|^2
         j = (k + 1) * cfg.nodes // cfg.record_steps
         if j > k * cfg.nodes // cfg.record_steps:
             for kept, p in zip(self.nodes[j - 1], self.critic_tensors):

@@ -24,10 +24,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives import matching
-from fastgen.objectives.matching import Matching, MatchingConfig
+from fastgen.diffusion import losses
 from fastgen.objectives.ode_pairs import Pairs
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import Matching, MatchingConfig
 
 
 class DMDConfig(MatchingConfig):
@@ -62,12 +62,12 @@ class DMD(Matching, config=DMDConfig):
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
                     fake = self.critic(x_t, t, batch.cond)  # D_fake
                 loss = dm = losses.distribution_matching(x, real, fake)  # eq. 7-8
-                logs = {"dm": dm, **matching.diagnostics(x, real, fake)}
+                logs = {"dm": dm, **critic.diagnostics(x, real, fake)}
                 if cfg.regression_weight:
                     logs["regression"] = self.regression(batch, last)
                     loss = dm + cfg.regression_weight * logs["regression"]  # eq. 9
@@ -75,7 +75,7 @@ class DMD(Matching, config=DMDConfig):
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2   (eq. 6)
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2   (eq. 6)
 
     def regression(self, batch, last):
         """d(G(z_ref, c), y), from the pair's state at step `last` of the student's list."""

@@ -30,9 +30,9 @@ from typing import Literal
 
 import torch
 
-from fastgen import losses
-from fastgen.objectives import matching
-from fastgen.objectives.matching import GanMatchingConfig, Matching
+from fastgen.diffusion import losses
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
 
 
 class DMD2Config(GanMatchingConfig):
@@ -50,7 +50,7 @@ class DMD2(Matching, config=DMD2Config):
 
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        return matching.evaluations(cfg, guidance, (num_steps - 1) / 2 if cfg.backward_simulation else 0)
+        return critic.evaluations(cfg, guidance, (num_steps - 1) / 2 if cfg.backward_simulation else 0)
 
     def step(self, batch, k):
         cfg = self.cfg
@@ -58,12 +58,12 @@ class DMD2(Matching, config=DMD2Config):
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.sample(batch, last)  # x = G(z, c)
-                t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                logits, fake = matching.judge(self, x, x_t, t, batch.cond)  # D_fake
+                logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond)  # D_fake
                 loss = dm = losses.distribution_matching(x, real, fake.detach())  # grad of eq. 7-8
-                logs = {"dm": dm, **matching.diagnostics(x, real, fake)}
+                logs = {"dm": dm, **critic.diagnostics(x, real, fake)}
                 if cfg.gan_weight:
                     logs["gan"] = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
                     loss = dm + cfg.gan_weight * logs["gan"]
@@ -71,7 +71,7 @@ class DMD2(Matching, config=DMD2Config):
         else:
             with torch.no_grad():
                 x = self.sample(batch, last)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
 
     def sample(self, batch, last):
-        return matching.sample(self, batch, last, self.cfg.backward_simulation)
+        return critic.sample(self, batch, last, self.cfg.backward_simulation)

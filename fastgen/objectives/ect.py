@@ -19,10 +19,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
-from fastgen.samplers import solver_step
-from fastgen.schedules import expand
+from fastgen.sampling.solvers import solver_step
 
 
 class ECTConfig(ObjectiveConfig):

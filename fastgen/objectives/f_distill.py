@@ -8,7 +8,7 @@ Paper: Xu et al. 2025, arXiv 2502.15681.  grad D_f(p_t || q_t) = -E [ h(r) (s_p 
       x_t = alpha x + sigma eps
       r = clamp(exp clamp(mean logit Disc(x_t), -10, 10), 0.1, 20)    discriminator: real = 1, r ~ p_t / q_t
       r <- r / b[bin of t];   b <- rho b + (1 - rho) mean of r in the bin
-      h = h_f(r) / mean h                 reverse KL 1, forward KL r, JS r/(1+r), ... (fastgen/divergences.py)
+      h = h_f(r) / mean h                 reverse KL 1, forward KL r, JS r/(1+r) (diffusion/divergences.py)
       grad = h (D_fake(x_t) - D_real^w(x_t)) / mean|x - D_real^w|
       update G with  0.5 |x - sg[x - grad]|^2 + gan_weight softplus(-Disc(x_t'))
     update critic and discriminator as DMD2 does
@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import divergences, losses
-from fastgen.objectives import matching
-from fastgen.objectives.matching import GanMatchingConfig, Matching
+from fastgen.diffusion import divergences, losses
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
 
 
 class FDistillConfig(GanMatchingConfig):
@@ -62,21 +62,21 @@ class FDistill(Matching, config=FDistillConfig):
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                logits, fake = matching.judge(self, x, x_t, t, batch.cond)  # D_fake
+                logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond)  # D_fake
                 h, logs = self.weight(logits, t)
                 dm = losses.distribution_matching(x, real, fake.detach(), h)  # h (D_fake - D_real) / mean|.|
                 gan = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
                 yield (
                     dm + cfg.gan_weight * gan,
-                    {"dm": dm, "gan": gan, **logs} | matching.diagnostics(x, real, fake),
+                    {"dm": dm, "gan": gan, **logs} | critic.diagnostics(x, real, fake),
                 )
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
 
     @torch.no_grad()
     def weight(self, logits, t):

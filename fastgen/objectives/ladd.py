@@ -28,15 +28,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen.objectives import adversarial
-from fastgen.objectives.base import Batch, Objective, ObjectiveConfig
+from fastgen.core.batch import Batch
+from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.shared.gan import AdversarialConfig, disc_turn, gan_student_loss, student_input
 
 
 class LADDConfig(ObjectiveConfig):
     """Latent adversarial diffusion distillation."""
 
     name: Literal["ladd"] = "ladd"
-    gan: adversarial.AdversarialConfig = adversarial.AdversarialConfig()
+    gan: AdversarialConfig = AdversarialConfig()
     """the discriminator and its loss"""
     student_every: int = Field(1, ge=1)
     """head updates per student update"""
@@ -66,15 +67,15 @@ class LADD(Objective, config=LADDConfig):
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
                 x = self.sample(batch, told)
-                yield adversarial.student_loss(self, self.cfg.gan, x, batch.cond)
+                yield gan_student_loss(self, self.cfg.gan, x, batch.cond)
         else:
             with torch.no_grad():
                 x = self.sample(batch, told)
-        yield from adversarial.disc_turn(self, self.cfg.gan, batch, x)
+        yield from disc_turn(self, self.cfg.gan, batch, x)
 
     def sample(self, batch: Batch, cond: dict) -> Tensor:
         """D_theta from a random step of the student's list."""
         times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)
         p = torch.tensor(self.cfg.step_weights or [1.0] * len(times), dtype=torch.float64).cumsum(0)
         i = torch.searchsorted(p / p[-1], self.rng.rand(len(batch.noise)).cpu(), right=True).to(times.device)
-        return self.student(adversarial.start(self, batch, times[i]), times[i], cond)
+        return self.student(student_input(self, batch, times[i]), times[i], cond)

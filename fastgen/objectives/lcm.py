@@ -28,10 +28,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives.discrete import OnSolverGrid, SolverGridConfig, distance_weight
-from fastgen.samplers import solver_step, teacher_grid
-from fastgen.schedules import expand
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
+from fastgen.objectives.shared.grids import OnSolverGrid, SolverGridConfig, distance_weight
+from fastgen.sampling.solvers import solver_step, teacher_grid
 
 
 class LCMConfig(SolverGridConfig):

@@ -28,10 +28,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fastgen.coordinates import LineView
-from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
-from fastgen.schedules import expand
-from fastgen.tangents import TangentConfig, tangent
+from fastgen.core.batch import Batch
+from fastgen.diffusion.reparametrization import LineView
+from fastgen.diffusion.schedules import expand
+from fastgen.networks.jvp import TangentConfig, tangent
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 
 
 class MeanFlowConfig(ObjectiveConfig):

@@ -11,8 +11,8 @@ Paper: Song et al. 2024, arXiv 2410.23274 (Sec. 4: DM and ADM stages; Sec. 4.3: 
 
 Differs
 - students are independent jobs in the paper; here one run trains them in turn, each with optimizers and a
-  random stream of its own, so that `only` (one run per student, in parallel, then `python -m fastgen.join`)
-  gives the same students.
+  random stream of its own, so that `only` (one run per student, in parallel, then
+  `python -m fastgen.cli.merge_students`) gives the same students.
 - text: the paper cuts SD1.5's text states into four quadrants, axes not stated; here equal parts along their
   first principal axis.
 - regression pairs of a DMD host are made for a student's own conditions; the paper lets every student see all
@@ -25,8 +25,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen import losses
-from fastgen.objectives.base import REGISTRY, AnyObjective, Batch, Objective, ObjectiveConfig, TimeConfig
+from fastgen.core.batch import Batch
+from fastgen.diffusion import losses
+from fastgen.objectives.base import REGISTRY, AnyObjective, Objective, ObjectiveConfig, TimeConfig
 from fastgen.objectives.dmd2 import DMD2Config
 
 

@@ -20,10 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen import losses
-from fastgen.errors import UserError
-from fastgen.objectives.base import Batch, Objective, ObjectiveConfig
-from fastgen.samplers import solver_step, teacher_grid
+from fastgen.core.batch import Batch
+from fastgen.core.errors import UserError
+from fastgen.diffusion import losses
+from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.sampling.solvers import solver_step, teacher_grid
 
 
 class Pairs:

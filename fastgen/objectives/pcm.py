@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives import adversarial
-from fastgen.objectives.discrete import Segmented, SegmentedConfig, distance_weight
-from fastgen.samplers import jump, segment_ends, solver_step, teacher_grid
-from fastgen.schedules import expand
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
+from fastgen.objectives.shared.gan import pair_turn
+from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
+from fastgen.sampling.solvers import jump, segment_ends, solver_step, teacher_grid
 
 
 class PCMConfig(SegmentedConfig):
@@ -94,4 +94,4 @@ class PCM(Segmented, config=PCMConfig):
         self.move_target()
         if cfg.gan_weight:
             real = S.renoise(target, self.rng.randn_like(x0), e, v)
-            yield from adversarial.pair_turn(self, fake, real, v, cond, cfg.gan_loss)
+            yield from pair_turn(self, fake, real, v, cond, cfg.gan_loss)

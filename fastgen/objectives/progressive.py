@@ -23,10 +23,10 @@ from typing import Literal
 
 import torch
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig
-from fastgen.samplers import solver_step, teacher_grid, undo_jump
-from fastgen.schedules import expand
+from fastgen.sampling.solvers import solver_step, teacher_grid, undo_jump
 
 
 class ProgressiveConfig(ObjectiveConfig):

@@ -1,6 +1,6 @@
 """rCM: continuous-time consistency regularised by score distillation.
 
-Paper: Zheng et al. 2025, arXiv 2510.08431 (NVlabs/rcm). Its parts: `scm.py` and `matching.py`.
+Paper: Zheng et al. 2025, arXiv 2510.08431 (NVlabs/rcm). Its parts: `scm.py` and `critic.py`.
 
   steps k < warmup_steps: sCM alone; then every student_every-th step:
     L_sCM as in scm.py                                     forward divergence: covers the data, diverse
@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives import matching
+from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, TimeConfig
-from fastgen.objectives.matching import MatchingConfig
 from fastgen.objectives.scm import SCM, SCMConfig, scm_loss
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import MatchingConfig
 
 
 class RCMConfig(MatchingConfig):
@@ -55,7 +55,7 @@ class RCM(Objective, config=RCMConfig):
         if not cfg.dm_weight:
             return calls
         r = 1 / cfg.student_every
-        found = matching.evaluations(cfg, guidance, (num_steps - 1) / 2)
+        found = critic.evaluations(cfg, guidance, (num_steps - 1) / 2)
         return {n: round(found.get(n, 0) + r * calls.get(n, 0), 3) for n in {**found, **calls}}
 
     def step(self, batch, k):
@@ -69,7 +69,7 @@ class RCM(Objective, config=RCMConfig):
                 loss = cfg.scm_weight * loss
                 if matched:
                     x = self.generate(batch, last)  # x = G(z, c)
-                    t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                    t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
                     with torch.no_grad():
                         real = self.teacher.guided(
                             x_t, t, batch.cond, batch.uncond, self.guidance
@@ -77,11 +77,11 @@ class RCM(Objective, config=RCMConfig):
                         fake = self.critic(x_t, t, batch.cond)  # D_fake
                     dm = losses.distribution_matching(x, real, fake)
                     loss, logs = loss + cfg.dm_weight * dm, logs | {"dm": dm.detach()}
-                    logs |= matching.diagnostics(x, real, fake)
+                    logs |= critic.diagnostics(x, real, fake)
                 yield loss, logs
         if not matched:
             return
         if x is None:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2

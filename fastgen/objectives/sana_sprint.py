@@ -1,6 +1,6 @@
 """SANA-Sprint: continuous-time consistency and latent adversarial distillation, one model for 1 to 4 steps.
 
-Paper: Chen et al. 2025, arXiv 2503.09641 (Sec. 3); NVlabs/Sana. Its parts: `scm.py` and `adversarial.py`.
+Paper: Chen et al. 2025, arXiv 2503.09641 (Sec. 3); NVlabs/Sana. Its parts: `scm.py` and `gan.py`.
 
   w ~ U(range), told to the student (student.guidance_embedding)
   L_sCM as in scm.py, with the guided flow teacher seen in TrigFlow coordinates                  (eq. 5-6)
@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen.objectives import adversarial
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 from fastgen.objectives.scm import SCM, SCMConfig, scm_loss
+from fastgen.objectives.shared.gan import AdversarialConfig, disc_turn, gan_student_loss, student_input
 
 
 class SanaSprintConfig(ObjectiveConfig):
@@ -39,9 +39,7 @@ class SanaSprintConfig(ObjectiveConfig):
         sigma_data=1.0, time=TimeConfig(kind="log_normal", mean=0.9, std=1.6), warmup_steps=4000
     )
     """the consistency loss"""
-    gan: adversarial.AdversarialConfig = adversarial.AdversarialConfig(
-        disc_time=TimeConfig(kind="log_normal", mean=0.1, std=1.0)
-    )
+    gan: AdversarialConfig = AdversarialConfig(disc_time=TimeConfig(kind="log_normal", mean=0.1, std=1.0))
     """the adversarial loss"""
     scm_weight: float = Field(1.0, ge=0)
     """weight of the consistency loss"""
@@ -75,9 +73,9 @@ class SanaSprint(Objective, config=SanaSprintConfig):
                 t = self.sample_t(len(batch.x0), cfg.student_time)
                 pure = self.rng.rand(len(t)) < cfg.max_time_prob
                 t = torch.where(pure, self.student.times[0], t)  # max-time weighting
-                x = self.student(adversarial.start(self, batch, t), t, told)
-                gan, more = adversarial.student_loss(self, cfg.gan, x, batch.cond)
-                loss, logs = loss + cfg.gan_weight * gan, logs | more  # eq. 10
+                x = self.student(student_input(self, batch, t), t, told)
+                adversarial, more = gan_student_loss(self, cfg.gan, x, batch.cond)
+                loss, logs = loss + cfg.gan_weight * adversarial, logs | more  # eq. 10
             yield loss, logs
         if cfg.gan_weight:
-            yield from adversarial.disc_turn(self, cfg.gan, batch, x)
+            yield from disc_turn(self, cfg.gan, batch, x)

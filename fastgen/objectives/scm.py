@@ -1,6 +1,6 @@
 """sCM: continuous-time consistency distillation and training in TrigFlow coordinates.
 
-Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `fastgen/coordinates.py`.
+Paper: Lu & Song 2024, arXiv 2410.11081 (Alg. 1). TrigFlow of any teacher: `diffusion/reparametrization.py`.
 
   s = sigma / alpha, log-normal;  t = atan(s / sd);  x_t = cos t x0 + sin t z,  z ~ N(0, sd^2 I)
   d = dx_t/dt = sd F_real^w(x_t, t)                              training: cos t z - sin t x0 instead
@@ -17,7 +17,7 @@ Differs
   the network's time embedding, so that the export is the plain network.
 - 1/s is bounded at s = 1e-3. F- is the value of the pass with gradient, as in the public codes.
 - time embeddings: the paper needs slow ones, and fine-tunes the teacher for them; `student.smooth_time`
-  solves a student's embedder for slow functions of time in closed form (`fastgen/smooth.py`).
+  solves a student's embedder for slow functions of time in closed form (`networks/time_embedding.py`).
 - the teacher's own times bound t: a flow reaches pi/2, EDM atan(sigma_max / sd).
 """
 
@@ -27,11 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen import losses
-from fastgen.coordinates import TrigView
-from fastgen.objectives.base import Batch, Objective, ObjectiveConfig, TimeConfig
-from fastgen.schedules import expand
-from fastgen.tangents import TangentConfig, tangent
+from fastgen.core.batch import Batch
+from fastgen.diffusion import losses
+from fastgen.diffusion.reparametrization import TrigView
+from fastgen.diffusion.schedules import expand
+from fastgen.networks.jvp import TangentConfig, tangent
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 
 
 class SCMConfig(ObjectiveConfig):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastgen import losses
+from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 
 

@@ -27,10 +27,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import divergences, losses
-from fastgen.objectives import matching
+from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.matching import GanMatchingConfig, Matching
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
 
 
 class SiDConfig(GanMatchingConfig):
@@ -65,28 +65,28 @@ class SiD(Matching, config=SiDConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
         scales = (cfg.score_guidance, cfg.train_guidance)
-        return matching.evaluations_through(cfg, guidance, num_steps, *scales)
+        return critic.evaluations_through(cfg, guidance, num_steps, *scales)
 
     def step(self, batch, k):
         cfg = self.cfg
         last = self.rng.shared_randint(len(self.student.times))
         with torch.no_grad():
             x = self.generate(batch, last)  # x = G(z, c)
-        yield from matching.critic_turn(self, batch, x, w=cfg.train_guidance)  # w(t) |D_fake^k1 - x|^2
+        yield from critic.critic_turn(self, batch, x, w=cfg.train_guidance)  # w(t) |D_fake^k1 - x|^2
         if k % cfg.student_every:
             return
         with self.turn("student"):
             noise = self.rng.randn_like(batch.noise)
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
-            t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+            t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
             real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^k4
-            logits, fake = matching.judge(
+            logits, fake = critic.critic_forward(
                 self, x, x_t, t, batch.cond, batch.uncond, cfg.score_guidance, through=True
             )  # D_fake^k2
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             sid = divergences.score_identity(x, real, fake, cfg.alpha, cfg.distance, cfg.huber_c)
             loss = sid = (sid / scale if cfg.distance == "l2" else sid).mean()
-            logs = {"sid": sid, **matching.diagnostics(x, real, fake)}
+            logs = {"sid": sid, **critic.diagnostics(x, real, fake)}
             if cfg.gan_weight:
                 logs["gan"] = losses.gan_generator(logits, weight=1 / scale)  # softplus(-Disc) / W
                 loss = sid + cfg.gan_weight * logs["gan"]

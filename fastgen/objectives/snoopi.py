@@ -5,7 +5,7 @@ Paper: Nguyen et al. 2024, arXiv 2412.02687 (Sec. 4.1 PG-SB, eq. 6-7; Sec. 4.2 N
   PG-SB, every step:  the step of SwiftBrush (see swiftbrush.py) with
     w ~ U(w_min, w_max) for each sample, the same in teacher and critic         w < 1 is meant: anti-guidance
 
-  NASA, sampling only (fastgen/nasa.py, shipped with the export): in every cross-attention
+  NASA, sampling only (networks/negative_prompts.py, shipped with the export): in every cross-attention
     Z = softmax(Q K+^T / sqrt d) V+  -  scale softmax(Q K-^T / sqrt d) V-       before the output projection
 
 Differs

@@ -33,9 +33,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen import losses
-from fastgen.objectives import matching
-from fastgen.objectives.matching import Matching, MatchingConfig
+from fastgen.diffusion import losses
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import Matching, MatchingConfig
 
 
 class SwiftBrushConfig(MatchingConfig):
@@ -87,13 +87,13 @@ def vsd(obj, batch, k, w):
     if k % cfg.student_every == 0:
         with obj.turn("student"):
             x = obj.generate(batch, last)  # x = G(z, c)
-            t, x_t = matching.noised(obj, x, cfg.time)  # x_t = alpha x + sigma eps
+            t, x_t = critic.noised(obj, x, cfg.time)  # x_t = alpha x + sigma eps
             with torch.no_grad():
                 real = obj.teacher.guided(x_t, t, batch.cond, batch.uncond, w)  # e_T^w, as D
                 own = 1.0 if cfg.plain_critic else w
                 fake = obj.critic.guided(x_t, t, batch.cond, batch.uncond, own)  # e_L^w, as D
             loss = losses.score_difference(x, real, fake, S.alpha(t) * S.sigma(t))  # sigma^2 (e_T - e_L)
-            logs = {"vsd": loss, **matching.diagnostics(x, real, fake)}
+            logs = {"vsd": loss, **critic.diagnostics(x, real, fake)}
             if cfg.clip_weight:
                 cos = obj.clip(x, batch.texts)
                 logs |= {"clip": losses.clamped(cos, cfg.clip_margin), "cosine": cos.mean()}
@@ -106,5 +106,5 @@ def vsd(obj, batch, k, w):
             x = obj.generate(batch, last)
     t = obj.sample_t(len(x), cfg.critic_time)
     guided = isinstance(w, torch.Tensor) or w != 1
-    cond = matching.drop_cond(obj, batch, cfg.critic_drop if guided else 0)
-    yield from matching.critic_turn(obj, batch, x, t, cond, S.alpha(t) ** 2)  # alpha^2 |e_L - eps|^2
+    cond = critic.drop_cond(obj, batch, cfg.critic_drop if guided else 0)
+    yield from critic.critic_turn(obj, batch, x, t, cond, S.alpha(t) ** 2)  # alpha^2 |e_L - eps|^2

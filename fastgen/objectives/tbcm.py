@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen.coordinates import TrigView
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.reparametrization import TrigView
+from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
 from fastgen.objectives.scm import SCM, SCMConfig, loss_at
-from fastgen.schedules import expand
 
 
 class TBCMConfig(ObjectiveConfig):

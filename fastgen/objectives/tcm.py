@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig
 from fastgen.objectives.ect import earlier, level_time, noise_level, shrink
 

@@ -28,12 +28,12 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen import losses
-from fastgen.objectives import matching
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import ObjectiveConfig
-from fastgen.objectives.matching import Matching
-from fastgen.samplers import jump
-from fastgen.schedules import expand
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import Matching
+from fastgen.sampling.solvers import jump
 
 
 class TDMConfig(ObjectiveConfig):
@@ -114,7 +114,7 @@ class TDM(Matching, config=TDMConfig):
             w = losses.tempered_ratio(self.schedule, x, x_tau, tau, n)  # w_is
             snr = (2 * self.schedule.log_snr(tau)).exp().clamp(max=cfg.snr_clip)
             loss = losses.mse(fake, x, w * snr if cfg.importance else snr)  # w_is min(SNR, 5) |D_fake - x|^2
-            logs = matching.critic_error(self.schedule, fake, x, x_tau, tau, batch.cond)
+            logs = critic.critic_error(self.schedule, fake, x, x_tau, tau, batch.cond)
             yield loss, {"w_is_max": w.max(), "w_is": w.mean(), **logs}
         if k % cfg.student_every:
             return
@@ -132,7 +132,7 @@ class TDM(Matching, config=TDMConfig):
                 loss = losses.pseudo_huber(x, goal, cfg.huber_c, 1 / scale)
             else:
                 loss = 0.5 * losses.mse(x, goal, 1 / scale)
-            yield loss, matching.diagnostics(x, real, fake)
+            yield loss, critic.diagnostics(x, real, fake)
 
     @torch.no_grad()
     def rollout(self, noise, cond):

@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fastgen import losses
-from fastgen.objectives import adversarial
-from fastgen.objectives.discrete import Segmented, SegmentedConfig, distance_weight
-from fastgen.samplers import segment_ends, solver_step, teacher_grid
-from fastgen.schedules import expand
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import expand
+from fastgen.objectives.shared.gan import pair_turn
+from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
+from fastgen.sampling.solvers import segment_ends, solver_step, teacher_grid
 
 
 class TSCDConfig(SegmentedConfig):
@@ -95,7 +95,7 @@ class TSCD(Segmented, config=TSCDConfig):
         self.move_target()
         if cfg.gan_weight:
             real = S.noise(x0, self.rng.randn_like(x0), v)
-            yield from adversarial.pair_turn(self, fake, real, v, batch.cond, cfg.gan_loss)
+            yield from pair_turn(self, fake, real, v, batch.cond, cfg.gan_loss)
 
     def denoiser(self, batch):
         """D whose ODE is stepped along: the guided teacher, or the last stage's student, guided already."""

@@ -28,10 +28,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from fastgen import divergences, losses
-from fastgen.objectives import matching
+from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.matching import GanMatchingConfig, Matching
+from fastgen.objectives.shared import critic
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
 
 
 class UniInstructConfig(GanMatchingConfig):
@@ -71,29 +71,29 @@ class UniInstructConfig(GanMatchingConfig):
 class UniInstruct(Matching, config=UniInstructConfig):
     @classmethod
     def evaluations(cls, cfg, guidance, num_steps):
-        return matching.evaluations_through(cfg, guidance, num_steps)
+        return critic.evaluations_through(cfg, guidance, num_steps)
 
     def step(self, batch, k):
         cfg = self.cfg
         last = self.rng.shared_randint(len(self.student.times))
         with torch.no_grad():
             x = self.generate(batch, last)  # x = G(z, c)
-        yield from matching.critic_turn(self, batch, x)  # w(t) |D_fake - x|^2 + disc_weight (GAN pair)
+        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - x|^2 + disc_weight (GAN pair)
         if k % cfg.student_every:
             return
         with self.turn("student"):
             noise = self.rng.randn_like(batch.noise)
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
-            t, x_t = matching.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+            t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
             real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-            logits, fake = matching.judge(self, x, x_t, t, batch.cond, through=True)  # l, D_fake
+            logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond, through=True)  # l, D_fake
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             divergence, logs = self.divergence(k, x, x_t, t, real, fake, logits)
             loss = logs["divergence"] = (divergence / scale).mean()
             if cfg.gan_weight:
                 logs["gan"] = losses.gan_generator(logits, weight=1 / scale)  # softplus(-l) / W
                 loss = loss + cfg.gan_weight * logs["gan"]
-            yield loss, logs | matching.diagnostics(x, real, fake)
+            yield loss, logs | critic.diagnostics(x, real, fake)
 
     def divergence(self, k, x, x_t, t, real, fake, logits):
         """[2 h Delta.(D_fake - x) + (h - r h') |Delta|^2] / mean h, [B], and what to log of the ratio."""

@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 import pytest
 
-from fastgen.backbones.__main__ import RECORD
-from tests.families import CASES
+from fastgen.families.__main__ import RECORD
+from tests.families.cases import CASES
 
 
 class Recorder:
@@ -36,7 +36,9 @@ class Recorder:
 def main() -> int:
     recorder = Recorder()
     os.environ["OMP_NUM_THREADS"] = "1"
-    code = pytest.main(["-n", "0", "-q", "tests/test_families.py", *sys.argv[1:]], plugins=[recorder])
+    code = pytest.main(
+        ["-n", "0", "-q", "tests/families/test_families.py", *sys.argv[1:]], plugins=[recorder]
+    )
     versions = {n: version(n) for n in ("torch", "diffusers", "transformers", "peft")}
     if len(recorder.cases) == len(CASES):
         RECORD.write_text(

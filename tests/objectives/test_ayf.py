@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from fastgen.build import Cast
-from fastgen.config import validate
-from fastgen.coordinates import LineView
-from fastgen.errors import UserError
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.diffusion.reparametrization import LineView
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import ayf
 from fastgen.objectives.ayf import AYF, AYFConfig
-from fastgen.roles import Student
-from fastgen.schedules import EDM, Flow
+from fastgen.roles.roles import Student
+from fastgen.training.cast import Cast
 from tests.objectives.test_meanflow import S0, FlowMapNet
-from tests.objectives.toys import batch_of, gaussian_role, rng, run_mixture
-from tests.replay import card_replay
+from tests.support.replay import card_replay
+from tests.support.toys import batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"warmup_steps": 2}
 """settings of the contract battery"""

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import EDM, VP, Flow, expand
 from fastgen.objectives.boot import BOOT, BOOTConfig
-from fastgen.roles import Student
-from fastgen.samplers import sample_teacher
-from fastgen.schedules import EDM, VP, Flow, expand
-from tests.objectives.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from fastgen.sampling.solvers import sample_teacher
+from tests.support.replay import replay
+from tests.support.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
 
 SHORT = {}
 """settings of the contract battery"""

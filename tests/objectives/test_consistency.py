@@ -5,13 +5,14 @@ mixtures.
 import pytest
 import torch
 
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.consistency import Consistency, ConsistencyConfig
-from fastgen.objectives.discrete import draw_intervals, num_intervals
-from fastgen.roles import Role, Student
-from fastgen.samplers import jump, solver_step, undo_jump
-from fastgen.schedules import EDM, Flow
-from tests.objectives.toys import (
+from fastgen.objectives.shared.grids import draw_intervals, num_intervals
+from fastgen.roles.roles import Role, Student
+from fastgen.sampling.solvers import jump, solver_step, undo_jump
+from tests.support.replay import replay
+from tests.support.toys import (
     Constant,
     GaussianNet,
     PerTime,
@@ -23,7 +24,6 @@ from tests.objectives.toys import (
     run_mixture,
     weighed,
 )
-from tests.replay import replay
 
 SHORT = {"num_scales": 4, "target_decay": 0.5}
 """settings of the contract battery"""
@@ -45,7 +45,7 @@ def test_p1_last_interval_targets_the_solver_output_itself(schedule):
     objective = make(schedule, GaussianNet(schedule, 0.0, 0.5), num_scales=2, metric="l2", teacher=(0.0, 0.5))
     objective.rng.randint = lambda high, num: torch.full((num,), high - 1)
     seen = {}
-    from fastgen import losses
+    from fastgen.diffusion import losses
 
     original = losses.mse
     losses.mse = lambda pred, target, w: seen.update(target=target) or original(pred, target, w)
@@ -100,7 +100,7 @@ def test_p1_fixed_point_is_the_product_of_solver_gains():
 
 def test_p1_huber_constant_grows_with_the_root_of_the_dimension(monkeypatch):
     """At c sqrt(dim) (2310.14189, Sec. 3.3); scaling by the dimension instead would give another loss."""
-    from fastgen import losses
+    from fastgen.diffusion import losses
 
     S, dim, c, seen = Flow(), 16, 0.1, {}
     objective = make(S, GaussianNet(S, 0.3, 0.9), num_scales=4, huber_c=c)
@@ -257,14 +257,14 @@ def test_p1_decay_grows_with_the_scales():
 
 def test_p1_perceptual_metric_reads_the_feature_net(tiny):
     """Zero for equal pictures, blind to nothing; gradient reaches the student, none the net."""
-    from fastgen import config
-    from fastgen.build import Cast
-    from fastgen.rng import Rng
+    from fastgen.config.run import validate
+    from fastgen.core.rng import Rng
+    from fastgen.training.cast import Cast
 
     def cast(path):
         objective = {"name": "consistency", "metric": "perceptual", "num_scales": 4}
         values = {"teacher": {"path": path}, "objective": objective, "data": {"name": "digits"}}
-        cfg = config.validate(values)
+        cfg = validate(values)
         found = Cast(cfg)
         return found, found.stage(cfg.all_stages()[0], Rng(0))
 
@@ -282,7 +282,7 @@ def test_p1_perceptual_metric_reads_the_feature_net(tiny):
 
 
 def test_bad_input_in_one_line():
-    from fastgen import config
+    from fastgen.config.run import validate
 
     for objective, said in (
         ({"num_scales": 10, "segments": 4}, "objective.segments: 4 segments do not divide"),
@@ -291,9 +291,9 @@ def test_bad_input_in_one_line():
         ({"segments": 2, "num_scales": 4}, "student.sampler ode"),
     ):
         with pytest.raises(UserError, match=said):
-            config.validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
+            validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
     with pytest.raises(UserError, match="data: no images are named; consistency"):
-        config.validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})
+        validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})
 
 
 P2 = {

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from fastgen import config
-from fastgen.build import Cast
-from fastgen.errors import UserError
+from fastgen.config.run import dump, validate
+from fastgen.core.batch import Batch
+from fastgen.core.errors import UserError
+from fastgen.core.paths import config as config_file
+from fastgen.core.rng import Rng
 from fastgen.objectives import REGISTRY
-from fastgen.objectives.base import Batch
-from fastgen.paths import config as config_file
-from fastgen.rng import Rng
+from fastgen.training.cast import Cast
 
 MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
@@ -30,7 +30,7 @@ each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 def make(name, teacher, kind="full", **train):
     """(config, cast, objective) of a method over a teacher folder."""
-    cfg = config.validate(
+    cfg = validate(
         {
             "teacher": {"path": str(teacher), "guidance": 1.5, **TEACHER.get(name, {})},
             "student": {"kind": kind, "lora": {"rank": 2}, **STUDENT.get(name, {})},
@@ -78,9 +78,9 @@ def test_yaml_exists_and_round_trips(name):
     beside = Path(MODULES[name].__file__).with_suffix(".yaml")  # where a plugin keeps it
     file = config_file(f"objectives/{name}.yaml") if name in OURS else beside
     values = yaml.safe_load(file.read_text())
-    cfg = config.validate({"data": {"name": "fashion"}, **values})
+    cfg = validate({"data": {"name": "fashion"}, **values})
     assert cfg.objective.name == name
-    assert config.validate(yaml.safe_load(config.dump(cfg))) == cfg
+    assert validate(yaml.safe_load(dump(cfg))) == cfg
 
 
 @each
@@ -203,8 +203,8 @@ def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypat
     """Labels alone are read of a bundled set, file names of a folder; reading a pixel is an error."""
     from PIL import Image
 
-    from fastgen import data, datasets
-    from fastgen.run import main
+    from fastgen.cli.train import main
+    from fastgen.data import bundled, loader
 
     for i in range(4):
         Image.new("L", (16, 16), 60 * i).save(tmp_path / f"{i}.png")
@@ -212,10 +212,10 @@ def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("a data-free method opened an image")
 
-    read = datasets._member
+    read = bundled._member
     only_labels = lambda name, split, part: read(name, split, part) if part == "labels" else refuse()  # noqa: E731
-    monkeypatch.setattr(datasets, "_member", only_labels)
-    monkeypatch.setattr(data, "load_images", refuse)
+    monkeypatch.setattr(bundled, "_member", only_labels)
+    monkeypatch.setattr(loader, "load_images", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     values = {
         "teacher": {"path": str(tiny("flow")), **TEACHER[name]},

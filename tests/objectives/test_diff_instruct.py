@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import losses
-from fastgen.backbones import load_teacher
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import EDM
+from fastgen.networks.load import load_teacher
 from fastgen.objectives.diff_instruct import DiffInstruct, DiffInstructConfig
-from fastgen.roles import Role, Student
-from fastgen.schedules import EDM
+from fastgen.roles.roles import Role, Student
 from tests.objectives.test_dmd2 import kl
-from tests.objectives.toys import (
+from tests.support.replay import replay
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -22,7 +23,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
 
 SHORT = {"student_every": 1}
 """settings of the contract battery"""

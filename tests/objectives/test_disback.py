@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from fastgen.diffusion.schedules import EDM
 from fastgen.objectives.base import REGISTRY
 from fastgen.objectives.disback import DisBack, DisBackConfig
-from fastgen.schedules import EDM
-from tests.objectives.toys import (
+from tests.support.replay import replay
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -15,7 +16,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
 
 SHORT = {
     "record_steps": 1,
@@ -198,11 +198,11 @@ def test_settings_that_make_no_path_are_refused(cfg, said):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_around_any_score_distillation(tiny, host, kind):
     """Recording, backtracking and the teacher's turn with each host, on copies and on adapters."""
-    from fastgen import config
-    from fastgen.build import Cast
+    from fastgen.config.run import validate
+    from fastgen.training.cast import Cast
     from tests.objectives.test_contract import batch, play
 
-    cfg = config.validate(
+    cfg = validate(
         {
             "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
             "student": {"kind": kind, "lora": {"rank": 2}},

@@ -2,10 +2,11 @@
 
 import torch
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.dmd import DMD, DMDConfig
-from fastgen.schedules import Flow
-from tests.objectives.toys import (
+from tests.support.replay import replay
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -14,7 +15,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
 
 SHORT = {"student_every": 2, "teacher_steps": 2}
 """settings of the contract battery"""

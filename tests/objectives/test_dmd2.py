@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
-from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import (
+from tests.support.replay import replay, replay_counts
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -18,7 +19,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay, replay_counts
 
 SHORT = {"student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1}
 """settings of the contract battery"""
@@ -170,7 +170,7 @@ class StepNet(GaussianNet):
 @pytest.mark.parametrize("schedule", [Flow(), VP.scaled_linear()], ids=["flow", "vp"])
 def test_p1_backward_simulation(schedule):
     """s + 1 calls, all but the last without gradient; at s = 0 the input is the noise itself."""
-    from fastgen.roles import Student
+    from fastgen.roles.roles import Student
 
     net = StepNet(schedule, 0.0, 1.0)
     student = Student(net, None, schedule.steps(4))
@@ -187,7 +187,7 @@ def test_p1_backward_simulation(schedule):
 
 
 def test_p1_without_backward_simulation_the_input_is_noised_data():
-    from fastgen.roles import Student
+    from fastgen.roles.roles import Student
 
     schedule = Flow()
     net = StepNet(schedule, 0.0, 1.0)
@@ -267,7 +267,7 @@ def test_p1_r1_at_the_same_noised_input():
     """Exact: |a|^2. Approximate: E (a . step n)^2 = step^2 |a|^2, one more pass at exactly that distance."""
     from types import SimpleNamespace
 
-    from fastgen.objectives.matching import real_side
+    from fastgen.objectives.shared.critic import real_side
 
     obj = SimpleNamespace(disc=LinearDisc(), rng=rng())
     x_t, t = torch.randn(4000, 3), torch.ones(4000)
@@ -309,13 +309,13 @@ FORMS = {
 @pytest.mark.parametrize("features", ["critic", "teacher"])
 def test_forms_of_student_and_critic(tiny, form, features):
     """A LoRA student beside a full critic, or all three over one base; the teacher never moves."""
-    from fastgen import config
-    from fastgen.build import Cast
+    from fastgen.config.run import validate
+    from fastgen.training.cast import Cast
     from tests.objectives.test_contract import batch, play
 
     student, critic = FORMS[form]
     objective = {"name": "dmd2", "student_every": 1, "gan_weight": 0.1, "disc_features": features}
-    cfg = config.validate(
+    cfg = validate(
         {
             "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
             "student": {"num_steps": 4, **student},
@@ -354,10 +354,10 @@ def test_p4_dmd2_four_steps_through_lcm_scheduler(tiny, tmp_path):
     import yaml
     from PIL import Image
 
-    from fastgen.export import load_export
-    from fastgen.run import main
-    from fastgen.samplers import sample_student
-    from tests.replay import plainly
+    from fastgen.cli.train import main
+    from fastgen.export.load import load_export
+    from fastgen.sampling.solvers import sample_student
+    from tests.support.replay import plainly
 
     (tmp_path / "set").mkdir()
     for i in range(6):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.ect import ECT, ECTConfig, level_time, noise_level, shrink
-from fastgen.roles import Student
-from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {}
 """settings of the contract battery"""

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from fastgen import divergences, losses
-from fastgen.critics import Discriminator
+from fastgen.cli.train import main
+from fastgen.diffusion import divergences, losses
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import REGISTRY
 from fastgen.objectives.f_distill import FDistill, FDistillConfig
-from fastgen.roles import Role
-from fastgen.run import main
-from fastgen.schedules import EDM, Flow
-from tests.objectives.modes import far_share
-from tests.objectives.toys import batch_of, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.heads import Discriminator
+from fastgen.roles.roles import Role
+from tests.support.modes import far_share
+from tests.support.replay import replay
+from tests.support.toys import batch_of, rng, run_mixture
 
 SHORT = {"student_every": 2, "f": "kl", "gan_weight": 0.1, "disc_weight": 0.1}
 """settings of the contract battery"""
@@ -20,8 +20,8 @@ SHORT = {"student_every": 2, "f": "kl", "gan_weight": 0.1, "disc_weight": 0.1}
 
 def make(name="f_distill", schedule=None, **cfg):
     """An objective over small MLPs on points [B, 2]."""
-    from fastgen.backbones.analytic import MLPDenoiser
-    from fastgen.roles import Student
+    from fastgen.networks.analytic import MLPDenoiser
+    from fastgen.roles.roles import Student
 
     schedule = schedule or Flow()
     torch.manual_seed(0)

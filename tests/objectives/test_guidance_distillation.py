@@ -2,12 +2,12 @@
 
 import torch
 
+from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
-from fastgen.roles import Role, Student
-from fastgen.samplers import sample_teacher
-from fastgen.schedules import Flow
-from tests.objectives.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Role, Student
+from fastgen.sampling.solvers import sample_teacher
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
 
 SHORT = {}
 SHORT_TEACHER = {"guidance": 4.0}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen.critics import Discriminator, PatchHead
-from fastgen.objectives.adversarial import different
+from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.ladd import LADD, LADDConfig
-from fastgen.roles import Role, Student
-from fastgen.schedules import Flow
-from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
-from tests.replay import replay
+from fastgen.objectives.shared.gan import different
+from fastgen.roles.heads import Discriminator, PatchHead
+from fastgen.roles.roles import Role, Student
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}}
 """settings of the contract battery"""

@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 
-from fastgen.errors import UserError
-from fastgen.export import export_student, load_export
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import VP, Flow
+from fastgen.export.load import load_export
+from fastgen.export.write import export_student
 from fastgen.objectives.lcm import LCM, LCMConfig
-from fastgen.roles import Role, Student
-from fastgen.samplers import teacher_grid
-from fastgen.schedules import VP, Flow
-from tests.objectives.toys import (
+from fastgen.roles.roles import Role, Student
+from fastgen.sampling.solvers import teacher_grid
+from tests.export.test_export import make_run
+from tests.support.replay import replay_counts
+from tests.support.toys import (
     SCHEDULES,
     Constant,
     GaussianNet,
@@ -26,8 +29,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay_counts
-from tests.test_export import make_run
 
 SHORT = {"grid_steps": 10, "target_decay": 0.5}
 """settings of the contract battery"""

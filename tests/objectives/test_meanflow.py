@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from fastgen.diffusion.schedules import Flow, expand
 from fastgen.objectives import meanflow
 from fastgen.objectives.meanflow import MeanFlow, MeanFlowConfig
-from fastgen.roles import Student
-from fastgen.schedules import Flow, expand
-from tests.objectives.toys import batch_of, each, gaussian_role, rng, run_mixture
-from tests.replay import card_replay
+from fastgen.roles.roles import Student
+from tests.support.replay import card_replay
+from tests.support.toys import batch_of, each, gaussian_role, rng, run_mixture
 
 SHORT = {"flow_ratio": 0.5}
 """settings of the contract battery"""

@@ -7,25 +7,18 @@ import pytest
 import torch
 import yaml
 
-from fastgen import config
-from fastgen.build import Cast
-from fastgen.errors import UserError
+from fastgen.cli.train import main
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.core.rng import Rng
+from fastgen.diffusion.schedules import EDM
 from fastgen.objectives.base import REGISTRY
 from fastgen.objectives.msd import MSD, MSDConfig
-from fastgen.rng import Rng
-from fastgen.roles import Students
-from fastgen.router import Router
-from fastgen.run import main
-from fastgen.schedules import EDM
-from tests import replay
-from tests.objectives.toys import (
-    AffineStudent,
-    CountingRole,
-    GaussianNet,
-    batch_of,
-    gaussian_role,
-    run_mixture,
-)
+from fastgen.roles.roles import Students
+from fastgen.roles.router import Router
+from fastgen.training.cast import Cast
+from tests.support import replay
+from tests.support.toys import AffineStudent, CountingRole, GaussianNet, batch_of, gaussian_role, run_mixture
 
 HOST = {"name": "diff_instruct", "student_every": 1}
 SHORT = {"num_students": 1, "host": HOST}
@@ -178,7 +171,7 @@ class Linear(torch.nn.Module):
 
 
 def test_p1_score_matching_ends_at_the_least_squares_projection():
-    from fastgen.roles import Student
+    from fastgen.roles.roles import Student
 
     objective = build(1, score_matching=True, time={"low": 0.3, "high": 0.3001})
     net = Linear()
@@ -203,8 +196,8 @@ def test_p1_score_matching_ends_at_the_least_squares_projection():
 
 def test_p2_distils_the_mixture_and_routing_counts(tmp_path):
     """Three students of two modes each; sent to the wrong student, a class comes out as another."""
-    from fastgen.samplers import sample_student
-    from tests.objectives.toys import energy_distance
+    from fastgen.sampling.solvers import sample_student
+    from tests.support.toys import energy_distance
 
     objective = {"name": "msd", "num_students": 3, "host": {"name": "diff_instruct", "student_every": 2}}
     before, after, _, trainer = run_mixture(tmp_path, objective, "analytic:gmm2d-edm", steps=250)
@@ -241,7 +234,7 @@ def run(tiny, folder, family="flow", **objective):
 
 def test_p4_msd_each_student_in_plain_diffusers(tiny, tmp_path):
     """Two folders, each an ordinary export; class c drawn by its student equals our routed sample."""
-    from fastgen.export import load_export
+    from fastgen.export.load import load_export
 
     code, export = run(tiny, tmp_path)
     assert code == 0 and "| 7 | `student1/` |" in (export / "README.md").read_text()
@@ -257,7 +250,7 @@ def test_p4_msd_each_student_in_plain_diffusers(tiny, tmp_path):
 
 
 def test_text_students_route_prompts_in_sample(tiny, tmp_path):
-    from fastgen.sample import main as sample
+    from fastgen.cli.sample import main as sample
 
     code, export = run(tiny, tmp_path, "sd", kind="lora")
     assert code == 0
@@ -268,7 +261,7 @@ def test_text_students_route_prompts_in_sample(tiny, tmp_path):
 
 
 def test_students_of_separate_runs_are_joined(tiny, tmp_path, capsys):
-    from fastgen.join import main as join
+    from fastgen.cli.merge_students import main as join
 
     exports = []
     for j in range(2):
@@ -290,7 +283,7 @@ def test_students_of_separate_runs_are_joined(tiny, tmp_path, capsys):
 
 def test_smaller_students_start_from_score_matching(tiny, tmp_path):
     """`student.net`: an untrained network of other widths, matched to the teacher, then distilled."""
-    cfg = config.validate(
+    cfg = validate(
         {
             "teacher": {"path": str(tiny("flow"))},
             "student": {"net": {"block_out_channels": [4, 8]}},
@@ -303,4 +296,4 @@ def test_smaller_students_start_from_score_matching(tiny, tmp_path):
     assert len(sizes) == 3
     assert sizes[1] == sizes[2] < sizes[0]
     with pytest.raises(UserError, match="student.net"):
-        Cast(config.validate({**cfg.model_dump(), "student": {"net": {"block_channels": [4]}}}))
+        Cast(validate({**cfg.model_dump(), "student": {"net": {"block_channels": [4]}}}))

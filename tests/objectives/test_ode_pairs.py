@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.ode_pairs import ODEPairs, ODEPairsConfig
-from fastgen.roles import Student
-from fastgen.samplers import sample_teacher
-from fastgen.schedules import EDM, Flow
-from tests.objectives.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from fastgen.sampling.solvers import sample_teacher
+from tests.support.replay import replay
+from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"teacher_steps": 2}
 """settings of the contract battery"""

@@ -5,14 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from fastgen import config
-from fastgen.errors import UserError
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import VP, Flow
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.objectives.pcm import PCM, PCMConfig
-from fastgen.roles import Student
-from fastgen.samplers import jump, teacher_grid
-from fastgen.schedules import VP, Flow
-from tests.objectives.toys import (
+from fastgen.roles.roles import Student
+from fastgen.sampling.solvers import jump, teacher_grid
+from tests.support.replay import replay_counts
+from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
     PerTime,
@@ -26,7 +27,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay_counts
 
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "cond_dropout": 0.5}
 """settings of the contract battery"""
@@ -140,7 +140,7 @@ def test_bad_input_in_one_line():
         ({"objective": {"name": "pcm"}, "student": {"num_steps": 4}}, "student.sampler ode"),
     ):
         with pytest.raises(UserError, match=said):
-            config.validate({"data": {"name": "fashion"}, **values})
+            validate({"data": {"name": "fashion"}, **values})
 
 
 def test_p2_four_phases_in_four_steps(tmp_path):

@@ -2,14 +2,14 @@
 
 import torch
 
-from fastgen import config
-from fastgen.build import Cast
+from fastgen.config.run import validate
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.progressive import Progressive, ProgressiveConfig
-from fastgen.roles import Student
-from fastgen.samplers import sample_teacher, solver_step
-from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from fastgen.sampling.solvers import sample_teacher, solver_step
+from fastgen.training.cast import Cast
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
 
 SHORT = {}
 """settings of the contract battery"""
@@ -91,7 +91,7 @@ def test_p1_every_stage_starts_where_the_students_own_times_do():
     for start, four in (([850], [850.0, 637.0, 425.0, 212.0]), ([], whole), (own, own)):
         student = {"sampler": "ode", "timesteps": start}
         teacher = {"path": "analytic:gmm2d-vp"}
-        cfg = config.validate({"teacher": teacher, "student": student, "stages": stages})
+        cfg = validate({"teacher": teacher, "student": student, "stages": stages})
         cast, (first, last) = Cast(cfg), cfg.all_stages()
         assert cast.stage(first, rng()).student.times == four
         assert cast.stage(last, rng()).student.times == four[:1]

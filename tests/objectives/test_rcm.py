@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fastgen import losses
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from fastgen.objectives.rcm import RCM, RCMConfig
 from fastgen.objectives.scm import SCM
-from fastgen.roles import Student
-from fastgen.schedules import Flow
-from tests.objectives.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from tests.support.replay import replay
+from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"student_every": 1, "scm": {"warmup_steps": 0, "sigma_data": 1.0}}
 """settings of the contract battery"""

@@ -7,23 +7,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgen.backbones import load_teacher
-from fastgen.build import Cast
-from fastgen.config import validate
-from fastgen.errors import UserError
-from fastgen.export import export_student, load_export
+from fastgen.cli.sample import Generator, draw
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import Flow
+from fastgen.export.load import load_export
+from fastgen.export.write import export_student
+from fastgen.networks.jvp import TangentConfig, tangent
+from fastgen.networks.load import load_teacher
 from fastgen.objectives.sana_sprint import SanaSprint, SanaSprintConfig
 from fastgen.objectives.scm import SCM
-from fastgen.roles import Role, Student
-from fastgen.sample import Painter, draw
-from fastgen.schedules import Flow
-from fastgen.sprint import make_sprint
-from fastgen.tangents import TangentConfig, tangent
+from fastgen.roles.roles import Role, Student
+from fastgen.roles.sana_sprint import make_sprint
+from fastgen.training.cast import Cast
 from tests.objectives.test_ladd import LinearDisc
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.plain import run_plain
-from tests.replay import replay
-from tests.tiny import PROMPTS
+from tests.support.plain import run_plain
+from tests.support.replay import replay
+from tests.support.tiny import PROMPTS
+from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"scm": {"warmup_steps": 2, "sigma_data": 1.0}, "gan": {"disc_depths": 2}}
 """settings of the contract battery"""
@@ -172,11 +173,11 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)
     for key, images in plain.items():
         w, steps = float(key.split()[0]), int(key.split()[1])
-        mine = draw(Painter(loaded, steps, w, null), cond, [5, 6], batch_size=2)[0]
+        mine = draw(Generator(loaded, steps, w, null), cond, [5, 6], batch_size=2)[0]
         assert (mine - images).abs().max() < 1e-3, key
     assert (plain["2.0 2"] - plain["4.0 2"]).abs().max() > 1e-3, "w does nothing: nothing was tested"
     # what was trained, a flow network, is what is shipped
-    flow = Painter(
+    flow = Generator(
         SimpleNamespace(role=ours, codec=cast.teacher.codec, is_student=True, teacher=cast.teacher),
         2,
         2.0,

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fastgen.coordinates import TrigView
-from fastgen.critics import LogVariance
+from fastgen.diffusion.reparametrization import TrigView
+from fastgen.diffusion.schedules import EDM, VP, Flow, TrigFlow, expand
 from fastgen.objectives import scm
 from fastgen.objectives.scm import SCM, SCMConfig, normalised
-from fastgen.roles import Student
-from fastgen.schedules import EDM, VP, Flow, TrigFlow, expand
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.heads import LogVariance
+from fastgen.roles.roles import Student
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"warmup_steps": 2}
 """settings of the contract battery"""

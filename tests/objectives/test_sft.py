@@ -5,13 +5,13 @@ denoisers.
 import pytest
 import torch
 
-from fastgen.export import load_export
+from fastgen.diffusion.schedules import EDM, VP, Flow
+from fastgen.export.load import load_export
 from fastgen.objectives.sft import SFT, SFTConfig
-from fastgen.roles import Student
-from fastgen.samplers import sample_teacher
-from fastgen.schedules import EDM, VP, Flow
-from tests.objectives.toys import GaussianNet, batch_of, rng, run_mixture
-from tests.replay import plainly, train
+from fastgen.roles.roles import Student
+from fastgen.sampling.solvers import sample_teacher
+from tests.support.replay import plainly, train
+from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {}
 """settings of the contract battery"""

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import divergences
+from fastgen.cli.train import main
+from fastgen.diffusion import divergences
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.sid import SiD, SiDConfig
-from fastgen.run import main
-from fastgen.schedules import EDM, Flow
-from tests.objectives import gaussians
-from tests.objectives.toys import (
+from tests.support import gaussians
+from tests.support.replay import replay
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -18,7 +19,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
 
 SHORT = {"gan_weight": 0.1, "train_guidance": 2.0}
 """settings of the contract battery: SiDA and a guided critic at once"""

@@ -7,13 +7,13 @@ import pytest
 import torch
 import yaml
 
-from fastgen import nasa
+from fastgen.cli.train import main
+from fastgen.diffusion.schedules import VP
+from fastgen.networks import negative_prompts
 from fastgen.objectives.snoopi import Snoopi, SnoopiConfig
-from fastgen.run import main
-from fastgen.schedules import VP
 from tests.objectives.test_swiftbrush import parts
-from tests.objectives.toys import CountingRole, batch_of, run_mixture
-from tests.replay import plainly, replay
+from tests.support.replay import plainly, replay
+from tests.support.toys import CountingRole, batch_of, run_mixture
 
 SHORT = {"min_guidance": 0.5, "max_guidance": 3.0}
 """settings of the contract battery"""
@@ -28,7 +28,7 @@ class Told(CountingRole):
 
 def gradient(low, high, seed, num=4096):
     """The student's gradient in its mean at w ~ U(low, high)."""
-    from fastgen.rng import Rng
+    from fastgen.core.rng import Rng
 
     S = VP.scaled_linear()
     players = parts(S)
@@ -61,7 +61,7 @@ def test_p1_guidance_is_drawn_per_sample_within_the_range():
 
     S = VP.scaled_linear()
     players = {n: Watched(p.backbone) if n != "student" else p for n, p in parts(S).items()}
-    from fastgen.rng import Rng
+    from fastgen.core.rng import Rng
 
     objective = Snoopi(SnoopiConfig(), players, Rng(0))
     next(objective.step(batch_of(torch.zeros(256, 1), torch.randn(256, 1).double()), 0))
@@ -114,14 +114,14 @@ def networks(tiny):
 def test_p1_scale_zero_and_removal_leave_every_network_as_it_was(tiny):
     for name, net, call, (states, mask), layers in networks(tiny):
         plain = net(**call).sample
-        assert nasa.attach(net, states, 0.0, mask) == layers, name
+        assert negative_prompts.attach(net, states, 0.0, mask) == layers, name
         assert torch.equal(net(**call).sample, plain), name
-        nasa.attach(net, states, 0.7, mask)
+        negative_prompts.attach(net, states, 0.7, mask)
         assert not torch.allclose(net(**call).sample, plain, atol=1e-4), name
-        nasa.remove(net)
+        negative_prompts.remove(net)
         assert torch.equal(net(**call).sample, plain), name
         processors = [type(m.processor).__module__ for m in net.modules() if hasattr(m, "processor")]
-        assert "fastgen.nasa" not in processors
+        assert "fastgen.networks.negative_prompts" not in processors
 
 
 def attention_inputs(net, call):
@@ -146,17 +146,17 @@ def test_p1_the_subtraction_is_linear_and_before_the_projection(tiny):
             continue
         inputs = {}
         for scale in (0.0, 0.5, 1.0):
-            nasa.attach(net, states, scale, mask)
+            negative_prompts.attach(net, states, scale, mask)
             inputs[scale] = attention_inputs(net, call)
-            nasa.remove(net)
+            negative_prompts.remove(net)
         removed = inputs[0.0] - inputs[1.0]
         torch.testing.assert_close(inputs[0.0] - inputs[0.5], 0.5 * removed, rtol=1e-4, atol=1e-5)
         own = {**call, "encoder_hidden_states": call["encoder_hidden_states"][:1].expand(2, -1, -1)}
-        nasa.attach(
+        negative_prompts.attach(
             net, own["encoder_hidden_states"][:1], 0.3, torch.ones(1, 9) if mask is not None else None
         )
         same = attention_inputs(net, own)
-        nasa.remove(net)
+        negative_prompts.remove(net)
         torch.testing.assert_close(same, 0.7 * attention_inputs(net, own), rtol=1e-4, atol=1e-5)
 
 
@@ -167,9 +167,9 @@ def test_p1_masked_negative_tokens_do_nothing(tiny):
     other[:, 3:] += 5.0
     outputs = []
     for given, tokens in ((states, mask), (other, mask), (other, torch.ones_like(mask))):
-        nasa.attach(net, given, 0.5, tokens)
+        negative_prompts.attach(net, given, 0.5, tokens)
         outputs.append(net(**call).sample)
-        nasa.remove(net)
+        negative_prompts.remove(net)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(outputs[0], outputs[2], atol=1e-4), "unmasked they count"
 
@@ -178,7 +178,7 @@ def test_a_network_without_text_is_refused(tiny):
     from diffusers import UNet2DModel
 
     with pytest.raises(ValueError, match="neither cross- nor joint"):
-        nasa.attach(UNet2DModel.from_pretrained(tiny("flow") / "unet"), torch.zeros(1, 3, 8), 0.5)
+        negative_prompts.attach(UNet2DModel.from_pretrained(tiny("flow") / "unet"), torch.zeros(1, 3, 8), 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_p4_snoopi_negative_prompt_in_plain_diffusers(exported, tmp_path, capsys
     """nasa.py beside the export and two lines of code draw what sample.py draws with --negative_prompt."""
     from PIL import Image
 
-    from fastgen.sample import main as sample
+    from fastgen.cli.sample import main as sample
 
     work = tmp_path / "work"
     shutil.copytree(exported, work)
@@ -236,7 +236,7 @@ def test_p4_snoopi_negative_prompt_in_plain_diffusers(exported, tmp_path, capsys
 def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_path, capsys):
     import json
 
-    from fastgen.sample import main as sample
+    from fastgen.cli.sample import main as sample
 
     work = tmp_path / "work"
     shutil.copytree(exported, work)
@@ -263,11 +263,11 @@ def test_p4_snoopi(tiny, tmp_path):
 
 def test_a_negative_prompt_removes_the_named_colour():
     """On the bundled captioned network: asked for red things but not "red", it hardly draws any."""
-    from eval.measure import Measurer, agreement
-    from fastgen.datasets import VOCABULARY, all_captions, attributes_of
-    from fastgen.nets import measure
-    from fastgen.reload import load_export
-    from fastgen.samplers import ImageNoise, sample_teacher
+    from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
+    from fastgen.evaluation.metrics.fd_mini import Measurer, agreement
+    from fastgen.export.load import load_export
+    from fastgen.networks.feature_net import measure
+    from fastgen.sampling.solvers import ImageNoise, sample_teacher
 
     loaded = load_export("assets:teachers/tinted-sd")
     captions = [c for c in all_captions() if " red " in c and "grey" in c][:8]
@@ -276,9 +276,9 @@ def test_a_negative_prompt_removes_the_named_colour():
     noise = ImageNoise(list(range(len(captions))), loaded.codec.shape).first
     states, seen = loaded.codec.prompts(["red"])["encoder_hidden_states"], {}
     for scale in (0.0, 1.0):
-        nasa.attach(loaded.role.backbone.net, states, scale)
+        negative_prompts.attach(loaded.role.backbone.net, states, scale)
         images = loaded.codec.decode(sample_teacher(loaded.role, noise, cond, null, 6))
-        nasa.remove(loaded.role.backbone.net)
+        negative_prompts.remove(loaded.role.backbone.net)
         seen[scale] = agreement(measure(Measurer("tinted").net, images)["logits"], ids)
     assert seen[0.0]["agreement_colour"] >= 0.9 and seen[1.0]["agreement_colour"] <= 0.2, seen
     assert seen[1.0]["agreement_background"] >= 0.9 and seen[1.0]["agreement_garment"] >= 0.5, seen
@@ -286,7 +286,7 @@ def test_a_negative_prompt_removes_the_named_colour():
 
 def test_removal_is_measured_of_students_asked_by_text_only(tiny):
     from eval.negative import removal
-    from fastgen.errors import UserError
+    from fastgen.core.errors import UserError
 
     with pytest.raises(UserError, match="asked by text"):
         removal(str(tiny("flow")))

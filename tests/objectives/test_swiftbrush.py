@@ -4,12 +4,13 @@ import pytest
 import torch
 import yaml
 
-from fastgen import losses
-from fastgen.objectives import matching
+from fastgen.cli.train import main
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import VP, Flow, expand
+from fastgen.objectives.shared import critic
 from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
-from fastgen.run import main
-from fastgen.schedules import VP, Flow, expand
-from tests.objectives.toys import (
+from tests.support.replay import replay
+from tests.support.toys import (
     AffineStudent,
     CountingRole,
     GaussianNet,
@@ -18,7 +19,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay
 
 SHORT = {"student_every": 1}
 """settings of the contract battery"""
@@ -152,7 +152,7 @@ def test_p1_critic_weight_does_not_move_the_optimum():
         noise = torch.randn(512, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         x = 0.4 + 0.6 * noise
         t = objective.sample_t(len(x), objective.cfg.critic_time)
-        turn = matching.critic_turn(objective, batch_of(x), x, t, weight=S.alpha(t) ** 2)
+        turn = critic.critic_turn(objective, batch_of(x), x, t, weight=S.alpha(t) ** 2)
         loss, _ = next(turn)
         optimizer.zero_grad()
         loss.backward()
@@ -216,9 +216,9 @@ def test_null_prompts_only_where_guidance_is_used():
     batch = batch_of(torch.zeros(4, 1), torch.randn(4, 1, dtype=torch.float64), {"c": torch.ones(4)})
     batch.uncond = {"c": torch.zeros(4)}
     objective = SwiftBrush(SwiftBrushConfig(), parts(S), rng())
-    kept = [matching.drop_cond(objective, batch, 0.3) is batch.cond for _ in range(400)]
+    kept = [critic.drop_cond(objective, batch, 0.3) is batch.cond for _ in range(400)]
     assert 0.62 < sum(kept) / 400 < 0.78
-    assert matching.drop_cond(objective, batch, 0) is batch.cond
+    assert critic.drop_cond(objective, batch, 0) is batch.cond
 
 
 def text_run(tiny, tmp_path, name, student, objective):
@@ -240,7 +240,7 @@ def text_run(tiny, tmp_path, name, student, objective):
 
 def test_p1_version_2_fuses_a_full_and_a_lora_student(tiny, tmp_path):
     """The CLIP-trained LoRA merged, then averaged: weight 1 is A, weight 0 is B, one half the middle."""
-    from fastgen.reload import fuse, load_export
+    from fastgen.export.load import fuse, load_export
 
     clip = {"clip_weight": 0.1, "clip_steps": 3, "clip_margin": 0.9}
     code, lora = text_run(tiny, tmp_path, "b", {"kind": "lora", "lora": {"rank": 2}}, clip)

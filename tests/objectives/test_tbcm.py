@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fastgen.coordinates import TrigView
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.reparametrization import TrigView
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.tbcm import TBCM, TBCMConfig
-from fastgen.roles import Student
-from fastgen.schedules import EDM, VP, Flow
+from fastgen.roles.roles import Student
 from tests.objectives.test_scm import PLAIN, S0, FlowMapNet
-from tests.objectives.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
-from tests.replay import replay
+from tests.support.replay import replay
+from tests.support.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {"points": 2, "scm": {"name": "scm", "warmup_steps": 2}}
 """settings of the contract battery"""

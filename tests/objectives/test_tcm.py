@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastgen.errors import UserError
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.ect import noise_level
 from fastgen.objectives.tcm import TCM, TCMConfig
-from fastgen.roles import Student
-from fastgen.schedules import EDM, Flow
-from tests.objectives.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
-from tests.replay import replay
+from fastgen.roles.roles import Student
+from tests.support.replay import replay
+from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {}
 """settings of the contract battery"""

@@ -5,18 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgen import losses
-from fastgen.build import Cast
-from fastgen.config import validate
-from fastgen.export import export_student, load_export
+from fastgen.cli.sample import Generator, draw
+from fastgen.cli.train import main
+from fastgen.config.run import validate
+from fastgen.diffusion import losses
+from fastgen.diffusion.schedules import VP, Flow
+from fastgen.export.load import load_export
+from fastgen.export.write import export_student
 from fastgen.objectives.tdm import TDM, TDMConfig
-from fastgen.roles import Role, Student
-from fastgen.run import main
-from fastgen.sample import Painter, draw
-from fastgen.samplers import sample_student
-from fastgen.schedules import VP, Flow
-from tests.objectives.gaussians import nodes
-from tests.objectives.toys import (
+from fastgen.roles.roles import Role, Student
+from fastgen.sampling.solvers import sample_student
+from fastgen.training.cast import Cast
+from tests.support.gaussians import nodes
+from tests.support.replay import plainly, replay
+from tests.support.tiny import PROMPTS
+from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
     batch_of,
@@ -25,8 +28,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import plainly, replay
-from tests.tiny import PROMPTS
 
 SHORT = {"student_every": 2}
 STUDENT = {"num_steps": 4, "sampler": "ode"}
@@ -269,7 +270,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
     loaded = load_export(folder)
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)
     for num, plain in ((4, images[0]), (2, images[1])):
-        mine = draw(Painter(loaded, num, 1.0, null), cond, [5, 6], batch_size=2)[0]
+        mine = draw(Generator(loaded, num, 1.0, null), cond, [5, 6], batch_size=2)[0]
         assert (mine - plain).abs().max() < 1e-3, num
     assert (images[1] - images[2]).abs().max() > 1e-2, "the count it is told does nothing"
     card = (folder / "README.md").read_text()

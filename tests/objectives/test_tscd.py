@@ -5,13 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from fastgen import config
-from fastgen.errors import UserError
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.tscd import TSCD, TSCDConfig
-from fastgen.roles import Role, Student
-from fastgen.samplers import segment_ends, teacher_grid
-from fastgen.schedules import Flow
-from tests.objectives.toys import (
+from fastgen.roles.roles import Role, Student
+from fastgen.sampling.solvers import segment_ends, teacher_grid
+from tests.support.replay import replay_counts
+from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
     Spy,
@@ -24,7 +25,6 @@ from tests.objectives.toys import (
     rng,
     run_mixture,
 )
-from tests.replay import replay_counts
 
 SHORT = {"grid_steps": 8, "segments": 2, "gan_weight": 0.1, "ode_teacher": "previous", "target_decay": 0.5}
 """settings of the contract battery"""
@@ -169,7 +169,7 @@ def test_p1_previous_student_is_the_next_stages_ode(monkeypatch):
 
 def refused(**values):
     with pytest.raises(UserError) as error:
-        config.validate({"data": {"name": "fashion"}, **values})
+        validate({"data": {"name": "fashion"}, **values})
     return str(error.value)
 
 

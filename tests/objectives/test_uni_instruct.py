@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastgen import divergences
-from fastgen.divergences import TABLE
+from fastgen.cli.train import main
+from fastgen.diffusion import divergences
+from fastgen.diffusion.divergences import TABLE
+from fastgen.diffusion.schedules import EDM
 from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
-from fastgen.run import main
-from fastgen.schedules import EDM
-from tests.objectives import gaussians
-from tests.objectives.modes import far_share, prefers_covering
-from tests.objectives.toys import run_mixture
-from tests.replay import replay
+from tests.support import gaussians
+from tests.support.modes import far_share, prefers_covering
+from tests.support.replay import replay
+from tests.support.toys import run_mixture
 
 SHORT = {"f": "kl", "gan_weight": 0.1}
 """settings of the contract battery"""

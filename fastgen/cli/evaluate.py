@@ -1,0 +1,182 @@
+"""Measure runs, image folders and teachers.
+
+fastgen-eval --run runs/quickstart [--num_samples 5000]     measure an export again, rewrite results.json
+fastgen-eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
+fastgen-eval --images a --against b --metrics fid kid --weights inception=FILE
+fastgen-eval --images a --prompts p.txt --metrics clip hps --weights clip=FILE hps=FILE
+fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
+
+In a checkout `python -m eval` is the same and keeps the leaderboard too.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fastgen.core.console import fail, quiet
+from fastgen.core.errors import UserError
+
+MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
+COMMANDS = ("measure", "card")
+METRICS = (*MINI, "fid", "kid", "clip", "hps")
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        "fastgen-eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("command", nargs="?", default="measure", choices=COMMANDS)
+    add("--run", default="", metavar="DIR", help="run folder")
+    add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
+    add("--images", default="", metavar="DIR", help="generated images; grid*.png are left out")
+    add("--against", default="", help="folder of real images, or digits, fashion, tinted (held-out images)")
+    add("--metrics", nargs="+", default=["fd_mini"], choices=METRICS, metavar="NAME", help=", ".join(METRICS))
+    add("--extractor", default="", help="digits, fashion or tinted: whose net measures two folders")
+    add("--weights", nargs="+", default=[], metavar="NAME=FILE", help="local files for inception, clip, hps")
+    add("--prompts", default="", metavar="FILE", help="the prompts or labels of the images, one a line")
+    add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
+    add("--device", default="", help="default: cuda if there is one")
+    add("--teacher", default="", metavar="PATH", help="card: the teacher to measure at 1, 4, 20 and 50 steps")
+    add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of fastgen-eval; 0, or 2 for a user's mistake."""
+    args = _flags().parse_args(argv)
+    quiet()
+    try:
+        if args.command == "card":
+            _card(args)
+        elif bool(args.run) == bool(args.images):
+            raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
+        elif args.run:
+            from fastgen.evaluation.remeasure import remeasure
+
+            remeasure(Path(args.run), args.num_samples, args.device)
+        else:
+            print(json.dumps(measure_folder(args), indent=2))
+    except UserError as error:
+        return fail(error)
+    return 0
+
+
+def _card(args) -> None:
+    from fastgen.evaluation.remeasure import measure_teacher
+
+    if not args.teacher:
+        raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
+    measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
+
+
+def _weights(pairs: list[str]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    bad = [k for k in found if k not in ("inception", "clip", "hps") or not found[k]]
+    if bad:
+        raise UserError("--weights", f"found {bad[0]!r}", "inception=FILE, clip=FILE, hps=FILE")
+    return found
+
+
+def measure_folder(args) -> dict:
+    """Every metric asked for, with what it was measured with."""
+    import torch
+
+    from fastgen.evaluation.images import image_files
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked, weights = set(args.metrics), _weights(args.weights)
+    if asked & {"clip", "hps"} and not args.prompts:
+        raise UserError(
+            "--prompts", "none given", f"{' and '.join(sorted(asked & {'clip', 'hps'}))} need the prompts"
+        )
+    if asked - {"clip", "hps"} and not args.against:
+        raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
+    found: dict = {"num_images": len(image_files(args.images))}
+    if asked & set(MINI):
+        found |= _mini(args, asked, device)
+    if asked & {"fid", "kid"}:
+        found |= _inception(args, asked, weights, device)
+    if asked & {"clip", "hps"}:
+        found |= _text(args, asked, weights, device)
+    return found
+
+
+def _mini(args, asked: set, device) -> dict:
+    """Metrics of the bundled nets."""
+    from fastgen.data.bundled import NAMES
+    from fastgen.evaluation.images import read_all, read_lines
+    from fastgen.evaluation.metrics.fd_mini import NOTE, Measurer, attributes_from, compare_features
+
+    name = args.extractor or args.against
+    if name not in NAMES:
+        raise UserError("--extractor", "none given", f"two folders need one of {', '.join(NAMES)}")
+    measurer = Measurer(name, device)
+    mode = "L" if measurer.net.config["channels"] == 1 else "RGB"
+    images = read_all(args.images, mode).float() / 255
+    if args.against in NAMES:
+        asked_for = read_lines(args.prompts, len(images)) if args.prompts else []
+        scores = measurer.compare(images, attributes_from(name, asked_for))
+    else:
+        real = measurer.features(read_all(args.against, mode, "--against").float() / 255)
+        scores = compare_features(measurer.features(images), real)
+    scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
+    if missing := [m for m in asked & set(MINI) if m not in scores]:
+        raise UserError(
+            "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
+        )
+    kept = {
+        k: v
+        for k, v in scores.items()
+        if k.split("_")[0] == "agreement" and "agreement" in asked or k in asked
+    }
+    return {**kept, "extractor": measurer.describe()["extractor"], "note": NOTE}
+
+
+def _inception(args, asked: set, weights: dict, device) -> dict:
+    """FID and KID; a bundled set is named to compare with its held-out images."""
+    from fastgen.data.bundled import NAMES, load_images
+    from fastgen.evaluation.images import batches, digest, image_files, local_file
+    from fastgen.evaluation.metrics import fid
+
+    file = local_file(weights, "inception", fid.WANTED)
+    net = fid.load_inception(file)
+    fake = fid.features(net, batches(image_files(args.images)), device)
+    if args.against in NAMES:
+        real = fid.features(net, load_images(args.against, "heldout").images.split(64), device)
+    else:
+        real = fid.features(net, batches(image_files(args.against, "--against"), key="--against"), device)
+    scores = fid.compare(fake, real, tuple(asked & {"fid", "kid"}))
+    return {**scores, "num_real": len(real), "inception_sha256": digest(file)}
+
+
+def _text(args, asked: set, weights: dict, device) -> dict:
+    """CLIP score and HPS."""
+    from fastgen.evaluation.images import digest, image_files, local_file, read_all, read_lines
+    from fastgen.evaluation.metrics import clip, hps
+
+    if args.clip not in clip.PRESETS:
+        raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
+    prompts = read_lines(args.prompts, len(image_files(args.images)))
+    images, found = read_all(args.images), {}
+    if "clip" in asked:
+        preset = dict(clip.PRESETS[args.clip])
+        arch = preset.pop("arch")
+        file = local_file(weights, "clip", clip.WANTED.format(arch=arch))
+        model, tokenizer = clip.load_model(arch, file)
+        found["clip"] = clip.clip_score(model.to(device), tokenizer, images, prompts, **preset)
+        found |= {"clip_preset": args.clip, "clip_sha256": digest(file)}
+    if "hps" in asked:
+        file = local_file(weights, "hps", hps.WANTED)
+        model, tokenizer = hps.load_hps(file)
+        found |= {"hps": hps.hps_score(model.to(device), tokenizer, images, prompts), "hps_file": file.name}
+        found["hps_sha256"] = digest(file)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

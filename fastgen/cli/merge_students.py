@@ -1,0 +1,68 @@
+"""Put students that were trained in runs of their own (objective.only) into one export.
+
+python -m fastgen.cli.merge_students runs/a/export runs/b/export --out joined
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from fastgen.core.errors import UserError
+from fastgen.core.paths import resolve
+from fastgen.roles.router import FILE
+
+
+def join(exports: list[str], out: str) -> Path:
+    """Copy the first export with, for each student, the folder of the run that trained it."""
+    folders = [resolve(e) for e in exports]
+    owner: dict[int, Path] = {}
+    for folder in folders:
+        if not (folder / FILE).is_file():
+            raise UserError("--exports", f"{folder} holds no {FILE}", "exports of runs with objective msd")
+        if (folder / FILE).read_bytes() != (folders[0] / FILE).read_bytes():
+            found = f"{folder} divides the conditions in another way than {folders[0]}"
+            raise UserError("--exports", found, "same data, teacher and num_students in every run")
+        info = json.loads((folder / "fastgen.json").read_text())["export"]
+        for j in info["trained_students"]:
+            if j in owner:
+                raise UserError(
+                    "--exports", f"student {j} was trained in {owner[j]} and {folder}", "once each"
+                )
+            owner[j] = folder
+    missing = sorted(set(range(info["students"])) - set(owner))
+    if missing:
+        raise UserError(
+            "--exports", f"nobody trained student {missing[0]}", "one run for each of objective.only"
+        )
+    target = Path(out)
+    if target.exists():
+        raise UserError("--out", f"{target} exists", "another folder")
+    shutil.copytree(folders[0], target)
+    for j, folder in owner.items():
+        shutil.rmtree(target / f"student{j}")
+        shutil.copytree(folder / f"student{j}", target / f"student{j}")
+    document = json.loads((target / "fastgen.json").read_text())
+    document["export"]["trained_students"] = sorted(owner)
+    (target / "fastgen.json").write_text(json.dumps(document, indent=2))
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    from fastgen.core.console import fail
+
+    program = "python -m fastgen.cli.merge_students"
+    flags = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    flags.add_argument("exports", nargs="+", help="export folders")
+    flags.add_argument("--out", required=True, help="folder to write")
+    args = flags.parse_args(argv)
+    try:
+        print(join(args.exports, args.out))
+    except UserError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

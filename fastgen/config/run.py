@@ -1,0 +1,215 @@
+"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told
+apart in one line when wrong.
+"""
+
+from typing import Annotated, Union
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from fastgen.config.parse import complain, merge, model_in, overrides, read_files
+from fastgen.config.sections import (
+    CriticConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from fastgen.objectives import REGISTRY
+
+
+class StageConfig(Section):
+    """One stage of a staged run; it starts from the students the stage before left."""
+
+    name: str
+    """label in logs and checkpoints"""
+    objective: Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")]  # noqa: UP007
+    """the method"""
+    max_train_steps: int = Field(100, ge=1)
+    """optimizer windows of this stage"""
+    optim: OptimConfig = OptimConfig()
+    """optimizers of this stage"""
+    num_steps: int | None = None
+    """student steps in this stage, from where student.timesteps starts; the run's own if not set"""
+    limit: int = Field(0, ge=0)
+    """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""
+
+
+class RunConfig(Section):
+    """Everything one run needs. `fastgen-train --help` shows each key."""
+
+    output_dir: str = "runs/fashion_dmd2"
+    """run folder"""
+    teacher: TeacherConfig = TeacherConfig()
+    """the slow generator"""
+    student: StudentConfig = StudentConfig()
+    """the few-step generator to be"""
+    critic: CriticConfig = CriticConfig()
+    """the fake-score network"""
+    objective: (
+        Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")] | None  # noqa: UP007
+    ) = None
+    """the method (of a single-stage run)"""
+    data: DataConfig = DataConfig(name="fashion")
+    """real images, labels, prompts"""
+    optim: OptimConfig = OptimConfig()
+    """optimizers (of a single-stage run)"""
+    train: TrainConfig = TrainConfig()
+    """the loop"""
+    eval: EvalConfig = EvalConfig()
+    """measuring"""
+    stages: tuple[StageConfig, ...] = ()
+    """stages run one after another; empty means one stage made of objective, optim and
+    train.max_train_steps
+    """
+
+    @property
+    def student_guidance(self) -> float:
+        """w that a student with an input for it is told in samples."""
+        return self.teacher.guidance if self.student.guidance is None else self.student.guidance
+
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """The stages, with the flat form written out."""
+        if self.stages:
+            return self.stages
+        steps = self.train.max_train_steps
+        return (
+            StageConfig(
+                name=self.objective.name, objective=self.objective, optim=self.optim, max_train_steps=steps
+            ),
+        )
+
+    def reads_data(self) -> bool:
+        """Whether any stage reads real images; those of a data-free run are never opened."""
+        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+
+    @model_validator(mode="after")
+    def _cross_checks(self):
+        if not self.stages and self.objective is None:
+            raise ValueError(f"objective: none given; name one of {', '.join(REGISTRY)}, or write stages")
+        flat = {"objective": self.objective is not None, "optim": self.optim != OptimConfig()}
+        flat["train.max_train_steps"] = self.train.max_train_steps != TrainConfig().max_train_steps
+        for key in (k for k, given in flat.items() if self.stages and given):
+            raise ValueError(
+                f"{key}: given beside stages, where it would do nothing; set stages.N.{key.split('.')[-1]}"
+            )
+        for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
+            raise ValueError(
+                f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
+            )
+        times = self.student.timesteps
+        if any(a <= b for a, b in zip(times, times[1:])):
+            raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+        if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
+            raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
+        if self.student.fuse and self.student.kind == "lora":
+            raise ValueError("student.fuse: found student.kind lora; only a full network takes an average")
+        if self.student.fuse_weight is not None and not self.student.fuse:
+            raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
+        self._check_guidance()
+        if self.student.smooth_time and self.student.kind != "full":
+            raise ValueError("student.smooth_time: found true for an adapter; it needs student.kind full")
+        if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
+            raise ValueError("student.sprint: found true; it needs kind full and student.guidance_embedding")
+        if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
+            raise ValueError("eval.keep: 'best' needs train.validation_steps and eval.validation_samples")
+        if self.student.gamma and self.student.sampler != "tcd":
+            raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
+        self._check_steps()
+        counts = (self.student.num_steps, len(times), *self.eval.student_steps)
+        two = [s.objective.name for s in self.all_stages() if REGISTRY[s.objective.name].two_times]
+        if two and max(counts) > 1 and self.student.sampler != "ode":
+            raise ValueError(
+                f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
+            )
+        for stage in self.all_stages():
+            cls = REGISTRY[stage.objective.name]
+            has_data = self.data.name or self.data.images
+            if cls.requires_data(stage.objective) and not has_data:
+                raise ValueError(
+                    f"data: no images are named; {stage.objective.name} needs real data, data.name or .images"
+                )
+        return self
+
+    def _check_guidance(self) -> None:
+        """Whether every stage trains the range of guidance that the student is to be told."""
+        key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.student_guidance
+        if span is None:
+            if self.student.guidance is not None:
+                raise ValueError(f"student.guidance: found {w:g} without {key}, whose input it is; give both")
+            return
+        own = self.teacher.guidance
+        if not 0 <= span[0] < span[1] or not all(span[0] <= x <= span[1] for x in (own, w)):
+            around = f"around teacher.guidance {own:g}" + f" and student.guidance {w:g}" * (w != own)
+            raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] {around}")
+        for name in (s.objective.name for s in self.all_stages()):
+            if not REGISTRY[name].draws_guidance:
+                able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
+                raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
+
+    def _check_steps(self) -> None:
+        """The step counts that are sampled and measured must be among those the last stage trains."""
+        last, s = self.all_stages()[-1], self.student
+        own = ("student.num_steps", last.num_steps or len(s.timesteps) or s.num_steps)
+        for key, num in (own, *(("eval.student_steps", n) for n in self.eval.student_steps)):
+            why = REGISTRY[last.objective.name].unsampled(last.objective, num, s.sampler)
+            if why:
+                raise ValueError(f"{key}: found {num} with sampler {s.sampler}; {why}")
+
+
+def validate(values: dict) -> RunConfig:
+    """A RunConfig, or a UserError that names every offending key."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise complain(error, RunConfig) from None
+
+
+def help_text(base: RunConfig) -> str:
+    """Every key of this config with its text and value."""
+    import contextlib
+    import io
+
+    import tyro
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        tyro.cli(
+            RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True
+        )
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    first = next(i for i, line in enumerate(lines) if "--output_dir" in line)
+    return "\n".join(["keys", *lines[first:], "", *_unset_sections(base, "--")]) + "\n"
+
+
+def _unset_sections(section: BaseModel, prefix: str):
+    """Lines for sections that are null and so have no keys to list."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _unset_sections(value, f"{prefix}{name}.")
+        elif value is None and model_in(field.annotation):
+            keys = ", ".join(model_in(field.annotation).model_fields)
+            yield f"  {prefix}{name} {{{keys}}}"
+            yield f"        {field.description} (default: null)"
+
+
+def dump(cfg: RunConfig) -> str:
+    """YAML that loads back to the same config."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def schema() -> str:
+    """JSON schema of a config file, for editors; kept in assets/config.schema.json."""
+    import json
+
+    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
+
+
+def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:
+    """Files, then flags; `switches` are the flags that are no keys, for suggestions."""
+    return validate(merge(read_files(files), overrides(argv, RunConfig, switches)))

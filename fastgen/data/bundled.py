@@ -1,0 +1,136 @@
+"""The small real image sets that ship with fastgen: digits, fashion and tinted."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastgen.core.paths import asset
+
+NAMES = ("digits", "fashion", "tinted")
+SPLITS = ("train", "heldout")
+GARMENTS = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+COLOURS = {
+    "red": (235, 45, 45),
+    "yellow": (245, 220, 45),
+    "green": (45, 190, 70),
+    "cyan": (45, 215, 225),
+    "blue": (50, 80, 240),
+    "purple": (190, 60, 220),
+}
+BACKGROUNDS = {"black": (16, 16, 16), "grey": (128, 128, 128), "white": (240, 240, 240)}
+VOCABULARY = {"garment": GARMENTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+TINTS = 3  # variants of each training image
+
+
+@dataclass
+class Images:
+    images: torch.Tensor  # uint8 [N, C, H, W]
+    labels: torch.Tensor  # long [N]
+    num_classes: int
+    class_names: tuple[str, ...]
+    captions: list[str] | None = None
+    attributes: dict[str, torch.Tensor] | None = None  # garment, colour, background: long [N]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_labels(name: str, split: str = "train") -> tuple[torch.Tensor, list[str] | None]:
+    """Labels and captions of a bundled set in the order of its images, of which none is read."""
+    labels = _member(name, split, "labels").astype(np.int64)
+    if name == "tinted":
+        ids, captions = _tints(labels, TINTS if split == "train" else 1)
+        return torch.from_numpy(ids["garment"]), captions
+    return torch.from_numpy(labels), None
+
+
+def _member(name: str, split: str, part: str) -> np.ndarray:
+    """One array of a bundled file."""
+    if name not in NAMES:
+        raise ValueError(f"unknown image set {name!r}: choose one of {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    source = asset("data/digits.npz" if name == "digits" else "data/fashion.npz")
+    with np.load(source, allow_pickle=False) as file:
+        return file[f"{split}_{part}"]
+
+
+def load_images(name: str, split: str = "train") -> Images:
+    """Load a bundled set: digits (1x8x8), fashion (1x32x32) or tinted (3x32x32, with captions)."""
+    grey, labels = _member(name, split, "images"), _member(name, split, "labels").astype(np.int64)
+    if name == "digits":
+        grey = np.round(grey * (255 / 16)).astype(np.uint8)
+        names = tuple(str(i) for i in range(10))
+    else:
+        grey, names = np.pad(grey, ((0, 0), (2, 2), (2, 2))), GARMENTS
+    if name == "tinted":
+        return _tinted(grey, labels, TINTS if split == "train" else 1)
+    return Images(torch.from_numpy(grey)[:, None], torch.from_numpy(labels), 10, names)
+
+
+def tint(grey: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Paint grey uint8 [N, H, W] images in the given colours (ids) over the given backgrounds (ids)."""
+    # Every output byte is a function of one grey byte, so one 256-entry table per combination is exact:
+    # alpha = clip(4 g), out = alpha * colour * (.25 + .75 g) + (1 - alpha) * background.
+    level = np.arange(256, dtype=np.float64) / 255
+    alpha = np.clip(4 * level, 0, 1)
+    out = np.empty((len(grey), 3, *grey.shape[1:]), np.uint8)
+    for c, b in itertools.product(range(len(COLOURS)), range(len(BACKGROUNDS))):
+        rows = np.flatnonzero((colour == c) & (background == b))
+        for channel in range(3):
+            front = tuple(COLOURS.values())[c][channel] * (0.25 + 0.75 * level)
+            back = tuple(BACKGROUNDS.values())[b][channel]
+            out[rows, channel] = np.round(alpha * front + (1 - alpha) * back).astype(np.uint8)[grey[rows]]
+    return out
+
+
+def _tint_of(index: np.ndarray, variant: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colour and background ids from an integer hash of (image index, variant): no random generator."""
+    h = (index.astype(np.uint64) * np.uint64(8) + np.uint64(variant)) & np.uint64(0xFFFFFFFF)
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        h = ((h ^ (h >> np.uint64(16))) * np.uint64(multiplier)) & np.uint64(0xFFFFFFFF)
+    h = (h ^ (h >> np.uint64(16))).astype(np.int64)
+    return h % len(COLOURS), h // len(COLOURS) % len(BACKGROUNDS)
+
+
+def _tints(labels: np.ndarray, variants: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Attribute ids and captions of every variant of images with these labels."""
+    tints = [_tint_of(np.arange(len(labels)), v) for v in range(variants)]
+    colour, background = (np.concatenate([t[i] for t in tints]) for i in range(2))
+    ids = {"garment": np.tile(labels, variants), "colour": colour, "background": background}
+    return ids, [caption(*row) for row in zip(*(v.tolist() for v in ids.values()))]
+
+
+def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
+    ids, captions = _tints(labels, variants)
+    images = tint(np.tile(grey, (variants, 1, 1)), ids["colour"], ids["background"])
+    ids = {key: torch.from_numpy(value) for key, value in ids.items()}
+    return Images(torch.from_numpy(images), ids["garment"], 10, GARMENTS, captions, ids)
+
+
+def caption(garment: int, colour: int, background: int) -> str:
+    """The sentence that names all three attributes."""
+    words = VOCABULARY["colour"][colour], GARMENTS[garment], VOCABULARY["background"][background]
+    return "a {} {} on a {} background".format(*words)
+
+
+def all_captions() -> list[str]:
+    """Every combination of garment, colour and background, 180 captions in a fixed order."""
+    return [caption(*ids) for ids in itertools.product(*(range(len(v)) for v in VOCABULARY.values()))]
+
+
+def attributes_of(text: str) -> dict[str, int]:
+    """Ids of the attributes that a caption names; those it does not name are left out."""
+    words = text.lower().replace(",", " ").replace(".", " ").split()
+    found = {}
+    for key, names in VOCABULARY.items():
+        hits = [names.index(word) for word in words if word in names]
+        if len(hits) > 1:
+            raise ValueError(f"caption names more than one {key}: {text!r}")
+        if hits:
+            found[key] = hits[0]
+    return found

@@ -1,0 +1,1 @@
+"""The mathematics: noise schedules, losses, divergences, reparametrizations. Tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Measuring: teacher, student and untrained student on the same requests, sample grids, the report page."""

@@ -1,0 +1,187 @@
+"""Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgen.core.batch import select
+from fastgen.evaluation.diagnostics import look
+from fastgen.objectives import REGISTRY
+from fastgen.roles.roles import Role
+from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
+
+
+class Requests:
+    """What is asked of a generator: condition rows, and the attributes a measuring net should find."""
+
+    def __init__(self, teacher, data):
+        codec, self.attributes = teacher.codec, {}
+        self.codec, self.uncond, self.own = codec, data.uncond, None
+        measure = (teacher.info or {}).get("measure")
+        if hasattr(codec, "prompts") and measure == "tinted":
+            from fastgen.data.bundled import load_images
+
+            held = load_images("tinted", "heldout")
+            unique = sorted(set(held.captions))
+            self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
+            where = {text: i for i, text in enumerate(unique)}
+            self.rows = torch.tensor([where[c] for c in held.captions])
+            self.attributes = held.attributes
+        elif codec.num_classes:
+            self.table = codec.labels(torch.arange(codec.num_classes))
+            self.rows = torch.arange(codec.num_classes)
+            self.attributes = {"class": self.rows}
+        else:
+            self.table, self.rows = data.cond_table, data.rows
+            self.own = data if data.own else None
+
+    def cond(self, index: Tensor) -> dict[str, Tensor]:
+        if self.own is not None:
+            return self.own.cond(index % len(self.rows))
+        return select(self.table, self.rows[index % len(self.rows)])
+
+    def null(self, index: Tensor) -> dict[str, Tensor]:
+        if self.own is not None:
+            return self.own.null(index % len(self.rows))
+        return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
+
+    def wanted(self, num: int) -> dict[str, Tensor]:
+        index = torch.arange(num) % len(self.rows)
+        return {k: v[index] for k, v in self.attributes.items()}
+
+
+class Evaluator:
+    """Samples the three contenders on the same requests and seeds, and scores them."""
+
+    def __init__(self, cfg, cast, data):
+        from fastgen.evaluation.metrics.fd_mini import measurer_for
+        from fastgen.evaluation.metrics.mixtures import ToyMeasurer
+
+        self.cfg, self.cast = cfg, cast
+        self.requests = Requests(cast.teacher, data)
+        self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
+        analytic = cast.teacher.path.startswith("analytic:")
+        self.measurer = (
+            ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)
+        )
+
+    @torch.no_grad()
+    def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
+        """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
+
+        steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
+        """
+        cfg, codec, device = self.cfg, self.cast.teacher.codec, self.cast.device
+        chunks = []
+        for first in range(0, num, cfg.eval.batch_size):
+            index = torch.arange(first, min(first + cfg.eval.batch_size, num))
+            cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
+            uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
+            seeds = [seed + int(i) for i in index]
+            x0 = self._sample(who, seeds, cond, uncond, steps)
+            chunks.append((codec.decode(x0) if len(codec.shape) > 1 else x0).cpu())
+        return torch.cat(chunks)
+
+    def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
+        cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
+        student = cast.parts["student"]
+        if who == "teacher" or not self.few_step:
+            role = cast.parts["teacher"] if who == "teacher" else student
+            noise = ImageNoise(seeds, shape, device).first
+            num = steps or self.cfg.teacher.num_steps
+            return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
+        untrained = Role(cast.teacher.backbone) if who == "untrained_student" else None
+        return sample_student(student.taking(steps, untrained), seeds, shape, cond, device)
+
+    def score(self, images: Tensor) -> dict[str, float]:
+        """Metrics of images made for the first len(images) requests."""
+        return (
+            {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(len(images)))
+        )
+
+    def nfe(self, who: str, steps: int = 0) -> int:
+        """Network evaluations per sample."""
+        from fastgen.evaluation.metrics.speed import nfe
+
+        if who == "teacher" or not self.few_step:
+            return nfe(steps or self.cfg.teacher.num_steps, self.cfg.teacher.guidance)
+        return steps or len(self.cast.parts["student"].times)
+
+
+def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
+    """results.json but for its train section: same requests and seeds for all, timed side by side.
+
+    show is handed each contender's measured images: its name, the step count (0: its own), [N, C, H, W].
+    """
+    who = ["teacher", "untrained_student", "student"] if evaluator.few_step else ["student"]
+    num = cfg.eval.num_samples
+    counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
+
+    seen = {}
+
+    def row(name: str, steps: int = 0) -> dict:
+        if not counts[name]:
+            return {"nfe": evaluator.nfe(name, steps)}
+        images = evaluator.images(name, counts[name], cfg.eval.seed, steps)
+        if show is not None:
+            show(name, steps, images)
+        seen.setdefault(name, look(images, len(evaluator.requests.rows)))
+        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images)}
+
+    speed_batch = min(20, cfg.eval.batch_size)
+    seconds = _times(evaluator, who, speed_batch)
+    order = [n for n in ("teacher", "student", "untrained_student") if n in who]
+    found = {n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order}
+    steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
+    if steps and num:
+        found["student_by_steps"] = {str(n): row("student", n) for n in steps}
+    if evaluator.measurer is not None and num:
+        found["floor"] = evaluator.measurer.floor(num)
+    if seen:
+        found["look"] = seen
+    times = list(evaluator.cast.parts["student"].times) if evaluator.few_step else None
+    found["protocol"] = {
+        "num_samples": num,
+        "teacher_samples": counts.get("teacher", 0),
+        "seed": cfg.eval.seed,
+        **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
+        "guidance": cfg.teacher.guidance,
+        "teacher_steps": cfg.teacher.num_steps,
+        "student_times": times,
+        "speed_batch": speed_batch,
+        "device": str(evaluator.cast.device),
+        "threads": torch.get_num_threads(),
+    }
+    return found
+
+
+def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
+    from fastgen.evaluation.metrics.speed import interleaved
+
+    return interleaved({n: lambda n=n: evaluator.images(n, num, 0) for n in who}, num, repeats=3)
+
+
+def table(results: dict) -> str:
+    """One line each: teacher, untrained student, student (at every step count measured), real images."""
+    wanted = ("fd_mini", "energy_distance", "agreement", "recall", "clip", "nfe", "seconds_per_sample")
+    rows = [
+        (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
+    ]
+    rows += [
+        (f"student, {n} step{'s' * (n != '1')}", row)
+        for n, row in results.get("student_by_steps", {}).items()
+    ]
+    rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    columns = [c for c in wanted if any(c in row for _, row in rows)]
+    lines = [" " * 19 + "".join(f"{c.replace('_per_sample', '/sample'):>16}" for c in columns)]
+    for name, row in rows:
+        lines.append(f"{name:<19}" + "".join(f"{row[c]:>16.4g}" if c in row else " " * 16 for c in columns))
+    return "\n".join(lines)
+
+
+def teacher_card(results: dict) -> dict:
+    """What a denoiser trained by sft reaches at several step counts, beside the floor."""
+    kept = {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results}
+    train = results.get("train", {})
+    return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})

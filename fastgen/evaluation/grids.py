@@ -1,0 +1,45 @@
+"""Sample grids: images side by side, clips as filmstrips and moving pictures, points as a scatter plot."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.data.media import filmstrip, save_clip
+
+
+def to_grid(images: Tensor, columns: int = 10) -> Tensor:
+    """[N, C, H, W] in [0, 1] to one [H, W, 3] uint8 picture with a grey pixel around each image."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0.5)
+    padded = torch.cat([padded, torch.full((-len(images) % columns, *padded.shape[1:]), 0.5)])
+    rows = padded.unflatten(0, (-1, columns))  # [R, columns, C, H, W]
+    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    return (picture.expand(-1, -1, 3) * 255).round().byte()
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """A grid PNG; points of an analytic teacher become a scatter plot, a clip a row of its frames (and a gif
+    of all clips beside the picture).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if images.ndim == 2:
+        return _scatter(images, path)
+    from PIL import Image
+
+    columns = 10
+    if images.ndim == 5:
+        moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
+        save_clip([Image.fromarray(f) for f in moving], path.with_suffix(".gif"))
+        images, columns = filmstrip(images), 1
+    scale = max(1, 64 // images.shape[-1])
+    shown = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    Image.fromarray(to_grid(shown, columns).numpy()).save(path)
+
+
+def _scatter(points: Tensor, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3, 3))
+    axes = figure.add_subplot()
+    axes.scatter(points[:, 0], points[:, 1 % points.shape[1]], s=4)
+    figure.savefig(path)

@@ -1,0 +1,151 @@
+"""Scoring images of the bundled sets with the nets in assets/measure; no download, no Inception.
+
+fd_mini is the Frechet distance on 64 features of our own small classifier, against all held-out images of a
+set. It orders generators of that set among each other and is never comparable with an Inception FID.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastgen.core.errors import UserError
+from fastgen.core.paths import asset
+from fastgen.data.bundled import NAMES, VOCABULARY, attributes_of, caption, load_images
+from fastgen.evaluation.metrics.frechet import (
+    evenly,
+    frechet_from,
+    polynomial_mmd,
+    precision_recall,
+    statistics,
+)
+from fastgen.networks.feature_net import FeatureNet, measure
+
+NOTE = "fd_mini is a mini metric on a small net of our own; it is not comparable with an Inception FID"
+
+
+@lru_cache(maxsize=8)
+def _reference(name: str, device: str):
+    """(net, held-out features, their mean and covariance) of one set, kept for the life of the process."""
+    net = FeatureNet.load(asset(f"measure/{name}")).to(device)
+    features = measure(net, load_images(name, "heldout").images)["features"]
+    return net, features, statistics(features)
+
+
+class Measurer:
+    """Judge of one bundled image set."""
+
+    primary = "fd_mini"
+
+    def __init__(self, name: str, device="cpu"):
+        if name not in NAMES:
+            raise UserError("measure", f"no measuring net for {name!r}", f"allowed: {', '.join(NAMES)}")
+        self.name, self.device = name, str(device)
+
+    @property
+    def net(self) -> FeatureNet:
+        return _reference(self.name, self.device)[0]
+
+    def _check(self, images: Tensor) -> None:
+        want = (self.net.config["channels"], self.net.config["size"], self.net.config["size"])
+        if tuple(images.shape[1:]) != want:
+            raise UserError(
+                "images", f"shape {tuple(images.shape[1:])}", f"the {self.name} measuring net takes {want}"
+            )
+        if len(images) < 2:
+            raise UserError("images", f"{len(images)} image", "a distance needs at least two")
+
+    def features(self, images: Tensor) -> Tensor:
+        """[N, 64] of images in [0, 1] or uint8."""
+        self._check(images)
+        return measure(self.net, images)["features"]
+
+    def compare(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
+        """Scores of images [N, C, H, W] in [0, 1]; attributes: what each was asked to show, -1 if nothing."""
+        self._check(images)
+        _, real, (mean, cov) = _reference(self.name, self.device)
+        seen = measure(self.net, images)
+        distances = compare_features(seen["features"], real, (mean, cov))
+        found = {**distances, **agreement(seen["logits"], attributes)}
+        score = self._alignment(images, attributes)
+        return found if score is None else found | {"clip": score}
+
+    def _alignment(self, images: Tensor, attributes: dict[str, Tensor]) -> float | None:
+        """Image-text agreement by the bundled two-tower net, where captions follow from the attributes."""
+        keys = ("garment", "colour", "background")
+        if self.name != "tinted" or any(k not in attributes or (attributes[k] < 0).any() for k in keys):
+            return None
+        from fastgen.evaluation.metrics.alignment import score
+
+        texts = [caption(*ids) for ids in zip(*(attributes[k].tolist() for k in keys))]
+        return score(images, texts, self.device)
+
+    def floor(self, num: int) -> dict[str, float]:
+        """The same scores for num real training images: what a perfect generator would get at this count."""
+        real = load_images(self.name, "train")
+        rows = evenly(torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), num)
+        attributes = real.attributes or {"class": real.labels}
+        return self.compare(real.images[rows].float() / 255, {k: v[rows] for k, v in attributes.items()})
+
+    def describe(self) -> dict[str, str]:
+        """What a number must be quoted with."""
+        digest = hashlib.sha256(
+            (asset(f"measure/{self.name}") / "model.safetensors").read_bytes()
+        ).hexdigest()
+        return {
+            "extractor": f"assets:measure/{self.name}, 64 features, sha256 {digest[:12]}",
+            "reference": f"{len(_reference(self.name, self.device)[1])} held-out images of {self.name}",
+            "note": NOTE,
+        }
+
+
+def compare_features(
+    fake: Tensor, real: Tensor, known: tuple[Tensor, Tensor] | None = None
+) -> dict[str, float]:
+    """fd_mini, mmd x 1000, precision and recall of two feature sets; `known` is the statistics of `real`."""
+    num = min(len(fake), len(real))
+    precision, recall = precision_recall(evenly(real, num), evenly(fake, num))
+    return {
+        "fd_mini": frechet_from(*statistics(fake), *(known or statistics(real))),
+        "mmd": 1000 * polynomial_mmd(fake, real),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
+    """What prompts ask for: classes by number or name, or for tinted the attributes that a caption names."""
+    if not lines:
+        return {}
+    if name == "tinted":
+        try:
+            found = [attributes_of(line) for line in lines]
+        except ValueError as error:
+            raise UserError("--prompts", str(error), "name each attribute once") from None
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in VOCABULARY}
+    names = load_images(name, "heldout").class_names
+    wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
+    if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
+        raise UserError("--prompts", f"found {bad[0]!r}", f"0 to {len(names) - 1} or {', '.join(names)}")
+    return {"class": torch.tensor(wanted)}
+
+
+def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, float]:
+    """Share of images that show everything asked for, and with several attributes the share for each."""
+    right = {}
+    for key, wanted in attributes.items():
+        if key in logits:
+            wanted = wanted.to(logits[key].device)
+            right[key] = (logits[key].argmax(1) == wanted) | (wanted < 0)
+    if not right:
+        return {}
+    together = torch.stack(list(right.values())).all(0).double().mean()
+    each = {f"agreement_{k}": float(v.double().mean()) for k, v in right.items()} if len(right) > 1 else {}
+    return {"agreement": float(together), **each}
+
+
+def measurer_for(info_or_name: dict | str | None, device="cpu") -> Measurer | None:
+    """The measurer a teacher's info (its fastgen.json) or a set name asks for; None where we have none."""
+    name = info_or_name.get("measure") if isinstance(info_or_name, dict) else info_or_name
+    return Measurer(name, device) if name in NAMES else None

@@ -1,0 +1,104 @@
+"""Measure a finished run again from its export, and write results.json and the report anew."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fastgen.config.parse import read_files
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
+
+
+class _Players:
+    """What the evaluator needs of a cast: the teacher, and the student as it was exported."""
+
+    def __init__(self, teacher, parts: dict, device):
+        self.teacher, self.parts, self.device = teacher, parts, device
+
+
+def _device(name: str) -> torch.device:
+    """The named device, else CUDA where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
+    """Same protocol as at the end of the run (or another number of samples); prints the table."""
+    from fastgen.data.loader import load_data
+    from fastgen.evaluation.evaluator import Evaluator, measure, table
+    from fastgen.evaluation.report import write_report
+
+    if not (run / "config.yaml").is_file():
+        raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
+    cfg = validate(read_files([str(run / "config.yaml")]))
+    if cfg.teacher.path.startswith("analytic:"):
+        raise UserError(
+            "--run", f"{run} has no export", "students of exact teachers are measured at the end of the run"
+        )
+    if num_samples:
+        cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
+    cast = _cast(run, cfg, _device(device))
+    if (cast.teacher.info or {}).get("measure"):
+        data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
+    else:  # unknown images: the run's own requests
+        data = load_data(cfg.data, cast.teacher, cast.device)
+    results = measure(cfg, Evaluator(cfg, cast, data))
+    file = run / "results.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    results["protocol"]["weights"] = "export"
+    results |= {k: before[k] for k in ("train", "curve") if k in before}
+    write_text(file, json.dumps(results, indent=2))
+    print(table(results))
+    print(f"wrote {file} and {write_report(run)}")
+    return results
+
+
+def measure_teacher(path: str, guidance: float, num_samples: int, device: str = "") -> dict:
+    """A teacher at 1, 4, 20 and 50 steps beside the floor; written to card.json where the folder is local."""
+    from fastgen.core.paths import resolve
+    from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
+    from fastgen.export.load import load_export
+
+    values = {
+        "teacher": {"path": path, "guidance": guidance},
+        "objective": {"name": "sft"},
+        "data": {"name": "fashion"},
+        "eval": {"num_samples": num_samples},
+    }
+    cfg = validate(values)
+    where = _device(device)
+    loaded = load_export(path, key="--teacher").to(where)
+    if not (loaded.teacher.info or {}).get("measure"):
+        raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
+    uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
+    cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
+    results = measure(cfg, Evaluator(cfg, cast, SimpleNamespace(uncond=uncond)))
+    print(table(results))
+    card = {
+        "command": f"python -m eval card --teacher {path} --guidance {guidance:g} --num_samples {num_samples}"
+    }
+    card |= teacher_card(results)
+    file = Path(resolve(path)) / "card.json"
+    write_text(file, json.dumps(card, indent=1) + "\n")
+    print(f"wrote {file}")
+    return card
+
+
+def _cast(run: Path, cfg, device) -> _Players:
+    """Teacher and exported student; the two share one network where the student is an adapter."""
+    from fastgen.export.load import load_export
+    from fastgen.networks.load import load_teacher
+    from fastgen.roles.roles import Role
+
+    exported = load_export(run, key="--run").to(device)
+    parts = {"student": exported.role}
+    if exported.role.adapter is not None:
+        teacher = exported.teacher
+    elif cfg.teacher.blueprint is None and exported.is_student:
+        teacher = load_teacher(cfg.teacher.path, cfg.teacher.prediction).to(device)
+        teacher.backbone.requires_grad_(False).eval()
+    else:
+        teacher = exported.teacher
+    return _Players(teacher, {"teacher": Role(teacher.backbone), **parts}, device)

@@ -1,0 +1,200 @@
+"""The model card of an export: settings, measured numbers, and the snippet of `usage`."""
+
+import json
+import shlex
+from pathlib import Path
+
+from fastgen.core.paths import resolve
+from fastgen.export.snippet import keywords, shown_path, usage
+
+ROWS = (("teacher", "teacher"), ("untrained_student", "untrained student"), ("student", "student"))
+
+
+def license_of(base: str) -> str:
+    """The licence the teacher's own card names; an export inherits it."""
+    card = resolve(base) / "README.md" if base else None
+    if card is not None and card.is_file() and card.read_text().startswith("---"):
+        for line in card.read_text().split("---")[1].splitlines():
+            if line.startswith("license:"):
+                return line.partition(":")[2].strip()
+    return "other"
+
+
+def _numbers(results: dict) -> list[str]:
+    """The measured rows as a table, with how they were measured."""
+    rows = [(title, results[key]) for key, title in ROWS if isinstance(results.get(key), dict)]
+    by_steps = results.get("student_by_steps") or {}
+    rows += [(f"student, {n} steps", row) for n, row in by_steps.items() if isinstance(row, dict)]
+    columns = list(dict.fromkeys(k for _, row in rows for k, v in row.items() if isinstance(v, (int, float))))
+    if not columns:
+        return ["Not measured."]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for title, row in rows:
+        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), (int, float)) else "" for c in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    protocol = {k: v for k, v in (results.get("protocol") or {}).items() if not isinstance(v, dict)}
+    note = protocol.pop("note", "fd_mini is measured on a small net; not comparable with published FIDs")
+    if protocol:
+        lines += ["", f"Measured with: {', '.join(f'{k} {v}' for k, v in protocol.items())}."]
+    if "fd_mini" in columns:
+        lines += ["", f"{note.removesuffix('.')}."]
+    return lines
+
+
+def _task(teacher) -> str:
+    """The hub's name for what a model does."""
+    family = teacher.backbone.family
+    if not hasattr(teacher.codec, "prompts"):
+        return "unconditional-image-generation"
+    asked = "image" if family.needs_image and family.temporal else "text"
+    return f"{asked}-to-{'video' if family.temporal else '3d' if family.views else 'image'}"
+
+
+def _front_matter(info: dict, what: dict, teacher, lora: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["diffusers", "fastgen", info["objective"]]
+    tags += ["distillation", "few-step"] if info["times"] else []
+    tags += ["lora"] if lora else []
+    tags += [_task(teacher)]
+    base = info["base"] and shown_path(info["base"])
+    base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
+    licence = what.get("license") or license_of(info["base"])
+    data = ModelCardData(base_model=base or None, library_name="diffusers", license=licence, tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _notes(info: dict, teacher, files: dict) -> list[str]:
+    """What a user of these files must know beside the settings."""
+    lora, student, notes = files.get("lora", ""), bool(info["times"]), []
+    if student and info["arguments"]:
+        given = keywords(info["arguments"])[2:]
+        notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
+    elif student and len(info["times"]) > 1 and not info["grid"]:
+        notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
+    for num, change in info["others"].items():
+        set_to = "".join(f", `{k}={v!r}`" for k, v in change["scheduler"].items())
+        given = keywords(change["arguments"])[2:] or f"num_inference_steps={num}"
+        loaded = f" with the scheduler loaded with {set_to[2:]}" if set_to else ""
+        notes.append(f"In {num} step{'s' * (num != '1')}: pass `{given}`{loaded}.")
+    if lora:
+        notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
+    if files.get("kohya"):
+        notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
+    if info.get("nasa"):
+        notes.append(
+            "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
+            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
+        )
+    if info.get("steps_as_guidance"):
+        notes.append(
+            "The network is told the number of steps through its input for the guidance scale: pass the "
+            "step count as `guidance_scale`. The guidance itself is baked in."
+        )
+    elif info.get("guidance_range"):
+        low, high = info["guidance_range"]
+        notes.append(
+            f"The network takes the guidance scale as an input, trained for {low:g} to {high:g}: one call a "
+            "step, and `guidance_scale` works as usual; negative prompts do nothing."
+        )
+    if lora and info.get("guidance_range"):
+        notes.append(
+            "`merged/` holds the network for plain diffusers, whose LoRA loader cannot add the layer for w."
+        )
+    elif lora and not teacher.backbone.family.lora_loader:
+        notes.append(
+            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the "
+            "merged network for it; "
+            f'`fastgen.export.lora.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
+        )
+    return notes
+
+
+def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
+    """README.md of an export."""
+    what = teacher.info or {}
+    lora, student = files.get("lora", ""), bool(info["times"])
+    trained = f"{info['trained_steps']} steps"
+    settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
+    if student:
+        span = info.get("guidance_range")
+        negative = (
+            "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
+        )
+        told = span and not info.get("steps_as_guidance")
+        how = "an input, see below" if told else f"baked in: guidance_scale 1, {negative}"
+        settings |= {
+            "times": ", ".join(f"{t:g}" for t in info["times"]),
+            "between steps": info["sampler"],
+            "guidance": f"{info['guidance']:g}, {how}",
+            "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
+        }
+    else:
+        settings["guidance"] = f"{info['guidance']:g}"
+    settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
+    notes = _notes(info, teacher, files)
+    first = "A few-step student distilled" if student else "A generator trained"
+    lines = [
+        _front_matter(info, what, teacher, lora),
+        "",
+        f"# {name}",
+        "",
+        f"{first} with fastgen {info['version']}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in settings.items()),
+        "",
+        *(f"{n}\n" for n in notes),
+        "## Use",
+        "",
+        "```python",
+        usage(what, teacher, info, lora),
+        "```",
+        "",
+        "## Numbers",
+        "",
+        *_numbers(results),
+        "",
+        "## Training",
+        "",
+        "```sh",
+        shlex.join(command),
+        "```",
+        "",
+        "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def members_card(info: dict, router) -> str:
+    """README.md over the folders of several students."""
+    lines = [f"# {info['name']}, {info['students']} students", ""]
+    if router.tensors and "table" in router.tensors:
+        table = router.tensors["table"][:-1].tolist()
+        lines += ["| class | folder |", "|---|---|"]
+        lines += [f"| {c} | `student{j}/` |" for c, j in enumerate(table)]
+    elif router.num > 1:
+        lines += [
+            "Prompts are cut along one axis of their mean text state (`router.safetensors`): the student's",
+            "number is how many `edges` lie below `(mean over tokens - mean) @ axis`.",
+        ]
+    lines += [
+        "",
+        "Each folder is an ordinary export with a card of its own. The numbers in those cards are of all",
+        "students together, each asked for its own conditions. fastgen's `sample.py` routes by itself:",
+        "",
+        "```sh",
+        "python sample.py --model . --num_images 16",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def read_command(folder: Path) -> list[str]:
+    """The command that made a run folder."""
+    file = folder / "environment.json"
+    found = json.loads(file.read_text()).get("command") if file.is_file() else None
+    return ["python", *found] if found else ["python", "train.py", "--config", "config.yaml"]

@@ -1,0 +1,226 @@
+"""Which diffusers scheduler serves a student, so that a plain call visits the times it was trained on."""
+
+import inspect
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
+
+VP_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass
+class Serving:
+    """A scheduler, what must be passed to it, and whether it can carry the student at all."""
+
+    scheduler: object
+    arguments: dict = field(default_factory=dict)
+    """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
+    step: dict = field(default_factory=dict)
+    """keywords of `step` (and of the pipeline call)"""
+    needs_loop: bool = False
+    """no diffusers scheduler does these steps; the model card has the loop"""
+    bound: bool = False
+    """the pipeline's call takes no such arguments: they are set on the scheduler itself (see `bind`)"""
+
+    def set_timesteps(self, num: int) -> None:
+        """Prepare the scheduler as the model card tells users to."""
+        given = dict(self.arguments)
+        if "sigmas" in given and type(self.scheduler).__name__.startswith("EDM"):
+            given |= {"num_inference_steps": num, "sigmas": torch.tensor(given["sigmas"])}
+        self.scheduler.set_timesteps(**(given or {"num_inference_steps": num}))
+
+
+def scheduler_for(
+    times: list[float],
+    sampler: str,
+    schedule: Schedule,
+    teacher_scheduler,
+    family=None,
+    grid: int = 0,
+    gamma: float = 0.0,
+) -> Serving:
+    """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
+    serves every step count that the grid holds.
+    """
+    if isinstance(schedule, VP):
+        on_grid = times == schedule.few_steps(len(times), grid)
+        served = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
+    elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
+        served = _cm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, EDM):
+        served = _edm(times, sampler, schedule, teacher_scheduler)
+    elif isinstance(schedule, Flow):
+        served = _flow(times, sampler, schedule, family is not None and family.default_sigmas)
+    elif isinstance(schedule, TrigFlow):
+        served = _trig(times, sampler, schedule, teacher_scheduler)
+    else:
+        found = f"no diffusers scheduler for {type(schedule).__name__}"
+        raise UserError("export", found, "VP, flow, EDM or TrigFlow")
+    if served.arguments and family is not None and (family.kind == "text" or family.label_key):
+        served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
+    return served
+
+
+def serve(student, teacher) -> Serving:
+    """The scheduler of a student at its time list, beside its teacher."""
+    family = getattr(teacher.backbone, "family", None)
+    own = student.grid, student.gamma
+    return scheduler_for(
+        list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family, *own
+    )
+
+
+def _accepted(pipeline: str) -> set[str]:
+    """Keywords of a pipeline's call."""
+    import diffusers
+
+    return set(inspect.signature(getattr(diffusers, pipeline).__call__).parameters)
+
+
+def bind(scheduler, arguments: dict) -> None:
+    """Make a scheduler take these steps whatever a pipeline asks of it; the model card spells this out."""
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(**arguments, device=device)
+
+
+def _noise_levels(teacher_scheduler) -> dict:
+    """Keys that give another scheduler the teacher's noise levels: its own, or every beta spelled out where
+    only its class can make them (CogVideoX's SNR shift, Shap-E's exponential schedule).
+    """
+    config = teacher_scheduler.config
+    if not config.get("snr_shift_scale") and config.get("beta_schedule") != "exp":
+        return {k: config[k] for k in VP_KEYS if k in config}
+    bar = teacher_scheduler.alphas_cumprod.double()
+    betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    return {
+        "num_train_timesteps": config["num_train_timesteps"],
+        "prediction_type": config["prediction_type"],
+        "trained_betas": betas.tolist(),
+    }
+
+
+def _vp(
+    times: list[float], sampler: str, teacher_scheduler, original: int, gamma: float, on_grid: bool
+) -> Serving:
+    """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing;
+    tcd: TCDScheduler, whose eta is our gamma.
+
+    Off-grid lists are passed as `timesteps`; DPMSolverMultistepScheduler of order 1 is a DDIM that takes one.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
+
+    if any(t != round(t) for t in times):
+        raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
+    kept = _noise_levels(teacher_scheduler)
+    num, total = len(times), kept["num_train_timesteps"]
+    ints = [int(t) for t in times]
+    if sampler != "ode":
+        cls = LCMScheduler if sampler == "renoise" else TCDScheduler
+        scheduler = cls(**kept, original_inference_steps=original, clip_sample=False)
+        step = {"eta": gamma} if sampler == "tcd" else {}
+        return Serving(scheduler, {} if on_grid else {"timesteps": ints}, step)
+    if total % num == 0 and ints == [(num - i) * (total // num) - 1 for i in range(num)]:
+        more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+        return Serving(DDIMScheduler(**kept, **more))
+    more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
+    scheduler = DPMSolverMultistepScheduler(**kept, **more)
+    return Serving(scheduler, {"timesteps": ints})
+
+
+def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> Serving:
+    """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
+
+    With default_sigmas the pipeline itself hands over w = 1 - k / N, which `shift` bends into our grid.
+    Otherwise
+
+    diffusers spaces N levels from 1 down to its smallest level u_N, bends them by `shift` and stretches the
+    result to end at `shift_terminal`. Our grid is s w / (1 + (s - 1) w) at w = 1 - k / N. Both are Moebius
+    maps of k, so they agree everywhere once three points do: with a = (1 - u_N) N / (N - 1), take
+    shift' = a s / (1 + (a - 1) s) and our last time as shift_terminal. u_N depends on shift': iterate.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    cls = FlowMatchLCMScheduler if sampler == "renoise" else FlowMatchEulerDiscreteScheduler
+    num, s = len(times), schedule.shift
+    if default_sigmas and np.allclose(times, schedule.steps(num), atol=1e-9):
+        return Serving(cls(shift=s))
+    if num > 1 and np.allclose(times, schedule.steps(num), atol=1e-9):
+        bent, u_min = s, 0.001
+        for _ in range(50):
+            u_min = bent * 0.001 / (1 + (bent - 1) * 0.001)
+            a = (1 - u_min) * num / (num - 1)
+            bent = a * s / (1 + (a - 1) * s)
+        return Serving(cls(shift=bent, shift_terminal=times[-1]))
+    if times == [1.0]:
+        return Serving(cls(shift=s))
+    return Serving(cls(shift=1.0), {"sigmas": list(times)})
+
+
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
+    """SCMScheduler, which adds fresh noise between steps. It is told `timesteps` with the final 0, or that no
+    second of two steps is asked for.
+    """
+    from diffusers import SCMScheduler
+
+    num, scheduler = len(times), SCMScheduler.from_config(teacher_scheduler.config)
+    if sampler != "renoise" and num > 1:
+        raise UserError("student.sampler", f"found {sampler!r}", "renoise: SCMScheduler adds fresh noise")
+    plain = {"num_inference_steps": num, "intermediate_timesteps": None}
+    if times != schedule.steps(num):
+        given = plain | {"timesteps": [*times, 0.0], "max_timesteps": None}
+        return Serving(scheduler, given, bound=True)  # pipelines pass timesteps on without their number
+    return Serving(scheduler, {} if num == 2 and schedule.middle is not None else plain)
+
+
+def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1; or the EulerDiscreteScheduler of
+    Stable Video Diffusion, which takes the noise levels themselves. Re-noising needs a loop.
+    """
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
+
+    config, loop = dict(teacher_scheduler.config), sampler == "renoise" and len(times) > 1
+    if config.get("timestep_type") == "continuous":
+        plain = {"use_karras_sigmas": False, "timestep_spacing": "trailing"}
+        scheduler = EulerDiscreteScheduler.from_config(config, **plain)
+        return Serving(scheduler, {"sigmas": [*times, 0.0]}, needs_loop=loop)
+    scheduler = EDMEulerScheduler.from_config(config)
+    if times == schedule.steps(1):
+        return Serving(scheduler)
+    hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
+    ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
+    return Serving(scheduler, {"sigmas": ramp}, needs_loop=loop)
+
+
+def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+    """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid
+    of N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
+    """
+    from diffusers import CMStochasticIterativeScheduler
+
+    config, num = teacher_scheduler.config, len(times)
+    loop = sampler == "ode" and num > 1
+    if np.allclose(times, schedule.steps(num)):
+        total = num * max(1, round((config.num_train_timesteps - 1) / num)) + 1
+        scheduler = CMStochasticIterativeScheduler.from_config(
+            config, num_train_timesteps=total, clip_denoised=False
+        )
+        return Serving(scheduler, needs_loop=loop)
+    total = 1_000_001
+    scheduler = CMStochasticIterativeScheduler.from_config(
+        config, num_train_timesteps=total, clip_denoised=False
+    )
+    hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
+    ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
+    return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards

@@ -1,0 +1,1 @@
+"""Families of diffusers denoisers: what each does differently, and which one a folder holds."""

@@ -1,0 +1,96 @@
+"""Attention kernels by name, and the exact one that tangents need.
+
+A kernel acts while a network runs (and while a checkpointed block is recomputed), never globally. math,
+flash, efficient and cudnn are PyTorch's own and reach every network; flex, xformers and sage go through
+diffusers' dispatcher, which older networks do not call: there they would do nothing, and are refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgen.core.errors import UserError
+
+TORCH = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+DISPATCHED = ("flex", "xformers", "sage")
+_exact: ContextVar[bool] = ContextVar("exact_attention", default=False)
+
+
+@contextmanager
+def exact_attention() -> Iterator[None]:
+    """The kernel with forward-mode derivatives: inside it jvp passes through every family, whatever kernel
+    the network was given.
+    """
+    token = _exact.set(True)
+    try:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        _exact.reset(token)
+
+
+@contextmanager
+def kernel(name: str | None) -> Iterator[None]:
+    """Run attention with this kernel inside the block; None leaves PyTorch's choice."""
+    if name is None or _exact.get():
+        yield
+    elif name in TORCH:
+        with sdpa_kernel([TORCH[name]]):
+            yield
+    else:
+        from diffusers.models.attention_dispatch import attention_backend
+
+        with attention_backend(name):
+            yield
+
+
+def dispatches(net: nn.Module) -> bool:
+    """Whether a network's attention asks diffusers' dispatcher, rather than PyTorch itself."""
+    return any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
+
+
+def works(name: str, device) -> bool:
+    """Whether a kernel runs here, forwards and backwards."""
+    try:
+        if name == "xformers":
+            import xformers.ops  # noqa: F401
+        q = torch.randn(1, 16, 2, 16, device=device, requires_grad=True)
+        if torch.device(device).type == "cuda":
+            q = q.detach().half().requires_grad_()
+        with kernel(name):
+            if name in TORCH:
+                out = nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3)
+            else:
+                from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+                out = dispatch_attention_fn(q, q, q)
+            out.float().sum().backward()
+    except Exception:  # a kernel that is missing, or has no backward, tells so in many ways
+        return False
+    return True
+
+
+def check(net: nn.Module, name: str | None, device) -> str | None:
+    """The kernel to use, or a UserError naming those that work on this machine and this network."""
+    if name in (None, "auto", "native"):
+        return None
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu") if torch.device(device).type == "meta" else device
+    )
+    known = [*TORCH, *(DISPATCHED if dispatches(net) else ())]
+    if name in known and works(name, device):
+        return name
+    usable = ", ".join(["auto", "native", *(k for k in known if k != name and works(k, device))])
+    found = f"{name!r} does not run on this machine"
+    if name not in known:
+        found = f"{name!r} would do nothing: {type(net).__name__} calls PyTorch's attention itself"
+    raise UserError("teacher.attention", found, f"usable here: {usable}")

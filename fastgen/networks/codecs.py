@@ -1,0 +1,211 @@
+"""Images and conditions on both sides of a denoiser.
+
+A codec turns images [B, C, H, W] in [-1, 1] into the x0 the network works on and back, and labels or
+prompts into the `cond` dict the network takes. Nothing else in fastgen knows about autoencoders, tokenizers
+or label rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.core.batch import Cond
+from fastgen.core.errors import UserError
+
+
+class LabelCodec(nn.Module):
+    """Pixels (folded patch x patch into channels) or an autoencoder's latents, with class labels; the row
+    after the last class is the null class.
+    """
+
+    def __init__(self, shape: tuple[int, ...], patch: int = 1, num_classes: int = 0, class_names=None):
+        super().__init__()
+        self.shape, self.patch, self.num_classes = shape, patch, num_classes
+        self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.has_null = num_classes > 0
+        """whether the network has a row for the null class"""
+        self.family, self.vae = None, None
+
+    def encode(self, images: Tensor) -> Tensor:
+        if self.vae is not None:
+            return encode_latents(self.family, self.vae, images)
+        return F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images in [0, 1]."""
+        if self.vae is not None:
+            return decode_latents(self.family, self.vae, x0)
+        images = F.pixel_shuffle(x0, self.patch) if self.patch > 1 else x0
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def labels(self, labels: Tensor) -> Cond:
+        if not self.num_classes:
+            return {}
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise UserError(
+                "labels",
+                f"found {int(labels.min())} to {int(labels.max())}",
+                f"allowed are 0 to {self.num_classes - 1}",
+            )
+        return {"class_labels": labels.long()}
+
+    def null(self, num: int) -> Cond:
+        """The null class; class 0, as a placeholder that is never guided with, where the network has none."""
+        row = self.num_classes if self.has_null else 0
+        return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
+
+
+class TextCodec(nn.Module):
+    """An autoencoder and text encoders, seen through the pipeline class that holds them (denoiser and
+    scheduler left out), so that prompts are encoded by the very code that will sample the student.
+    """
+
+    num_classes = 0
+    has_null = True
+
+    def __init__(self, family, net: nn.Module, pipe, shape: tuple[int, ...], max_length: int = 0):
+        super().__init__()
+        self.family, self.pipe, self.shape = family, pipe, shape
+        self.max_length = max_length
+        self.guidance = family.default_guidance if family.guidance_embedded(net) else None
+        """what the network's guidance input is given, where it has one"""
+        parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
+        self.vae = parts.pop(family.decoder, None)
+        self.encoders = nn.ModuleDict(parts)
+        self.cond_shapes = family.cond_shapes(net, self)
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        factor = spatial_factor(self.family, self.pipe)
+        return self.shape[-2] * factor, self.shape[-1] * factor
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video, 1 for an image."""
+        factor = temporal_factor(self.family, self.pipe)
+        return (self.shape[1] - 1) * factor + 1 if factor else 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return encode_latents(self.family, self.vae, images)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images (or frames [B, C, F, H, W]) in [0, 1]; differentiable."""
+        return decode_latents(self.family, self.vae, x0)
+
+    def decode_size(self) -> int:
+        """Height (and width) in pixels of a decoded sample."""
+        return self.decode(torch.zeros(1, *self.shape, device=self.device)).shape[-1]
+
+    @torch.no_grad()
+    def prompts(self, prompts: list[str], images: Tensor | None = None) -> Cond:
+        """What the network is asked with; images [B, 3, H, W] in [-1, 1] where the family needs one."""
+        if self.device.type == "meta" or self.pipe is None:
+            return self._shapes(len(prompts))
+        self._check_encoders()
+        return self._whole(self.family.encode(self, list(prompts)), len(prompts), images)
+
+    @torch.no_grad()
+    def null(self, num: int, images: Tensor | None = None) -> Cond:
+        """What the pipeline guides away from by default."""
+        if self.device.type == "meta" or self.pipe is None:
+            return self._shapes(num)
+        if "_null" not in self.__dict__:
+            self._check_encoders()
+            row = self.family.nulled(self._whole(self.family.null(self), 1, None))
+            self._null = {k: v.cpu() for k, v in row.items()}
+        rows = {k: v.to(self.device).expand(num, *v.shape[1:]) for k, v in self._null.items()}
+        return rows if images is None else rows | self.image_rows(images)[1]
+
+    @torch.no_grad()
+    def image_rows(self, images: Tensor) -> tuple[Cond, Cond]:
+        """The part of cond that is the image's [B, 3, H, W], and that of the null condition."""
+        cond = self.family.encode_image(self, images.to(self.device))
+        return cond, {k: v for k, v in self.family.nulled(cond).items() if k in cond}
+
+    def _whole(self, cond: Cond, num: int, images: Tensor | None) -> Cond:
+        """With the parts that no text encoder makes: image and embedded guidance."""
+        if self.family.needs_image:
+            if images is None:  # a placeholder of the right shape: zeros are mid-grey
+                images = torch.zeros(num, 3, *self.pixels)
+            cond = cond | self.family.encode_image(self, images.to(self.device))
+        if self.guidance is not None:
+            cond = cond | {"guidance": torch.full((num,), float(self.guidance), device=self.device)}
+        return cond
+
+    def _shapes(self, num: int) -> Cond:
+        """Zeros in the shapes of a condition: laid out for --dry_run, shapes are all there is."""
+        rows = {}
+        for key, value in self.cond_shapes.items():
+            shape, dtype = value if isinstance(value[0], tuple) else (value, torch.float32)
+            made = torch.zeros if dtype.is_floating_point else torch.ones  # masks let everything through
+            rows[key] = made(num, *shape, dtype=dtype, device=self.device)
+        if self.guidance is not None:
+            rows["guidance"] = torch.full((num,), float(self.guidance), device=self.device)
+        return rows
+
+    def _check_encoders(self) -> None:
+        if self.encoders is None:
+            raise UserError("prompts", "the text encoders were freed after caching", "encode prompts before")
+
+    def free(self) -> int:
+        """Let go of the text encoders once every prompt is encoded; how many bytes that returns."""
+        self.null(1)
+        freed = sum(p.numel() * p.element_size() for p in self.encoders.parameters())
+        for name in self.encoders:
+            setattr(self.pipe, name, None)
+        self.encoders = None
+        return freed
+
+    def cut(self, prompt: str) -> str:
+        """The tail of the prompt that does not fit the tokenizer's length, or an empty string."""
+        if not self.family.takes_text:
+            return ""
+        tokenizer = getattr(self.pipe, self.family.tokenizer)
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        room = self.max_length - tokenizer.num_special_tokens_to_add()
+        return tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+
+def spatial_factor(family, pipe) -> int:
+    """Pixels per latent side."""
+    for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
+        if getattr(pipe, name, None):
+            return getattr(pipe, name) * family.folded
+    return family.factor
+
+
+def temporal_factor(family, pipe) -> int:
+    """Frames per latent frame; 0 for images."""
+    for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
+        if family.temporal and getattr(pipe, name, None):
+            return getattr(pipe, name)
+    return family.temporal
+
+
+@torch.no_grad()
+def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
+    """x0 of images in [-1, 1]."""
+    return family.normalise(vae, family.encoded(vae, images.to(vae.dtype)).float()).contiguous()
+
+
+def decode_latents(family, vae: nn.Module, x0: Tensor) -> Tensor:
+    """Images in [0, 1] of x0."""
+    latents = family.denormalise(vae, x0).to(vae.dtype)
+    return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
+
+
+def switch_vae(vae, teacher) -> None:
+    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
+    for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if not getattr(teacher, key):
+            continue
+        if vae is None or not hasattr(vae, method):
+            found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
+            raise UserError(f"teacher.{key}", found, "leave it false")
+        getattr(vae, method)()

@@ -1,0 +1,1 @@
+"""Solvers of the teacher's ODE and the few-step sampler of a student."""

@@ -1,0 +1,1 @@
+"""One run: the cast of networks, the loop, checkpoints, validation, memory estimate and dry run."""

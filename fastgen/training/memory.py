@@ -1,0 +1,214 @@
+"""What a run needs in memory, computed from configs with every network on the meta device.
+
+python -m fastgen.training.memory            table of the models in configs/teachers, by role mode and card
+python -m fastgen.training.memory --write    into docs/memory.md (a test holds it to what this prints)
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastgen.config.parse import merge, read_files
+from fastgen.config.run import RunConfig, validate
+from fastgen.core.paths import config
+from fastgen.objectives import REGISTRY
+from fastgen.roles.roles import Role
+from fastgen.training.cast import Cast
+
+BYTES = 4  # gradients, optimizer states and averages are float32
+GIB = 2**30
+CARDS, USABLE = (24, 40, 80), 0.92  # GiB, and the part of them that CUDA and fragments leave
+HEAD = """# Memory by model, role mode and card
+
+`python -m fastgen.training.memory --write` computes this page from `configs/teachers/*.yaml` with every
+network on the meta device; nothing in it is typed. The run it describes: DMD2 without GAN (teacher,
+student, critic), batch 1, frozen weights in half precision, what is trained in float32 with AdamW and
+one average, gradient checkpointing, fused attention, the adapter ranks of the config. *Shared LoRA*
+keeps one frozen base under all three roles, *full copies* a frozen teacher, a student and a critic.
+Weights, gradients, optimizer states and averages are exact, activations (the second addend) an
+estimate. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
+cached, before anything is trained. Adapters over a base that fits no card, and full copies, need
+sharding.
+
+| model | parameters | x0 | guidance | {num}-step times | encoders | shared LoRA | fits | full copies | fits |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass
+class Memory:
+    """Bytes by purpose while training, and of encoders that are gone by then."""
+
+    rows: dict[str, float]
+    encoders: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.rows.values())
+
+
+def estimate(cfg: RunConfig, cast: Cast) -> Memory:
+    """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
+    codec = cast.teacher.codec
+    vae, whole = _bytes(getattr(codec, "vae", None)), _bytes(codec)
+    trained = sum(
+        sum(p.numel() for p in r.trainable().values())
+        for n, r in cast.parts.items()
+        if n != "teacher" and isinstance(r, Role)
+    )
+    heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, nn.Module) for p in m.parameters())
+    size, passes = _activations(cfg, cast)
+    batch, student = cfg.train.train_batch_size, cast.parts["student"]
+    half = 0.5 if cfg.train.mixed_precision != "no" and _dtype(student) == torch.float32 else 1.0
+    averaged = sum(p.numel() for p in student.trainable().values())
+    rows = {
+        "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
+        + vae
+        + heads * BYTES,
+        "gradients": (trained + heads) * BYTES,
+        "Adam states": 2 * (trained + heads) * BYTES,
+        "EMA": len(cfg.train.ema_decay) * averaged * BYTES,
+        f"activations (estimate: one pass x {passes} x batch {batch})": size * passes * batch * half,
+    }
+    return Memory(rows, whole - vae)
+
+
+def _bytes(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _dtype(role: Role):
+    """Precision a role's network computes in."""
+    return next(role.backbone.parameters()).dtype
+
+
+class _Fused(torch.autograd.Function):
+    """Attention that keeps its inputs and its output, as every fused kernel does."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch would choose the kernel that keeps every attention weight."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            if given["query"].is_meta:
+                return _Fused.apply(given["query"], given["key"], given["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Kept:
+    """Distinct storages that autograd holds, those of parameters left out."""
+
+    def __init__(self, own: set[int]):
+        self.own, self.tensors = own, {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.tensors[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    @property
+    def size(self) -> int:
+        return sum(v.untyped_storage().nbytes() for k, v in self.tensors.items() if k not in self.own)
+
+
+def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
+    """(bytes autograd keeps for one sample's pass through the student, passes with a graph in one turn).
+
+    With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
+    recomputed.
+    """
+    codec, student, device = cast.teacher.codec, cast.parts["student"], cast.device
+    for p in student.trainable().values():
+        p.requires_grad_(True)
+    own = {p.untyped_storage()._cdata for b in cast.backbones() for p in b.parameters()}
+    kept, inside = _Kept(own), [0]
+
+    def block(function, *args):
+        for arg in args:
+            if isinstance(arg, Tensor):
+                kept(arg)
+        inner = _Kept(own | set(kept.tensors))
+        with torch.autograd.graph.saved_tensors_hooks(inner, lambda x: x):
+            out = function(*args)
+        inside[0] = max(inside[0], inner.size)
+        return out
+
+    if cfg.train.gradient_checkpointing and hasattr(student.backbone, "net"):
+        student.backbone.net.enable_gradient_checkpointing(block)
+    t = torch.full((1,), student.times[0], dtype=torch.float64, device=device)
+    cond = {k: v.to(device) for k, v in codec.null(1).items()}
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+        out = student.raw(torch.zeros(1, *codec.shape, device=device), t, cond)
+    del out
+    return kept.size + inside[0], max(_passes(cfg, s, len(student.times)) for s in cfg.all_stages())
+
+
+def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
+    """Network passes whose graphs live together, on average over turns and rounded up."""
+    with_grad = sum(v for n, v in evaluations(cfg, stage, num_steps).items() if n.endswith("+grad"))
+    players = REGISTRY[stage.objective.name].player_parts(stage.objective)
+    return max(1, math.ceil(with_grad / len(players)))
+
+
+def evaluations(cfg: RunConfig, stage, num_steps: int) -> dict[str, float]:
+    """Network passes of a stage's step; a drawn guidance always takes both of the teacher's."""
+    cls, drawn = REGISTRY[stage.objective.name], cfg.student.guidance_embedding
+    w = drawn[1] if drawn else cls.learned_guidance(stage.objective, cfg.teacher.guidance)
+    return cls.evaluations(stage.objective, w, num_steps)
+
+
+def models() -> list[str]:
+    """Configs of released models: those with a published layout."""
+    names = sorted(p.stem for p in config("teachers").glob("*.yaml"))
+    return [n for n in names if "layout:" in config(f"teachers/{n}.yaml").read_text()]
+
+
+def row(name: str) -> str:
+    """One line of the table, in GiB."""
+    found = {}
+    for kind in ("lora", "full"):
+        ours = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": "any"}}
+        asked = merge(read_files([str(config(f"teachers/{name}.yaml"))]), {**ours, "student": {"kind": kind}})
+        cfg = validate(asked)
+        cast = Cast(cfg, "meta")
+        found[kind] = estimate(cfg, cast)
+    codec, times = cast.teacher.codec, cast.parts["student"].times
+    guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
+    num = sum(p.numel() for p in cast.teacher.backbone.parameters())
+    text = (
+        f"| [{name}](../configs/teachers/{name}.yaml) | {num / 1e9:.2f}B | {'x'.join(map(str, codec.shape))} "
+    )
+    text += f"| {guidance} | {', '.join(f'{t:.4g}' for t in times)} | {found['lora'].encoders / GIB:.1f} "
+    for kind in ("lora", "full"):
+        *fixed, moving = found[kind].rows.values()
+        cards = [str(c) for c in CARDS if found[kind].total <= USABLE * c * GIB]
+        text += f"| {sum(fixed) / GIB:.1f} + {moving / GIB:.1f} | {', '.join(cards) or 'none'} "
+    return text + "|"
+
+
+def main(argv: list[str]) -> None:
+    """Print the page, or write it."""
+    from fastgen.core.console import quiet
+
+    quiet()
+    text = HEAD.format(usable=USABLE, num=4) + "\n".join(row(n) for n in models()) + "\n"
+    if "--write" in argv:
+        (config("teachers").parents[1] / "docs" / "memory.md").write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

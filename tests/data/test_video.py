@@ -1,0 +1,143 @@
+"""A run on clips from end to end: data, training of two experts, pictures, export, sampling."""
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastgen.cli import sample
+from fastgen.cli.train import main
+from fastgen.data import media
+from fastgen.data.loader import load_data
+from fastgen.roles.heads import make_head
+from fastgen.training import validation
+from tests.families.cases import CASES
+from tests.families.cases.video_parts import FRAMES, SIZE
+from tests.support.plain import run_plain
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Folders of tiny teachers by case."""
+
+    def folder(name):
+        path = tmp_path_factory.getbasetemp() / f"video-{name}"
+        return path if path.is_dir() else CASES[name].build(path)
+
+    return folder
+
+
+def clips(folder, num=4):
+    """Short animations with captions."""
+    folder.mkdir()
+    for i in range(num):
+        frames = [Image.new("RGB", (40, 36), (60 * i, 25 * f, 90)) for f in range(FRAMES)]
+        media.save_clip(frames, folder / f"{i}.gif")
+        (folder / f"{i}.txt").write_text(f"clip {i}")
+    return folder
+
+
+def train(tmp_path, folder, kind="lora", **more):
+    """Exit code of a run of two steps."""
+    values = {
+        "teacher": {"path": str(folder), "guidance": 3.0, "num_steps": 2},
+        "student": {"kind": kind, "num_steps": 2, "lora": {"rank": 2}},
+        "data": {"images": str(clips(tmp_path / "clips"))},
+        "objective": {"name": "dmd2", "student_every": 1},
+        "optim": {"student": {"lr": 1e-2}},
+        "train": {"max_train_steps": 2, "train_batch_size": 2, "validation_steps": 2, "ema_decay": [0.5]},
+        "eval": {"num_samples": 2, "validation_samples": 2, "grid": 2, "batch_size": 2},
+        **more,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")])
+
+
+def test_two_experts_from_clips_to_plain_diffusers(tmp_path, built, monkeypatch):
+    """A LoRA for each expert, shown, exported and drawn by the card's own snippet."""
+    # tests/evaluation/test_report.py has the report
+    monkeypatch.setattr("fastgen.evaluation.report.write_report", lambda folder: folder)
+    assert train(tmp_path, built("wan22")) == 0
+    run = tmp_path / "run"
+    with Image.open(run / "samples/step_000002.gif") as film:
+        assert film.n_frames == FRAMES
+    assert (run / "samples/teacher.png").is_file()
+    export = run / "export"
+    files = sorted(p.name for p in export.glob("*.safetensors"))
+    assert len(files) == 2 and files[0].endswith("-lora-transformer_2.safetensors")
+    card = (export / "README.md").read_text()
+    assert "load_into_transformer_2=True" in card and "text-to-video" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    (export / "plain.py").write_text(code)
+    done = run_plain("plain.py", cwd=export)
+    assert done.returncode == 0, done.stderr
+    with Image.open(export / "sample.gif") as film:
+        assert film.n_frames == FRAMES and film.size == (SIZE, SIZE)
+    out = tmp_path / "out"
+    asked = ["--model", str(export), "--prompt", "clip 1", "--num_images", "2", "--compare_teacher"]
+    assert sample.main([*asked, "--out", str(out)]) == 0
+    assert (out / "00001_1.gif").is_file() and (out / "grid.png").is_file()
+    (export / files[0]).unlink()
+    assert sample.main([*asked, "--out", str(tmp_path / "again")]) == 2
+
+
+def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
+    """Image to video: every sample has its own picture, in both halves of guidance."""
+    from fastgen.config.sections import DataConfig
+    from fastgen.networks.load import load_teacher
+
+    teacher = load_teacher(str(built("wan-i2v")))
+    data = load_data(DataConfig(images=str(clips(tmp_path / "clips"))), teacher)
+    index = torch.arange(2)
+    cond, null = data.cond(index), data.null(index)
+    assert data.x0.shape == (4, *teacher.codec.shape)
+    assert torch.equal(cond["image_latents"], null["image_latents"])
+    assert not torch.equal(cond["image_latents"][0], cond["image_latents"][1])
+    assert not torch.equal(cond["encoder_hidden_states"], null["encoder_hidden_states"])
+    Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "first.png")
+    asked = ["--model", str(built("wan-i2v")), "--prompt", "a", "--steps", "2", "--guidance", "2"]
+    assert sample.main([*asked, "--image", str(tmp_path / "first.png"), "--out", str(tmp_path / "o")]) == 0
+    capsys.readouterr()
+    assert sample.main([*asked, "--out", str(tmp_path / "p")]) == 2
+    assert "--image: found 0 for 1 prompts" in capsys.readouterr().err
+
+
+def test_an_image_alone(tmp_path, built, capsys):
+    """SVD is asked without a prompt."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "first.png")
+    asked = ["--model", str(built("svd")), "--steps", "2", "--image", str(tmp_path / "first.png")]
+    assert sample.main([*asked, "--out", str(tmp_path / "o")]) == 0
+    assert sample.main([*asked, "--prompt", "a dog", "--out", str(tmp_path / "p")]) == 2
+    assert "by an image alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key,value", [("num_frames", 8), ("height", 24)])
+def test_sizes_that_an_autoencoder_cannot_make(tmp_path, built, capsys, key, value):
+    teacher = {"path": str(built("wan22")), key: value}
+    assert train(tmp_path, built("wan22"), teacher=teacher) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"teacher.{key}: found {value}" in told
+
+
+def test_no_checkpointing_where_diffusers_has_none(tmp_path, built, capsys):
+    values = {"gradient_checkpointing": True, "max_train_steps": 2}
+    (tmp_path / "p.txt").write_text("a chair\n")
+    asked = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": str(tmp_path / "p.txt")}}
+    teacher = {"path": str(built("shap-e"))}
+    assert train(tmp_path, built("shap-e"), teacher=teacher, train=values, **asked) == 2
+    assert "diffusers' PriorTransformer has none" in capsys.readouterr().err
+
+
+def test_pictures_of_clips(tmp_path):
+    clip = torch.rand(3, 3, 5, 8, 8)
+    validation.save_grid(clip, tmp_path / "g.png")
+    with Image.open(tmp_path / "g.png") as image, Image.open(tmp_path / "g.gif") as film:
+        assert film.n_frames == 5 and image.width > 4 * image.height / 3
+    strip = media.filmstrip(clip, 5)
+    assert torch.equal(strip[1, :, :, 16:24], clip[1, :, 2])
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (3, 2), (12, 4), (63, 10), (8, 8)])
+def test_heads_over_maps_of_any_shape(height, width):
+    head = make_head(16, height, width, hidden=8)
+    assert head(torch.randn(2, 16, height, width)).shape == (2,)

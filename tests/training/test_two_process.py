@@ -1,0 +1,85 @@
+"""Two gloo processes give the parameters of one process with twice the batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastgen.cli.train import main
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = """
+import sys, torch
+from fastgen.cli.train import main
+worlds, reduce = set(), torch.distributed.all_reduce
+def all_reduce(tensor, *args, **kwargs):
+    worlds.add(torch.distributed.get_world_size())
+    return reduce(tensor, *args, **kwargs)
+torch.distributed.all_reduce = all_reduce
+code = main(sys.argv[1:])
+assert worlds == {2}, worlds
+sys.exit(code)
+"""
+# Adam divides a gradient by its size: at its usual epsilon one that is rounding alone decides a whole step.
+EPS = {"eps": 1e-4}
+METHODS = {
+    "dmd2": {"name": "dmd2", "student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1},
+    "consistency": {"name": "consistency", "num_scales": 8, "target_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
+    values = {
+        "teacher": {"path": "analytic:gmm2d-flow"},
+        "objective": METHODS[name],
+        "student": {"num_steps": 2},
+        "optim": {"student": EPS, "critic": EPS} if name == "dmd2" else {"student": EPS},
+        "train": {"max_train_steps": 4, "validation_steps": 0, "ema_decay": [0.9]},
+        "eval": {"num_samples": 0},
+    }
+    for folder, batch in (("one", 16), ("two", 8)):
+        values["train"]["train_batch_size"] = batch
+        (tmp_path / f"{folder}.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    (tmp_path / "driver.py").write_text(DRIVER)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two"]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        load_file(tmp_path / f / "checkpoints/checkpoint-4/state.safetensors") for f in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_an_expert_that_only_another_process_needed(monkeypatch):
+    """Its gradient is averaged with zeros here, and the processes agree on what they send."""
+    from fastgen.training.trainer import average_gradients
+
+    def all_reduce(tensor, op=None):
+        tensor.fill_(1) if tensor.dtype == torch.uint8 else tensor.add_(torch.tensor([0, 0, 4.0, 4.0, 4.0]))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    here, elsewhere = (torch.nn.Parameter(torch.ones(n)) for n in (2, 3))
+    here.grad = torch.full((2,), 2.0)
+    average_gradients([here, elsewhere])
+    assert here.grad.tolist() == [1.0] * 2 and elsewhere.grad.tolist() == [2.0] * 3
