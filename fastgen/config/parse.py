@@ -10,7 +10,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastgen.core.errors import UserError, suggest
+from fastgen.core.paths import config
 from fastgen.objectives import REGISTRY
+
+BUNDLED = "configs:"
+"""what the name of a bundled config starts with, as assets: does for a bundled asset"""
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -44,24 +48,68 @@ def _merge_items(items: list, over: dict) -> list:
 
 
 def read_files(files: list[str]) -> dict:
-    """YAML files deep-merged left to right."""
+    """The values of YAML files, each over the files that its own `base` key names, deep-merged left to right.
+
+    A name is a path, or configs:NAME for a file that comes with the package.
+    """
     merged: dict = {}
     for name in files:
-        path = Path(name)
-        if not path.is_file():
-            raise UserError("--config", f"{name} does not exist", "give the path of a YAML file")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            raise UserError(
-                "--config", f"{name} is not valid YAML ({' '.join(str(error).split())})", ""
-            ) from None
-        if not isinstance(values, dict):
-            raise UserError(
-                "--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections"
-            )
-        merged = merge(merged, values)
+        merged = merge(merged, _read_over_bases(_locate(name, Path(), "--config"), ()))
     return merged
+
+
+def _read_over_bases(file: Path, above: tuple[Path, ...]) -> dict:
+    """The values of one file over those of its bases; `above` are the files whose base it is."""
+    if file.resolve() in above:
+        circle = " -> ".join(p.name for p in (*above, file))
+        raise UserError("base", f"{circle} is a circle", "remove one of these base keys")
+    values = _read(file, "base" if above else "--config")
+    found = values.pop("base", [])
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise UserError("base", f"{file} has {found!r}", "give the path of one YAML file, or a list of paths")
+    merged: dict = {}
+    for name in names:
+        base = _locate(name, file.parent, "base", f" (the base of {file})")
+        if base.suffix not in (".yaml", ".yml"):
+            raise UserError("base", f"{file} has {name!r}", "give the path of a .yaml file")
+        merged = merge(merged, _read_over_bases(base, (*above, file.resolve())))
+    return merge(merged, values)
+
+
+def _locate(name: str, folder: Path, key: str, where: str = "") -> Path:
+    """The file of a name: a path (relative to `folder`), or configs:NAME inside the bundled configs."""
+    if not name.startswith(BUNDLED):
+        path = folder / Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(key, f"{path}{where} does not exist", "give the path of a YAML file")
+        return path
+    root = config("").resolve()
+    path = (root / name.removeprefix(BUNDLED)).resolve()
+    if not (path.is_relative_to(root) and path.is_file()):
+        close = suggest(name, (f"{BUNDLED}{p.relative_to(root).as_posix()}" for p in root.rglob("*.yaml")))
+        raise UserError(
+            key,
+            f"{name}{where} is no bundled config{close}",
+            f"name a file of {root} as {BUNDLED}FOLDER/NAME.yaml",
+        )
+    return path
+
+
+def _read(file: Path, key: str) -> dict:
+    """One YAML file as it stands."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(key, f"{file} is not valid YAML ({' '.join(str(error).split())})", "") from None
+    if not isinstance(values, dict):
+        raise UserError(key, f"{file} holds a {type(values).__name__}", "expected a mapping of sections")
+    return values
+
+
+def run_folder(files: list[str]) -> str:
+    """Where a run of these config files goes by default: runs/A, or runs/A+B for A.yaml and B.yaml."""
+    return "runs/" + "+".join(Path(name.removeprefix(BUNDLED)).stem for name in files)
 
 
 def overrides(argv: list[str], model: type[BaseModel], switches: tuple[str, ...] = ()) -> dict:

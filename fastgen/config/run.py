@@ -7,7 +7,7 @@ from typing import Annotated, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fastgen.config.parse import complain, merge, model_in, overrides, read_files
+from fastgen.config.parse import complain, merge, model_in, overrides, read_files, run_folder
 from fastgen.config.sections import (
     CriticConfig,
     DataConfig,
@@ -41,8 +41,8 @@ class StageConfig(Section):
 class RunConfig(Section):
     """Everything one run needs. `fastgen-train --help` shows each key."""
 
-    output_dir: str = "runs/fashion_dmd2"
-    """run folder"""
+    output_dir: str = "runs/unnamed"
+    """run folder; where not given, runs/ and the names of the --config files joined by +"""
     teacher: TeacherConfig = TeacherConfig()
     """the slow generator"""
     student: StudentConfig = StudentConfig()
@@ -211,5 +211,10 @@ def schema() -> str:
 
 
 def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:
-    """Files, then flags; `switches` are the flags that are no keys, for suggestions."""
-    return validate(merge(read_files(files), overrides(argv, RunConfig, switches)))
+    """Files, then flags; `switches` are the flags that are no keys, for suggestions. Where neither names an
+    output_dir, it follows from the names of the files.
+    """
+    values = merge(read_files(files), overrides(argv, RunConfig, switches))
+    if files:
+        values.setdefault("output_dir", run_folder(files))
+    return validate(values)
