@@ -1,7 +1,8 @@
 """Keep the evidence: record runs of the recipes, and write the leaderboard from them.
 
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
-python -m eval leaderboard [--check]
+python -m eval leaderboard [--check]                   the tables, configs/README.md and the guide
+python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
 
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
@@ -17,8 +18,6 @@ from fastgen.cli import evaluate
 from fastgen.core.console import fail, quiet
 from fastgen.core.errors import UserError
 
-COMMANDS = ("record", "leaderboard", "negative")
-
 
 def _flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
@@ -28,10 +27,11 @@ def _flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = flags.add_argument
-    add("command", choices=COMMANDS)
+    add("command", choices=RUN)
     add("--run", default="", metavar="DIR", help="run folder")
     add("--recipe", default="", help="record: the recipe the run is of")
     add("--seed", type=int, default=None, help="record: check that the run had this seed")
+    add("--since", default="HEAD", metavar="REV", help="resolved: the git revision to compare with")
     add(
         "--check",
         action="store_true",
@@ -43,12 +43,12 @@ def _flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where --check finds something; 2 for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    if not (argv and argv[0] in COMMANDS or {"-h", "--help"} & set(argv)):
+    if not (argv and argv[0] in RUN or {"-h", "--help"} & set(argv)):
         return evaluate.main(argv)
     args = _flags().parse_args(argv)
     quiet()
     try:
-        return {"leaderboard": _leaderboard, "negative": _negative, "record": _record}[args.command](args)
+        return RUN[args.command](args)
     except UserError as error:
         return fail(error)
 
@@ -75,6 +75,18 @@ def _leaderboard(args) -> int:
     return 1 if problems else 0
 
 
+def _resolved(args) -> int:
+    from eval.resolved import since
+
+    count, renamed, changed = since(args.since)
+    for line in (*renamed, *changed):
+        print(line)
+    print(
+        f"{count} configs of {args.since}: {len(renamed)} renamed, {len(changed)} that are not what they were"
+    )
+    return 1 if changed else 0
+
+
 def _record(args) -> int:
     from eval.evidence import record
 
@@ -82,6 +94,9 @@ def _record(args) -> int:
         raise UserError("record", "needs --run DIR and --recipe NAME", "see --help")
     print(f"wrote {record(args.run, args.recipe, args.seed)}")
     return 0
+
+
+RUN = {"record": _record, "leaderboard": _leaderboard, "resolved": _resolved, "negative": _negative}
 
 
 if __name__ == "__main__":

@@ -105,8 +105,12 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
     return target
 
 
-def differing(a: RunConfig, b: RunConfig) -> list[str]:
-    """Dotted keys in which two configs differ, of those that count."""
+FREE = ("output_dir", "train.num_threads", "train.seed")
+"""what a run may choose without being another one"""
+
+
+def differing(a: RunConfig, b: RunConfig, free: tuple[str, ...] = FREE) -> list[str]:
+    """Dotted keys in which two configs differ, but for those that are free."""
 
     def flat(value, prefix: str = "") -> dict:
         if not isinstance(value, dict):
@@ -116,7 +120,6 @@ def differing(a: RunConfig, b: RunConfig) -> list[str]:
         }
 
     left, right = (flat(c.model_dump(mode="json")) for c in (a, b))
-    free = ("output_dir", "train.num_threads", "train.seed")
     return sorted(k for k in left.keys() | right.keys() if k not in free and left.get(k) != right.get(k))
 
 

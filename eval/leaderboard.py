@@ -1,8 +1,10 @@
-"""The pages built from evidence and from the tests that exist: fastgen/objectives/README.md and the guide."""
+"""The pages built from evidence, configs and the tests that exist: fastgen/objectives/README.md, the guide
+and configs/README.md.
+"""
 
 from pathlib import Path
 
-from eval import evidence, orderings
+from eval import catalogue, evidence, orderings
 from eval.ladder import TESTS, choice, ladder
 from eval.results_table import markdown, measured
 from fastgen.core.errors import UserError
@@ -37,10 +39,10 @@ One file per method. The tables below are written by `python -m eval leaderboard
 """
 
 
-def _between(text: str, marker: str, body: str) -> str:
+def _between(text: str, marker: str, body: str, page: str = "README.md") -> str:
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
     if begin not in text or end not in text:
-        raise UserError("leaderboard", f"README.md lacks {begin} or {end}", "put both markers back")
+        raise UserError("leaderboard", f"{page} lacks {begin} or {end}", "put both markers back")
     head, rest = text.split(begin, 1)
     return f"{head}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
 
@@ -61,6 +63,7 @@ def leaderboard(
     folder: Path | None = None,
     tests: Path = TESTS,
     guide: Path | None = GUIDE,
+    configs: Path | None = catalogue.PAGE,
 ) -> list[str]:
     """Rewrite the tables, or with check only say what is out of date."""
     if not tests.is_dir():
@@ -70,6 +73,11 @@ def leaderboard(
     pages = {readme: (text, render(text, documents, tests))}
     if guide is not None:
         pages[guide] = (guide.read_text(), _between(guide.read_text(), "choice", choice(documents)))
+    if configs is not None:
+        before = built = configs.read_text()
+        for marker, table in catalogue.TABLES.items():
+            built = _between(built, marker, table(documents), "configs/README.md")
+        pages[configs] = (before, built)
     if not check:
         for page, (_, built) in pages.items():
             write_text(page, built)
@@ -77,5 +85,8 @@ def leaderboard(
     problems = evidence.outdated(documents)
     for page, (before, built) in pages.items():
         if not page.is_file() or built != before:
-            problems.append(f"{page.name} differs from the evidence; run `python -m eval leaderboard`")
+            where = f"{page.parent.name}/{page.name}"
+            problems.append(
+                f"{where} differs from the evidence or the configs; run `python -m eval leaderboard`"
+            )
     return problems
