@@ -123,7 +123,7 @@ def _result(group: list[dict], documents: list[dict]) -> list[str]:
         ", ".join(map(str, sorted(set(calls.values())))),
         f"{cell(own)} at {calls[best]}",
         f"{teacher[0]:.3g} at {cell(numbers(group, 'teacher', 'nfe')[:1], '.0f')}" if teacher else "",
-        f"{sum(own) / len(own) / teacher[0]:.2f}" if teacher else "",
+        ("" if teacher[1] else "~") + f"{sum(own) / len(own) / teacher[0]:.2f}" if teacher else "",
         f"[evidence](../assets/results/{group[0]['file']}){count}",
     ]
 
@@ -137,7 +137,7 @@ def recipes(documents: list[dict]) -> str:
         methods = "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages()))
         row = [_link(file), methods, cfg.student.kind, *_result(group, documents)]
         tables.setdefault(teacher_name(cfg, file.stem), []).append(row)
-    header = ("recipe", "method", "student", "steps", "fd_mini at best", "teacher", "of teacher", "evidence")
+    header = ("recipe", "method", "student", "steps", "fd_mini", "teacher", "of teacher", "evidence")
     lines = []
     for teacher, rows in tables.items():
         title = f"### {teacher}: [base](bases/{teacher}.yaml), [teacher](teachers/{teacher}.yaml)"
