@@ -73,7 +73,13 @@ def _flags() -> argparse.ArgumentParser:
         "the list below shows those of the objective and values chosen so far.",
     )
     flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
-    flags.add_argument("--config", nargs="+", default=[], metavar="YAML", help="files, merged left to right; configs:NAME is bundled")
+    flags.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="files, merged left to right; configs:NAME is bundled",
+    )
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
     flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
     flags.add_argument(
