@@ -16,6 +16,7 @@ from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES
 from fastgen.networks.attention import kernel
+from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.lora_targets import adapter_layers
 
 __all__ = ["Backbone", "Cond", "Family"]
@@ -25,7 +26,7 @@ class _Reached(Exception):
     """Raised by the deepest feature hook to skip the rest of a forward pass nobody needs."""
 
 
-class Backbone(nn.Module):
+class Backbone(Denoiser):
     """A raw network as a denoiser: `backbone(x_t, t, cond)` returns D in float32.
 
     prediction is the network's native kind (see `schedules.KINDS`), or "edm" for the preconditioning of
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
 
     def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
+        self.family: Family
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
         self.second_time = False
         """whether the network also reads where its step ends, cond["r"] [B], as one more input channel"""

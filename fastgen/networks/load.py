@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgen.core.errors import UserError, first_line
+from fastgen.core.paths import ANALYTIC, is_analytic
 from fastgen.families.base import Family
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
@@ -234,8 +235,8 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     are those of `Source`.
     """
     source = Source(path, prediction, **asked)
-    if path.startswith("analytic:"):
-        return load_analytic(path.removeprefix("analytic:"))
+    if is_analytic(path):
+        return load_analytic(path.removeprefix(ANALYTIC))
     if not path and source.blueprint is None:
         raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
     folder, codec_configs = _place(source)
