@@ -90,10 +90,10 @@ def run(cfg, known) -> int:
     import torch
 
     from fastgen.data.loader import load_data
+    from fastgen.networks.codecs import TextCodec
     from fastgen.training import checkpoint, validation
     from fastgen.training.cast import Cast
     from fastgen.training.dryrun import describe, rehearse
-    from fastgen.networks.codecs import TextCodec
     from fastgen.training.trainer import NotFinite, Trainer
 
     quiet()

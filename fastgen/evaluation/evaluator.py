@@ -7,19 +7,20 @@ from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.evaluation.diagnostics import look
+from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
 
 class Requests:
-    """What is asked of a generator: condition rows, and the attributes a measuring net should find."""
+    """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
 
     def __init__(self, teacher, data):
         codec, self.attributes = teacher.codec, {}
         self.codec, self.uncond, self.own = codec, data.uncond, None
         measure = (teacher.info or {}).get("measure")
-        if hasattr(codec, "prompts") and measure == "tinted":
+        if isinstance(codec, TextCodec) and measure == "tinted":
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
@@ -61,9 +62,9 @@ class Evaluator:
         self.cfg, self.cast = cfg, cast
         self.requests = Requests(cast.teacher, data)
         self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
-        analytic = cast.teacher.path.startswith("analytic:")
+        teacher = cast.teacher
         self.measurer = (
-            ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)
+            ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)
         )
 
     @torch.no_grad()
@@ -91,8 +92,10 @@ class Evaluator:
             noise = ImageNoise(seeds, shape, device).first
             num = steps or self.cfg.teacher.num_steps
             return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
-        untrained = Role(cast.teacher.backbone) if who == "untrained_student" else None
-        return sample_student(student.taking(steps, untrained), seeds, shape, cond, device)
+        student = student.with_steps(steps)
+        if who == "untrained_student":
+            student = student.with_network(Role(cast.teacher.backbone))
+        return sample_student(student, seeds, shape, cond, device)
 
     def score(self, images: Tensor) -> dict[str, float]:
         """Metrics of images made for the first len(images) requests."""

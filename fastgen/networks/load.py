@@ -182,7 +182,8 @@ def _from_folder(folder: Path, source: Source):
     import diffusers
 
     info = read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
-    noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
+    export = info.get("export")  # how it noises stands beside a student's scheduler of a few steps
+    noised_by = export.get("teacher_scheduler") if isinstance(export, dict) else None
     scheduler = load_scheduler(
         noised_by or read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
     )
@@ -257,6 +258,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         allowed = "mend scheduler/scheduler_config.json"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
     backbone = Backbone(net.eval(), family, schedule, found)
-    if info.get("export", {}).get("gaps") and "lora" not in info["export"]:
+    export = info.get("export") or {}
+    if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])
     return Teacher(backbone, codec, scheduler, path, info)

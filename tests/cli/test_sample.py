@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastgen.cli.conditions import parse_labels
 from fastgen.cli.sample import main
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
 
 
@@ -20,7 +20,7 @@ def exports(tiny, tmp_path_factory):
     flow = make_run(tiny("flow"), out=root / "flow", num_steps=2)
     sd = make_run(tiny("sd"), "lora", out=root / "sd")
     runs = {"flow": flow, "sd": sd}
-    return {name: export_student(run, root / name / "export", {}) for name, run in runs.items()}
+    return {name: export_run(run, root / name / "export", {}) for name, run in runs.items()}
 
 
 def call(capsys, *argv):

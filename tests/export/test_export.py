@@ -17,7 +17,7 @@ from fastgen.core.errors import UserError
 from fastgen.export import lora, snippet
 from fastgen.export.load import Loaded, load_export, sample_command
 from fastgen.export.lora import load_lora_into
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.training.cast import Cast
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
@@ -125,7 +125,7 @@ def replayed(tiny, tmp_path_factory):
         student, teacher = run.cast.parts["student"], run.cast.teacher
         student.sampler, student.times = sampler, teacher.schedule.steps(int(steps))
         results = {"student": {"nfe": int(steps), "fd_mini": 1.5}, "protocol": {"num_samples": 10}}
-        folder = found.folder[name] = export_student(run, root / name / "export", results)
+        folder = found.folder[name] = export_run(run, root / name / "export", results)
         condition = list(PROMPTS) if hasattr(teacher.codec, "prompts") else LABELS
         found.ours[name] = ours(Loaded(student, teacher), condition)  # as trained, in memory
         found.reloaded[name] = ours(load_export(folder), condition)
@@ -179,7 +179,7 @@ def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
     folders, cases = {}, []
     for family, first in FIRST.items():
         run = make_run(tiny(family), out=tmp_path / family, timesteps=[first])
-        folder = folders[family] = export_student(run, tmp_path / family / "export", {})
+        folder = folders[family] = export_run(run, tmp_path / family / "export", {})
         cases.append({"name": family, "how": "snippet", "code": code_of(folder), "folder": str(folder)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     files = [SUPPORT / "plain_replay.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
@@ -204,7 +204,7 @@ def test_another_grid_gives_other_images(replayed):
 def test_export_leaves_the_networks_alone(replayed):
     """The cast exports again and again; its student still draws the last export's images."""
     run = replayed.cast["sd", "lora"]
-    again = export_student(run, run.folder / "again", {})
+    again = export_run(run, run.folder / "again", {})
     assert torch.equal(ours(load_export(again), list(PROMPTS)), replayed.reloaded["sd-lora-renoise-4"])
     assert run.cast.parts["student"].backbone.adapter is None
 
@@ -309,7 +309,7 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
         }
     )
     run = SimpleNamespace(cast=Cast(cfg), cfg=cfg, step=5, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.float16}
     assert '"DDIMScheduler"' in (folder / "scheduler/scheduler_config.json").read_text()
@@ -320,16 +320,16 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
 
 def test_export_replaces_an_older_one_whole(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     (folder / "stale.txt").write_text("old")
-    export_student(run, folder, {})
+    export_run(run, folder, {})
     assert not (folder / "stale.txt").exists() and not (tmp_path / "export.tmp").exists()
 
 
 def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
     run.cfg = run.cfg.model_copy(update={"train": run.cfg.train.model_copy(update={"export_dtype": "bf16"})})
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.bfloat16}
     assert {p.dtype for p in run.cast.parts["student"].backbone.parameters()} == {torch.float32}

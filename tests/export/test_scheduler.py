@@ -61,7 +61,7 @@ def test_one_scheduler_serves_every_count_of_a_grid(grid):
 def test_every_step_count_starts_where_the_students_own_list_does():
     def counts(S, times, *wanted):
         student = Student(GaussianNet(S, 0.0, 1.0), None, times)
-        return [student.taking(num).times for num in wanted]
+        return [student.with_steps(num).times for num in wanted]
 
     S = VP.scaled_linear()
     assert counts(S, [850.0], 1, 2, 4) == [[850.0], [850.0, 425.0], [850.0, 637.0, 425.0, 212.0]]

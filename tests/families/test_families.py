@@ -11,7 +11,7 @@ from torch import nn
 from fastgen.diffusion.schedules import EDM
 from fastgen.export import lora
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.families.registry import FAMILIES
 from fastgen.networks.attention import exact_attention
 from fastgen.roles.roles import Role
@@ -205,7 +205,7 @@ def exported(world, tmp_path):
 
     def write(kind: str, num_steps: int = 4):
         trainer = world.trainer(kind, num_steps, world.case.sampler)
-        return trainer.cast.parts["student"], export_student(trainer, tmp_path / kind, {})
+        return trainer.cast.parts["student"], export_run(trainer, tmp_path / kind, {})
 
     return write
 

@@ -17,7 +17,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export.scheduler import scheduler_for
 from fastgen.export.snippet import PROMPT
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.families.registry import detect
 from fastgen.networks.load import load_teacher
 from fastgen.networks.lora_targets import adapter_layers
@@ -219,7 +219,7 @@ def test_scheduler_without_ode_is_told_before_training(world, name):
 def test_renoising_tokens(world, name, tmp_path):
     """The scheduler draws its noise over packed tokens; with the same draws our images are the pipeline's."""
     trainer = world.trainer("full", 3, "renoise")
-    folder, student = export_student(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
+    folder, student = export_run(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
     info = json.loads((folder / "fastgen.json").read_text())["export"]
     latents = world.family.pipeline_latents(world.noise, world.schedule)
     tokens = latents if latents.ndim == 3 else latents.flatten(2).transpose(1, 2)
@@ -253,7 +253,7 @@ def test_the_card_s_snippet(world, name, kind, tmp_path, monkeypatch):
     """Run as it stands, it draws what our sampler draws with its seed."""
     trainer = world.trainer(kind, 2, CASES[name].sampler)
     trainer.cast.cfg = trainer.cfg
-    folder, student = export_student(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
+    folder, student = export_run(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
     monkeypatch.chdir(folder)
     exec(code_of(folder), {"__name__": "card"})
     codec = world.codec

@@ -110,7 +110,7 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
     with torch.no_grad():
         for w in (1.0, 2.0, 4.0):
             guided = sample_teacher(teacher, noise, cond, uncond, 12, w)
-            mine = student.at(w).generate(noise, cond, torch.randn_like)
+            mine = student.with_guidance(w).generate(noise, cond, torch.randn_like)
             found[w] = float((mine - guided).square().mean().sqrt()), energy_distance(mine, guided)
         apart = energy_distance(
             sample_teacher(teacher, noise, cond, uncond, 12, 1.0),

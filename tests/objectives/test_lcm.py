@@ -8,7 +8,7 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.roles.roles import Role, Student
 from fastgen.sampling.solvers import teacher_grid
@@ -193,7 +193,7 @@ def test_p4_lcm_of_a_flow(tiny, tmp_path):
 
 def test_lcm_scheduler_without_its_original_steps_is_refused(tiny, tmp_path):
 
-    folder = export_student(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
+    folder = export_run(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
     document = json.loads((folder / "fastgen.json").read_text())
     del document["export"]["scheduler"]["original_inference_steps"]
     (folder / "fastgen.json").write_text(json.dumps(document))

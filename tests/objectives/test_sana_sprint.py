@@ -12,7 +12,7 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.sana_sprint import SanaSprint, SanaSprintConfig
@@ -163,7 +163,7 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
     ours = cast.parts["student"]
     assert ours.times == pytest.approx([1.0, 0.7827], abs=1e-4)
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     (folder / "plain.py").write_text(PLAIN.replace("PROMPTS", repr(list(PROMPTS))))
     done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from fastgen.config.run import validate
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from fastgen.objectives.tdm import TDM, TDMConfig
 from fastgen.roles.roles import Role, Student
 from fastgen.sampling.solvers import sample_student
@@ -183,7 +183,7 @@ def test_p1_several_step_counts_are_told(monkeypatch):
         list(objective.step(batch_of(double(8, 1)), 0))
         assert [t for _, t in nets["student"].seen[:num]] == walk
         assert {w for net in nets.values() for w, _ in net.seen} == {float(num)}
-    assert objective.student.taking(2).times == walks[2]
+    assert objective.student.with_steps(2).times == walks[2]
 
 
 def test_renoising_is_refused(capsys, tmp_path):
@@ -215,11 +215,11 @@ def test_p2_several_step_counts(tmp_path):
     real, labels = mixture.sample(1500, torch.Generator().manual_seed(7))
     untrained = Role(mixture.trainable_copy())
     for num in (1, 2, 4):
-        student = trainer.cast.parts["student"].taking(num)
+        student = trainer.cast.parts["student"].with_steps(num)
         assert student.guidance == num
         before, after = (
             energy_distance(real, sample_student(one, list(range(1500)), codec.shape, codec.labels(labels)))
-            for one in (student.taking(num, untrained), student)
+            for one in (student.with_steps(num).with_network(untrained), student)
         )
         assert after < 0.03 and after < before, (num, before, after)
 
@@ -265,7 +265,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
                     p.data -= 0.05 * p.grad.sign()
                     p.grad = None
     run = SimpleNamespace(cast=cast, cfg=cfg, step=4, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     images = plainly(PLAIN % (list(PROMPTS),), folder)
     loaded = load_export(folder)
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)

@@ -78,7 +78,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
 
     from fastgen.cli.sample import Generator, draw
     from fastgen.config.run import validate
-    from fastgen.export.write import export_student
+    from fastgen.training.exporting import export_run
     from fastgen.training.cast import Cast
 
     values = {
@@ -92,7 +92,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     for p in cast.parts["student"].trainable().values():
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (folder / "plain.py").write_text(code)
     done = run_plain("plain.py", cwd=folder)
@@ -150,7 +150,7 @@ def replay_counts(
     for num, theirs in zip(counts, plain):
         mine = draw(Generator(loaded, num, 1.0, {}), cond, [11, 12], 2)[0]
         assert (theirs - mine).abs().max() < 1e-3, num
-        base.role = loaded.role.taking(num, base.role)
+        base.role = loaded.role.with_steps(num).with_network(base.role)
         untrained = draw(Generator(base, 0, 1.0, {}), cond, [11, 12], 2)[0]
         assert (theirs - untrained).abs().max() > 1e-2, num
     assert (plain[-1] - plain[-2]).abs().max() > 3e-3, "the scheduler's setting does not show"
