@@ -127,7 +127,9 @@ def read_document(folder: Path, key: str) -> dict[str, Any]:
         raise UserError(key, found, "copy the export again; the file may be damaged") from None
     if not isinstance(document, dict):
         found = f"{file} holds {_kind(document)}"
-        raise UserError(key, found, "copy the export again; the file holds a JSON object with an entry export")
+        raise UserError(
+            key, found, "copy the export again; the file holds a JSON object with an entry export"
+        )
     return document
 
 

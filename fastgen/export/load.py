@@ -91,7 +91,9 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
     if not found.exists():
         if found.suffix != ".safetensors" and text.count("/") == 1 and not text.startswith(("/", ".")):
             return None
-        raise UserError(key, f"{found} does not exist", "give an export folder, a LoRA file or a teacher folder")
+        raise UserError(
+            key, f"{found} does not exist", "give an export folder, a LoRA file or a teacher folder"
+        )
     return found
 
 
@@ -113,7 +115,9 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
         pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
         what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
-        raise UserError(key, f"{found} {what}", "give an export folder, a LoRA .safetensors or a teacher folder")
+        raise UserError(
+            key, f"{found} {what}", "give an export folder, a LoRA .safetensors or a teacher folder"
+        )
     role, teacher = _as_role(load_teacher(str(found)))
     if info and info.is_student:
         role = _student(role.backbone, None, info, key)
@@ -178,7 +182,9 @@ def init_student(student: Role, path: str) -> None:
     key = "student.init"
     found = locate(path, key)
     if found is None:
-        raise UserError(key, f"{path!r} is not an export on this disk", "give an export folder or a LoRA file")
+        raise UserError(
+            key, f"{path!r} is not an export on this disk", "give an export folder or a LoRA file"
+        )
     info = None if found.is_file() else read_info(found, key)
     file = found / info.lora if info and info.lora else found
     network = student.backbone
@@ -234,7 +240,9 @@ def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
     state = {f"net.{n}": p for n, p in net.state_dict().items()}
     wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
     if wrong:
-        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "give a student of this teacher")
+        raise UserError(
+            key, f"{path} is another network ({wrong[0]} differs)", "give a student of this teacher"
+        )
     for name, value in own.items():
         value.lerp_(state[name].to(value), 1 - weight)
 

@@ -187,7 +187,9 @@ def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_schedule
     plain = {"num_inference_steps": num, "intermediate_timesteps": None}
     if times != schedule.steps(num):
         given = plain | {"timesteps": [*times, 0.0], "max_timesteps": None}
-        return SchedulerSetup(scheduler, given, set_on_scheduler=True)  # pipelines pass timesteps on without their number
+        return SchedulerSetup(
+            scheduler, given, set_on_scheduler=True
+        )  # pipelines pass timesteps on without their number
     return SchedulerSetup(scheduler, {} if num == 2 and schedule.middle is not None else plain)
 
 

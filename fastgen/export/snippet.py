@@ -123,7 +123,7 @@ def _label_usage(what: dict, info: ExportInfo, shape: tuple[int, ...], folder: s
     step += [f"        x = scheduler.step(out, t, x{given}, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
     if info.step_lengths:
-        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {list(info.step_lengths)}):  # gap: the step's length"
+        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {list(info.step_lengths)}):  # its length"
     times = list(info.times or ())
     if info.needs_loop:
         loop = _renoise_loop(times, label)

@@ -192,7 +192,9 @@ def _config_of(scheduler) -> dict[str, Any]:
     """A scheduler's config as JSON values."""
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     kept = {k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}
-    return {k: v.tolist() if isinstance(v, (np.ndarray, np.generic, torch.Tensor)) else v for k, v in kept.items()}
+    return {
+        k: v.tolist() if isinstance(v, (np.ndarray, np.generic, torch.Tensor)) else v for k, v in kept.items()
+    }
 
 
 def _document(teacher: Teacher, info: ExportInfo) -> dict[str, Any]:
@@ -203,9 +205,7 @@ def _document(teacher: Teacher, info: ExportInfo) -> dict[str, Any]:
 def export_folder(
     teacher: Teacher, net: nn.Module, folder: Path, scheduler, document: dict, dtype=torch.float32
 ) -> Path:
-    """Write `net` with a scheduler and the teacher's other parts as a diffusers folder; `document` becomes its
-    fastgen.json.
-    """
+    """Write `net`, a scheduler, the teacher's other parts and `document`, its fastgen.json, as a folder."""
     family = teacher.family
     folder.mkdir(parents=True, exist_ok=True)
     parts = family.parts(net)

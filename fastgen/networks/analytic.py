@@ -170,7 +170,9 @@ class MLPDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
         net_phase = self._coefficients(x_t, cond["net_t"])[1] if "net_t" in cond else phase
-        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, net_phase, cond)))
+        return c_skip * x_t + c_out * self.out(
+            nn.functional.silu(self._hidden(c_in * x_t, t, net_phase, cond))
+        )
 
     raw = forward
 
@@ -206,7 +208,9 @@ def _fixed(name: str):
         )
     known = ("gmm2d", "gaussian", "points", "gmm8d")
     raise UserError(
-        "teacher.path", f"no analytic teacher {name!r}{suggest(name, known)}", f"use one of {', '.join(known)}"
+        "teacher.path",
+        f"no analytic teacher {name!r}{suggest(name, known)}",
+        f"use one of {', '.join(known)}",
     )
 
 
@@ -216,7 +220,9 @@ def load_analytic(spec: str):
     schedules = {"": Flow, "flow": Flow, "vp": VP.scaled_linear, "edm": EDM, "trig": TrigFlow}
     if kind not in schedules:
         raise UserError(
-            "teacher.path", f"found the schedule {kind!r}", f"use one of {', '.join(k for k in schedules if k)}"
+            "teacher.path",
+            f"found the schedule {kind!r}",
+            f"use one of {', '.join(k for k in schedules if k)}",
         )
     means, stds, weights, labels = _fixed(name)
     mixture = GaussianMixture(means, stds, weights, schedules[kind](), labels)

@@ -1,7 +1,6 @@
 """A loaded teacher: the denoiser, the codec around it, and what an export repeats of its folder."""
 
 from dataclasses import dataclass
-
 from typing import Any
 
 from fastgen.core.paths import is_analytic

@@ -140,7 +140,12 @@ class Student(Role):
     def _copy(self, spec: StudentSpec, role: Role | None = None) -> "Student":
         """A student of the same class with another spec, and with the network of `role` if one is given."""
         other, role = copy.copy(self), role or self
-        changed = {"spec": spec, "guidance": spec.guidance, "backbone": role.backbone, "adapter": role.adapter}
+        changed = {
+            "spec": spec,
+            "guidance": spec.guidance,
+            "backbone": role.backbone,
+            "adapter": role.adapter,
+        }
         for name, value in changed.items():
             object.__setattr__(other, name, value)
         return other

@@ -32,9 +32,17 @@ class Router:
             return cls(num)
         classes = codec.num_classes
         if not classes:
-            raise UserError(KEY, f"found {num} for an unconditional teacher", "set it to 1: there are no classes to divide")
+            raise UserError(
+                KEY,
+                f"found {num} for an unconditional teacher",
+                "set it to 1: there are no classes to divide",
+            )
         if num > classes:
-            raise UserError(KEY, f"found {num} for {classes} classes", f"a student would have none; set it to {classes} or less")
+            raise UserError(
+                KEY,
+                f"found {num} for {classes} classes",
+                f"a student would have none; set it to {classes} or less",
+            )
         table = torch.arange(classes) * num // classes
         return cls(num, {"table": torch.cat([table, torch.zeros(1).long()])})  # the null class: any student
 
@@ -58,7 +66,9 @@ class Router:
         if self.num == 1:
             return torch.zeros(len(next(iter(cond.values()), torch.zeros(1))), dtype=torch.long)
         if self.tensors is None:
-            raise UserError(KEY, "the router has no clusters yet, because there are no prompts to divide", "set data")
+            raise UserError(
+                KEY, "the router has no clusters yet, because there are no prompts to divide", "set data"
+            )
         if "table" in self.tensors:
             return self.tensors["table"][cond["class_labels"].cpu()]
         place = (pool(cond).double().cpu() - self.tensors["mean"]) @ self.tensors["axis"]
@@ -72,7 +82,9 @@ class Router:
         from safetensors.torch import load_file
 
         if not (folder / FILE).is_file():
-            raise UserError(key, f"{folder} holds several students but no {FILE}", "copy the whole export folder")
+            raise UserError(
+                key, f"{folder} holds several students but no {FILE}", "copy the whole export folder"
+            )
         tensors = load_file(folder / FILE)
         num = int(tensors.pop("num"))
         return cls(num, tensors or None)

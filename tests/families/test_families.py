@@ -11,10 +11,10 @@ from torch import nn
 from fastgen.diffusion.schedules import EDM
 from fastgen.export import lora
 from fastgen.export.load import load_export
-from fastgen.training.exporting import export_run
 from fastgen.families.registry import FAMILIES
 from fastgen.networks.attention import exact_attention
 from fastgen.roles.roles import Role
+from fastgen.training.exporting import export_run
 from tests.families.cases import CASES
 from tests.families.world import (
     SHORT,

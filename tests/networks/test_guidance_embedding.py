@@ -12,10 +12,10 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.export.load import load_export
-from fastgen.training.exporting import export_run
 from fastgen.families.unet import guidance_features
 from fastgen.networks.load import load_teacher
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.objectives.test_contract import batch
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
@@ -175,9 +175,7 @@ def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
 
 def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
     cfg, cast, _ = make(tiny, "sd")
-    folder = export_run(
-        SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path), tmp_path / "export", {}
-    )
+    folder = export_run(SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path), tmp_path / "export", {})
     call = ["--model", str(folder), "--prompt", PROMPTS[0], "--guidance"]
     assert main([*call, "9", "--out", str(tmp_path / "a")]) == 0
     assert "--guidance: trained for 1 to 8, sampling with 9" in capsys.readouterr().err

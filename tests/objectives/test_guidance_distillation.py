@@ -33,8 +33,8 @@ class Recorder(Student):
 
 def make(span=None, guidance=1.0, batch=64):
     S = Flow()
-    student = Recorder(TwoMeans(S, 0.3, 0.5), None, S.steps(4), "ode")
-    student.guidance_range = span
+    spec = StudentSpec(S.steps(4), "ode", guidance_range=span)
+    student = Recorder(TwoMeans(S, 0.3, 0.5), None, spec)
     parts = {"student": student, "teacher": Role(TwoMeans(S, 0.3, 0.5).requires_grad_(False))}
     objective = GuidanceDistillation(GuidanceDistillationConfig(), parts, rng(), guidance)
     one = batch_of(torch.randn(batch, 1).double())

@@ -11,11 +11,11 @@ from fastgen.config.run import validate
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.export.load import load_export
-from fastgen.training.exporting import export_run
 from fastgen.objectives.tdm import TDM, TDMConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_student
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.support.gaussians import nodes
 from tests.support.replay import plainly, replay
 from tests.support.tiny import PROMPTS
@@ -35,7 +35,7 @@ STUDENT = {"num_steps": 4, "sampler": "ode"}
 
 
 def make(schedule, num_steps=4, net=(-0.5, 0.6), critic=(-0.5, 0.6), **cfg):
-    student = Student(GaussianNet(schedule, *net), None, schedule.steps(num_steps), "ode")
+    student = Student(GaussianNet(schedule, *net), None, StudentSpec(schedule.steps(num_steps), "ode"))
     objective = TDM(
         TDMConfig(**cfg),
         {
@@ -94,7 +94,8 @@ def slope(weighted):
     """Regression of x on x_tau over one segment, by quadrature; (found, that of freshly noised x)."""
     S = Flow()
     objective = make(S)
-    objective.student.backbone = Spread(S, 0, 1)  # x and the noise implied in it move together
+    together = Spread(S, 0, 1)  # x and the noise implied in it move together
+    objective.student = objective.student.with_network(Role(together))
     u, quad = nodes(60)
     X, n = (v.flatten()[:, None] for v in torch.meshgrid(u, u, indexing="ij"))
     objective.rng = SimpleNamespace(randn_like=lambda x: n)
@@ -173,8 +174,8 @@ def test_p1_several_step_counts_are_told(monkeypatch):
     S = Flow()
     objective = make(S, step_counts=(1, 2, 4))
     nets = {n: Told(S, -0.5, 0.6) for n in ("student", "critic")}
-    objective.student.backbone, objective.critic.backbone = nets["student"], nets["critic"]
-    objective.student.grid = 4
+    student = objective.student.with_network(Role(nets["student"]))
+    objective.student, objective.critic = student.with_times(student.times, grid=4), Role(nets["critic"])
     walks = {1: [1.0], 2: [1.0, 0.5], 4: [1.0, 0.75, 0.5, 0.25]}
     for num, walk in walks.items():
         monkeypatch.setattr(objective.rng, "shared_randint", lambda high, n=num: (1, 2, 4).index(n))
