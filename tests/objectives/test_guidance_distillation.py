@@ -4,7 +4,7 @@ import torch
 
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
