@@ -1,6 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +18,20 @@ class Requests:
     """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
 
     def __init__(self, teacher, data):
-        codec, self.attributes = teacher.codec, {}
+        codec = teacher.codec
+        self.attributes: dict[str, Tensor] = {}
         self.codec, self.uncond, self.own = codec, data.uncond, None
         measure = (teacher.info or {}).get("measure")
         if isinstance(codec, TextCodec) and measure == "tinted":
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
-            unique = sorted(set(held.captions))
+            captions = held.captions or []
+            unique = sorted(set(captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes = held.attributes
+            self.rows = torch.tensor([where[c] for c in captions])
+            self.attributes = held.attributes or {}
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -121,7 +124,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -135,7 +138,9 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     speed_batch = min(20, cfg.eval.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
-    found = {n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order}
+    found: dict[str, Any] = {
+        n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
+    }
     steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}

@@ -242,7 +242,7 @@ def _index(teacher: Teacher) -> dict:
     return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
 
-def _save_net(net: nn.Module, folder: Path, dtype) -> None:
+def _save_net(net: Any, folder: Path, dtype) -> None:
     """save_pretrained in one dtype (it shards large models), without touching the network in use."""
     before = {p.dtype for p in net.parameters()}
     if before == {dtype}:

@@ -11,6 +11,7 @@ components.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,13 @@ def _fixed(name: str):
 def load_analytic(spec: str):
     """A teacher from "NAME" or "NAME-SCHEDULE", e.g. gmm2d-vp; the schedule defaults to flow."""
     name, _, kind = spec.partition("-")
-    schedules = {"": Flow, "flow": Flow, "vp": VP.scaled_linear, "edm": EDM, "trig": TrigFlow}
+    schedules: dict[str, Callable[[], Schedule]] = {
+        "": Flow,
+        "flow": Flow,
+        "vp": VP.scaled_linear,
+        "edm": EDM,
+        "trig": TrigFlow,
+    }
     if kind not in schedules:
         raise UserError(
             "teacher.path",

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,12 @@ class Backbone(Denoiser):
     Karras et al. (arXiv 2206.00364, table 1).
     """
 
+    family: Family
+    net: Any
+    """a network of diffusers"""
+
     def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
-        self.family: Family
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
         self.second_time = False
         """whether the network also reads where its step ends, cond["r"] [B], as one more input channel"""

@@ -161,7 +161,7 @@ class Cast:
 
     def _other_net(self) -> Backbone:
         """An untrained network of the teacher's class with some of its config changed."""
-        base, changes = self.teacher.network, self.cfg.student.net
+        base, changes = self.teacher.network, self.cfg.student.net or {}
         config = dict(base.net.config)
         unknown = [k for k in changes if k not in config]
         if unknown:
@@ -176,7 +176,7 @@ class Cast:
 
     def divide(self, data) -> None:
         """Give each of several students its part of the prompts."""
-        if self.num_students:
+        if isinstance(self.student, Students):
             self.student.router.divide(data.cond_table)
 
     def _adapter(self, base, name: str, lora: LoraConfig, guided: bool, two_times: bool = False) -> None:
@@ -227,7 +227,7 @@ class Cast:
         if name in self.parts:
             return self.parts[name]
         base = _base(name)
-        return self.parts[base].members[int(name.removeprefix(base))]
+        return members(self.parts[base])[int(name.removeprefix(base))]
 
 
 def _base(name: str) -> str:

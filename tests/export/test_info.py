@@ -65,7 +65,10 @@ def test_a_record_cannot_be_changed():
 
 
 BROKEN = {
-    "newer format": ({**written(), "format": FORMAT + 1}, f"export format {FORMAT + 1}, and this fastgen reads"),
+    "newer format": (
+        {**written(), "format": FORMAT + 1},
+        f"export format {FORMAT + 1}, and this fastgen reads",
+    ),
     "no format": ({k: v for k, v in written().items() if k != "format"}, "export format None"),
     "missing key": ({k: v for k, v in written().items() if k != "times"}, "times is missing in"),
     "text for a number": ({**written(), "steps": "2"}, "steps in"),
@@ -87,7 +90,13 @@ def test_anything_else_is_refused_in_one_line(name, tmp_path):
     assert wanted in said and said.startswith("--model: ") and "\n" not in said, said
 
 
-FILES = {"list": b"[]", "null": b"null", "number": b"7", "cut": b'{"export": {', "binary": b"\x89PNG\xff\xfe\x00"}
+FILES = {
+    "list": b"[]",
+    "null": b"null",
+    "number": b"7",
+    "cut": b'{"export": {',
+    "binary": b"\x89PNG\xff\xfe\x00",
+}
 
 
 @pytest.mark.parametrize("name", FILES)
