@@ -14,6 +14,7 @@ from fastgen.core.files import write_text
 from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
 from fastgen.export.load import load_export
 from fastgen.networks import negative_prompts
+from fastgen.networks.codecs import TextCodec
 from fastgen.sampling.solvers import sample_student
 
 
@@ -24,7 +25,7 @@ def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repea
     from fastgen.networks.feature_net import measure
 
     loaded = load_export(model, key="--model")
-    if not loaded.is_student or not hasattr(loaded.codec, "prompts"):
+    if not loaded.is_student or not isinstance(loaded.codec, TextCodec):
         raise UserError("--model", f"{model} is no student asked by text", "an export of such a student")
     captions = all_captions() * repeats
     ids = {k: torch.tensor([attributes_of(c)[k] for c in captions]) for k in VOCABULARY}

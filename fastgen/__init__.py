@@ -16,6 +16,7 @@ _PUBLIC = {
     "Backbone": "fastgen.networks.backbone",
     "Role": "fastgen.roles.roles",
     "Student": "fastgen.roles.roles",
+    "StudentSpec": "fastgen.roles.roles",
     "Objective": "fastgen.objectives.base",
     "ObjectiveConfig": "fastgen.objectives.base",
     "RunConfig": "fastgen.config.run",

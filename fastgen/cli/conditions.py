@@ -1,4 +1,4 @@
-"""What sample.py is asked to draw: labels, prompts and images, as condition rows."""
+"""Labels, prompts and images that sample.py is to draw, as condition rows."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 
 from fastgen.core.errors import UserError, warn
 from fastgen.data.media import read_image
+from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
 
 def parse_labels(text: str) -> list[int]:
@@ -18,7 +19,7 @@ def parse_labels(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found:
-        raise UserError("--labels", f"found {text!r}", "3, 0-9 or 1,4,7")
+        raise UserError("--labels", f"found {text!r}", "give them as 3, 0-9 or 1,4,7")
     return found
 
 
@@ -27,47 +28,52 @@ def read_prompts(args) -> list[str]:
     texts = list(args.prompt)
     if args.prompts:
         if not Path(args.prompts).is_file():
-            raise UserError("--prompts", f"{args.prompts} does not exist", "a text file, one prompt a line")
+            raise UserError(
+                "--prompts", f"{args.prompts} does not exist", "give a text file, one prompt a line"
+            )
         texts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
     return texts
 
 
-def read_images(args, codec, num: int):
-    """Images [num, 3, H, W] in [-1, 1] for a model that is shown one beside the text; None for others."""
-    wanted = hasattr(codec, "prompts") and codec.family.needs_image
-    if not wanted:
+def read_images(args, codec: Codec, num: int):
+    """Images [num, 3, H, W] in [-1, 1] for a model that takes one beside the text; None for others."""
+    if not isinstance(codec, TextCodec) or not codec.family.needs_image:
         if args.image:
-            raise UserError("--image", "this model is asked without an image", "leave it out")
+            raise UserError("--image", "this model takes no image", "leave it out")
         return None
     if len(args.image) not in (1, num):
-        raise UserError("--image", f"found {len(args.image)} for {num} prompts", "one for all, or one each")
+        raise UserError(
+            "--image", f"found {len(args.image)} for {num} prompts", "give one for all, or one each"
+        )
     try:
         found = [read_image(Path(p), (3, *codec.pixels)).float() / 127.5 - 1 for p in args.image]
     except OSError as error:
-        raise UserError("--image", f"cannot be read ({error})", "png, jpg or webp files") from None
+        raise UserError("--image", f"cannot be read ({error})", "give png, jpg or webp files") from None
     return torch.stack(found).expand(num, -1, -1, -1)
 
 
-def conditions(args, codec) -> tuple[dict, list]:
+def conditions(args, codec: Codec) -> tuple[dict, list]:
     """(one condition row each, what each stands for)."""
     texts = read_prompts(args)
-    if hasattr(codec, "prompts"):
+    if isinstance(codec, TextCodec):
         if not codec.family.takes_text:
             if texts:
-                raise UserError("--prompt", "this model is asked by an image alone", "leave it out")
+                raise UserError("--prompt", "this model takes an image alone", "leave it out")
             texts = [""] * max(1, len(args.image))
         if args.labels:
-            raise UserError("--labels", "this model is asked by text", '--prompt "..." or --prompts FILE')
+            raise UserError(
+                "--labels", "this model takes text, not class labels", 'give --prompt "..." or --prompts FILE'
+            )
         if not texts:
-            raise UserError("--prompt", "none given", 'this model is asked by text: --prompt "..."')
+            raise UserError("--prompt", "none given", 'this model takes text: give --prompt "..."')
         for text in texts:
             if lost := codec.cut(text):
                 warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
         return codec.prompts(texts, read_images(args, codec, len(texts))), texts
     read_images(args, codec, 0)
     if texts:
-        raise UserError("--prompt", "this model takes class labels, not text", "--labels 0-9")
-    if not codec.num_classes:
+        raise UserError("--prompt", "this model takes class labels, not text", "give --labels 0-9")
+    if not isinstance(codec, LabelCodec) or not codec.num_classes:
         if args.labels:
             raise UserError("--labels", "this model is unconditional", "leave it out")
         return {}, [""]
@@ -79,9 +85,9 @@ def conditions(args, codec) -> tuple[dict, list]:
     return rows, [codec.class_names[i] for i in labels]
 
 
-def null_of(args, codec) -> dict:
+def null_of(args, codec: Codec) -> dict:
     """One row of what guidance leads away from; of an image, only what its null changes."""
-    if not hasattr(codec, "prompts"):
+    if not isinstance(codec, TextCodec):
         return codec.null(1)
     images = read_images(args, codec, max(1, len(args.image)))
     images = None if images is None else images[:1]

@@ -7,10 +7,14 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
 from fastgen.core.paths import resolve
+from fastgen.export.info import FILE as INFO_FILE
+from fastgen.export.info import ExportInfo, read_document, read_info
 from fastgen.roles.router import FILE
 
 
@@ -20,33 +24,44 @@ def join(exports: list[str], out: str) -> Path:
     owner: dict[int, Path] = {}
     for folder in folders:
         if not (folder / FILE).is_file():
-            raise UserError("--exports", f"{folder} holds no {FILE}", "exports of runs with objective msd")
+            raise UserError(
+                "--exports", f"{folder} holds no {FILE}", "give exports of runs with objective msd"
+            )
         if (folder / FILE).read_bytes() != (folders[0] / FILE).read_bytes():
             found = f"{folder} divides the conditions in another way than {folders[0]}"
-            raise UserError("--exports", found, "same data, teacher and num_students in every run")
-        info = json.loads((folder / "fastgen.json").read_text())["export"]
-        for j in info["trained_students"]:
+            raise UserError("--exports", found, "use the same data, teacher and num_students in every run")
+        info = _info(folder)
+        for j in info.trained_students:
             if j in owner:
                 raise UserError(
-                    "--exports", f"student {j} was trained in {owner[j]} and {folder}", "once each"
+                    "--exports", f"student {j} was trained in {owner[j]} and {folder}", "give one of the two"
                 )
             owner[j] = folder
-    missing = sorted(set(range(info["students"])) - set(owner))
+    missing = sorted(set(range(_info(folders[0]).num_students)) - set(owner))
     if missing:
         raise UserError(
-            "--exports", f"nobody trained student {missing[0]}", "one run for each of objective.only"
+            "--exports",
+            f"student {missing[0]} was trained in none",
+            "add the run that trained it (objective.only)",
         )
     target = Path(out)
     if target.exists():
-        raise UserError("--out", f"{target} exists", "another folder")
+        raise UserError("--out", f"{target} exists", "give another folder")
     shutil.copytree(folders[0], target)
     for j, folder in owner.items():
         shutil.rmtree(target / f"student{j}")
         shutil.copytree(folder / f"student{j}", target / f"student{j}")
-    document = json.loads((target / "fastgen.json").read_text())
-    document["export"]["trained_students"] = sorted(owner)
-    (target / "fastgen.json").write_text(json.dumps(document, indent=2))
+    joined = replace(_info(target), trained_students=tuple(sorted(owner)))
+    document = read_document(target, "--exports") | {"export": joined.to_json()}
+    write_text(target / INFO_FILE, json.dumps(document, indent=2))
     return target
+
+
+def _info(folder: Path) -> ExportInfo:
+    info = read_info(folder, "--exports")
+    if info is None:
+        raise UserError("--exports", f"{folder} holds no {INFO_FILE}", "copy the whole export folder")
+    return info
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,18 +70,15 @@ class Generator:
     def __init__(self, loaded, steps: int, guidance: float, null: dict, nasa_scale: float = 0.0):
         """nasa_scale: subtract the attention to `null`, a student's negative prompt (negative_prompts.py)."""
         self.nasa_scale = nasa_scale
+        from fastgen.roles.roles import Student
+
         self.role, self.codec, self.null = loaded.role, loaded.codec, null
-        self.guidance, self.is_student = guidance, loaded.is_student
-        self.steps = steps or (len(self.role.times) if self.is_student else 20)
-        if self.is_student and self.steps != len(self.role.times):
-            if not self.role.grid:
-                warn(f"--steps: trained for {len(self.role.times)}, sampling with {self.steps}")
-            self.role = self.role.taking(self.steps)
-        if self.is_student and self.role.guidance_range and not self.role.steps_as_guidance:
-            low, high = self.role.guidance_range
-            if not low <= guidance <= high:
-                warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
-            self.role = self.role.at(guidance)
+        self.guidance, self.is_student = guidance, isinstance(self.role, Student)
+        if isinstance(self.role, Student):
+            self.role = _as_asked(self.role, steps, guidance)
+            self.steps = len(self.role.times)
+        else:
+            self.steps = steps or 20
 
     @property
     def name(self) -> str:
@@ -109,7 +106,7 @@ class Generator:
         """The student's networks under NASA while it draws; a LoRA's teacher shares them afterwards."""
         from fastgen.networks import negative_prompts
 
-        nets = [r.backbone.net for r in getattr(self.role, "members", [self.role])] if self.nasa_scale else []
+        nets = [r.backbone.net for r in self.role.members] if self.nasa_scale else []
         states, mask = (self.null.get(f"encoder_{k}") for k in ("hidden_states", "attention_mask"))
         for net in nets:
             negative_prompts.attach(net, states, self.nasa_scale, mask)
@@ -118,6 +115,23 @@ class Generator:
         finally:
             for net in nets:
                 negative_prompts.remove(net)
+
+
+def _as_asked(student, steps: int, guidance: float):
+    """The student in `steps` steps (0: its own), at this scale where it takes one; warns outside what it was
+    trained for.
+    """
+    own, spec = len(student.times), student.spec
+    if steps not in (0, own):
+        if not spec.grid:
+            warn(f"--steps: trained for {own}, sampling with {steps}")
+        student = student.with_steps(steps)
+    if spec.guidance_range and not spec.steps_as_guidance:
+        low, high = spec.guidance_range
+        if not low <= guidance <= high:
+            warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
+        student = student.with_guidance(guidance)
+    return student
 
 
 def draw(generator: Generator, cond: dict, seeds: list[int], batch_size: int, device="cpu"):
@@ -145,20 +159,22 @@ def draw(generator: Generator, cond: dict, seeds: list[int], batch_size: int, de
 
 
 def contenders(args, loaded, device) -> list[Generator]:
-    """The model asked for, then its teacher if compared; warns of flags that cannot act."""
+    """The model, then its teacher where the two are compared; warns of flags that cannot act."""
     import torch
 
     from fastgen.cli.conditions import null_of
 
     guided = not loaded.is_student or args.compare_teacher
-    told = loaded.is_student and loaded.role.guidance_range and not loaded.role.steps_as_guidance
+    info = loaded.info
+    takes_scale = loaded.is_student and bool(info and info.guidance_range and not info.steps_as_guidance)
     nasa_scale = _nasa_scale(args, loaded)
-    for flag, acts in (("negative_prompt", guided or nasa_scale), ("guidance", guided or told)):
-        if getattr(args, flag) not in ("", None) and not acts:
+    for flag, acts in (("negative_prompt", guided or nasa_scale), ("guidance", guided or takes_scale)):
+        if vars(args)[flag] not in ("", None) and not acts:
             way = "; --nasa_scale 0.5 subtracts it (NASA)" if flag == "negative_prompt" else ""
             warn(f"--{flag} has no effect: guidance is baked into the student{way}")
-    guidance = args.guidance if args.guidance is not None else float(loaded.info.get("guidance", 1.0))
-    steps = args.steps or (0 if loaded.is_student else loaded.info.get("steps", 0))
+    own = info.guidance if info else 1.0
+    guidance = args.guidance if args.guidance is not None else own
+    steps = args.steps or (info.steps if info and not loaded.is_student else 0)
     found = [loaded]
     if args.compare_teacher and loaded.is_student:
         found.append(loaded.reference())
@@ -166,22 +182,25 @@ def contenders(args, loaded, device) -> list[Generator]:
     for one in found:
         one.to(device, getattr(torch, DTYPES[args.dtype]))
         null = null_of(args, one.codec)
-        wanted = steps if one is loaded else args.teacher_steps or one.info.get("teacher_steps", 20)
+        wanted = steps if one is loaded else args.teacher_steps or (info.teacher_steps if info else 20)
         scale = nasa_scale if one is loaded else 0.0
         generators.append(Generator(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}, scale))
     return generators
 
 
 def _nasa_scale(args, loaded) -> float:
-    """NASA's scale for the student asked, 0 where nothing is to be subtracted."""
+    """NASA's scale for this student, 0 where nothing is to be subtracted."""
+    from fastgen.networks.codecs import TextCodec
+
     if args.nasa_scale is not None and args.nasa_scale < 0:
-        raise UserError("--nasa_scale", f"found {args.nasa_scale}", "0 or more")
-    able = loaded.is_student and hasattr(loaded.codec, "prompts")
+        raise UserError("--nasa_scale", f"found {args.nasa_scale}", "give 0 or more")
+    able = loaded.is_student and isinstance(loaded.codec, TextCodec)
     if args.nasa_scale is not None and not (args.negative_prompt and able):
-        warn("--nasa_scale has no effect without a --negative_prompt for a student asked by text")
+        warn("--nasa_scale has no effect without a --negative_prompt for a text-to-image student")
     if not args.negative_prompt or not able:
         return 0.0
-    return float(loaded.info.get("nasa", 0.0) if args.nasa_scale is None else args.nasa_scale)
+    own = loaded.info.nasa_scale if loaded.info else 0.0
+    return own if args.nasa_scale is None else args.nasa_scale
 
 
 def run(args) -> dict:
@@ -192,15 +211,15 @@ def run(args) -> dict:
     from fastgen.export.load import load_export
 
     for name in ("num_images", "steps", "teacher_steps", "seed"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name}", f"found {getattr(args, name)}", "0 or more")
+        if vars(args)[name] < 0:
+            raise UserError(f"--{name}", f"found {vars(args)[name]}", "give 0 or more")
     if args.batch_size < 1:
-        raise UserError("--batch_size", f"found {args.batch_size}", "1 or more")
+        raise UserError("--batch_size", f"found {args.batch_size}", "give 1 or more")
     out = open_folder(Path(args.out), args.overwrite)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_export(args.model, args.base or None)
-    if getattr(loaded.codec, "shape", (0,))[1:] == ():
-        raise UserError("--model", f"{args.model} makes points, not images", "python -m eval measures it")
+    if len(loaded.codec.shape) == 1:
+        raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     loaded.teacher.to(device)
     cond, names = conditions(args, loaded.codec)
     generators = contenders(args, loaded, device)
@@ -220,7 +239,7 @@ def run(args) -> dict:
         ratio = record["contenders"][1]["seconds_per_image"] / record["contenders"][0]["seconds_per_image"]
         print(f"{'':<20} the student is {ratio:.1f} times as fast")
     record["images"] = [
-        {"file": f"{i:05d}_{seed}.png", "seed": seed, "asked": names[i % len(names)]}
+        {"file": f"{i:05d}_{seed}.png", "seed": seed, "condition": names[i % len(names)]}
         for i, seed in enumerate(seeds)
     ]
     write(out, images, [p.name for p in generators], record)
@@ -229,15 +248,15 @@ def run(args) -> dict:
 
 
 def open_folder(out: Path, overwrite: bool) -> Path:
-    """The output folder; one with files is refused, or rid of an earlier call's samples when asked."""
+    """The output folder; one with files is refused, or with `overwrite` cleared of samples."""
     if out.exists() and not out.is_dir():
-        raise UserError("--out", f"{out} is a file", "a folder")
+        raise UserError("--out", f"{out} is a file", "give a folder")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise UserError("--out", f"{out} is not empty", "another folder, or --overwrite")
+            raise UserError("--out", f"{out} is not empty", "give another folder, or --overwrite")
         if not (out / "samples.json").is_file():
             found = f"{out} was not written by sample.py"
-            raise UserError("--out", found, "--overwrite replaces samples only")
+            raise UserError("--out", found, "give another folder: --overwrite replaces samples only")
         for image in json.loads((out / "samples.json").read_text()).get("images", []):
             (out / Path(image["file"]).name).unlink(missing_ok=True)
     return out

@@ -96,6 +96,7 @@ def run(cfg, known) -> int:
     import torch
 
     from fastgen.data.loader import load_data
+    from fastgen.networks.codecs import TextCodec
     from fastgen.training import checkpoint, validation
     from fastgen.training.cast import Cast
     from fastgen.training.dryrun import describe, rehearse
@@ -119,7 +120,7 @@ def run(cfg, known) -> int:
     validator = validation.Validator(cfg, cast, data, folder)
     # nothing is written before everything was found in order
     _open(cfg, folder, known.overwrite, accelerator)
-    if hasattr(cast.teacher.codec, "free"):
+    if isinstance(cast.teacher.codec, TextCodec):
         freed = cast.teacher.codec.free() / 2**20
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
     trainer = Trainer(cfg, cast, data, folder, accelerator, validator)

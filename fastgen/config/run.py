@@ -18,6 +18,7 @@ from fastgen.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
+from fastgen.core.paths import is_analytic
 from fastgen.objectives import REGISTRY
 
 
@@ -103,7 +104,7 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
-        if self.student.net and (self.student.kind == "lora" or self.teacher.path.startswith("analytic:")):
+        if self.student.net and (self.student.kind == "lora" or is_analytic(self.teacher.path)):
             raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
         if self.student.fuse and self.student.kind == "lora":
             raise ValueError("student.fuse: found student.kind lora; only a full network takes an average")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+ANALYTIC = "analytic:"
+"""beginning of a path that names a teacher in closed form, e.g. analytic:gmm2d-vp"""
 
 
 def _bundled(kind: str, name: str) -> Path:
@@ -25,6 +27,11 @@ def asset(name: str) -> Path:
 def config(name: str) -> Path:
     """Path of a bundled config, e.g. `config("recipes/digits.yaml")`."""
     return _bundled("configs", name)
+
+
+def is_analytic(path: str | Path) -> bool:
+    """Whether a path names a teacher in closed form, which is no folder."""
+    return str(path).startswith(ANALYTIC)
 
 
 def resolve(path: str | Path) -> Path:

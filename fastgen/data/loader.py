@@ -18,6 +18,8 @@ from fastgen.core.files import write_tensors
 from fastgen.core.rng import Rng
 from fastgen.data.bundled import load_images, load_labels
 from fastgen.data.media import file_names, read_captions, read_folder
+from fastgen.networks.analytic import GaussianMixture
+from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
 
 BUNDLED = ("digits", "fashion", "tinted")
@@ -166,7 +168,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     """
     codec = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
-    if teacher.path.startswith("analytic:"):
+    if isinstance(teacher.backbone, GaussianMixture):
         x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     images, labels, captions = _read(cfg, codec, device, pixels)
@@ -176,7 +178,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
     num = next((len(v) for v in (images, labels, captions) if v is not None), 10_000)
     own, texts = (), None
-    if hasattr(codec, "prompts"):
+    if isinstance(codec, TextCodec):
         if codec.family.needs_image:
             own = _shown(cfg, codec, images, device)
             num = len(next(iter(own[0].values())))

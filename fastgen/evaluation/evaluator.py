@@ -1,33 +1,37 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.evaluation.diagnostics import look
+from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
 
 class Requests:
-    """What is asked of a generator: condition rows, and the attributes a measuring net should find."""
+    """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
 
     def __init__(self, teacher, data):
-        codec, self.attributes = teacher.codec, {}
+        codec = teacher.codec
+        self.attributes: dict[str, Tensor] = {}
         self.codec, self.uncond, self.own = codec, data.uncond, None
         measure = (teacher.info or {}).get("measure")
-        if hasattr(codec, "prompts") and measure == "tinted":
+        if isinstance(codec, TextCodec) and measure == "tinted":
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
-            unique = sorted(set(held.captions))
+            captions = held.captions or []
+            unique = sorted(set(captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes = held.attributes
+            self.rows = torch.tensor([where[c] for c in captions])
+            self.attributes = held.attributes or {}
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -61,9 +65,9 @@ class Evaluator:
         self.cfg, self.cast = cfg, cast
         self.requests = Requests(cast.teacher, data)
         self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
-        analytic = cast.teacher.path.startswith("analytic:")
+        teacher = cast.teacher
         self.measurer = (
-            ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)
+            ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)
         )
 
     @torch.no_grad()
@@ -91,8 +95,10 @@ class Evaluator:
             noise = ImageNoise(seeds, shape, device).first
             num = steps or self.cfg.teacher.num_steps
             return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
-        untrained = Role(cast.teacher.backbone) if who == "untrained_student" else None
-        return sample_student(student.taking(steps, untrained), seeds, shape, cond, device)
+        student = student.with_steps(steps)
+        if who == "untrained_student":
+            student = student.with_network(Role(cast.teacher.backbone))
+        return sample_student(student, seeds, shape, cond, device)
 
     def score(self, images: Tensor) -> dict[str, float]:
         """Metrics of images made for the first len(images) requests."""
@@ -118,7 +124,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -132,7 +138,9 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     speed_batch = min(20, cfg.eval.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
-    found = {n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order}
+    found: dict[str, Any] = {
+        n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
+    }
     steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}

@@ -10,6 +10,7 @@ from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
+from fastgen.core.paths import is_analytic
 
 
 class _Players:
@@ -33,7 +34,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     if not (run / "config.yaml").is_file():
         raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
     cfg = validate(read_files([str(run / "config.yaml")]))
-    if cfg.teacher.path.startswith("analytic:"):
+    if is_analytic(cfg.teacher.path):
         raise UserError(
             "--run", f"{run} has no export", "students of exact teachers are measured at the end of the run"
         )

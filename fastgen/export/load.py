@@ -1,18 +1,21 @@
 """Exports read back: for sample.py, for measuring, and to start the next run from."""
 
-import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fastgen.core.errors import UserError
-from fastgen.core.paths import PACKAGE, resolve
+from fastgen.core.paths import PACKAGE, is_analytic, resolve
 from fastgen.export import lora
+from fastgen.export.info import ExportInfo, read_info
+from fastgen.networks.backbone import Backbone
+from fastgen.networks.codecs import Codec
+from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import load_teacher
 from fastgen.networks.teacher import Teacher
-from fastgen.roles.roles import Role, Student, Students
+from fastgen.roles.roles import Role, Student, Students, StudentSpec
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import is_sprint, make_sprint
 
@@ -26,8 +29,8 @@ class Loaded:
     role: Role
     teacher: Teacher
     """the network's codec, schedule and scheduler (a full student's folder repeats them)"""
-    info: dict = field(default_factory=dict)
-    """the export's description; empty for a folder that fastgen did not write"""
+    info: ExportInfo | None = None
+    """the export's description; None for a folder that fastgen did not write"""
     path: str = ""
 
     @property
@@ -35,26 +38,34 @@ class Loaded:
         return isinstance(self.role, Student)
 
     @property
-    def codec(self):
+    def student(self) -> Student:
+        """The role of a loaded student; TypeError for a teacher."""
+        if not isinstance(self.role, Student):
+            raise TypeError(f"{self.path} is no student")
+        return self.role
+
+    @property
+    def codec(self) -> Codec:
         return self.teacher.codec
 
     def to(self, device, dtype=torch.float32) -> "Loaded":
         """Move everything; the denoiser alone takes `dtype`."""
         self.teacher.to(device)
-        for role in getattr(self.role, "members", [self.role]):
+        for role in self.role.members:
             role.backbone.to(device)
-            if dtype != torch.float32 and hasattr(role.backbone, "net"):
+            if dtype != torch.float32 and isinstance(role.backbone, Backbone):
                 torch.nn.Module.to(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
         """The teacher this student was distilled from: adapters off, or the folder the export names."""
+        base = self.info.base if self.info else ""
         if self.role.adapter is not None:
-            return Loaded(Role(self.role.backbone), self.teacher, self.info, self.info.get("base", ""))
-        if not self.info.get("base"):
+            return Loaded(Role(self.role.backbone), self.teacher, self.info, base)
+        if not base:
             found = f"{self.path} does not name a teacher"
-            raise UserError("--compare_teacher", found, "only fastgen exports do")
-        return Loaded(*_as_role(load_teacher(self.info["base"])), self.info, self.info["base"])
+            raise UserError("--compare_teacher", found, "leave it out; only exports of fastgen name one")
+        return Loaded(*_as_role(load_teacher(base)), self.info, base)
 
 
 def _as_role(teacher: Teacher) -> tuple[Role, Teacher]:
@@ -65,22 +76,24 @@ def _as_role(teacher: Teacher) -> tuple[Role, Teacher]:
 def locate(path: str | Path, key: str = "--model") -> Path | None:
     """The export behind a path (a run folder stands for its export/); None for a hub id or exact teacher."""
     text = str(path)
-    if text.startswith("analytic:"):
+    if is_analytic(text):
         return None
     try:
         found = resolve(text)
     except FileNotFoundError as error:
-        raise UserError(key, str(error), "a bundled asset that exists") from None
+        raise UserError(key, str(error), "give a bundled asset that exists") from None
     if found.suffix in PICKLES:
         raise UserError(key, f"{found} is a pickled checkpoint", "fastgen reads .safetensors files only")
     if (found / "config.yaml").is_file():
         if not (found / "export").is_dir():
-            raise UserError(key, f"{found} is a run without an export", "let it end, or --resume it")
+            raise UserError(key, f"{found} is a run without an export", "let the run end, or --resume it")
         return found / "export"
     if not found.exists():
         if found.suffix != ".safetensors" and text.count("/") == 1 and not text.startswith(("/", ".")):
             return None
-        raise UserError(key, f"{found} does not exist", "an export folder, a LoRA file or a teacher folder")
+        raise UserError(
+            key, f"{found} does not exist", "give an export folder, a LoRA file or a teacher folder"
+        )
     return found
 
 
@@ -91,81 +104,75 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     """
     found = locate(path, key)
     if found is None:
-        return Loaded(*_as_role(load_teacher(str(path))), {}, str(path))
+        return Loaded(*_as_role(load_teacher(str(path))), None, str(path))
     if found.is_file():
         return _load_lora(found, base, key)
-    file = found / "fastgen.json"
-    info = _read(file, key).get("export", {}) if file.is_file() else {}
-    if "students" in info:
+    info = read_info(found, key)
+    if info and info.num_students:
         return _load_members(found, info, base, key)
-    if "lora" in info:
-        return _load_lora(found / info["lora"], base, key)
+    if info and info.lora:
+        return _load_lora(found / info.lora, base, key)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
         pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
         what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
-        raise UserError(key, f"{found} {what}", "an export folder, a LoRA .safetensors or a teacher folder")
+        raise UserError(
+            key, f"{found} {what}", "give an export folder, a LoRA .safetensors or a teacher folder"
+        )
     role, teacher = _as_role(load_teacher(str(found)))
-    if info.get("times"):
+    if info and info.is_student:
         role = _student(role.backbone, None, info, key)
-        if role.guidance_range:
-            teacher.codec.guidance = None  # the student itself says what it is told
+        if info.guidance_range:
+            teacher.codec.guidance = None  # its conditions leave this input to the student itself
     return Loaded(role, teacher, info, str(path))
 
 
-def _load_members(found: Path, info: dict, base: str | None, key: str) -> Loaded:
+def _load_members(found: Path, info: ExportInfo, base: str | None, key: str) -> Loaded:
     """Several students and their router."""
     router = Router.load(found, key)
-    loaded = [load_export(found / f"student{j}", base, key) for j in range(info["students"])]
-    return Loaded(Students([one.role for one in loaded], router), loaded[0].teacher, info, str(found))
+    loaded = [load_export(found / f"student{j}", base, key) for j in range(info.num_students)]
+    return Loaded(Students([one.student for one in loaded], router), loaded[0].teacher, info, str(found))
 
 
-def _student(backbone, adapter: str | None, info: dict, key: str) -> Student:
+def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str) -> Student:
     """The student an export describes, with its time list."""
-    scheduler = info.get("scheduler", {})
-    name, original = scheduler.get("_class_name", ""), scheduler.get("original_inference_steps")
-    if name in ("LCMScheduler", "TCDScheduler") and not original:
+    name = info.scheduler_class
+    if name in ("LCMScheduler", "TCDScheduler") and not info.scheduler.get("original_inference_steps"):
         found = f"the {name} of this export names no original_inference_steps"
         raise UserError(key, found, "without it its times are unknown; export the run again")
-    times, gamma, grid = list(info["times"]), info.get("gamma", 0.0), info.get("grid", 0)
-    student = Student(backbone, adapter, times, info["sampler"], gamma, grid)
-    if info.get("guidance_range"):
-        student.steps_as_guidance = info.get("steps_as_guidance", False)
-        student.guidance_range = tuple(info["guidance_range"])
-        student.guidance = float(len(times) if student.steps_as_guidance else info["guidance"])
-    return student
-
-
-def _read(file: Path, key: str) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(key, f"{file} is not valid JSON ({error})", "") from None
+    guidance, times = None, info.times or ()
+    if info.guidance_range:
+        guidance = float(len(times) if info.steps_as_guidance else info.guidance)
+    span, counted = info.guidance_range, info.steps_as_guidance
+    spec = StudentSpec(times, info.sampler, info.gamma, info.grid, guidance, span, counted)
+    return Student(backbone, adapter, spec)
 
 
 def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
-    info = lora.read_lora(file, key)[1]
-    base = base or info.get("base")
+    header = lora.read_lora(file, key)[1]
+    info = ExportInfo.from_json(header, file, key) if header else None
+    base = base or (info.base if info else "")
     if not base:
         raise UserError("--base", f"{file} does not name its base", "give the teacher's folder with --base")
-    if "times" not in info:
-        raise UserError(key, f"{file} was not written by fastgen", "its header lacks the steps to take")
+    if info is None:
+        found = f"{file} was not written by fastgen: its header does not say how many steps to take"
+        raise UserError(key, found, "use diffusers' load_lora_weights")
     role, teacher = _as_role(load_teacher(base))
-    backbone = role.backbone
-    if not hasattr(backbone, "net"):
-        raise UserError("--base", f"{base} has no weights to adapt", "a diffusers folder")
-    if info.get("gaps"):
-        backbone.add_second_time()
-    if info.get("guidance_range"):
-        backbone.add_guidance()
-    parts = backbone.family.adapted(backbone.net)
+    if teacher.is_analytic:
+        raise UserError("--base", f"{base} has no weights to adapt", "give a diffusers folder")
+    network = teacher.network
+    if info.step_lengths:
+        network.add_second_time()
+    if info.guidance_range:
+        network.add_guidance()
+    parts = network.family.adapted(network.net)
     for part, layers in lora.read_parts(file, parts, key).items():
         lora.inject(parts[part], layers, "student")
-    backbone.adapter_names += ("student",)
-    backbone.set_adapter(None)
-    backbone.requires_grad_(False)
-    role = Role(backbone, "student")
-    if info["times"]:
-        role = _student(backbone, "student", info, key)
+    network.adapter_names += ("student",)
+    network.set_adapter(None)
+    network.requires_grad_(False)
+    role = Role(network, "student")
+    if info.is_student:
+        role = _student(network, "student", info, key)
     return Loaded(role, teacher, info, str(file))
 
 
@@ -175,13 +182,16 @@ def init_student(student: Role, path: str) -> None:
     key = "student.init"
     found = locate(path, key)
     if found is None:
-        raise UserError(key, f"{path!r} is not an export on this disk", "an export folder or a LoRA file")
-    document = _read(found / "fastgen.json", key) if (found / "fastgen.json").is_file() else {}
-    file = found if found.is_file() else found / document.get("export", {}).get("lora", "")
-    if not hasattr(student.backbone, "net"):
+        raise UserError(
+            key, f"{path!r} is not an export on this disk", "give an export folder or a LoRA file"
+        )
+    info = None if found.is_file() else read_info(found, key)
+    file = found / info.lora if info and info.lora else found
+    network = student.backbone
+    if not isinstance(network, Backbone):
         raise UserError(key, f"found {path} for the student of an exact teacher", "leave it empty")
     if file.is_file():
-        parts = student.backbone.family.adapted(student.backbone.net)
+        parts = network.family.adapted(network.net)
         for part, layers in lora.read_parts(file, parts, key).items():
             if student.adapter is None:
                 lora.check_keys(parts[part], layers, key)
@@ -189,27 +199,28 @@ def init_student(student: Role, path: str) -> None:
             else:
                 lora.put(parts[part], layers, student.adapter, key)
     elif student.adapter is not None:
-        found = f"{path} is a full network and the student a LoRA"
-        raise UserError(key, found, "give a LoRA file, or set student.kind full")
+        wrong = f"{path} is a full network and the student a LoRA"
+        raise UserError(key, wrong, "give a LoRA file, or set student.kind to full")
     else:
-        _init_full(student, str(found), key)
+        _init_full(network, student.guidance is not None, str(found), key)
 
 
-def _init_full(student: Role, path: str, key: str) -> None:
-    net, source = student.backbone.net, load_teacher(path).backbone
-    if getattr(student.backbone, "second_time", False):
+def _init_full(network: Backbone, guided: bool, path: str, key: str) -> None:
+    """Copy the network of a folder; `guided`: the student takes the guidance scale as an input."""
+    source = load_teacher(path).network
+    if network.second_time:
         source.add_second_time()
-    if is_sprint(student.backbone) and source.family.name == "sana":
-        make_sprint(source)
-    elif student.guidance is not None:
+    if is_sprint(network) and source.family.name == "sana":
+        source = make_sprint(source, network.schedule)
+    elif guided:
         source.add_guidance()
     state = source.net.state_dict()
-    own = net.state_dict()
+    own = network.net.state_dict()
     wrong = [n for n in {**own, **state} if n not in own or n not in state or own[n].shape != state[n].shape]
     if wrong:
         found = f"{path} is another network ({wrong[0]} differs)"
-        raise UserError(key, found, "an export of a student of this teacher")
-    net.load_state_dict(state)
+        raise UserError(key, found, "give an export of a student of this teacher")
+    network.net.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -219,6 +230,8 @@ def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
     """
     key = "student.fuse"
     other = load_export(path, key=key)
+    if not isinstance(other.role.backbone, Backbone):
+        raise UserError(key, f"found {path}, an exact teacher", "give a student of this teacher")
     net = other.role.backbone.net
     if other.role.adapter is not None:
         layers = lora.collect(net, other.role.adapter)
@@ -227,7 +240,9 @@ def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
     state = {f"net.{n}": p for n, p in net.state_dict().items()}
     wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
     if wrong:
-        raise UserError(key, f"{path} is another network ({wrong[0]} differs)", "a student of this teacher")
+        raise UserError(
+            key, f"{path} is another network ({wrong[0]} differs)", "give a student of this teacher"
+        )
     for name, value in own.items():
         value.lerp_(state[name].to(value), 1 - weight)
 
@@ -237,15 +252,14 @@ def sample_command(path: str | Path) -> str:
     program = "python sample.py" if (PACKAGE.parent / "sample.py").is_file() else "fastgen-sample"
     folder = locate(path) or Path(path)
     text = folder.is_dir() and _text_to_image(folder)
-    ask = ' --prompt "a red dress on a grey background"' if text else ""
-    return f"{program} --model {shlex.quote(str(path))}{ask} --num_images 16 --out samples"
+    prompt = ' --prompt "a red dress on a grey background"' if text else ""
+    return f"{program} --model {shlex.quote(str(path))}{prompt} --num_images 16 --out samples"
 
 
 def _text_to_image(folder: Path) -> bool:
     if (folder / "tokenizer").is_dir():
         return True
-    file = folder / "fastgen.json"
-    document = json.loads(file.read_text()) if file.is_file() else {}
-    base = document.get("export", {}).get("base", "")
-    found = locate(base) if base and not base.startswith("analytic:") else None
+    info = read_info(folder, "--model")
+    base = info.base if info else ""
+    found = locate(base) if base and not is_analytic(base) else None
     return found is not None and (found / "tokenizer").is_dir()

@@ -6,6 +6,7 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ def merge(net: nn.Module, layers: Layers) -> None:
         weight += delta(a, b).to(weight)
 
 
-def without_adapters(net: nn.Module) -> nn.Module:
+def without_adapters(net: Any) -> nn.Module:
     """A fresh network holding the frozen base alone."""
     fresh = type(net).from_config(net.config)
     state = {k.replace(".base_layer.", "."): v for k, v in net.state_dict().items() if ".lora_" not in k}

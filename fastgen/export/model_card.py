@@ -3,9 +3,14 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from fastgen.core.paths import resolve
+from fastgen.export.info import ExportInfo
 from fastgen.export.snippet import keywords, shown_path, usage
+from fastgen.networks.codecs import TextCodec
+from fastgen.networks.teacher import Teacher
+from fastgen.roles.router import Router
 
 ROWS = (("teacher", "teacher"), ("untrained_student", "untrained student"), ("student", "student"))
 
@@ -41,105 +46,103 @@ def _numbers(results: dict) -> list[str]:
     return lines
 
 
-def _task(teacher) -> str:
+def _task(teacher: Teacher) -> str:
     """The hub's name for what a model does."""
-    family = teacher.backbone.family
-    if not hasattr(teacher.codec, "prompts"):
+    family = teacher.family
+    if not isinstance(teacher.codec, TextCodec):
         return "unconditional-image-generation"
-    asked = "image" if family.needs_image and family.temporal else "text"
-    return f"{asked}-to-{'video' if family.temporal else '3d' if family.views else 'image'}"
+    source = "image" if family.needs_image and family.temporal else "text"
+    return f"{source}-to-{'video' if family.temporal else '3d' if family.views else 'image'}"
 
 
-def _front_matter(info: dict, what: dict, teacher, lora: str) -> str:
+def _front_matter(info: ExportInfo, what: dict, teacher: Teacher) -> str:
     from huggingface_hub import ModelCardData
 
-    tags = ["diffusers", "fastgen", info["objective"]]
-    tags += ["distillation", "few-step"] if info["times"] else []
-    tags += ["lora"] if lora else []
+    tags = ["diffusers", "fastgen", info.objective]
+    tags += ["distillation", "few-step"] if info.is_student else []
+    tags += ["lora"] if info.lora else []
     tags += [_task(teacher)]
-    base = info["base"] and shown_path(info["base"])
+    base = info.base and shown_path(info.base)
     base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
-    licence = what.get("license") or license_of(info["base"])
+    licence = what.get("license") or license_of(info.base)
     data = ModelCardData(base_model=base or None, library_name="diffusers", license=licence, tags=tags)
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _notes(info: dict, teacher, files: dict) -> list[str]:
+def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     """What a user of these files must know beside the settings."""
-    lora, student, notes = files.get("lora", ""), bool(info["times"]), []
-    if student and info["arguments"]:
-        given = keywords(info["arguments"])[2:]
+    lora, notes = info.lora, []
+    if info.is_student and info.timestep_arguments:
+        given = keywords(info.timestep_arguments)[2:]
         notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
-    elif student and len(info["times"]) > 1 and not info["grid"]:
-        notes.append(f"The scheduler is set for exactly {info['steps']} steps: a plain call is right.")
-    for num, change in info["others"].items():
+    elif len(info.times or ()) > 1 and not info.grid:
+        notes.append(f"The scheduler is set for exactly {info.steps} steps: a plain call is right.")
+    for num, change in info.other_step_counts.items():
         set_to = "".join(f", `{k}={v!r}`" for k, v in change["scheduler"].items())
         given = keywords(change["arguments"])[2:] or f"num_inference_steps={num}"
         loaded = f" with the scheduler loaded with {set_to[2:]}" if set_to else ""
         notes.append(f"In {num} step{'s' * (num != '1')}: pass `{given}`{loaded}.")
     if lora:
         notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
-    if files.get("kohya"):
-        notes.append(f"`{files['kohya']}`: the same adapter under kohya's names.")
-    if info.get("nasa"):
+    if info.kohya:
+        notes.append(f"`{info.kohya}`: the same adapter under kohya's names.")
+    if info.nasa_scale:
         notes.append(
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
-            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info["nasa"]:g})`.'
+            f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info.nasa_scale:g})`.'
         )
-    if info.get("steps_as_guidance"):
+    if info.steps_as_guidance:
         notes.append(
-            "The network is told the number of steps through its input for the guidance scale: pass the "
+            "The network takes the number of steps in its input for the guidance scale: pass the "
             "step count as `guidance_scale`. The guidance itself is baked in."
         )
-    elif info.get("guidance_range"):
-        low, high = info["guidance_range"]
+    elif info.guidance_range:
+        low, high = info.guidance_range
         notes.append(
             f"The network takes the guidance scale as an input, trained for {low:g} to {high:g}: one call a "
             "step, and `guidance_scale` works as usual; negative prompts do nothing."
         )
-    if lora and info.get("guidance_range"):
+    if lora and info.guidance_range:
         notes.append(
             "`merged/` holds the network for plain diffusers, whose LoRA loader cannot add the layer for w."
         )
-    elif lora and not teacher.backbone.family.lora_loader:
+    elif lora and not teacher.family.lora_loader:
         notes.append(
-            f"diffusers has no LoRA loader for {teacher.backbone.family.net_class}: `merged/` holds the "
+            f"diffusers has no LoRA loader for {teacher.family.net_class}: `merged/` holds the "
             "merged network for it; "
             f'`fastgen.export.lora.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
         )
     return notes
 
 
-def model_card(name: str, teacher, info: dict, results: dict, command: list[str], files: dict) -> str:
+def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[str]) -> str:
     """README.md of an export."""
     what = teacher.info or {}
-    lora, student = files.get("lora", ""), bool(info["times"])
-    trained = f"{info['trained_steps']} steps"
-    settings = {"method": info["objective"], "trained for": trained, "steps": info["steps"]}
-    if student:
-        span = info.get("guidance_range")
+    trained = f"{info.training_steps} steps"
+    settings: dict[str, Any] = {"method": info.objective, "trained for": trained, "steps": info.steps}
+    if info.times is not None:
         negative = (
-            "negative prompts by nasa.py, see below" if info.get("nasa") else "negative prompts do nothing"
+            "negative prompts by nasa.py, see below" if info.nasa_scale else "negative prompts do nothing"
         )
-        told = span and not info.get("steps_as_guidance")
-        how = "an input, see below" if told else f"baked in: guidance_scale 1, {negative}"
+        is_input = info.guidance_range and not info.steps_as_guidance
+        how = "an input, see below" if is_input else f"baked in: guidance_scale 1, {negative}"
         settings |= {
-            "times": ", ".join(f"{t:g}" for t in info["times"]),
-            "between steps": info["sampler"],
-            "guidance": f"{info['guidance']:g}, {how}",
-            "teacher": f"{info['base']} ({info['teacher_steps']} steps)",
+            "times": ", ".join(f"{t:g}" for t in info.times),
+            "between steps": info.sampler,
+            "guidance": f"{info.guidance:g}, {how}",
+            "teacher": f"{info.base} ({info.teacher_steps} steps)",
         }
     else:
-        settings["guidance"] = f"{info['guidance']:g}"
-    settings["scheduler"] = f"{info['scheduler']['_class_name']}, as configured in `scheduler/`"
-    notes = _notes(info, teacher, files)
-    first = "A few-step student distilled" if student else "A generator trained"
+        settings["guidance"] = f"{info.guidance:g}"
+    settings["scheduler"] = f"{info.scheduler_class}, as configured in `scheduler/`"
+    notes = _notes(info, teacher)
+    first = "A few-step student distilled" if info.is_student else "A generator trained"
     lines = [
-        _front_matter(info, what, teacher, lora),
+        _front_matter(info, what, teacher),
         "",
-        f"# {name}",
+        f"# {info.name}",
         "",
-        f"{first} with fastgen {info['version']}.",
+        f"{first} with fastgen {info.fastgen_version}.",
         "",
         "| setting | value |",
         "|---|---|",
@@ -149,7 +152,7 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
         "## Use",
         "",
         "```python",
-        usage(what, teacher, info, lora),
+        usage(what, teacher, info, info.lora),
         "```",
         "",
         "## Numbers",
@@ -168,9 +171,9 @@ def model_card(name: str, teacher, info: dict, results: dict, command: list[str]
     return "\n".join(lines)
 
 
-def members_card(info: dict, router) -> str:
+def members_card(info: ExportInfo, router: Router) -> str:
     """README.md over the folders of several students."""
-    lines = [f"# {info['name']}, {info['students']} students", ""]
+    lines = [f"# {info.name}, {info.num_students} students", ""]
     if router.tensors and "table" in router.tensors:
         table = router.tensors["table"][:-1].tolist()
         lines += ["| class | folder |", "|---|---|"]
@@ -183,7 +186,7 @@ def members_card(info: dict, router) -> str:
     lines += [
         "",
         "Each folder is an ordinary export with a card of its own. The numbers in those cards are of all",
-        "students together, each asked for its own conditions. fastgen's `sample.py` routes by itself:",
+        "students together, each on its own conditions. fastgen's `sample.py` routes by itself:",
         "",
         "```sh",
         "python sample.py --model . --num_images 16",

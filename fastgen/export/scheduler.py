@@ -1,13 +1,17 @@
-"""Which diffusers scheduler serves a student, so that a plain call visits the times it was trained on."""
+"""The diffusers scheduler of a student, so that a plain call visits the times it was trained on."""
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
+from fastgen.families.base import Family
+from fastgen.networks.teacher import Teacher
+from fastgen.roles.roles import Student
 
 VP_KEYS = (
     "num_train_timesteps",
@@ -21,18 +25,18 @@ VP_KEYS = (
 
 
 @dataclass
-class Serving:
+class SchedulerSetup:
     """A scheduler, what must be passed to it, and whether it can carry the student at all."""
 
-    scheduler: object
-    arguments: dict = field(default_factory=dict)
+    scheduler: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
     """keywords of `set_timesteps` (and of the pipeline call) beyond the plain number of steps"""
-    step: dict = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)
     """keywords of `step` (and of the pipeline call)"""
     needs_loop: bool = False
-    """no diffusers scheduler does these steps; the model card has the loop"""
-    bound: bool = False
-    """the pipeline's call takes no such arguments: they are set on the scheduler itself (see `bind`)"""
+    """no diffusers scheduler takes these steps; the model card spells out a loop that does"""
+    set_on_scheduler: bool = False
+    """the pipeline's call does not take `arguments`: they are set on the scheduler itself (see `bind`)"""
 
     def set_timesteps(self, num: int) -> None:
         """Prepare the scheduler as the model card tells users to."""
@@ -47,39 +51,43 @@ def scheduler_for(
     sampler: str,
     schedule: Schedule,
     teacher_scheduler,
-    family=None,
+    family: Family | None = None,
     grid: int = 0,
     gamma: float = 0.0,
-) -> Serving:
+) -> SchedulerSetup:
     """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
-    serves every step count that the grid holds.
+    can take every step count that the grid holds.
     """
     if isinstance(schedule, VP):
         on_grid = times == schedule.few_steps(len(times), grid)
-        served = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
-    elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
-        served = _cm(times, sampler, schedule, teacher_scheduler)
+        setup = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
+    elif isinstance(schedule, EDM) and _is_consistency(teacher_scheduler):
+        setup = _cm(times, sampler, schedule, teacher_scheduler)
     elif isinstance(schedule, EDM):
-        served = _edm(times, sampler, schedule, teacher_scheduler)
+        setup = _edm(times, sampler, schedule, teacher_scheduler)
     elif isinstance(schedule, Flow):
-        served = _flow(times, sampler, schedule, family is not None and family.default_sigmas)
+        setup = _flow(times, sampler, schedule, family is not None and family.default_sigmas)
     elif isinstance(schedule, TrigFlow):
-        served = _trig(times, sampler, schedule, teacher_scheduler)
+        setup = _trig(times, sampler, schedule, teacher_scheduler)
     else:
         found = f"no diffusers scheduler for {type(schedule).__name__}"
-        raise UserError("export", found, "VP, flow, EDM or TrigFlow")
-    if served.arguments and family is not None and (family.kind == "text" or family.label_key):
-        served.bound |= not set(served.arguments) <= _accepted(family.pipeline)
-    return served
+        raise UserError("export", found, "use a teacher on a VP, flow, EDM or TrigFlow schedule")
+    if setup.arguments and family is not None and (family.kind == "text" or family.label_key):
+        setup.set_on_scheduler |= not set(setup.arguments) <= _accepted(family.pipeline)
+    return setup
 
 
-def serve(student, teacher) -> Serving:
-    """The scheduler of a student at its time list, beside its teacher."""
-    family = getattr(teacher.backbone, "family", None)
-    own = student.grid, student.gamma
+def scheduler_setup(student: Student, teacher: Teacher) -> SchedulerSetup:
+    """The scheduler of a student at its time list; `teacher` gives the noise levels and the pipeline."""
+    family, spec = teacher.backbone.family, student.spec
     return scheduler_for(
-        list(student.times), student.sampler, teacher.schedule, teacher.scheduler, family, *own
+        student.times, spec.sampler, teacher.schedule, teacher.scheduler, family, spec.grid, spec.gamma
     )
+
+
+def _is_consistency(scheduler) -> bool:
+    """Whether it is the scheduler of consistency models, whose EDM form has a boundary."""
+    return type(scheduler).__name__ == "CMStochasticIterativeScheduler"
 
 
 def _accepted(pipeline: str) -> set[str]:
@@ -90,7 +98,7 @@ def _accepted(pipeline: str) -> set[str]:
 
 
 def bind(scheduler, arguments: dict) -> None:
-    """Make a scheduler take these steps whatever a pipeline asks of it; the model card spells this out."""
+    """Make a scheduler take these steps whatever a pipeline passes to it; the model card spells this out."""
     set_timesteps = scheduler.set_timesteps
     scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(**arguments, device=device)
 
@@ -113,7 +121,7 @@ def _noise_levels(teacher_scheduler) -> dict:
 
 def _vp(
     times: list[float], sampler: str, teacher_scheduler, original: int, gamma: float, on_grid: bool
-) -> Serving:
+) -> SchedulerSetup:
     """renoise: LCMScheduler, its boundary factors within 2e-5 of (0, 1) at these times; ode: DDIM, trailing;
     tcd: TCDScheduler, whose eta is our gamma.
 
@@ -122,7 +130,7 @@ def _vp(
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
     if any(t != round(t) for t in times):
-        raise UserError("student.timesteps", f"found {times}", "whole numbers: schedulers index by them")
+        raise UserError("student.timesteps", f"found {times}", "give whole numbers: schedulers index by them")
     kept = _noise_levels(teacher_scheduler)
     num, total = len(times), kept["num_train_timesteps"]
     ints = [int(t) for t in times]
@@ -130,16 +138,15 @@ def _vp(
         cls = LCMScheduler if sampler == "renoise" else TCDScheduler
         scheduler = cls(**kept, original_inference_steps=original, clip_sample=False)
         step = {"eta": gamma} if sampler == "tcd" else {}
-        return Serving(scheduler, {} if on_grid else {"timesteps": ints}, step)
+        return SchedulerSetup(scheduler, {} if on_grid else {"timesteps": ints}, step)
     if total % num == 0 and ints == [(num - i) * (total // num) - 1 for i in range(num)]:
         more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
-        return Serving(DDIMScheduler(**kept, **more))
+        return SchedulerSetup(DDIMScheduler(**kept, **more))
     more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
-    scheduler = DPMSolverMultistepScheduler(**kept, **more)
-    return Serving(scheduler, {"timesteps": ints})
+    return SchedulerSetup(DPMSolverMultistepScheduler(**kept, **more), {"timesteps": ints})
 
 
-def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> Serving:
+def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> SchedulerSetup:
     """FlowMatchLCM (renoise) or FlowMatchEuler (ode).
 
     With default_sigmas the pipeline itself hands over w = 1 - k / N, which `shift` bends into our grid.
@@ -155,36 +162,38 @@ def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool
     cls = FlowMatchLCMScheduler if sampler == "renoise" else FlowMatchEulerDiscreteScheduler
     num, s = len(times), schedule.shift
     if default_sigmas and np.allclose(times, schedule.steps(num), atol=1e-9):
-        return Serving(cls(shift=s))
+        return SchedulerSetup(cls(shift=s))
     if num > 1 and np.allclose(times, schedule.steps(num), atol=1e-9):
         bent, u_min = s, 0.001
         for _ in range(50):
             u_min = bent * 0.001 / (1 + (bent - 1) * 0.001)
             a = (1 - u_min) * num / (num - 1)
             bent = a * s / (1 + (a - 1) * s)
-        return Serving(cls(shift=bent, shift_terminal=times[-1]))
+        return SchedulerSetup(cls(shift=bent, shift_terminal=times[-1]))
     if times == [1.0]:
-        return Serving(cls(shift=s))
-    return Serving(cls(shift=1.0), {"sigmas": list(times)})
+        return SchedulerSetup(cls(shift=s))
+    return SchedulerSetup(cls(shift=1.0), {"sigmas": list(times)})
 
 
-def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> Serving:
-    """SCMScheduler, which adds fresh noise between steps. It is told `timesteps` with the final 0, or that no
-    second of two steps is asked for.
+def _trig(times: list[float], sampler: str, schedule: TrigFlow, teacher_scheduler) -> SchedulerSetup:
+    """SCMScheduler, which adds fresh noise between steps. It takes `timesteps` with the final 0, or None as
+    the second of two steps.
     """
     from diffusers import SCMScheduler
 
     num, scheduler = len(times), SCMScheduler.from_config(teacher_scheduler.config)
     if sampler != "renoise" and num > 1:
-        raise UserError("student.sampler", f"found {sampler!r}", "renoise: SCMScheduler adds fresh noise")
+        raise UserError("student.sampler", f"found {sampler!r}", "use renoise: SCMScheduler adds fresh noise")
     plain = {"num_inference_steps": num, "intermediate_timesteps": None}
     if times != schedule.steps(num):
         given = plain | {"timesteps": [*times, 0.0], "max_timesteps": None}
-        return Serving(scheduler, given, bound=True)  # pipelines pass timesteps on without their number
-    return Serving(scheduler, {} if num == 2 and schedule.middle is not None else plain)
+        return SchedulerSetup(
+            scheduler, given, set_on_scheduler=True
+        )  # pipelines pass timesteps on without their number
+    return SchedulerSetup(scheduler, {} if num == 2 and schedule.middle is not None else plain)
 
 
-def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> SchedulerSetup:
     """EDMEulerScheduler, whose `sigmas` argument is a ramp 0 (noise) to 1; or the EulerDiscreteScheduler of
     Stable Video Diffusion, which takes the noise levels themselves. Re-noising needs a loop.
     """
@@ -194,16 +203,16 @@ def _edm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> 
     if config.get("timestep_type") == "continuous":
         plain = {"use_karras_sigmas": False, "timestep_spacing": "trailing"}
         scheduler = EulerDiscreteScheduler.from_config(config, **plain)
-        return Serving(scheduler, {"sigmas": [*times, 0.0]}, needs_loop=loop)
+        return SchedulerSetup(scheduler, {"sigmas": [*times, 0.0]}, needs_loop=loop)
     scheduler = EDMEulerScheduler.from_config(config)
     if times == schedule.steps(1):
-        return Serving(scheduler)
+        return SchedulerSetup(scheduler)
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [(hi - t ** (1 / schedule.rho)) / (hi - lo) for t in times]
-    return Serving(scheduler, {"sigmas": ramp}, needs_loop=loop)
+    return SchedulerSetup(scheduler, {"sigmas": ramp}, needs_loop=loop)
 
 
-def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> Serving:
+def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> SchedulerSetup:
     """CMStochasticIterativeScheduler: its timestep k of T stands for Karras' ramp k / (T - 1), so that a grid
     of N equal parts is exact with T = N m + 1; other lists are rounded to a ramp of a million.
     """
@@ -216,11 +225,11 @@ def _cm(times: list[float], sampler: str, schedule: EDM, teacher_scheduler) -> S
         scheduler = CMStochasticIterativeScheduler.from_config(
             config, num_train_timesteps=total, clip_denoised=False
         )
-        return Serving(scheduler, needs_loop=loop)
+        return SchedulerSetup(scheduler, needs_loop=loop)
     total = 1_000_001
     scheduler = CMStochasticIterativeScheduler.from_config(
         config, num_train_timesteps=total, clip_denoised=False
     )
     hi, lo = schedule.t_max ** (1 / schedule.rho), schedule.t_min ** (1 / schedule.rho)
     ramp = [round((hi - t ** (1 / schedule.rho)) / (hi - lo) * (total - 1)) for t in times]
-    return Serving(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards
+    return SchedulerSetup(scheduler, {"timesteps": ramp[::-1]}, needs_loop=loop)  # it reads them backwards

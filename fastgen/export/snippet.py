@@ -1,5 +1,10 @@
 """The snippet in an export's card: plain diffusers, and it runs."""
 
+from fastgen.export.info import ExportInfo
+from fastgen.families.base import Family
+from fastgen.networks.codecs import Codec, TextCodec
+from fastgen.networks.teacher import Teacher
+
 PROMPT = "a red dress on a grey background"
 
 
@@ -13,30 +18,31 @@ def keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _keywords_of_call(what: dict, family, codec, info: dict) -> dict:
+def _keywords_of_call(what: dict, family: Family, codec: Codec, info: ExportInfo) -> dict:
     """Sizes, steps and guidance as this pipeline's call takes them."""
-    call = {**family.size_call(codec), "num_inference_steps": info["steps"]}
-    call |= info["arguments"] if not info["bound"] else {}
-    if info["arguments"] and "num_inference_steps" not in info["arguments"] and not info["bound"]:
+    call = {**family.size_call(codec), "num_inference_steps": info.steps}
+    given = info.timestep_arguments if not info.set_on_scheduler else {}
+    call |= given
+    if given and "num_inference_steps" not in given:
         del call["num_inference_steps"]
-    told = info.get("guidance_range") is not None
-    w = float(info["steps"] if info.get("steps_as_guidance") else info["guidance"])
-    call |= info["step"] | family.guidance_call(w if told else info["embedded_guidance"])
-    if not info["times"] and info["guidance"] != 1:
-        call |= family.guided_call(info["guidance"])
+    w = float(info.steps if info.steps_as_guidance else info.guidance)
+    scale = info.embedded_guidance if info.guidance_range is None else w
+    call |= info.step_arguments | family.guidance_call(scale)
+    if not info.is_student and info.guidance != 1:
+        call |= family.guided_call(info.guidance)
     call |= family.plain_call(what) | ({"output_type": "pil"} if family.temporal or family.views else {})
     return call
 
 
-def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
+def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str) -> list[str]:
     """Text to image or video: an ordinary pipeline call."""
-    family, codec, scheduler = teacher.backbone.family, teacher.codec, info["scheduler"]["_class_name"]
+    family, codec, scheduler = teacher.family, teacher.codec, info.scheduler_class
     name = teacher.pipeline
-    call, told = _keywords_of_call(what, family, codec, info), info.get("guidance_range") is not None
-    own = told or info["gaps"]  # an input that the base has not
+    call = _keywords_of_call(what, family, codec, info)
+    own = info.guidance_range or info.step_lengths  # an input that the base has not
     on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])
-    source = repr(shown_path(info["base"])) if on_base else '"merged"' if lora else '"."'
+    source = repr(shown_path(info.base)) if on_base else '"merged"' if lora else '"."'
     note = "" if lora else "  # this folder"
     moving = family.temporal or family.views
     tools = [*(["export_to_gif"] if moving else []), *(["load_image"] if family.needs_image else [])]
@@ -48,46 +54,46 @@ def _pipeline_usage(what: dict, teacher, info: dict, lora: str) -> list[str]:
         f"pipe = {name}.from_pretrained({source}, torch_dtype=torch.float32){note}",
     ]
     if on_base:
-        calls = family.lora_calls(lora, list(family.adapted(teacher.backbone.net)))
+        calls = family.lora_calls(lora, list(family.adapted(teacher.network.net)))
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{keywords(c)})' for c in calls),
         ]
-    if info["gaps"]:
+    if info.step_lengths:
         call["latents"] = "latents"
-        lines += _gap_lines(family, info["gaps"], codec.shape)
-    if info["times"] and len(info["times"]) > 1 and info["sampler"] == "renoise":
+        lines += _step_length_lines(family, info.step_lengths, codec.shape)
+    if len(info.times or ()) > 1 and info.sampler == "renoise":
         lines.append(
             "torch.manual_seed(0)  # the noise between steps, where the pipeline hands on no generator"
         )
-    if info["bound"]:  # the call takes no such list
+    if info.set_on_scheduler:  # the call takes no such list
         lines += [
             "set_timesteps = pipe.scheduler.set_timesteps",
             "pipe.scheduler.set_timesteps = lambda *_, device=None, **__: set_timesteps(",
-            f"    device=device{keywords(info['arguments'])}",
+            f"    device=device{keywords(info.timestep_arguments)}",
             ")",
         ]
     first = f"{family.label_key}=[3]" if family.label_key else f'prompt="{PROMPT}"'
-    asked = [
+    given = [
         *([first] if family.takes_text or family.label_key else []),
         "generator=torch.Generator().manual_seed(0)",
     ]
     if family.needs_image:
-        asked.insert(len(asked) - 1, 'image=load_image("image.png")')
+        given.insert(len(given) - 1, 'image=load_image("image.png")')
     return [
         *lines,
         f"{'frames' if moving else 'image'} = pipe(",
-        f"    {', '.join(asked)},",
+        f"    {', '.join(given)},",
         *_wrapped([f"{k}={v if k == 'latents' else repr(v)}" for k, v in call.items()]),
         f").{'frames' if family.temporal else 'images'}[0]",
         'export_to_gif(frames, "sample.gif")' if moving else 'image.save("sample.png")',
     ]
 
 
-def _gap_lines(family, gaps: list[float], shape: tuple[int, ...]) -> list[str]:
+def _step_length_lines(family: Family, lengths: tuple[float, ...], shape: tuple[int, ...]) -> list[str]:
     """A pipeline whose network reads the length of each step as one more channel of its latent."""
     return [
-        f"gaps, forward = iter({gaps}), pipe.{family.component}.forward",
+        f"gaps, forward = iter({list(lengths)}), pipe.{family.component}.forward",
         "",
         "def with_gap(x, *args, **kwargs):  # the network also reads how long its step is",
         "    return forward(torch.cat([x, torch.full_like(x[:, :1], next(gaps))], 1), *args, **kwargs)",
@@ -97,10 +103,10 @@ def _gap_lines(family, gaps: list[float], shape: tuple[int, ...]) -> list[str]:
     ]
 
 
-def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) -> list[str]:
+def _label_usage(what: dict, info: ExportInfo, shape: tuple[int, ...], folder: str) -> list[str]:
     """UNet2DModel: the loop that its diffusers pipeline lacks (labels, patches, EDM scaling)."""
-    scheduler, classes = info["scheduler"]["_class_name"], what.get("num_classes", 0)
-    edm, w = scheduler.startswith("EDM"), 1.0 if info["times"] else info["guidance"]
+    scheduler, classes = info.scheduler_class, what.get("num_classes", 0)
+    edm, w = scheduler.startswith("EDM"), 1.0 if info.is_student else info.guidance
     label = ", class_labels=label" if classes else ""
     step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
     if classes and w != 1:
@@ -108,28 +114,29 @@ def _label_usage(what: dict, info: dict, shape: tuple[int, ...], folder: str) ->
             step[0].replace("out =", "null =").replace("=label", "=label * 0 + " + str(classes)),
             f"        out = null + {w} * (out - null)",
         ]
-    if info["gaps"]:
+    if info.step_lengths:
         read = "torch.cat([x, torch.full_like(x[:, :1], gap)], 1)"
         if edm:
             read = read.replace("[x, ", "[scheduler.scale_model_input(x, t), ")
         step = [f"        out = net({read}, t{label}).sample"]
-    given = keywords(info["step"])
+    given = keywords(info.step_arguments)
     step += [f"        x = scheduler.step(out, t, x{given}, generator=generator).prev_sample"]
     loop = ["    for t in scheduler.timesteps:", *step]
-    if info["gaps"]:
-        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {info['gaps']}):  # gap: the step's length"
-    if info["needs_loop"]:
-        loop = _renoise_loop(info["times"], label)
-    arguments = dict(info["arguments"])
-    given = f"{info['steps']}" if edm or not arguments else ""
+    if info.step_lengths:
+        loop[0] = f"    for t, gap in zip(scheduler.timesteps, {list(info.step_lengths)}):  # its length"
+    times = list(info.times or ())
+    if info.needs_loop:
+        loop = _renoise_loop(times, label)
+    arguments = dict(info.timestep_arguments)
+    given = f"{info.steps}" if edm or not arguments else ""
     if edm and arguments:
         given += f", sigmas=torch.tensor({arguments.pop('sigmas')})"
     given = (given + keywords(arguments)).removeprefix(", ")
-    set_steps = [] if info["needs_loop"] else [f"scheduler.set_timesteps({given})"]
+    set_steps = [] if info.needs_loop else [f"scheduler.set_timesteps({given})"]
     image = f"torch.pixel_shuffle(x, {what['patch']})" if what.get("patch", 1) > 1 else "x"
     scale = " * scheduler.config.sigma_max  # init_noise_sigma is slightly more" if edm else ""
-    if edm and info["times"] and info["times"][0] != info["scheduler"]["sigma_max"]:
-        scale = f" * {info['times'][0]!r}  # the first noise level this student knows"
+    if edm and times and times[0] != info.scheduler["sigma_max"]:
+        scale = f" * {times[0]!r}  # the first noise level this student knows"
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",
@@ -163,9 +170,9 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
     ]
 
 
-def usage(what: dict, teacher, info: dict, lora: str = "") -> str:
+def usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str = "") -> str:
     """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
-    if hasattr(teacher.codec, "prompts") or teacher.backbone.family.label_key:
+    if isinstance(teacher.codec, TextCodec) or teacher.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, lora))
     return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
 

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -12,29 +16,18 @@ from fastgen import __version__
 from fastgen.core.files import write_text
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
-from fastgen.export.load import Loaded, init_student, load_export, sample_command
-from fastgen.export.lora import load_lora_into
-from fastgen.export.model_card import members_card, model_card, read_command
-from fastgen.export.scheduler import Serving, scheduler_for, serve
+from fastgen.export.info import FILE, ExportInfo
+from fastgen.export.model_card import members_card, model_card
+from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
+from fastgen.families.base import Family
 from fastgen.families.parts import part_name
 from fastgen.networks import negative_prompts
+from fastgen.networks.backbone import Backbone
 from fastgen.networks.files import hub_folder
 from fastgen.networks.teacher import Teacher
-from fastgen.objectives import REGISTRY
 from fastgen.roles.roles import Student, Students
-from fastgen.roles.sana_sprint import shipped
+from fastgen.roles.sana_sprint import as_exported
 
-__all__ = [
-    "Loaded",
-    "export_folder",
-    "export_student",
-    "init_student",
-    "load_export",
-    "load_lora_into",
-    "sample_command",
-    "scheduler_for",
-]
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COPIED = (
     "vae",
     "text_encoder",
@@ -47,143 +40,173 @@ COPIED = (
 )
 
 
-def export_student(trainer, folder: Path, results: dict) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained generator, and what its export says about the run behind it."""
+
+    teacher: Teacher
+    student: Student
+    objective: str
+    """methods of all stages, joined by +"""
+    few_step: bool
+    """whether it is sampled in its few steps; if not, like its teacher"""
+    takes: Callable[[int], bool]
+    """whether the method trains the student for that many steps"""
+    guidance: float
+    """scale of the teacher that was learned"""
+    nasa_scale: float
+    """of negative prompts by attention (NASA); 0: none"""
+    base: str
+    """path of the teacher"""
+    teacher_steps: int
+    training_steps: int
+    run_name: str
+    command: list[str]
+    """that made the run"""
+    dtype: torch.dtype
+
+
+def export_student(trained: Trained, folder: Path, results: dict) -> Path:
     """Write the student as it stands (call inside the EMA swap), beside `folder` and then in its place."""
-    teacher, student = shipped(trainer.cast.teacher, trainer.cast.parts["student"])
+    teacher, student = as_exported(trained.teacher, trained.student)
+    trained = replace(trained, teacher=teacher, student=student)
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
-    if distilled:
-        served = serve(student, teacher)
+    setup = SchedulerSetup(teacher.scheduler)
+    if trained.few_step:
+        setup = scheduler_setup(student, teacher)
+    info = describe(trained, setup)
+    if isinstance(student, Students):
+        _export_members(trained, student, temporary, setup, info, results)
     else:
-        served = Serving(teacher.scheduler)
-    info = describe(trainer, teacher, student, served, distilled)
-    info["name"] = export_name(info, trainer.cfg.output_dir)
-    chosen = trainer.cfg.train.export_dtype
-    dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
-    told = results, read_command(Path(trainer.folder))
-    if hasattr(student, "members"):
-        _export_members(teacher, student, temporary, served, info, dtype, told)
-    else:
-        _export_one(teacher, student, temporary, served, info, dtype, told)
+        _export_one(trained, student, temporary, setup, info, results)
     shutil.rmtree(folder, ignore_errors=True)
     return temporary.rename(folder)
 
 
 def _export_one(
-    teacher: Teacher, student: Student, folder: Path, served: Serving, info: dict, dtype, told: tuple
+    trained: Trained, student: Student, folder: Path, setup: SchedulerSetup, info: ExportInfo, results: dict
 ) -> None:
     """One student's files and card."""
-    name, files = info["name"], {}
+    teacher, dtype = trained.teacher, trained.dtype
     if student.adapter is None:
-        document = _document(teacher, info)
-        export_folder(teacher, student.backbone.net, folder, served.scheduler, document, dtype)
+        net = _network(student).net
+        export_folder(teacher, net, folder, setup.scheduler, _document(teacher, info), dtype)
     else:
-        files = _export_lora(teacher, student, folder, name, served, info, dtype)
-        write_text(folder / "fastgen.json", json.dumps(_document(teacher, {**info, **files}), indent=2))
-    if info["nasa"]:
+        info = _export_lora(teacher, student, folder, setup, info, dtype)
+        write_text(folder / FILE, json.dumps(_document(teacher, info), indent=2))
+    if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
-    write_text(folder / "README.md", model_card(name, teacher, info, *told, files))
+    write_text(folder / "README.md", model_card(teacher, info, results, trained.command))
 
 
 def _export_members(
-    teacher: Teacher, students: Students, folder: Path, served: Serving, info: dict, dtype, told: tuple
+    trained: Trained, students: Students, folder: Path, setup: SchedulerSetup, info: ExportInfo, results: dict
 ) -> None:
     """A folder for each student, whole in itself, and the router that says whose condition is whose."""
     for j, member in enumerate(students.members):
         (folder / f"student{j}").mkdir()
-        _export_one(teacher, member, folder / f"student{j}", served, info, dtype, told)
+        _export_one(trained, member, folder / f"student{j}", setup, info, results)
     students.router.save(folder)
-    info = {**info, "students": len(students.members), "trained_students": students.trained}
-    write_text(folder / "fastgen.json", json.dumps(_document(teacher, info), indent=2))
+    info = replace(info, num_students=len(students.members), trained_students=tuple(students.trained))
+    write_text(folder / FILE, json.dumps(_document(trained.teacher, info), indent=2))
     write_text(folder / "README.md", members_card(info, students.router))
 
 
-def export_name(info: dict, output_dir: str) -> str:
+def _network(student: Student) -> Backbone:
+    """The student's diffusers network; closed forms and the small networks beside them are not exported."""
+    if not isinstance(student.backbone, Backbone):
+        raise TypeError(f"{type(student.backbone).__name__} is no diffusers network")
+    return student.backbone
+
+
+def export_name(trained: Trained) -> str:
     """<base>-<objective>-<N>step, or the run's name where nothing was distilled."""
-    base = Path(info["base"].replace(":", "/")).name
-    if not info["times"]:
-        return base or Path(output_dir).name
-    return f"{base}-{info['objective']}-{info['steps']}step"
+    base = Path(trained.base.replace(":", "/")).name
+    if not trained.few_step:
+        return (base if trained.student.adapter else "") or trained.run_name
+    return f"{base}-{trained.objective}-{len(trained.student.times)}step"
 
 
-def describe(trainer, teacher: Teacher, student: Student, served: Serving, distilled: bool) -> dict:
-    """What a file must say about itself, so that nothing needs to be remembered to sample it."""
-    cfg, last = trainer.cfg, trainer.cfg.all_stages()[-1].objective
-    return {
-        "version": __version__,
-        "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
-        "student": "lora" if student.adapter else "full",
-        "steps": len(student.times) if distilled else cfg.teacher.num_steps,
-        "times": [float(t) for t in student.times] if distilled else None,
-        "sampler": student.sampler,
-        "scheduler": _plain(served.scheduler),
-        "arguments": served.arguments,
-        "step": served.step,
-        "gamma": student.gamma,
-        "grid": student.grid,
-        "others": other_steps(cfg, teacher, student, served) if distilled else {},
-        "needs_loop": served.needs_loop,
-        "bound": served.bound,
-        "embedded_guidance": getattr(teacher.codec, "guidance", None),
-        "gaps": gaps(student) if distilled else None,
-        "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
-        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.student_guidance),
-        "guidance_range": student.guidance_range and list(student.guidance_range),
-        "steps_as_guidance": student.steps_as_guidance,
-        "base": cfg.teacher.path if distilled or student.adapter else "",
-        "teacher_steps": cfg.teacher.num_steps,
-        "teacher_scheduler": _plain(teacher.scheduler),
-        "trained_steps": trainer.step,
-    }
+def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
+    """What an export must say about itself, so that nothing needs to be remembered to sample it."""
+    teacher, student, few_step = trained.teacher, trained.student, trained.few_step
+    return ExportInfo(
+        fastgen_version=__version__,
+        name=export_name(trained),
+        objective=trained.objective,
+        student_kind="lora" if student.adapter else "full",
+        base=trained.base if few_step or student.adapter else "",
+        training_steps=trained.training_steps,
+        steps=len(student.times) if few_step else trained.teacher_steps,
+        times=tuple(float(t) for t in student.times) if few_step else None,
+        sampler=student.sampler,
+        gamma=student.spec.gamma,
+        grid=student.spec.grid,
+        scheduler=_config_of(setup.scheduler),
+        timestep_arguments=setup.arguments,
+        step_arguments=setup.step,
+        needs_loop=setup.needs_loop,
+        set_on_scheduler=setup.set_on_scheduler,
+        other_step_counts=other_step_counts(trained, setup) if few_step else {},
+        step_lengths=step_lengths(student) if few_step else None,
+        guidance=trained.guidance,
+        guidance_range=student.guidance_range,
+        steps_as_guidance=student.spec.steps_as_guidance,
+        embedded_guidance=teacher.codec.guidance,
+        nasa_scale=trained.nasa_scale,
+        teacher_steps=trained.teacher_steps,
+        teacher_scheduler=_config_of(teacher.scheduler),
+    )
 
 
-def gaps(student: Student) -> list[float] | None:
+def step_lengths(student: Student) -> tuple[float, ...] | None:
     """What the extra input channel of a two-time network is filled with at each step."""
-    if not getattr(student.backbone, "second_time", False):
+    if not student.backbone.second_time:
         return None
     times = torch.tensor([student.times, student.ends()], dtype=torch.float64)
-    return student.schedule.gap(times[0], times[1]).tolist()
+    return tuple(student.schedule.gap(times[0], times[1]).tolist())
 
 
-def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dict[str, dict]:
+def other_step_counts(trained: Trained, setup: SchedulerSetup) -> dict[str, dict]:
     """For each other step count of one model, what to change in the scheduler and what to pass: of a student
     trained on a grid, or of a SANA-Sprint student, trained at all times.
     """
-    objective, own, found = cfg.all_stages()[-1].objective, _plain(served.scheduler), {}
+    teacher, student, own = trained.teacher, trained.student, _config_of(setup.scheduler)
+    most, found = 4 if isinstance(teacher.schedule, TrigFlow) else student.spec.grid, {}
     for num in (1, 2, 4, 8):
-        refused = REGISTRY[objective.name].unsampled(objective, num, student.sampler)
-        most = 4 if isinstance(teacher.schedule, TrigFlow) else student.grid
-        if num == len(student.times) or num > most or refused:
+        if num == len(student.times) or num > most or not trained.takes(num):
             continue
-        other = serve(student.taking(num), teacher)
-        changed = {k: v for k, v in _plain(other.scheduler).items() if own.get(k) != v}
-        given = {"sigmas": student.taking(num).times} if other.needs_loop else other.arguments
-        if student.steps_as_guidance:
+        other = scheduler_setup(student.with_steps(num), teacher)
+        changed = {k: v for k, v in _config_of(other.scheduler).items() if own.get(k) != v}
+        given = {"sigmas": student.with_steps(num).times} if other.needs_loop else other.arguments
+        if student.spec.steps_as_guidance:
             given = {"num_inference_steps": num, **given, "guidance_scale": float(num)}
         found[str(num)] = {"scheduler": changed, "arguments": given}
     return found
 
 
-def _plain(scheduler) -> dict:
+def _config_of(scheduler) -> dict[str, Any]:
     """A scheduler's config as JSON values."""
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     kept = {k: v for k, v in config.items() if k == "_class_name" or not k.startswith("_")}
-    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in kept.items()}
+    return {
+        k: v.tolist() if isinstance(v, (np.ndarray, np.generic, torch.Tensor)) else v for k, v in kept.items()
+    }
 
 
-def _document(teacher: Teacher, info: dict) -> dict:
+def _document(teacher: Teacher, info: ExportInfo) -> dict[str, Any]:
     """fastgen.json: what the teacher's said (patch, classes, ...), and this export's own description."""
-    return {**(teacher.info or {}), "export": info}
+    return {**(teacher.info or {}), "export": info.to_json()}
 
 
 def export_folder(
-    teacher: Teacher, net: nn.Module, folder: Path, scheduler, info: dict, dtype=torch.float32
+    teacher: Teacher, net: nn.Module, folder: Path, scheduler, document: dict, dtype=torch.float32
 ) -> Path:
-    """Write `net` with a scheduler and the teacher's other parts as a diffusers folder."""
-    family = teacher.backbone.family
+    """Write `net`, a scheduler, the teacher's other parts and `document`, its fastgen.json, as a folder."""
+    family = teacher.family
     folder.mkdir(parents=True, exist_ok=True)
     parts = family.parts(net)
     for name, part in parts.items():
@@ -209,7 +232,7 @@ def export_folder(
                 index[part] = _library_class(source / part, part)
     index |= family.index_extra
     write_text(folder / "model_index.json", json.dumps(index, indent=2))
-    write_text(folder / "fastgen.json", json.dumps(info, indent=2))
+    write_text(folder / FILE, json.dumps(document, indent=2))
     return folder
 
 
@@ -219,7 +242,7 @@ def _index(teacher: Teacher) -> dict:
     return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
 
-def _save_net(net: nn.Module, folder: Path, dtype) -> None:
+def _save_net(net: Any, folder: Path, dtype) -> None:
     """save_pretrained in one dtype (it shards large models), without touching the network in use."""
     before = {p.dtype for p in net.parameters()}
     if before == {dtype}:
@@ -233,32 +256,37 @@ def _save_net(net: nn.Module, folder: Path, dtype) -> None:
 
 
 def _export_lora(
-    teacher: Teacher, student: Student, folder: Path, name: str, served: Serving, info: dict, dtype
-) -> dict:
-    """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists."""
-    family, net = teacher.backbone.family, student.backbone.net
-    told = bool(info["guidance_range"] or info["gaps"])  # plain diffusers cannot add such an input
-    loads = family.lora_loader and not told
-    files, base = {"lora": f"{name}-lora.safetensors"}, family.parts(net)
+    teacher: Teacher, student: Student, folder: Path, setup: SchedulerSetup, info: ExportInfo, dtype
+) -> ExportInfo:
+    """LoRA file (and kohya twin where tools read one), scheduler, merged folder where no loader exists;
+    `info` with the names of the files.
+    """
+    family, net, name, adapter = teacher.family, _network(student).net, info.name, str(student.adapter)
+    extra_input = bool(info.guidance_range or info.step_lengths)  # which plain diffusers cannot add
+    loads = family.lora_loader and not extra_input
+    described, file_name, base = info, f"{name}-lora.safetensors", family.parts(net)
+    info = replace(info, lora=file_name)
     for i, (part, adapted) in enumerate(family.adapted(net).items()):
-        layers = lora.collect(adapted, student.adapter)
+        layers = lora.collect(adapted, adapter)
         if not any(b.any() for _, b in layers.values()):
             print(f"warning: export: the adapter of {part} is still zero; it equals the teacher's")
-        header = _header(name, family, info, layers)
-        file = folder / (part_name(files["lora"], part) if i else files["lora"])
+        header = _header(family, described, layers)
+        file = folder / (part_name(file_name, part) if i else file_name)
         lora.write_peft(file, layers, family.component, header, dtype)
-        if not i and family.reads_kohya(layers) and not told:
+        if not i and family.reads_kohya(layers) and not extra_input:
             twin = folder / f"{name}-lora-kohya.safetensors"
-            files["kohya"] = lora.write_kohya(twin, layers, family.kohya_prefix, header, dtype).name
+            lora.write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
+            info = replace(info, kohya=twin.name)
         base[part] = lora.without_adapters(adapted)
         _verify(base[part], file, layers, dtype)
         if not loads:
             lora.merge(base[part], layers)
-    served.scheduler.save_pretrained(folder / "scheduler")
+    setup.scheduler.save_pretrained(folder / "scheduler")
     if not loads:
         whole = family.assemble(base, _index(teacher))
-        export_folder(teacher, whole, folder / "merged", served.scheduler, _document(teacher, info), dtype)
-    return files
+        document = _document(teacher, described)
+        export_folder(teacher, whole, folder / "merged", setup.scheduler, document, dtype)
+    return info
 
 
 def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
@@ -273,22 +301,22 @@ def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:
                 raise RuntimeError(f"{file}: {name} reads back differently")
 
 
-def _header(name: str, family, info: dict, layers: lora.Layers) -> dict[str, str]:
+def _header(family: Family, info: ExportInfo, layers: lora.Layers) -> dict[str, str]:
     """Metadata that hubs and user interfaces show, and ours."""
-    steps, scheduler = info["steps"], info["scheduler"]["_class_name"]
-    w = f"{info['guidance']:.1f}" if info["guidance_range"] else "1.0"
+    steps, scheduler = info.steps, info.scheduler_class
+    w = f"{info.guidance:.1f}" if info.guidance_range else "1.0"
     kinds = {"epsilon": "epsilon", "v_prediction": "v"}
     found = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": name,
+        "modelspec.title": info.name,
         "modelspec.architecture": f"{family.net_class}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.prediction_type": kinds.get(info["scheduler"].get("prediction_type", ""), ""),
+        "modelspec.prediction_type": kinds.get(info.scheduler.get("prediction_type", ""), ""),
         "modelspec.usage_hint": f"{steps} step{'s' if steps > 1 else ''}, guidance {w}, {scheduler}",
         "ss_base_model_version": family.name,
         "ss_network_dim": str(max(a.shape[0] for a, _ in layers.values())),
         "ss_network_alpha": str(max(a.shape[0] for a, _ in layers.values())),
-        "fastgen": json.dumps(info),
+        "fastgen": json.dumps(info.to_json()),
     }
     return {k: v for k, v in found.items() if v}
 

@@ -11,23 +11,30 @@ components.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError, suggest
+from fastgen.core.paths import ANALYTIC
 from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow, expand
 from fastgen.networks.codecs import LabelCodec
+from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.teacher import Teacher
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Denoiser):
     """D of a mixture in any dimension; images are [B, D]. labels[k] is the class of component k; null
     class = num_classes.
     """
 
     prediction = "x0"
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+    labels: Tensor
 
     def __init__(
         self, means: Tensor, stds: Tensor, weights: Tensor, schedule: Schedule, labels: Tensor | None = None
@@ -104,12 +111,13 @@ class GaussianMixture(nn.Module):
         ).sqrt()
 
 
-class MLPDenoiser(nn.Module):
+class MLPDenoiser(Denoiser):
     """A small residual MLP in the preconditioned form D = c_skip x + c_out F(c_in x, log-SNR, label) on
     [B, D] data.
     """
 
     prediction = "x0"
+    freqs: Tensor
 
     def __init__(
         self, dim: int, schedule: Schedule, num_classes: int = 0, data_std: float = 1.0, width: int = 128
@@ -131,14 +139,14 @@ class MLPDenoiser(nn.Module):
             self.guidance = nn.Linear(1, self.out.in_features, bias=False)
             nn.init.zeros_(self.guidance.weight)
 
-    second_time = property(lambda self: self.second is not None)
-
     def add_second_time(self) -> None:
         """Make cond["r"] [B], the end of the step, an input; the output does not depend on it yet."""
         if self.second is None:
             width = self.out.in_features
-            self.second = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width, bias=False))
-            nn.init.zeros_(self.second[2].weight)
+            first, last = nn.Linear(1, width), nn.Linear(width, width, bias=False)
+            self.second = nn.Sequential(first, nn.SiLU(), last)
+            nn.init.zeros_(last.weight)
+            self.second_time = True
 
     def _hidden(self, x: Tensor, t: Tensor, phase: Tensor, cond: Cond) -> Tensor:
         waves = phase.to(x.dtype)[:, None] * self.freqs.to(x.dtype)
@@ -162,8 +170,10 @@ class MLPDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         (c_in, c_skip, c_out), phase = self._coefficients(x_t, t)
-        told = self._coefficients(x_t, cond["net_t"])[1] if "net_t" in cond else phase
-        return c_skip * x_t + c_out * self.out(nn.functional.silu(self._hidden(c_in * x_t, t, told, cond)))
+        net_phase = self._coefficients(x_t, cond["net_t"])[1] if "net_t" in cond else phase
+        return c_skip * x_t + c_out * self.out(
+            nn.functional.silu(self._hidden(c_in * x_t, t, net_phase, cond))
+        )
 
     raw = forward
 
@@ -199,19 +209,29 @@ def _fixed(name: str):
         )
     known = ("gmm2d", "gaussian", "points", "gmm8d")
     raise UserError(
-        "teacher.path", f"no analytic teacher {name!r}{suggest(name, known)}", f"known: {', '.join(known)}"
+        "teacher.path",
+        f"no analytic teacher {name!r}{suggest(name, known)}",
+        f"use one of {', '.join(known)}",
     )
 
 
 def load_analytic(spec: str):
     """A teacher from "NAME" or "NAME-SCHEDULE", e.g. gmm2d-vp; the schedule defaults to flow."""
     name, _, kind = spec.partition("-")
-    schedules = {"": Flow, "flow": Flow, "vp": VP.scaled_linear, "edm": EDM, "trig": TrigFlow}
+    schedules: dict[str, Callable[[], Schedule]] = {
+        "": Flow,
+        "flow": Flow,
+        "vp": VP.scaled_linear,
+        "edm": EDM,
+        "trig": TrigFlow,
+    }
     if kind not in schedules:
         raise UserError(
-            "teacher.path", f"schedule {kind!r}", f"allowed: {', '.join(k for k in schedules if k)}"
+            "teacher.path",
+            f"found the schedule {kind!r}",
+            f"use one of {', '.join(k for k in schedules if k)}",
         )
     means, stds, weights, labels = _fixed(name)
     mixture = GaussianMixture(means, stds, weights, schedules[kind](), labels)
     codec = LabelCodec((means.shape[1],), num_classes=mixture.num_classes)
-    return Teacher(mixture, codec, None, f"analytic:{spec}", {})
+    return Teacher(mixture, codec, None, f"{ANALYTIC}{spec}", {})

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES
 from fastgen.networks.attention import kernel
+from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.lora_targets import adapter_layers
 
 __all__ = ["Backbone", "Cond", "Family"]
@@ -25,12 +27,16 @@ class _Reached(Exception):
     """Raised by the deepest feature hook to skip the rest of a forward pass nobody needs."""
 
 
-class Backbone(nn.Module):
+class Backbone(Denoiser):
     """A raw network as a denoiser: `backbone(x_t, t, cond)` returns D in float32.
 
     prediction is the network's native kind (see `schedules.KINDS`), or "edm" for the preconditioning of
     Karras et al. (arXiv 2206.00364, table 1).
     """
+
+    family: Family
+    net: Any
+    """a network of diffusers"""
 
     def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
         super().__init__()

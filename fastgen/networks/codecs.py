@@ -5,35 +5,70 @@ prompts into the `cond` dict the network takes. Nothing else in fastgen knows ab
 or label rows.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.families.base import Family
 
 
-class LabelCodec(nn.Module):
+class Codec(nn.Module):
+    """What every teacher's codec offers; see `LabelCodec` and `TextCodec`."""
+
+    shape: tuple[int, ...]
+    """of one x0, without the batch"""
+    family: Family | None
+    vae: Any
+    """the autoencoder, a module of diffusers; None where x0 is made of pixels"""
+    pipe: Any
+    """the diffusers pipeline that encodes prompts; None without one"""
+    num_classes: int
+    class_names: list[str]
+    has_null: bool
+    """whether the network knows the empty condition of `null`"""
+    guidance: float | None
+    """value of the network's own input for the guidance scale; None without such an input"""
+
+    def __init__(self, family: Family | None, shape: tuple[int, ...], num_classes: int = 0):
+        super().__init__()
+        self.family, self.shape, self.num_classes = family, shape, num_classes
+        self.class_names = [str(i) for i in range(num_classes)]
+        self.vae, self.pipe, self.guidance, self.has_null = None, None, None, num_classes > 0
+
+    def encode(self, images: Tensor) -> Tensor:
+        """x0 [B, *shape] of images [B, C, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] of x0 [B, *shape]."""
+        raise NotImplementedError
+
+    def null(self, num: int) -> Cond:
+        """The empty condition, `num` rows."""
+        raise NotImplementedError
+
+
+class LabelCodec(Codec):
     """Pixels (folded patch x patch into channels) or an autoencoder's latents, with class labels; the row
     after the last class is the null class.
     """
 
     def __init__(self, shape: tuple[int, ...], patch: int = 1, num_classes: int = 0, class_names=None):
-        super().__init__()
-        self.shape, self.patch, self.num_classes = shape, patch, num_classes
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
-        self.has_null = num_classes > 0
-        """whether the network has a row for the null class"""
-        self.family, self.vae = None, None
+        super().__init__(None, shape, num_classes)
+        self.patch, self.class_names = patch, class_names or self.class_names
 
     def encode(self, images: Tensor) -> Tensor:
-        if self.vae is not None:
+        if self.vae is not None and self.family is not None:
             return encode_latents(self.family, self.vae, images)
         return F.pixel_unshuffle(images, self.patch) if self.patch > 1 else images
 
     def decode(self, x0: Tensor) -> Tensor:
         """Images in [0, 1]."""
-        if self.vae is not None:
+        if self.vae is not None and self.family is not None:
             return decode_latents(self.family, self.vae, x0)
         images = F.pixel_shuffle(x0, self.patch) if self.patch > 1 else x0
         return (images / 2 + 0.5).clamp(0, 1)
@@ -45,7 +80,7 @@ class LabelCodec(nn.Module):
             raise UserError(
                 "labels",
                 f"found {int(labels.min())} to {int(labels.max())}",
-                f"allowed are 0 to {self.num_classes - 1}",
+                f"give labels from 0 to {self.num_classes - 1}",
             )
         return {"class_labels": labels.long()}
 
@@ -55,24 +90,22 @@ class LabelCodec(nn.Module):
         return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
 
 
-class TextCodec(nn.Module):
+class TextCodec(Codec):
     """An autoencoder and text encoders, seen through the pipeline class that holds them (denoiser and
     scheduler left out), so that prompts are encoded by the very code that will sample the student.
     """
 
-    num_classes = 0
-    has_null = True
+    family: Family
 
-    def __init__(self, family, net: nn.Module, pipe, shape: tuple[int, ...], max_length: int = 0):
-        super().__init__()
-        self.family, self.pipe, self.shape = family, pipe, shape
-        self.max_length = max_length
+    def __init__(self, family: Family, net: nn.Module, pipe, shape: tuple[int, ...], max_length: int = 0):
+        super().__init__(family, shape)
+        self.pipe, self.max_length, self.has_null = pipe, max_length, True
         self.guidance = family.default_guidance if family.guidance_embedded(net) else None
-        """what the network's guidance input is given, where it has one"""
         parts = {} if pipe is None else {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
         self.vae = parts.pop(family.decoder, None)
-        self.encoders = nn.ModuleDict(parts)
+        self.encoders: nn.ModuleDict | None = nn.ModuleDict(parts)
         self.cond_shapes = family.cond_shapes(net, self)
+        self._null: Cond | None = None  # encoded once
         self.requires_grad_(False).eval()
 
     @property
@@ -104,7 +137,7 @@ class TextCodec(nn.Module):
 
     @torch.no_grad()
     def prompts(self, prompts: list[str], images: Tensor | None = None) -> Cond:
-        """What the network is asked with; images [B, 3, H, W] in [-1, 1] where the family needs one."""
+        """The condition rows of prompts; images [B, 3, H, W] in [-1, 1] where the family needs one."""
         if self.device.type == "meta" or self.pipe is None:
             return self._shapes(len(prompts))
         self._check_encoders()
@@ -115,7 +148,7 @@ class TextCodec(nn.Module):
         """What the pipeline guides away from by default."""
         if self.device.type == "meta" or self.pipe is None:
             return self._shapes(num)
-        if "_null" not in self.__dict__:
+        if self._null is None:
             self._check_encoders()
             row = self.family.nulled(self._whole(self.family.null(self), 1, None))
             self._null = {k: v.cpu() for k, v in row.items()}
@@ -139,7 +172,7 @@ class TextCodec(nn.Module):
         return cond
 
     def _shapes(self, num: int) -> Cond:
-        """Zeros in the shapes of a condition: laid out for --dry_run, shapes are all there is."""
+        """Zeros in the shapes of a condition: without weights (--dry_run) shapes are all there is."""
         rows = {}
         for key, value in self.cond_shapes.items():
             shape, dtype = value if isinstance(value[0], tuple) else (value, torch.float32)
@@ -151,11 +184,14 @@ class TextCodec(nn.Module):
 
     def _check_encoders(self) -> None:
         if self.encoders is None:
-            raise UserError("prompts", "the text encoders were freed after caching", "encode prompts before")
+            found = "the text encoders were freed once every prompt of the run was encoded"
+            raise UserError("prompts", found, "encode prompts before Codec.free")
 
     def free(self) -> int:
         """Let go of the text encoders once every prompt is encoded; how many bytes that returns."""
         self.null(1)
+        if self.encoders is None:
+            return 0
         freed = sum(p.numel() * p.element_size() for p in self.encoders.parameters())
         for name in self.encoders:
             setattr(self.pipe, name, None)
@@ -172,7 +208,7 @@ class TextCodec(nn.Module):
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
 
-def spatial_factor(family, pipe) -> int:
+def spatial_factor(family: Family, pipe) -> int:
     """Pixels per latent side."""
     for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
         if getattr(pipe, name, None):
@@ -180,7 +216,7 @@ def spatial_factor(family, pipe) -> int:
     return family.factor
 
 
-def temporal_factor(family, pipe) -> int:
+def temporal_factor(family: Family, pipe) -> int:
     """Frames per latent frame; 0 for images."""
     for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
         if family.temporal and getattr(pipe, name, None):
@@ -189,23 +225,23 @@ def temporal_factor(family, pipe) -> int:
 
 
 @torch.no_grad()
-def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
+def encode_latents(family: Family, vae, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
     return family.normalise(vae, family.encoded(vae, images.to(vae.dtype)).float()).contiguous()
 
 
-def decode_latents(family, vae: nn.Module, x0: Tensor) -> Tensor:
+def decode_latents(family: Family, vae, x0: Tensor) -> Tensor:
     """Images in [0, 1] of x0."""
     latents = family.denormalise(vae, x0).to(vae.dtype)
     return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
 
 
 def switch_vae(vae, teacher) -> None:
-    """Tiled or sliced decoding where it is asked for; an autoencoder without it is told, not passed over."""
+    """Tiled or sliced decoding where the config sets it; refused of an autoencoder that has none."""
     for key, method in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if not getattr(teacher, key):
             continue
         if vae is None or not hasattr(vae, method):
             found = "this teacher has no autoencoder" if vae is None else f"{type(vae).__name__} cannot do it"
-            raise UserError(f"teacher.{key}", found, "leave it false")
+            raise UserError(f"teacher.{key}", found, "set it to false")
         getattr(vae, method)()

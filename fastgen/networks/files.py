@@ -14,11 +14,14 @@ DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def read_json(path: Path, key: str) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(key, f"{path} does not exist", "expected a diffusers folder with this part") from None
-    except json.JSONDecodeError as error:
-        raise UserError(key, f"{path} is not valid JSON ({error})", "") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(key, f"{path} is not valid JSON ({error})", "copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(key, f"{path} holds no JSON object", "copy the file again")
+    return found
 
 
 def load_part(folder: Path, key: str, cls, weights: bool = True, dtype=torch.float32):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgen.core.errors import UserError, first_line
+from fastgen.core.paths import ANALYTIC, is_analytic
 from fastgen.families.base import Family
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
@@ -181,7 +182,8 @@ def _from_folder(folder: Path, source: Source):
     import diffusers
 
     info = read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
-    noised_by = info.get("export", {}).get("teacher_scheduler")  # a student's own serves its few steps only
+    export = info.get("export")  # how it noises stands beside a student's scheduler of a few steps
+    noised_by = export.get("teacher_scheduler") if isinstance(export, dict) else None
     scheduler = load_scheduler(
         noised_by or read_json(folder / "scheduler/scheduler_config.json", "teacher.path")
     )
@@ -234,8 +236,8 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
     are those of `Source`.
     """
     source = Source(path, prediction, **asked)
-    if path.startswith("analytic:"):
-        return load_analytic(path.removeprefix("analytic:"))
+    if is_analytic(path):
+        return load_analytic(path.removeprefix(ANALYTIC))
     if not path and source.blueprint is None:
         raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
     folder, codec_configs = _place(source)
@@ -256,6 +258,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
         allowed = "mend scheduler/scheduler_config.json"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
     backbone = Backbone(net.eval(), family, schedule, found)
-    if info.get("export", {}).get("gaps") and "lora" not in info["export"]:
+    export = info.get("export") or {}
+    if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])
     return Teacher(backbone, codec, scheduler, path, info)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
+from fastgen.networks.backbone import Backbone
+from fastgen.networks.denoiser import Denoiser
 
 
 @torch.no_grad()
@@ -55,13 +57,14 @@ def solve_embedder(net: nn.Module, family, times: Tensor, wanted: Tensor, slope:
     mlp.linear_2.bias.copy_(solution[-1])
 
 
-def make_smooth(backbone: nn.Module) -> None:
+def make_smooth(backbone: Denoiser) -> None:
     """Solve a denoiser's time embedder anew over its schedule's own times."""
-    family, net = getattr(backbone, "family", None), getattr(backbone, "net", None)
-    names = dict(net.named_modules()) if net is not None else {}
+    family, net = backbone.family, backbone.net if isinstance(backbone, Backbone) else backbone
+    names = dict(net.named_modules())
     if family is None or not all(name in names for name in family.time_layers):
         what = "an exact teacher" if family is None else type(net).__name__
-        raise UserError("student.smooth_time", f"{what} has no sinusoidal time embedder known here", "false")
+        found = f"{what} has no sinusoidal time embedder that fastgen knows"
+        raise UserError("student.smooth_time", found, "set it to false")
     u = torch.linspace(0, 1, 4001, dtype=torch.float64, device=next(net.parameters()).device)
     S = backbone.schedule
     levels = S.t_min + u * (S.t_max - S.t_min) if math.isclose(S.t_min, 0) else S.from_unit(u)

@@ -95,7 +95,7 @@ class TDM(Matching, config=TDMConfig):
 
     def plan(self, num):
         """Fix the walk of this step: t_1 .. t_K, and where they and the clean end lie on the grid."""
-        self.times = self.student.taking(num).times
+        self.times = self.student.with_steps(num).times
         edges = torch.tensor([*self.times, self.schedule.t_min], dtype=torch.float64)
         self.where = torch.searchsorted(self.grid, edges - 1e-9).clamp(max=1000)
 

@@ -87,6 +87,8 @@ class Discriminator(nn.Module):
 class LogVariance(nn.Module):
     """w(t), the learned log-variance of the adaptive weighting exp(-w) loss + w; zero at first."""
 
+    freqs: Tensor
+
     def __init__(self, width: int = 64):
         super().__init__()
         self.register_buffer("freqs", 2.0 ** torch.linspace(-2, 4, width // 2))

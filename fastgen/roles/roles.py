@@ -6,38 +6,44 @@ difference.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond, stack
 from fastgen.diffusion.schedules import Schedule
+from fastgen.networks.denoiser import Denoiser
+from fastgen.roles.router import Router
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Role:
-    """A backbone under one adapter (or as it is): D, guided D, raw prediction and features."""
+    """A denoiser under one adapter (or as it is): D, guided D, raw prediction and features."""
 
+    backbone: Denoiser
+    adapter: str | None = None
     guidance: float | None = None
-    """what a network with w as an input is told where cond["guidance"] is missing; None: no such input"""
-
-    def __init__(self, backbone: nn.Module, adapter: str | None = None):
-        self.backbone, self.adapter = backbone, adapter
+    """value of the network's input for the guidance scale where cond["guidance"] is missing; None: no such
+    input"""
 
     @property
     def schedule(self) -> Schedule:
         return self.backbone.schedule
 
+    @property
+    def members(self) -> "Sequence[Role]":
+        """The roles inside: of several students each one, of any other role itself."""
+        return [self]
+
     @contextmanager
-    def _acting(self) -> Iterator[nn.Module]:
-        if hasattr(self.backbone, "using"):
-            with self.backbone.using(self.adapter):
-                yield self.backbone
-        else:
+    def _acting(self) -> Iterator[Denoiser]:
+        with self.backbone.using(self.adapter):
             yield self.backbone
 
-    def _told(self, cond: Cond, x: Tensor) -> Cond:
+    def _with_guidance(self, cond: Cond, x: Tensor) -> Cond:
         """cond with the guidance scale [B], where this network takes one."""
         if self.guidance is None or "guidance" in cond:
             return cond
@@ -46,19 +52,19 @@ class Role:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """D [B, ...] in float32 at x_t [B, ...], t [B]."""
         with self._acting() as net:
-            return net(x_t, t, self._told(cond, x_t))
+            return net(x_t, t, self._with_guidance(cond, x_t))
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's native prediction."""
         with self._acting() as net:
-            return net.raw(x_t, t, self._told(cond, x_t))
+            return net.raw(x_t, t, self._with_guidance(cond, x_t))
 
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
     ):
         """(feature maps, D or None) from one pass."""
         with self._acting() as net:
-            return net.features(x_t, t, self._told(cond, x_t), taps, score)
+            return net.features(x_t, t, self._with_guidance(cond, x_t), taps, score)
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor:
         """D_uncond + w (D_cond - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598), both in one batched
@@ -72,61 +78,101 @@ class Role:
         D, D_uncond = both.chunk(2)
         if isinstance(w, Tensor):
             w = w.to(D).reshape(-1, *[1] * (D.ndim - 1))
-        if hasattr(self.backbone, "guide"):
-            return self.backbone.guide(D, D_uncond, w, x_t, t)
-        return D_uncond + w * (D - D_uncond)
+        return self.backbone.guide(D, D_uncond, w, x_t, t)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters this role learns: all of its copy, or those of its adapter."""
         named = dict(self.backbone.named_parameters())
         if self.adapter is not None:
             return {n: p for n, p in named.items() if f".{self.adapter}." in n and "lora_" in n}
-        if getattr(self.backbone, "adapter_names", ()):
+        if self.backbone.adapter_names:
             return {}
-        fixed = getattr(self.backbone, "fixed", ())
-        return {n: p for n, p in named.items() if not n.startswith(fixed)}
+        return {n: p for n, p in named.items() if not n.startswith(self.backbone.fixed)}
 
 
-class Student(Role):
-    """The role that becomes a few-step generator: it carries the time list it will be sampled with."""
+@dataclass(frozen=True)
+class StudentSpec:
+    """How a student is sampled, and what it was trained for."""
 
+    times: Sequence[float]
+    """of its steps, noise first, in the schedule's own unit"""
+    sampler: str = "renoise"
+    """what happens between steps: renoise, ode or tcd"""
+    gamma: float = 0.0
+    """of the tcd sampler: 0 is the ODE, 1 fresh noise at every step"""
+    grid: int = 0
+    """steps of the time grid it was trained on; 0: on a fixed list"""
+    guidance: float | None = None
+    """value of its input for the guidance scale; None without such an input"""
     guidance_range: tuple[float, float] | None = None
-    """guidance scales a student that is told w is trained for"""
-    steps_as_guidance = False
-    """whether that input holds the number of steps instead of w"""
+    """lowest and highest value that this input was trained for"""
+    steps_as_guidance: bool = False
+    """whether this input holds the number of steps instead of the guidance scale"""
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        adapter: str | None,
-        times: list[float],
-        sampler: str = "renoise",
-        gamma: float = 0.0,
-        grid: int = 0,
-    ):
-        """gamma is the tcd sampler's; grid the steps of the grid it was trained on, 0 for a fixed list."""
-        super().__init__(backbone, adapter)
-        self.times, self.sampler, self.gamma, self.grid = times, sampler, gamma, grid
+    def __post_init__(self):
+        object.__setattr__(self, "times", tuple(self.times))
 
-    def taking(self, num: int, role: Role | None = None) -> "Student":
-        """The same network (or another in its place) sampled in num steps; 0 keeps the time list, and a list
-        of its own says where every other one starts.
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class Student(Role):
+    """The role that becomes a few-step generator. Its `with_` methods return another student over the same
+    network; nothing changes one that is made.
+    """
+
+    spec: StudentSpec = field(kw_only=True)
+
+    def __init__(self, backbone: Denoiser, adapter: str | None, spec: StudentSpec):
+        super().__init__(backbone, adapter, spec.guidance)
+        object.__setattr__(self, "spec", spec)
+
+    @property
+    def times(self) -> list[float]:
+        return list(self.spec.times)
+
+    @property
+    def sampler(self) -> str:
+        return self.spec.sampler
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        return self.spec.guidance_range
+
+    def _copy(self, spec: StudentSpec, role: Role | None = None) -> "Student":
+        """A student of the same class with another spec, and with the network of `role` if one is given."""
+        other, role = copy.copy(self), role or self
+        changed = {
+            "spec": spec,
+            "guidance": spec.guidance,
+            "backbone": role.backbone,
+            "adapter": role.adapter,
+        }
+        for name, value in changed.items():
+            object.__setattr__(other, name, value)
+        return other
+
+    def with_times(self, times: Sequence[float], grid: int | None = None) -> "Student":
+        """The same network with another time list, picked of a grid of that many steps if one is given."""
+        spec = self.spec
+        return self._copy(replace(spec, times=times, grid=spec.grid if grid is None else grid))
+
+    def with_steps(self, num: int) -> "Student":
+        """The same network in num steps: 0 keeps the time list, and a list that starts off the schedule's own
+        grid says where every other one starts.
         """
-        other = copy.copy(self)
-        if num not in (0, len(self.times)):
-            few, times = self.schedule.few_steps, self.times
-            other.times = few(num, self.grid, 0.0 if times == few(len(times), self.grid) else times[0])
-        if self.steps_as_guidance:
-            other.guidance = float(len(other.times))
-        if role is not None:
-            other.backbone, other.adapter, other.guidance = role.backbone, role.adapter, role.guidance
-        return other
+        spec, times = self.spec, self.times
+        if num not in (0, len(times)):
+            few = self.schedule.few_steps
+            times = few(num, spec.grid, 0.0 if times == few(len(times), spec.grid) else times[0])
+        guidance = float(len(times)) if spec.steps_as_guidance else spec.guidance
+        return self._copy(replace(spec, times=times, guidance=guidance))
 
-    def at(self, guidance: float) -> "Student":
-        """The same network told another guidance scale."""
-        other = copy.copy(self)
-        other.guidance = guidance
-        return other
+    def with_guidance(self, guidance: float) -> "Student":
+        """The same network with another value of its guidance input."""
+        return self._copy(replace(self.spec, guidance=guidance))
+
+    def with_network(self, role: Role) -> "Student":
+        """The network of another role, with its guidance input if it has one, sampled as this one is."""
+        return self._copy(replace(self.spec, guidance=role.guidance), role)
 
     def generate(
         self, noise: Tensor, cond: Cond, randn_like: Callable[[Tensor], Tensor], last: int | None = None
@@ -136,7 +182,8 @@ class Student(Role):
         With `last` < len(times) - 1 the walk stops after that step: backward simulation, the student
         trained on its own intermediate states (DMD2, arXiv 2405.14867, Sec. 4.5).
         """
-        last = len(self.times) - 1 if last is None else last
+        final = len(self.times) - 1
+        last = final if last is None else last
         x_t = noise * self.schedule.prior_std(self.times[0])
         with torch.no_grad():
             for i in range(last):
@@ -145,7 +192,7 @@ class Student(Role):
                 x_t = self.between(x, x_t, t, u, randn_like)
         t = self.time(last, noise)
         x = self(x_t, t, self.ending(cond, last, noise))
-        if self.sampler == "tcd" and last == len(self.times) - 1:
+        if self.sampler == "tcd" and last == final:
             return self.schedule.ode_step(x, x_t, t, torch.full_like(t, self.schedule.t_min))
         return x
 
@@ -154,9 +201,9 @@ class Student(Role):
         S = self.schedule
         if self.sampler == "renoise":
             return S.noise(x, randn_like(x), u)
-        if self.sampler == "ode" or not self.gamma:
+        if self.sampler == "ode" or not self.spec.gamma:
             return S.ode_step(x, x_t, t, u)
-        s = S.toward_data(u, self.gamma)
+        s = S.toward_data(u, self.spec.gamma)
         return S.renoise(
             S.ode_step(x, x_t, t, s), randn_like(x), s, u
         )  # strategic stochastic sampling, 2402.19159
@@ -169,23 +216,36 @@ class Student(Role):
 
     def ending(self, cond: Cond, i: int, x: Tensor) -> Cond:
         """cond with the end r [B] of step i, where the network takes one."""
-        if not getattr(self.backbone, "second_time", False):
+        if not self.backbone.second_time:
             return cond
         r = torch.full((len(x),), self.ends()[i], dtype=torch.float64, device=x.device)
         return {**cond, "r": r}
 
     def time(self, i: int, x: Tensor) -> Tensor:
         """The i-th time of the list for every row of x, [B] float64."""
-        return torch.full((len(x),), self.times[i], dtype=torch.float64, device=x.device)
+        return torch.full((len(x),), self.spec.times[i], dtype=torch.float64, device=x.device)
 
 
 class Students(Student):
     """Several few-step generators behind one router: each row is drawn by the student of its condition."""
 
-    def __init__(self, members: list[Student], router: Callable[[Cond], Tensor]):
-        self.__dict__.update(vars(members[0]))  # schedule, time list and sampler are common
-        self.members, self.router = members, router
+    def __init__(self, members: Sequence[Student], router: Router):
+        super().__init__(members[0].backbone, members[0].adapter, members[0].spec)  # the spec is common
+        self._students = list(members)
+        self.router = router
         self.trained = list(range(len(members)))  # by this run
+
+    @property
+    def members(self) -> list[Student]:
+        return self._students
+
+    def _copy(self, spec: StudentSpec, role: Role | None = None) -> Student:
+        if role is not None:  # one network in the place of all
+            return self.members[0]._copy(spec, role)
+        other = super()._copy(spec)
+        assert isinstance(other, Students)
+        other._students = [m._copy(spec) for m in self.members]
+        return other
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         part, out = self.router(cond).to(x_t.device), torch.empty_like(x_t, dtype=torch.float32)
@@ -195,9 +255,6 @@ class Students(Student):
                 out[rows] = member(x_t[rows], t[rows], {n: c[rows] for n, c in cond.items()})
         return out
 
-    def taking(self, num: int, role: Role | None = None) -> Student:
-        return super().taking(num) if role is None else self.members[0].taking(num, role)
-
     def trainable(self) -> dict[str, nn.Parameter]:
         return Members(self.members).trainable()
 
@@ -205,16 +262,25 @@ class Students(Student):
 class Members:
     """One part of each student of a run with several."""
 
-    def __init__(self, members: list):
+    def __init__(self, members: Sequence["Part"]):
         self.members = members
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{j}.{n}": p for j, m in enumerate(self.members) for n, p in learned(m).items()}
 
 
-def learned(part) -> dict[str, nn.Parameter]:
+Part = Role | Members | nn.Module
+"""what a run is made of: denoisers in their roles, and whole modules such as discriminators"""
+
+
+def members(part: Part) -> Sequence[Part]:
+    """The parts inside one: of several students' the one of each, of any other itself."""
+    return part.members if isinstance(part, (Role, Members)) else [part]
+
+
+def learned(part: Part) -> dict[str, nn.Parameter]:
     """What a part learns: a role says so itself, of a plain module it is everything."""
-    return part.trainable() if hasattr(part, "trainable") else dict(part.named_parameters())
+    return dict(part.named_parameters()) if isinstance(part, nn.Module) else part.trainable()
 
 
 class Player:
@@ -222,7 +288,7 @@ class Player:
     heads.
     """
 
-    def __init__(self, name: str, parts: dict[str, Role | nn.Module]):
+    def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
         self._trainable: dict[str, nn.Parameter] = {}
         for part_name, part in parts.items():

@@ -1,7 +1,7 @@
 """Which of several students draws a condition: classes in blocks, prompts by their place along one axis.
 
 Prompts are ordered along the first principal axis of their pooled text states and cut into parts of equal
-size; a new prompt goes where its own place lies. The rule is three small tensors, shipped with the export.
+size; a new prompt goes where its own place lies. The rule is three small tensors, written into the export.
 """
 
 from pathlib import Path
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.core.files import write_tensors
+from fastgen.networks.codecs import Codec, TextCodec
 
 KEY = "objective.num_students"
 FILE = "router.safetensors"
@@ -24,15 +26,23 @@ class Router:
         self.num, self.tensors = num, tensors
 
     @classmethod
-    def for_codec(cls, codec, num: int) -> "Router":
+    def for_codec(cls, codec: Codec, num: int) -> "Router":
         """The router of a teacher's conditions; a text teacher's waits for the prompts (see `divide`)."""
-        if num == 1 or hasattr(codec, "prompts"):
+        if num == 1 or isinstance(codec, TextCodec):
             return cls(num)
         classes = codec.num_classes
         if not classes:
-            raise UserError(KEY, f"found {num} for an unconditional teacher", "nothing to divide: use 1")
+            raise UserError(
+                KEY,
+                f"found {num} for an unconditional teacher",
+                "set it to 1: there are no classes to divide",
+            )
         if num > classes:
-            raise UserError(KEY, f"found {num} for {classes} classes", "a student would have none; use fewer")
+            raise UserError(
+                KEY,
+                f"found {num} for {classes} classes",
+                f"a student would have none; set it to {classes} or less",
+            )
         table = torch.arange(classes) * num // classes
         return cls(num, {"table": torch.cat([table, torch.zeros(1).long()])})  # the null class: any student
 
@@ -43,7 +53,7 @@ class Router:
         pooled = pool(table).double()
         if len(pooled) < self.num:
             found = f"found {self.num} for {len(pooled)} distinct prompts"
-            raise UserError(KEY, found, "a student would have none; use fewer")
+            raise UserError(KEY, found, "a student would have none; set it lower, or give more prompts")
         mean = pooled.mean(0)
         axis = torch.linalg.svd(pooled - mean, full_matrices=False)[2][0]
         axis = axis * axis[axis.abs().argmax()].sign()  # svd leaves the sign open
@@ -56,15 +66,15 @@ class Router:
         if self.num == 1:
             return torch.zeros(len(next(iter(cond.values()), torch.zeros(1))), dtype=torch.long)
         if self.tensors is None:
-            raise UserError(KEY, "the router has no clusters yet", "prompts to divide: set data")
+            raise UserError(
+                KEY, "the router has no clusters yet, because there are no prompts to divide", "set data"
+            )
         if "table" in self.tensors:
             return self.tensors["table"][cond["class_labels"].cpu()]
         place = (pool(cond).double().cpu() - self.tensors["mean"]) @ self.tensors["axis"]
         return torch.searchsorted(self.tensors["edges"], place)
 
     def save(self, folder: Path) -> None:
-        from fastgen.core.files import write_tensors
-
         write_tensors(folder / FILE, {"num": torch.tensor([self.num]), **(self.tensors or {})})
 
     @classmethod
@@ -72,7 +82,9 @@ class Router:
         from safetensors.torch import load_file
 
         if not (folder / FILE).is_file():
-            raise UserError(key, f"{folder} holds students but no {FILE}", "copy the whole export")
+            raise UserError(
+                key, f"{folder} holds several students but no {FILE}", "copy the whole export folder"
+            )
         tensors = load_file(folder / FILE)
         num = int(tensors.pop("num"))
         return cls(num, tensors or None)

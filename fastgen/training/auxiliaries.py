@@ -9,10 +9,11 @@ import torch
 from fastgen.config.run import StageConfig
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
+from fastgen.networks.backbone import Backbone
 from fastgen.networks.feature_net import FeatureNet, Perceptual
 from fastgen.networks.load import load_teacher
 from fastgen.roles.heads import Discriminator, LogVariance
-from fastgen.roles.roles import Members, Role
+from fastgen.roles.roles import Members, Role, Students
 from fastgen.training.checks import method_of
 
 
@@ -62,10 +63,10 @@ def _disc(cast, objective, member: int = 0) -> Discriminator:
     objective = getattr(objective, "gan", objective)  # a section of its own where one loss of several
     features = getattr(objective, "disc_features", "teacher")
     role = cast.parts[features if features in cast.parts else "teacher"]
-    role = role.members[member] if hasattr(role, "members") else role
+    role = role.members[member] if isinstance(role, (Members, Students)) else role
     codec, schedule = cast.teacher.codec, cast.teacher.schedule
     taps, head = objective.disc_taps or (-1,), getattr(objective, "disc_head", "pooled")
-    if not objective.disc_taps and hasattr(role.backbone, "family"):
+    if not objective.disc_taps and isinstance(role.backbone, Backbone):
         family, net = role.backbone.family, role.backbone.net
         depths = getattr(objective, "disc_depths", 0)
         taps = family.spread_taps(net, depths) if depths else family.default_taps(net)

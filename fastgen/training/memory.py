@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastgen.config.parse import merge, read_files
 from fastgen.config.run import RunConfig, validate
 from fastgen.core.paths import config
+from fastgen.networks.backbone import Backbone
 from fastgen.objectives import REGISTRY
 from fastgen.roles.roles import Role
 from fastgen.training.cast import Cast
@@ -55,7 +56,7 @@ class Memory:
 def estimate(cfg: RunConfig, cast: Cast) -> Memory:
     """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
     codec = cast.teacher.codec
-    vae, whole = _bytes(getattr(codec, "vae", None)), _bytes(codec)
+    vae, whole = _bytes(codec.vae), _bytes(codec)
     trained = sum(
         sum(p.numel() for p in r.trainable().values())
         for n, r in cast.parts.items()
@@ -145,7 +146,7 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
         inside[0] = max(inside[0], inner.size)
         return out
 
-    if cfg.train.gradient_checkpointing and hasattr(student.backbone, "net"):
+    if cfg.train.gradient_checkpointing and isinstance(student.backbone, Backbone):
         student.backbone.net.enable_gradient_checkpointing(block)
     t = torch.full((1,), student.times[0], dtype=torch.float64, device=device)
     cond = {k: v.to(device) for k, v in codec.null(1).items()}

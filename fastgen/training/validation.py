@@ -57,7 +57,7 @@ def finish(trainer, evaluator: Evaluator) -> dict:
     from fastgen.evaluation.diagnostics import warnings
     from fastgen.evaluation.report import read_metrics, write_report
     from fastgen.export.load import fuse, sample_command
-    from fastgen.export.write import export_student
+    from fastgen.training.exporting import export_run
 
     folder, cfg = trainer.folder, trainer.cfg
     kept = folder / "best.safetensors"
@@ -83,8 +83,8 @@ def finish(trainer, evaluator: Evaluator) -> dict:
         results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
         write_text(folder / "results.json", json.dumps(results, indent=2))
         exported = None
-        if not trainer.cast.teacher.path.startswith("analytic:"):
-            exported = export_student(trainer, folder / "export", results)
+        if not trainer.cast.teacher.is_analytic:
+            exported = export_run(trainer, folder / "export", results)
     if exported is not None and not evaluator.few_step:
         write_text(exported / "card.json", json.dumps(teacher_card(results), indent=2))
     report = write_report(folder)

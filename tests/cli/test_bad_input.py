@@ -155,7 +155,7 @@ SIMPLE = {
     ),
     "image-text loss without texts": (
         ["--objective.name", "swiftbrush", "--objective.clip_weight", "0.1", "--objective.clip_steps", "5"],
-        ["objective.clip_weight", "not asked by text"],
+        ["objective.clip_weight", "takes no text prompts"],
     ),
     "LoRA targets match nothing": (
         ["--student.kind", "lora", "--student.lora.target_modules", "to_nothing"],

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastgen.cli.conditions import parse_labels
 from fastgen.cli.sample import main
-from fastgen.export.write import export_student
+from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
 
 
@@ -20,7 +20,7 @@ def exports(tiny, tmp_path_factory):
     flow = make_run(tiny("flow"), out=root / "flow", num_steps=2)
     sd = make_run(tiny("sd"), "lora", out=root / "sd")
     runs = {"flow": flow, "sd": sd}
-    return {name: export_student(run, root / name / "export", {}) for name, run in runs.items()}
+    return {name: export_run(run, root / name / "export", {}) for name, run in runs.items()}
 
 
 def call(capsys, *argv):
@@ -42,7 +42,7 @@ def test_files_names_and_record(exports, tmp_path, capsys):
     assert list(pictures(tmp_path / "o")) == [f"{i:05d}_{40 + i}.png" for i in range(6)]
     record = json.loads((tmp_path / "o/samples.json").read_text())
     assert record["arguments"]["seed"] == 40 and record["arguments"]["labels"] == "0-2,5"
-    assert [e["asked"] for e in record["images"]] == ["0", "1", "2", "5", "0", "1"]
+    assert [e["condition"] for e in record["images"]] == ["0", "1", "2", "5", "0", "1"]
     assert record["contenders"][0]["nfe"] == 2 and record["contenders"][0]["seconds_per_image"] > 0
     assert Image.open(tmp_path / "o/grid.png").width > 6 * 60
 
@@ -104,7 +104,7 @@ def test_run_folder_prompts_file_and_dtype(exports, tmp_path, capsys):
     ask = ("--prompts", tmp_path / "p.txt", "--dtype", "bf16")
     code, _, _ = call(capsys, "--model", run, *ask, "--out", tmp_path / "o")
     record = json.loads((tmp_path / "o/samples.json").read_text())
-    assert code == 0 and [e["asked"] for e in record["images"]] == ["a red dress", "a blue boot"]
+    assert code == 0 and [e["condition"] for e in record["images"]] == ["a red dress", "a blue boot"]
 
 
 def test_overwrite_replaces_its_own_files_only(exports, tmp_path, capsys):

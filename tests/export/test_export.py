@@ -17,8 +17,10 @@ from fastgen.core.errors import UserError
 from fastgen.export import lora, snippet
 from fastgen.export.load import Loaded, load_export, sample_command
 from fastgen.export.lora import load_lora_into
-from fastgen.export.write import export_student
+from fastgen.networks.codecs import TextCodec
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
 
@@ -59,7 +61,7 @@ def make_run(folder: Path, kind: str = "full", out: Path = Path("out"), moved: b
 def ours(loaded, condition: list) -> torch.Tensor:
     """Images as sample.py draws them, before they become PNGs."""
     codec = loaded.codec
-    cond = codec.prompts(condition) if hasattr(codec, "prompts") else codec.labels(torch.tensor(condition))
+    cond = codec.prompts(condition) if isinstance(codec, TextCodec) else codec.labels(torch.tensor(condition))
     painter = Generator(loaded, 0, 1.0, codec.null(1))
     return draw(painter, cond, SEEDS, batch_size=2)[0]
 
@@ -72,14 +74,14 @@ def replay_case(name: str, folder: Path, teacher, base: Path, steps: int = 0) ->
     info = document["export"]
     scheduler = info["scheduler"]["_class_name"]
     case = {"name": name, "folder": str(folder), "seeds": SEEDS, "scheduler": scheduler}
-    call = info["arguments"] or {"num_inference_steps": info["steps"]}
+    call = info["timestep_arguments"] or {"num_inference_steps": info["steps"]}
     if steps:
-        other = info["others"][str(steps)]
+        other = info["other_step_counts"][str(steps)]
         call = other["arguments"] or {"num_inference_steps": steps}
         case["override"] = other["scheduler"]
-    case["step"] = info["step"]
-    if not hasattr(teacher.codec, "prompts"):
-        if "lora" in info:
+    case["step"] = info["step_arguments"]
+    if not isinstance(teacher.codec, TextCodec):
+        if info["lora"]:
             case["folder"] = str(folder / "merged")
         if call.get("sigmas") and case["scheduler"].startswith("EDM"):
             call = {**call, "num_inference_steps": info["steps"]}
@@ -96,7 +98,7 @@ def replay_case(name: str, folder: Path, teacher, base: Path, steps: int = 0) ->
     size = teacher.codec.decode_size()
     call = {**call, "height": size, "width": size}
     call |= teacher.backbone.family.plain_call(document)
-    where = {"base": str(base), "lora": info["lora"]} if "lora" in info else {}
+    where = {"base": str(base), "lora": info["lora"]} if info["lora"] else {}
     return {
         **case,
         "how": "pipeline",
@@ -122,15 +124,16 @@ def replayed(tiny, tmp_path_factory):
         if key not in found.cast:
             found.cast[key] = make_run(tiny(family), kind, root / name)
         run = found.cast[key]
-        student, teacher = run.cast.parts["student"], run.cast.teacher
-        student.sampler, student.times = sampler, teacher.schedule.steps(int(steps))
+        teacher, trained = run.cast.teacher, run.cast.student
+        spec = StudentSpec(teacher.schedule.steps(int(steps)), sampler)
+        student = run.cast.parts["student"] = Student(trained.backbone, trained.adapter, spec)
         results = {"student": {"nfe": int(steps), "fd_mini": 1.5}, "protocol": {"num_samples": 10}}
-        folder = found.folder[name] = export_student(run, root / name / "export", results)
-        condition = list(PROMPTS) if hasattr(teacher.codec, "prompts") else LABELS
+        folder = found.folder[name] = export_run(run, root / name / "export", results)
+        condition = list(PROMPTS) if isinstance(teacher.codec, TextCodec) else LABELS
         found.ours[name] = ours(Loaded(student, teacher), condition)  # as trained, in memory
         found.reloaded[name] = ours(load_export(folder), condition)
         base = load_export(tiny(family))
-        base.role, base.info = type(student)(base.role.backbone, None, student.times, sampler), {}
+        base.role, base.info = Student(base.role.backbone, None, spec), None
         found.base[name] = ours(base, condition)
         cases.append(replay_case(name, folder, teacher, tiny(family)))
         card = {"name": f"{name}/card", "how": "snippet", "code": code_of(folder)}
@@ -179,7 +182,7 @@ def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
     folders, cases = {}, []
     for family, first in FIRST.items():
         run = make_run(tiny(family), out=tmp_path / family, timesteps=[first])
-        folder = folders[family] = export_student(run, tmp_path / family / "export", {})
+        folder = folders[family] = export_run(run, tmp_path / family / "export", {})
         cases.append({"name": family, "how": "snippet", "code": code_of(folder), "folder": str(folder)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     files = [SUPPORT / "plain_replay.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
@@ -204,7 +207,7 @@ def test_another_grid_gives_other_images(replayed):
 def test_export_leaves_the_networks_alone(replayed):
     """The cast exports again and again; its student still draws the last export's images."""
     run = replayed.cast["sd", "lora"]
-    again = export_student(run, run.folder / "again", {})
+    again = export_run(run, run.folder / "again", {})
     assert torch.equal(ours(load_export(again), list(PROMPTS)), replayed.reloaded["sd-lora-renoise-4"])
     assert run.cast.parts["student"].backbone.adapter is None
 
@@ -309,27 +312,27 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
         }
     )
     run = SimpleNamespace(cast=Cast(cfg), cfg=cfg, step=5, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.float16}
     assert '"DDIMScheduler"' in (folder / "scheduler/scheduler_config.json").read_text()
     loaded = load_export(folder)
-    assert not loaded.is_student and loaded.info["guidance"] == 3.0 and loaded.info["steps"] == 7
+    assert not loaded.is_student and loaded.info.guidance == 3.0 and loaded.info.steps == 7
     assert "guidance_scale=3.0" in code_of(folder) and "num_inference_steps=7" in code_of(folder)
 
 
 def test_export_replaces_an_older_one_whole(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     (folder / "stale.txt").write_text("old")
-    export_student(run, folder, {})
+    export_run(run, folder, {})
     assert not (folder / "stale.txt").exists() and not (tmp_path / "export.tmp").exists()
 
 
 def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
     run.cfg = run.cfg.model_copy(update={"train": run.cfg.train.model_copy(update={"export_dtype": "bf16"})})
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.bfloat16}
     assert {p.dtype for p in run.cast.parts["student"].backbone.parameters()} == {torch.float32}

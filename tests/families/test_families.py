@@ -11,10 +11,10 @@ from torch import nn
 from fastgen.diffusion.schedules import EDM
 from fastgen.export import lora
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
 from fastgen.families.registry import FAMILIES
 from fastgen.networks.attention import exact_attention
 from fastgen.roles.roles import Role
+from fastgen.training.exporting import export_run
 from tests.families.cases import CASES
 from tests.families.world import (
     SHORT,
@@ -205,7 +205,7 @@ def exported(world, tmp_path):
 
     def write(kind: str, num_steps: int = 4):
         trainer = world.trainer(kind, num_steps, world.case.sampler)
-        return trainer.cast.parts["student"], export_student(trainer, tmp_path / kind, {})
+        return trainer.cast.parts["student"], export_run(trainer, tmp_path / kind, {})
 
     return write
 

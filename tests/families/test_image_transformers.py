@@ -17,13 +17,14 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export.scheduler import scheduler_for
 from fastgen.export.snippet import PROMPT
-from fastgen.export.write import export_student
 from fastgen.families.registry import detect
+from fastgen.networks.codecs import TextCodec
 from fastgen.networks.load import load_teacher
 from fastgen.networks.lora_targets import adapter_layers
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import sample_student, teacher_grid
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.families.cases import CASES, PROMPTS
 from tests.families.cases.image_transformers import FOLDERS, dit_call
 from tests.families.cases.image_transformers_real import DIT
@@ -204,9 +205,9 @@ def test_default_adapters_leave_the_last_layer_alone(world, name):
 def test_scm_visits_the_students_angles(times):
     """One step, SANA-Sprint's own two, another two, and any three."""
     scheduler = diffusers.SCMScheduler(sigma_data=0.5)
-    served = scheduler_for(times, "renoise", TrigFlow(middle=1.3), scheduler)
-    served.set_timesteps(len(times))
-    np.testing.assert_allclose(served.scheduler.timesteps, [*times, 0.0], atol=1e-5)
+    setup = scheduler_for(times, "renoise", TrigFlow(middle=1.3), scheduler)
+    setup.set_timesteps(len(times))
+    np.testing.assert_allclose(setup.scheduler.timesteps, [*times, 0.0], atol=1e-5)
 
 
 @each(["sana-sprint"])
@@ -219,7 +220,7 @@ def test_scheduler_without_ode_is_told_before_training(world, name):
 def test_renoising_tokens(world, name, tmp_path):
     """The scheduler draws its noise over packed tokens; with the same draws our images are the pipeline's."""
     trainer = world.trainer("full", 3, "renoise")
-    folder, student = export_student(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
+    folder, student = export_run(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
     info = json.loads((folder / "fastgen.json").read_text())["export"]
     latents = world.family.pipeline_latents(world.noise, world.schedule)
     tokens = latents if latents.ndim == 3 else latents.flatten(2).transpose(1, 2)
@@ -236,7 +237,7 @@ def test_renoising_tokens(world, name, tmp_path):
         document = json.loads((folder / "fastgen.json").read_text())
         family, embedded = world.family, world.codec.guidance
         call = family.size_call(world.codec) | family.guidance_call(embedded) | family.plain_call(document)
-        steps = info["arguments"] or {"num_inference_steps": info["steps"]}
+        steps = info["timestep_arguments"] or {"num_inference_steps": info["steps"]}
         pipe = open_pipeline(folder)
         torch.manual_seed(4)
         found = pipe(prompt=list(PROMPTS), latents=latents, output_type="pt", **call, **steps)[0]
@@ -253,11 +254,11 @@ def test_the_card_s_snippet(world, name, kind, tmp_path, monkeypatch):
     """Run as it stands, it draws what our sampler draws with its seed."""
     trainer = world.trainer(kind, 2, CASES[name].sampler)
     trainer.cast.cfg = trainer.cfg
-    folder, student = export_student(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
+    folder, student = export_run(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
     monkeypatch.chdir(folder)
     exec(code_of(folder), {"__name__": "card"})
     codec = world.codec
-    cond = codec.prompts([PROMPT]) if hasattr(codec, "prompts") else codec.labels(torch.tensor([3]))
+    cond = codec.prompts([PROMPT]) if isinstance(codec, TextCodec) else codec.labels(torch.tensor([3]))
     ours = codec.decode(sample_student(student, [0], codec.shape, cond))[0]
     drawn = np.asarray(Image.open(folder / "sample.png"), dtype=np.float32)
     mine = (ours.permute(1, 2, 0) * 255).numpy()

@@ -6,7 +6,7 @@ import torch
 
 from fastgen.export.scheduler import bind, scheduler_for
 from fastgen.networks.load import load_teacher
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.families.cases import CASES, PROMPTS
 
 
@@ -29,11 +29,11 @@ def world(folder):
     return teacher, teacher.codec.prompts(PROMPTS), noise
 
 
-def pipeline_of(folder, served, arguments):
+def pipeline_of(folder, setup, arguments):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = served.scheduler
-    if served.arguments:
+    pipe.scheduler = setup.scheduler
+    if setup.arguments:
         bind(pipe.scheduler, arguments)
     return pipe
 
@@ -70,8 +70,8 @@ def test_fresh_noise_between_steps_as_the_pipeline_draws_it(built, name):
     """The renoise sampler of two steps equals the plain call, given noise in the pipeline's layout."""
     teacher, cond, noise = world(built(name))
     family, codec, times = teacher.backbone.family, teacher.codec, teacher.schedule.steps(2)
-    served = scheduler_for(times, "renoise", teacher.schedule, teacher.scheduler, family)
-    pipe = pipeline_of(built(name), served, served.arguments)
+    setup = scheduler_for(times, "renoise", teacher.schedule, teacher.scheduler, family)
+    pipe = pipeline_of(built(name), setup, setup.arguments)
     ours, theirs = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
 
     def draw(x):  # video tokens and frames-first layouts are drawn in their own order
@@ -87,7 +87,7 @@ def test_fresh_noise_between_steps_as_the_pipeline_draws_it(built, name):
     latents = family.pipeline_latents(noise, teacher.schedule)
     torch.manual_seed(7)  # what schedulers draw from where a pipeline hands them no generator
     with torch.no_grad():
-        student = Student(teacher.backbone, None, times, "renoise")
+        student = Student(teacher.backbone, None, StudentSpec(times, "renoise"))
         expected = codec.decode(student.generate(noise, cond, draw))
         given = {"generator": theirs, "latents": latents, "output_type": "pt"}
         found = pipe(PROMPTS, **given, **call).frames.transpose(1, 2)
@@ -97,8 +97,8 @@ def test_fresh_noise_between_steps_as_the_pipeline_draws_it(built, name):
 def test_anyflow_takes_the_time_that_a_step_ends_at(built):
     """With r in cond its average velocity, as the pipeline uses it by default; without, the velocity at t."""
     teacher, cond, noise = world(built("anyflow"))
-    served = scheduler_for([1.0], "ode", teacher.schedule, teacher.scheduler, teacher.backbone.family)
-    pipe = pipeline_of(built("anyflow"), served, served.arguments)
+    setup = scheduler_for([1.0], "ode", teacher.schedule, teacher.scheduler, teacher.backbone.family)
+    pipe = pipeline_of(built("anyflow"), setup, setup.arguments)
     call = {
         "num_inference_steps": 1,
         "max_sequence_length": teacher.codec.max_length,
@@ -133,5 +133,5 @@ def test_zero_terminal_snr_is_exact(built):
     assert float(bar[999]) == 0 and float(teacher.schedule.alpha(t)[0]) < 1e-9
     torch.testing.assert_close(teacher.schedule.alpha(t)[1] ** 2, bar[500])
     for sampler in ("ode", "renoise"):
-        served = scheduler_for(teacher.schedule.steps(4), sampler, teacher.schedule, teacher.scheduler)
-        torch.testing.assert_close(served.scheduler.alphas_cumprod.double(), bar, rtol=1e-4, atol=1e-7)
+        setup = scheduler_for(teacher.schedule.steps(4), sampler, teacher.schedule, teacher.scheduler)
+        torch.testing.assert_close(setup.scheduler.alphas_cumprod.double(), bar, rtol=1e-4, atol=1e-7)

@@ -11,9 +11,10 @@ from fastgen.config.run import validate
 from fastgen.core.batch import Batch
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, TrigFlow
-from fastgen.export.scheduler import Serving, bind
+from fastgen.export.scheduler import SchedulerSetup, bind
+from fastgen.networks.codecs import TextCodec
 from fastgen.networks.load import load_teacher
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.cast import Cast
 from tests.families.cases import CASES, PROMPTS
 
@@ -46,12 +47,12 @@ class World:
         self.cond, self.uncond = self.asked(PROMPTS), self.null()
 
     def asked(self, prompts):
-        if hasattr(self.codec, "prompts"):
+        if isinstance(self.codec, TextCodec):
             return self.codec.prompts(prompts, self.images)
         return self.codec.labels(torch.arange(len(prompts)) % max(self.codec.num_classes, 1))
 
     def null(self):
-        return self.codec.null(2, self.images) if hasattr(self.codec, "prompts") else self.codec.null(2)
+        return self.codec.null(2, self.images) if isinstance(self.codec, TextCodec) else self.codec.null(2)
 
     def seen(self, x0):
         return x0 if self.case.latent else self.codec.decode(x0)
@@ -178,10 +179,10 @@ def plain_call(world, pipe, info, noise):
     """Images in [0, 1] by a pipeline call that any user could write."""
     family, codec = world.family, world.codec
     call = {"num_inference_steps": info["steps"]}
-    if info["bound"]:
-        bind(pipe.scheduler, info["arguments"])
-    elif info["arguments"]:
-        call = dict(info["arguments"])
+    if info["set_on_scheduler"]:
+        bind(pipe.scheduler, info["timestep_arguments"])
+    elif info["timestep_arguments"]:
+        call = dict(info["timestep_arguments"])
     height, width = codec.pixels
     guidance = family.guidance_call(codec.guidance)
     document = (
@@ -202,7 +203,7 @@ def label_loop(world, pipe, info, noise):
     labels = world.cond.get("class_labels")
     edm = isinstance(world.schedule, EDM)
     x = noise * (world.schedule.prior_std(info["times"][0]))
-    Serving(scheduler, info["arguments"]).set_timesteps(info["steps"])
+    SchedulerSetup(scheduler, info["timestep_arguments"]).set_timesteps(info["steps"])
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if edm else x
         x = scheduler.step(net(scaled, t, class_labels=labels).sample, t, x).prev_sample
@@ -211,6 +212,6 @@ def label_loop(world, pipe, info, noise):
 
 @torch.no_grad()
 def untrained(world, student):
-    return Student(world.backbone, None, student.times, student.sampler).generate(
+    return Student(world.backbone, None, StudentSpec(student.times, student.sampler)).generate(
         world.noise, world.cond, draws()
     )

@@ -12,10 +12,10 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
 from fastgen.families.unet import guidance_features
 from fastgen.networks.load import load_teacher
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.objectives.test_contract import batch
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
@@ -144,7 +144,7 @@ def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, 
     cfg, cast, _ = make(tiny, "sd", kind)
     moved(cast, kind)
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     loaded = load_export(folder)
     assert loaded.role.guidance_range == (1.0, 8.0) and loaded.role.guidance == W
     (tmp_path / "plain.py").write_text(PLAIN % (list(PROMPTS),))
@@ -165,7 +165,7 @@ def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
     cfg, cast, _ = make(tiny, "sd")
     moved(cast, "full")
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    told = export_student(run, tmp_path / "told", {})
+    told = export_run(run, tmp_path / "told", {})
     _, again, _ = make(tiny, "sd", init=str(told))
     for name, value in again.parts["student"].trainable().items():
         assert torch.equal(value, cast.parts["student"].trainable()[name])
@@ -175,9 +175,7 @@ def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
 
 def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
     cfg, cast, _ = make(tiny, "sd")
-    folder = export_student(
-        SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path), tmp_path / "export", {}
-    )
+    folder = export_run(SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path), tmp_path / "export", {})
     call = ["--model", str(folder), "--prompt", PROMPTS[0], "--guidance"]
     assert main([*call, "9", "--out", str(tmp_path / "a")]) == 0
     assert "--guidance: trained for 1 to 8, sampling with 9" in capsys.readouterr().err
@@ -190,7 +188,7 @@ def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
     "change, said",
     [
         ({"family": "flow"}, "UNet2DModel has no input for the guidance scale"),
-        ({"family": "sana"}, "no pipeline tells a plain SanaTransformer2DModel its guidance scale"),
+        ({"family": "sana"}, "no pipeline passes the guidance scale to a plain SanaTransformer2DModel"),
         ({"method": "dmd2"}, "dmd2 trains teacher.guidance alone"),
         ({"span": (5.0, 8.0)}, r"allowed: \[low, high\] around teacher.guidance 4"),
         ({"span": (8.0, 1.0)}, r"allowed: \[low, high\]"),
@@ -213,11 +211,11 @@ def test_a_student_may_be_told_more_than_its_teacher_is_sampled_with(tiny, tmp_p
         student, one = cast.parts["student"], batch(cast)
         with torch.no_grad():
             found[told] = student.generate(one.noise, one.cond, torch.randn_like)
-            asked = student.at(told or W).generate(one.noise, one.cond, torch.randn_like)
+            asked = student.with_guidance(told or W).generate(one.noise, one.cond, torch.randn_like)
         torch.testing.assert_close(found[told], asked)
         assert objective.guidance == W
         run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-        assert load_export(export_student(run, tmp_path / f"{told}", {})).role.guidance == (told or W)
+        assert load_export(export_run(run, tmp_path / f"{told}", {})).role.guidance == (told or W)
     assert not torch.allclose(found[None], found[6.0], atol=1e-4)
 
 

@@ -9,14 +9,19 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.networks.analytic import load_analytic
+from fastgen.networks.codecs import TextCodec
 from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
 from fastgen.networks.time_embedding import make_smooth
-from fastgen.roles.sana_sprint import make_sprint
+from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.cast import Cast
 
 WIDE = TangentConfig(method="difference", step=0.03)
 """a derivative as seen from a distance: ripples average out"""
+
+
+def sprint(backbone):
+    return make_sprint(backbone, SCHEDULE)
 
 
 def views(name, change):
@@ -24,12 +29,12 @@ def views(name, change):
     teacher = load_teacher(f"assets:teachers/{name}")
     teacher.backbone.requires_grad_(False)
     other = copy.deepcopy(teacher.backbone)
-    change(other)
-    text = hasattr(teacher.codec, "prompts")
+    other = change(other) or other
+    text = isinstance(teacher.codec, TextCodec)
     cond = teacher.codec.prompts(["a red dress"] * 4) if text else teacher.codec.labels(torch.arange(4))
     view = TrigView(teacher.schedule, 1.0 if text else 0.5)
     before = view.velocity(lambda x, t: teacher.backbone(x, t, cond))
-    told = cond | ({"guidance": torch.full((4,), 2.0)} if change is make_sprint else {})
+    told = cond | ({"guidance": torch.full((4,), 2.0)} if change is sprint else {})
     after = view.velocity(lambda x, t: other(x, t, told))
     t = torch.full((4,), 0.9, dtype=torch.float64)
     x0, eps = 0.8 * torch.randn(2, 4, *teacher.codec.shape)
@@ -47,7 +52,7 @@ CASES = [
     ("fashion", make_smooth),
     ("tinted-sd", make_smooth),
     ("tinted-sana", make_smooth),
-    ("tinted-sana", make_sprint),
+    ("tinted-sana", sprint),
 ]
 
 

@@ -9,7 +9,7 @@ from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import ayf
 from fastgen.objectives.ayf import AYF, AYFConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.cast import Cast
 from tests.objectives.test_meanflow import S0, FlowMapNet
 from tests.support.replay import card_replay
@@ -20,7 +20,7 @@ SHORT = {"warmup_steps": 2}
 
 
 def make(schedule, net=None, **cfg):
-    student = Student(net or FlowMapNet(schedule), None, schedule.steps(1), "ode")
+    student = Student(net or FlowMapNet(schedule), None, StudentSpec(schedule.steps(1), "ode"))
     parts = {"student": student, "teacher": gaussian_role(schedule, 0.0, S0)}
     parts["weak"] = gaussian_role(schedule, 0.0, 1.5)
     return AYF(AYFConfig(**{"warmup_steps": 0, **cfg}), parts, rng())

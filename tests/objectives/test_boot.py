@@ -6,8 +6,9 @@ from torch import nn
 
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Flow, expand
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.boot import BOOT, BOOTConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
 from tests.support.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
@@ -18,7 +19,7 @@ M, SD = 0.5, 0.3
 SCHEDULES = [Flow(), VP.scaled_linear(), EDM()]
 
 
-class Signal(nn.Module):
+class Signal(Denoiser):
     """y_theta: whatever function of (eps, grid position) a test sets."""
 
     prediction = "x0"
@@ -33,7 +34,7 @@ class Signal(nn.Module):
 
 
 def make(S, times=None, **cfg):
-    student = Student(Signal(S), None, times or S.steps(1))
+    student = Student(Signal(S), None, StudentSpec(times or S.steps(1)))
     return BOOT(BOOTConfig(**cfg), {"student": student, "teacher": gaussian_role(S, M, SD)}, rng())
 
 

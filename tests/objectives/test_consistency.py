@@ -9,7 +9,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.consistency import Consistency, ConsistencyConfig
 from fastgen.objectives.shared.grids import draw_intervals, num_intervals
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import jump, solver_step, undo_jump
 from tests.support.replay import replay
 from tests.support.toys import (
@@ -31,7 +31,7 @@ SHORT = {"num_scales": 4, "target_decay": 0.5}
 
 def make(schedule, student_net, teacher=(0.0, 0.5), target=None, **cfg):
     parts = {
-        "student": Student(student_net, None, schedule.steps(1)),
+        "student": Student(student_net, None, StudentSpec(schedule.steps(1))),
         "teacher": gaussian_role(schedule, *teacher),
     }
     if target is not None:
@@ -160,7 +160,9 @@ def test_p1_training_mode_needs_no_teacher():
     S = Flow()
     cfg = ConsistencyConfig(mode="training", num_scales=8)
     assert Consistency.uses(cfg) == ()
-    objective = Consistency(cfg, {"student": Student(GaussianNet(S, 0.0, 0.5), None, [1.0])}, rng())
+    objective = Consistency(
+        cfg, {"student": Student(GaussianNet(S, 0.0, 0.5), None, StudentSpec([1.0]))}, rng()
+    )
     loss, _ = next(objective.step(batch_of(torch.randn(8, 1)), 0))
     assert torch.isfinite(loss)
 

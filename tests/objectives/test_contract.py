@@ -15,6 +15,7 @@ from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config as config_file
 from fastgen.core.rng import Rng
+from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY
 from fastgen.training.cast import Cast
 
@@ -49,7 +50,7 @@ def make(name, teacher, kind="full", **train):
 def batch(cast, num=2):
     codec, generator = cast.teacher.codec, torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, num, *codec.shape, generator=generator)
-    if hasattr(codec, "prompts"):
+    if isinstance(codec, TextCodec):
         cond = codec.prompts(["a red dress", "a bag"][:num])
     else:
         cond = codec.labels(torch.arange(num) % codec.num_classes)

@@ -8,9 +8,10 @@ from torch import nn
 
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import EDM
+from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.diff_instruct import DiffInstruct, DiffInstructConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from tests.objectives.test_dmd2 import kl
 from tests.support.replay import replay
 from tests.support.toys import (
@@ -106,7 +107,7 @@ def test_p1_equal_critic_and_teacher_give_nothing():
     assert math.isclose(m, -1.0) and math.isclose(s, 0.3)
 
 
-class Generator(nn.Module):
+class Generator(Denoiser):
     """No denoiser at all: a plain decoder of the noise, as a GAN's generator is."""
 
     def __init__(self, schedule, num_classes=3):
@@ -123,7 +124,7 @@ def test_p2_a_generator_that_never_was_a_diffusion_model():
     torch.manual_seed(0)
     teacher = load_teacher("analytic:gmm2d-edm")
     S, mixture = teacher.schedule, teacher.backbone
-    student = Student(Generator(S), None, [1.0])
+    student = Student(Generator(S), None, StudentSpec([1.0]))
     parts = {"student": student, "critic": Role(mixture.trainable_copy()), "teacher": Role(mixture)}
     time = {"kind": "log_normal", "mean": -0.8, "std": 1.2}
     objective = DiffInstruct(DiffInstructConfig(student_every=2, time=time, critic_time=time), parts, rng())

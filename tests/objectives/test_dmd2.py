@@ -170,10 +170,10 @@ class StepNet(GaussianNet):
 @pytest.mark.parametrize("schedule", [Flow(), VP.scaled_linear()], ids=["flow", "vp"])
 def test_p1_backward_simulation(schedule):
     """s + 1 calls, all but the last without gradient; at s = 0 the input is the noise itself."""
-    from fastgen.roles.roles import Student
+    from fastgen.roles.roles import Student, StudentSpec
 
     net = StepNet(schedule, 0.0, 1.0)
-    student = Student(net, None, schedule.steps(4))
+    student = Student(net, None, StudentSpec(schedule.steps(4)))
     objective = make(NO_GAN, schedule, student)
     batch = batch_of(torch.randn(8, 1))
     for last in range(4):
@@ -187,11 +187,13 @@ def test_p1_backward_simulation(schedule):
 
 
 def test_p1_without_backward_simulation_the_input_is_noised_data():
-    from fastgen.roles.roles import Student
+    from fastgen.roles.roles import Student, StudentSpec
 
     schedule = Flow()
     net = StepNet(schedule, 0.0, 1.0)
-    objective = make(NO_GAN | {"backward_simulation": False}, schedule, Student(net, None, schedule.steps(4)))
+    objective = make(
+        NO_GAN | {"backward_simulation": False}, schedule, Student(net, None, StudentSpec(schedule.steps(4)))
+    )
     batch = batch_of(torch.full((8, 1), 3.0))
     objective.sample(batch, 2)
     assert len(net.seen) == 1
@@ -248,7 +250,7 @@ def test_p4_dmd2_adapter_between_renoise_and_ode(tiny, tmp_path):
         tiny, tmp_path, objective, "TCDScheduler", counts=(4,), other={"original_inference_steps": 10},
         sampler="tcd", gamma=0.3,
     )  # fmt: skip
-    assert found.info["step"] == {"eta": 0.3}
+    assert found.info.step_arguments == {"eta": 0.3}
 
 
 class LinearDisc(nn.Module):

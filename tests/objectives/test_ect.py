@@ -5,7 +5,7 @@ import torch
 
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.ect import ECT, ECTConfig, level_time, noise_level, shrink
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
@@ -16,7 +16,7 @@ SHORT = {}
 def make(S=None, student=(0.0, 1.0), **cfg):
     S = S or EDM()
     parts = {
-        "student": Student(GaussianNet(S, *student), None, S.steps(1)),
+        "student": Student(GaussianNet(S, *student), None, StudentSpec(S.steps(1))),
         "teacher": gaussian_role(S, 0.5, 0.3),
     }
     return ECT(ECTConfig(**cfg), parts, rng())

@@ -21,13 +21,13 @@ SHORT = {"student_every": 2, "f": "kl", "gan_weight": 0.1, "disc_weight": 0.1}
 def make(name="f_distill", schedule=None, **cfg):
     """An objective over small MLPs on points [B, 2]."""
     from fastgen.networks.analytic import MLPDenoiser
-    from fastgen.roles.roles import Student
+    from fastgen.roles.roles import Student, StudentSpec
 
     schedule = schedule or Flow()
     torch.manual_seed(0)
     nets = {n: MLPDenoiser(2, schedule, width=16) for n in ("student", "critic", "teacher")}
     parts = {n: Role(net) for n, net in nets.items()}
-    parts["student"] = Student(nets["student"], None, schedule.steps(1))
+    parts["student"] = Student(nets["student"], None, StudentSpec(schedule.steps(1)))
     parts["disc"] = Discriminator(parts["critic"], (-1,), (torch.zeros(2, 2), torch.ones(2).double(), {}))
     cls = REGISTRY[name]
     objective = cls(

@@ -4,7 +4,7 @@ import torch
 
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
@@ -33,8 +33,8 @@ class Recorder(Student):
 
 def make(span=None, guidance=1.0, batch=64):
     S = Flow()
-    student = Recorder(TwoMeans(S, 0.3, 0.5), None, S.steps(4), "ode")
-    student.guidance_range = span
+    spec = StudentSpec(S.steps(4), "ode", guidance_range=span)
+    student = Recorder(TwoMeans(S, 0.3, 0.5), None, spec)
     parts = {"student": student, "teacher": Role(TwoMeans(S, 0.3, 0.5).requires_grad_(False))}
     objective = GuidanceDistillation(GuidanceDistillationConfig(), parts, rng(), guidance)
     one = batch_of(torch.randn(batch, 1).double())
@@ -110,7 +110,7 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
     with torch.no_grad():
         for w in (1.0, 2.0, 4.0):
             guided = sample_teacher(teacher, noise, cond, uncond, 12, w)
-            mine = student.at(w).generate(noise, cond, torch.randn_like)
+            mine = student.with_guidance(w).generate(noise, cond, torch.randn_like)
             found[w] = float((mine - guided).square().mean().sqrt()), energy_distance(mine, guided)
         apart = energy_distance(
             sample_teacher(teacher, noise, cond, uncond, 12, 1.0),

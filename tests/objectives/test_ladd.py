@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from fastgen.diffusion.schedules import Flow
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.ladd import LADD, LADDConfig
 from fastgen.objectives.shared.gan import different
 from fastgen.roles.heads import Discriminator, PatchHead
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
@@ -18,7 +19,7 @@ SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}}
 """settings of the contract battery"""
 
 
-class Linear(nn.Module):
+class Linear(Denoiser):
     """A teacher whose feature is x_t itself."""
 
     prediction = "x0"
@@ -36,7 +37,7 @@ class Linear(nn.Module):
         return [self.gain * x_t[..., None, None]], None
 
 
-class Shift(nn.Module):
+class Shift(Denoiser):
     """A student that only moves its noise."""
 
     prediction, schedule = "x0", Flow()
@@ -65,7 +66,7 @@ class LinearDisc(nn.Module):
 def make(disc=None, student=None, student_every=1, step_weights=(), **gan):
     schedule = Flow()
     cfg = {"student_every": student_every, "step_weights": step_weights, "gan": gan}
-    student = student or Student(GaussianNet(schedule, -1.0, 0.3), None, [1.0])
+    student = student or Student(GaussianNet(schedule, -1.0, 0.3), None, StudentSpec([1.0]))
     return LADD(LADDConfig(**cfg), {"student": student, "disc": disc or LinearDisc()}, rng())
 
 
@@ -79,7 +80,7 @@ def test_p1_gradients_stay_with_their_player():
     teacher = Linear()
     disc = Discriminator(Role(teacher), (-1,), (torch.zeros(2, 3), torch.ones(2).double(), {}), "patch")
     student = Shift()
-    objective = make(disc, Student(student, None, [1.0]))
+    objective = make(disc, Student(student, None, StudentSpec([1.0])))
 
     for loss, _ in objective.step(batch_of(torch.randn(8, 3)), 0):
         active = objective.active
@@ -113,7 +114,9 @@ def test_p1_discriminator_of_shifted_gaussians_and_the_student_that_follows_it()
 
     net, disc = Shift(), LinearDisc()
     time = {"kind": "uniform", "low": 0.3, "high": 0.301}
-    objective = make(disc, Student(net, None, [1.0]), loss="softplus", disc_time=time, misaligned=False)
+    objective = make(
+        disc, Student(net, None, StudentSpec([1.0])), loss="softplus", disc_time=time, misaligned=False
+    )
     optimizers = {
         "student": torch.optim.Adam(net.parameters(), 0.02),
         "disc": torch.optim.Adam(disc.parameters(), 0.05, betas=(0.0, 0.9)),
@@ -187,7 +190,7 @@ def test_step_weights_choose_the_trained_step_and_the_first_is_pure_noise():
             seen.append((x_t, t))
             return super().forward(x_t, t, cond)
 
-    student = Student(Net(Flow(), 0.0, 1.0), None, [1.0, 0.5])
+    student = Student(Net(Flow(), 0.0, 1.0), None, StudentSpec([1.0, 0.5]))
     batch = batch_of(torch.full((400, 1), 50.0))
     make(student=student, step_weights=(1.0, 3.0)).sample(batch, {})
     x_t, t = seen[0]

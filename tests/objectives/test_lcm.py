@@ -8,10 +8,10 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
 from fastgen.objectives.lcm import LCM, LCMConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import teacher_grid
+from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
 from tests.support.replay import replay_counts
 from tests.support.toys import (
@@ -36,7 +36,7 @@ SHORT = {"grid_steps": 10, "target_decay": 0.5}
 
 def make(schedule, net, teacher=None, target=None, guidance=1.0, **cfg):
     teacher = teacher or Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
-    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    parts = {"student": Student(net, None, StudentSpec(schedule.steps(1))), "teacher": teacher}
     if target is not None:
         parts["target"] = Role(target)
     return LCM(LCMConfig(**{"metric": "l2", **cfg}), parts, rng(), guidance)
@@ -72,9 +72,10 @@ def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
 class Told(Student):
     """Notes the times and conditions it is given."""
 
-    def __init__(self, student):
-        super().__init__(student.backbone, None, student.times)
-        self.guidance_range, self.times_seen, self.conds = student.guidance_range, [], []
+    def __init__(self, student, guidance_range=None):
+        spec = StudentSpec(student.times, guidance_range=guidance_range)
+        super().__init__(student.backbone, None, spec)
+        self.times_seen, self.conds = [], []
 
     def __call__(self, x_t, t, cond):
         self.times_seen.append(t)
@@ -122,8 +123,7 @@ def test_p1_guidance_counts_from_one(monkeypatch):
             objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), guidance=w, grid_steps=4), 3)
             objective.rng.randn_like = torch.zeros_like
             if told:
-                objective.guidance, objective.student.guidance_range = 9.0, (w, w)
-                objective.student = Told(objective.student)
+                objective.guidance, objective.student = 9.0, Told(objective.student, (w, w))
             targets[w, told] = captured(monkeypatch, "mse", objective, batch)[1].detach()
             if told:
                 assert [c["guidance"].unique().tolist() for c in objective.student.conds] == [[w], [w]]
@@ -178,7 +178,7 @@ def test_p4_lcm(tiny, tmp_path):
     """1, 2, 4 and 8 steps through LCMScheduler, which reads the grid from the export."""
     objective = {"name": "lcm", "grid_steps": 50}
     found = replay_counts(tiny, tmp_path, objective, "LCMScheduler", other={"original_inference_steps": 10})
-    assert found.info["scheduler"]["original_inference_steps"] == 50
+    assert found.info.scheduler["original_inference_steps"] == 50
     assert found.role.grid == 50
 
 
@@ -193,7 +193,7 @@ def test_p4_lcm_of_a_flow(tiny, tmp_path):
 
 def test_lcm_scheduler_without_its_original_steps_is_refused(tiny, tmp_path):
 
-    folder = export_student(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
+    folder = export_run(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
     document = json.loads((folder / "fastgen.json").read_text())
     del document["export"]["scheduler"]["original_inference_steps"]
     (folder / "fastgen.json").write_text(json.dumps(document))

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastgen.diffusion.schedules import Flow, expand
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives import meanflow
 from fastgen.objectives.meanflow import MeanFlow, MeanFlowConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import card_replay
 from tests.support.toys import batch_of, each, gaussian_role, rng, run_mixture
 
@@ -16,7 +17,7 @@ SHORT = {"flow_ratio": 0.5}
 S0 = 0.8
 
 
-class FlowMapNet(torch.nn.Module):
+class FlowMapNet(Denoiser):
     """The exact average velocity for data N(0, s0^2), u = x_s (1 - sqrt(V_r / V_s)) / (s - r), as a two-time
     denoiser x_s - s u; times a gain that is 1 where it is exact.
     """
@@ -43,7 +44,7 @@ class FlowMapNet(torch.nn.Module):
 
 
 def make(schedule, net=None, **cfg):
-    student = Student(net or FlowMapNet(schedule), None, schedule.steps(1), "ode")
+    student = Student(net or FlowMapNet(schedule), None, StudentSpec(schedule.steps(1), "ode"))
     cfg = MeanFlowConfig(**{"norm_p": 0.0, "flow_ratio": 0.25, **cfg})
     return MeanFlow(cfg, {"student": student, "teacher": gaussian_role(schedule, 0.0, S0)}, rng())
 
@@ -81,7 +82,7 @@ def test_p1_any_number_of_steps_lands_on_the_same_sample(schedule):
     noise = torch.randn(16, 1, dtype=torch.float64)
     found = []
     for num in (1, 2, 4):
-        student = Student(FlowMapNet(schedule), None, schedule.steps(num), "ode")
+        student = Student(FlowMapNet(schedule), None, StudentSpec(schedule.steps(num), "ode"))
         found.append(student.generate(noise, {}, None).detach())
         assert student.ends()[:-1] == student.times[1:] and student.ends()[-1] == schedule.t_min
     torch.testing.assert_close(found[1], found[0], atol=0.06, rtol=0)
@@ -132,7 +133,7 @@ def test_p1_equal_times_are_flow_matching_without_a_tangent(monkeypatch):
 def test_p1_guidance_in_the_target_of_training():
     """v_g = omega v + (1 - omega - kappa) u_null + kappa u_c, with a constant network plain arithmetic."""
 
-    class Constant(torch.nn.Module):
+    class Constant(Denoiser):
         prediction, schedule, second_time = "x0", Flow(), True
 
         def forward(self, x_t, t, cond):

@@ -12,9 +12,10 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.base import REGISTRY
 from fastgen.objectives.msd import MSD, MSDConfig
-from fastgen.roles.roles import Students
+from fastgen.roles.roles import Students, StudentSpec
 from fastgen.roles.router import Router
 from fastgen.training.cast import Cast
 from tests.support import replay
@@ -157,7 +158,7 @@ def test_p1_more_students_fit_more():
     assert found[0] > found[1] > found[2] and found[2] == 0
 
 
-class Linear(torch.nn.Module):
+class Linear(Denoiser):
     """A denoiser linear in x_t whatever the time: too poor for the teacher, with a closed-form best fit."""
 
     prediction = "x0"
@@ -175,7 +176,7 @@ def test_p1_score_matching_ends_at_the_least_squares_projection():
 
     objective = build(1, score_matching=True, time={"low": 0.3, "high": 0.3001})
     net = Linear()
-    objective.hosts[0].student = Student(net, None, [80.0])
+    objective.hosts[0].student = Student(net, None, StudentSpec([80.0]))
     optimizer = torch.optim.Adam(net.parameters(), 0.1)
     for k in range(400):
         objective.rng.reset(k)

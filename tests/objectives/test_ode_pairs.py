@@ -6,7 +6,7 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.ode_pairs import ODEPairs, ODEPairsConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
 from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
@@ -16,7 +16,7 @@ SHORT = {"teacher_steps": 2}
 
 
 def make(schedule, steps, **cfg):
-    student = Student(GaussianNet(schedule, 0.0, 1.0), None, schedule.steps(steps))
+    student = Student(GaussianNet(schedule, 0.0, 1.0), None, StudentSpec(schedule.steps(steps)))
     objective = ODEPairs(
         ODEPairsConfig(**cfg), {"student": student, "teacher": gaussian_role(schedule, 0.5, 0.3)}, rng()
     )
@@ -41,7 +41,7 @@ def test_p1_pair_is_the_teachers_own_sample():
 def test_p1_noise_may_enter_below_the_top_of_the_schedule():
     """A one-step student told t = 0.6 still gets pure noise, not the state there, half an image."""
     S = Flow()
-    student = Student(GaussianNet(S, 0.0, 1.0), None, [0.6])
+    student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec([0.6]))
     parts = {"student": student, "teacher": gaussian_role(S, 0.5, 0.3)}
     objective = ODEPairs(ODEPairsConfig(teacher_steps=10), parts, rng())
     objective.prepare()

@@ -10,7 +10,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.objectives.pcm import PCM, PCMConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import jump, teacher_grid
 from tests.support.replay import replay_counts
 from tests.support.toys import (
@@ -35,7 +35,7 @@ STUDENT = {"sampler": "ode", "num_steps": 2}
 
 def make(schedule, net, guidance=1.0, disc=None, **cfg):
     teacher = Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
-    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    parts = {"student": Student(net, None, StudentSpec(schedule.steps(1))), "teacher": teacher}
     if disc is not None:
         parts["disc"] = disc
     return PCM(PCMConfig(**{"gan_weight": 0.0, **cfg}), parts, rng(), guidance)
@@ -60,7 +60,7 @@ def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
 def test_p1_one_phase_is_lcm(schedule):
     """Same draws, same loss; with two phases another one."""
     x0, net = torch.randn(64, 1, dtype=torch.float64), GaussianNet(schedule, 0.2, 0.7)
-    parts = {"student": Student(net, None, schedule.steps(1))}
+    parts = {"student": Student(net, None, StudentSpec(schedule.steps(1)))}
     parts["teacher"] = Spy(GaussianNet(schedule, 0.0, 0.5).requires_grad_(False))
     lcm = next(LCM(LCMConfig(grid_steps=8), parts, rng()).step(batch_of(x0), 0))[0]
     one, two = (next(make(schedule, net, grid_steps=8, segments=m).step(batch_of(x0), 0))[0] for m in (1, 2))
@@ -155,4 +155,4 @@ def test_p4_pcm(tiny, tmp_path):
     objective = {"name": "pcm", "grid_steps": 40, "segments": 4}
     other = {"timestep_spacing": "leading"}
     found = replay_counts(tiny, tmp_path, objective, "DDIMScheduler", (4, 8), other, sampler="ode")
-    assert set(found.info["others"]) == {"8"}
+    assert set(found.info.other_step_counts) == {"8"}

@@ -5,7 +5,7 @@ import torch
 from fastgen.config.run import validate
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.progressive import Progressive, ProgressiveConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher, solver_step
 from fastgen.training.cast import Cast
 from tests.support.replay import replay
@@ -21,7 +21,7 @@ def exact(S):
 
 
 def make(S, num, start=0.0, **cfg):
-    student = Student(GaussianNet(S, 0.0, 1.0), None, S.few_steps(num, 0, start), "ode")
+    student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec(S.few_steps(num, 0, start), "ode"))
     others = {name: gaussian_role(S, 0.5, 0.3) for name in ("teacher", "previous")}
     return Progressive(ProgressiveConfig(**cfg), {"student": student, **others}, rng())
 
@@ -31,7 +31,8 @@ def test_p1_one_step_to_the_target_is_two_of_the_teacher():
     for S, start in own + [(Flow(), 0.9), (EDM(), 30), (VP.scaled_linear(), 850), (VP.scaled_linear(), None)]:
         objective = make(S, 8, start or 0, ode_teacher="original")
         if start is None:  # a list of one's own
-            objective.student.times = [900.0, 880.0, 850.0, 700.0, 650.0, 600.0, 500.0, 200.0]
+            times = [900.0, 880.0, 850.0, 700.0, 650.0, 600.0, 500.0, 200.0]
+            objective.student = objective.student.with_times(times)
         x0 = torch.randn(200, 2, dtype=torch.float64)
         t, mid, end = objective.times(x0)
         assert ((t > mid) & (mid > end)).all() and len(set(t.tolist())) == 8

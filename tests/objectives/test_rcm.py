@@ -8,7 +8,7 @@ from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from fastgen.objectives.rcm import RCM, RCMConfig
 from fastgen.objectives.scm import SCM
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
@@ -21,7 +21,7 @@ SCM_ONLY = {"adaptive": False, "warmup_steps": 0, "weighting": "uniform"}
 def make(**cfg):
     S = Flow()
     parts = {
-        "student": Student(GaussianNet(S, 0.3, 0.6), None, [1.0]),
+        "student": Student(GaussianNet(S, 0.3, 0.6), None, StudentSpec([1.0])),
         "critic": CountingRole(GaussianNet(S, 0.3, 0.6)),
         "teacher": gaussian_role(S, 0.0, 1.0),
     }

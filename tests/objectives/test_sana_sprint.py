@@ -12,14 +12,14 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
 from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.sana_sprint import SanaSprint, SanaSprintConfig
 from fastgen.objectives.scm import SCM
-from fastgen.roles.roles import Role, Student
-from fastgen.roles.sana_sprint import make_sprint
+from fastgen.roles.roles import Role, Student, StudentSpec
+from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.objectives.test_ladd import LinearDisc
 from tests.support.plain import run_plain
 from tests.support.replay import replay
@@ -32,7 +32,7 @@ SHORT = {"scm": {"warmup_steps": 2, "sigma_data": 1.0}, "gan": {"disc_depths": 2
 
 def parts():
     S = Flow()
-    student = Student(GaussianNet(S, 0.3, 0.6), None, [1.0])
+    student = Student(GaussianNet(S, 0.3, 0.6), None, StudentSpec([1.0]))
     return {"student": student, "teacher": gaussian_role(S, 0.0, 1.0), "disc": LinearDisc(0.5)}
 
 
@@ -59,7 +59,7 @@ def test_p1_max_time_weighting_starts_half_of_the_judged_samples_from_noise():
             seen.append((x_t.detach(), t))
             return super().forward(x_t, t, cond)
 
-    found = parts() | {"student": Student(Net(Flow(), 0.0, 1.0), None, [1.0])}
+    found = parts() | {"student": Student(Net(Flow(), 0.0, 1.0), None, StudentSpec([1.0]))}
     batch = batch_of(torch.full((2000, 1), 40.0, dtype=torch.float64))
     next(SanaSprint(SanaSprintConfig(scm=SCM_ONLY), found, rng()).step(batch, 0))
     x_t, t = seen[-1]
@@ -76,8 +76,7 @@ def test_p1_max_time_weighting_starts_half_of_the_judged_samples_from_noise():
 def test_p1_times_in_the_unit_interval_keep_the_teacher_and_bound_its_slope():
     """On the trained teacher: its output within 5 %, and a smaller slope than behind 1000 t."""
     teacher = load_teacher("assets:teachers/tinted-sana")
-    sprint = copy.deepcopy(teacher.backbone)
-    make_sprint(sprint)
+    sprint = make_sprint(copy.deepcopy(teacher.backbone), SCHEDULE)
     x = torch.randn(4, *teacher.codec.shape)
     cond = teacher.codec.prompts(["a red dress on a grey background"] * 4)
     told = {**cond, "guidance": torch.full((4,), 3.0)}
@@ -163,13 +162,13 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
     ours = cast.parts["student"]
     assert ours.times == pytest.approx([1.0, 0.7827], abs=1e-4)
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     (folder / "plain.py").write_text(PLAIN.replace("PROMPTS", repr(list(PROMPTS))))
     done = run_plain("plain.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     plain = load_file(folder / "images.safetensors")
     loaded = load_export(folder)
-    assert loaded.info["times"] == [torch.pi / 2, 1.3]
+    assert loaded.info.times == [torch.pi / 2, 1.3]
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)
     for key, images in plain.items():
         w, steps = float(key.split()[0]), int(key.split()[1])

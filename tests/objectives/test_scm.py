@@ -5,10 +5,11 @@ import torch
 
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import EDM, VP, Flow, TrigFlow, expand
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives import scm
 from fastgen.objectives.scm import SCM, SCMConfig, normalised
 from fastgen.roles.heads import LogVariance
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
@@ -21,7 +22,7 @@ S0 = 0.8
 PLAIN = {"tangent_norm": "none", "adaptive": False, "weighting": "uniform", "warmup_steps": 0}
 
 
-class FlowMapNet(torch.nn.Module):
+class FlowMapNet(Denoiser):
     """The ODE's end point for data N(0, s0^2) at power 1; any other power is wrong between the ends."""
 
     prediction = "x0"
@@ -40,7 +41,10 @@ class FlowMapNet(torch.nn.Module):
 
 def make(schedule, net, **cfg):
     cfg = SCMConfig(**{**PLAIN, **cfg})
-    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": gaussian_role(schedule, 0.0, S0)}
+    parts = {
+        "student": Student(net, None, StudentSpec(schedule.steps(1))),
+        "teacher": gaussian_role(schedule, 0.0, S0),
+    }
     if cfg.adaptive:
         parts["logvar"] = LogVariance()
     return SCM(cfg, parts, rng())
@@ -128,7 +132,7 @@ def test_p1_times_meet_the_ends_of_each_schedule():
 def test_p1_training_follows_the_straight_pair():
     """d = cos t z - sin t x0 without a teacher: at r = 0 the fixed point is D = x0."""
 
-    class Knows(torch.nn.Module):
+    class Knows(Denoiser):
         prediction, schedule = "x0", Flow()
 
         def forward(self, x_t, t, cond):
@@ -138,7 +142,7 @@ def test_p1_training_follows_the_straight_pair():
     batch.cond["x0"] = batch.x0
     cfg = SCMConfig(**{**PLAIN, "warmup_steps": 10, "mode": "training"})
     assert SCM.uses(cfg) == ()
-    objective = SCM(cfg, {"student": Student(Knows(), None, [1.0])}, rng())
+    objective = SCM(cfg, {"student": Student(Knows(), None, StudentSpec([1.0]))}, rng())
     assert next(objective.step(batch, 0))[0].detach() < 1e-20
     batch.cond["x0"] = batch.x0 + 1
     assert next(objective.step(batch, 0))[0].detach() > 0.1

@@ -8,7 +8,7 @@ import torch
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.export.load import load_export
 from fastgen.objectives.sft import SFT, SFTConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import plainly, train
 from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
@@ -33,7 +33,7 @@ images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
 def make(schedule, **cfg):
     return SFT(
         SFTConfig(**cfg),
-        {"student": Student(GaussianNet(schedule, 0.3, 0.8), None, schedule.steps(1))},
+        {"student": Student(GaussianNet(schedule, 0.3, 0.8), None, StudentSpec(schedule.steps(1)))},
         rng(),
     )
 
@@ -61,7 +61,7 @@ def test_p1_condition_dropout_rate():
             return super().forward(x_t, t, cond)
 
     net = Spy(Flow(), 0.0, 1.0)
-    objective = SFT(SFTConfig(cond_dropout=0.3), {"student": Student(net, None, [1.0])}, rng())
+    objective = SFT(SFTConfig(cond_dropout=0.3), {"student": Student(net, None, StudentSpec([1.0]))}, rng())
     batch = batch_of(torch.randn(4000, 1), cond={"class_labels": torch.zeros(4000).long()})
     batch.uncond = {"class_labels": torch.full((4000,), 9)}
     next(objective.step(batch, 0))

@@ -7,6 +7,7 @@ from torch import nn
 from fastgen.cli.train import main
 from fastgen.diffusion import divergences
 from fastgen.diffusion.schedules import EDM, Flow
+from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.sid import SiD, SiDConfig
 from tests.support import gaussians
 from tests.support.replay import replay
@@ -143,7 +144,7 @@ def test_p1_scores_are_differentiated_and_frozen():
     assert objective.critic.calls == [True] * 6
 
 
-class Labelled(nn.Module):
+class Labelled(Denoiser):
     """D = a c: a denoiser that knows its condition and nothing else."""
 
     prediction = "x0"

@@ -241,7 +241,7 @@ def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_pa
     work = tmp_path / "work"
     shutil.copytree(exported, work)
     document = json.loads((work / "fastgen.json").read_text())
-    document["export"]["nasa"] = 0.0
+    document["export"]["nasa_scale"] = 0.0
     (work / "fastgen.json").write_text(json.dumps(document))
     asked = ["--model", str(work), "--prompt", "a red dress", "--negative_prompt", "red"]
     assert sample([*asked, "--out", str(tmp_path / "a")]) == 0

@@ -7,7 +7,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.tbcm import TBCM, TBCMConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.objectives.test_scm import PLAIN, S0, FlowMapNet
 from tests.support.replay import replay
 from tests.support.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
@@ -19,7 +19,7 @@ SCHEDULES = pytest.mark.parametrize("S", [Flow(), EDM(), VP.scaled_linear()])
 
 def make(S, net=None, points=6, **scm):
     scm = {"name": "scm", "sigma_data": 1.0, **PLAIN, **scm}
-    student = Student(net or FlowMapNet(S), None, S.steps(1))
+    student = Student(net or FlowMapNet(S), None, StudentSpec(S.steps(1)))
     teacher = CountingRole(GaussianNet(S, 0.0, S0).requires_grad_(False))
     return TBCM(TBCMConfig(points=points, scm=scm), {"student": student, "teacher": teacher}, rng())
 

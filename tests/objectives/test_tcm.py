@@ -7,7 +7,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.ect import noise_level
 from fastgen.objectives.tcm import TCM, TCMConfig
-from fastgen.roles.roles import Student
+from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
@@ -17,7 +17,7 @@ SHORT = {}
 
 def make(S=None, times=None, **cfg):
     S = S or EDM()
-    student = Student(GaussianNet(S, 0.0, 1.0), None, times or S.steps(1))
+    student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec(times or S.steps(1)))
     parts = {
         "student": student,
         "previous": gaussian_role(S, 0.5, 0.3),

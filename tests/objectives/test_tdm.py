@@ -11,11 +11,11 @@ from fastgen.config.run import validate
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow
 from fastgen.export.load import load_export
-from fastgen.export.write import export_student
 from fastgen.objectives.tdm import TDM, TDMConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_student
 from fastgen.training.cast import Cast
+from fastgen.training.exporting import export_run
 from tests.support.gaussians import nodes
 from tests.support.replay import plainly, replay
 from tests.support.tiny import PROMPTS
@@ -35,7 +35,7 @@ STUDENT = {"num_steps": 4, "sampler": "ode"}
 
 
 def make(schedule, num_steps=4, net=(-0.5, 0.6), critic=(-0.5, 0.6), **cfg):
-    student = Student(GaussianNet(schedule, *net), None, schedule.steps(num_steps), "ode")
+    student = Student(GaussianNet(schedule, *net), None, StudentSpec(schedule.steps(num_steps), "ode"))
     objective = TDM(
         TDMConfig(**cfg),
         {
@@ -94,7 +94,8 @@ def slope(weighted):
     """Regression of x on x_tau over one segment, by quadrature; (found, that of freshly noised x)."""
     S = Flow()
     objective = make(S)
-    objective.student.backbone = Spread(S, 0, 1)  # x and the noise implied in it move together
+    together = Spread(S, 0, 1)  # x and the noise implied in it move together
+    objective.student = objective.student.with_network(Role(together))
     u, quad = nodes(60)
     X, n = (v.flatten()[:, None] for v in torch.meshgrid(u, u, indexing="ij"))
     objective.rng = SimpleNamespace(randn_like=lambda x: n)
@@ -173,8 +174,8 @@ def test_p1_several_step_counts_are_told(monkeypatch):
     S = Flow()
     objective = make(S, step_counts=(1, 2, 4))
     nets = {n: Told(S, -0.5, 0.6) for n in ("student", "critic")}
-    objective.student.backbone, objective.critic.backbone = nets["student"], nets["critic"]
-    objective.student.grid = 4
+    student = objective.student.with_network(Role(nets["student"]))
+    objective.student, objective.critic = student.with_times(student.times, grid=4), Role(nets["critic"])
     walks = {1: [1.0], 2: [1.0, 0.5], 4: [1.0, 0.75, 0.5, 0.25]}
     for num, walk in walks.items():
         monkeypatch.setattr(objective.rng, "shared_randint", lambda high, n=num: (1, 2, 4).index(n))
@@ -183,7 +184,7 @@ def test_p1_several_step_counts_are_told(monkeypatch):
         list(objective.step(batch_of(double(8, 1)), 0))
         assert [t for _, t in nets["student"].seen[:num]] == walk
         assert {w for net in nets.values() for w, _ in net.seen} == {float(num)}
-    assert objective.student.taking(2).times == walks[2]
+    assert objective.student.with_steps(2).times == walks[2]
 
 
 def test_renoising_is_refused(capsys, tmp_path):
@@ -215,11 +216,11 @@ def test_p2_several_step_counts(tmp_path):
     real, labels = mixture.sample(1500, torch.Generator().manual_seed(7))
     untrained = Role(mixture.trainable_copy())
     for num in (1, 2, 4):
-        student = trainer.cast.parts["student"].taking(num)
+        student = trainer.cast.parts["student"].with_steps(num)
         assert student.guidance == num
         before, after = (
             energy_distance(real, sample_student(one, list(range(1500)), codec.shape, codec.labels(labels)))
-            for one in (student.taking(num, untrained), student)
+            for one in (student.with_steps(num).with_network(untrained), student)
         )
         assert after < 0.03 and after < before, (num, before, after)
 
@@ -265,7 +266,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
                     p.data -= 0.05 * p.grad.sign()
                     p.grad = None
     run = SimpleNamespace(cast=cast, cfg=cfg, step=4, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     images = plainly(PLAIN % (list(PROMPTS),), folder)
     loaded = load_export(folder)
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)

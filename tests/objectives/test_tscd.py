@@ -9,7 +9,7 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.tscd import TSCD, TSCDConfig
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import segment_ends, teacher_grid
 from tests.support.replay import replay_counts
 from tests.support.toys import (
@@ -33,7 +33,7 @@ STUDENT = {"sampler": "ode", "num_steps": 2}
 
 def make(schedule, net, teacher=None, disc=None, guidance=1.0, **cfg):
     teacher = teacher or gaussian_role(schedule, 0.0, 0.5)
-    parts = {"student": Student(net, None, schedule.steps(1)), "teacher": teacher}
+    parts = {"student": Student(net, None, StudentSpec(schedule.steps(1))), "teacher": teacher}
     if cfg.get("ode_teacher") == "previous":
         parts["previous"] = Role(GaussianNet(schedule, 9.0, 9.0).requires_grad_(False))
     if disc is not None:
@@ -138,7 +138,7 @@ def test_p1_gamma_sampling_is_tcd_schedulers_step():
     x_t, D = torch.randn(2, 3, 4)
     for gamma in (0.0, 0.3, 1.0):
         scheduler.set_timesteps(4)
-        ours = Student(GaussianNet(S, 0.0, 0.5), None, S.few_steps(4, 40), "tcd", gamma, 40)
+        ours = Student(GaussianNet(S, 0.0, 0.5), None, StudentSpec(S.few_steps(4, 40), "tcd", gamma, 40))
         t, u = ours.time(0, x_t), ours.time(1, x_t)
         theirs = scheduler.step(
             D, scheduler.timesteps[0], x_t, eta=gamma, generator=torch.Generator().manual_seed(3)
@@ -201,4 +201,4 @@ def test_p4_tscd(tiny, tmp_path):
         tiny, tmp_path, objective, "TCDScheduler", other={"original_inference_steps": 10},
         sampler="tcd", gamma=0.3,
     )  # fmt: skip
-    assert found.info["step"] == {"eta": 0.3} and set(found.info["others"]) == {"1", "2", "8"}
+    assert found.info.step_arguments == {"eta": 0.3} and set(found.info.other_step_counts) == {"1", "2", "8"}

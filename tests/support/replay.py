@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from fastgen.cli.sample import Generator, draw
 from fastgen.cli.train import main
 from fastgen.export.load import load_export
+from fastgen.networks.codecs import TextCodec
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
 
@@ -78,8 +79,8 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
 
     from fastgen.cli.sample import Generator, draw
     from fastgen.config.run import validate
-    from fastgen.export.write import export_student
     from fastgen.training.cast import Cast
+    from fastgen.training.exporting import export_run
 
     values = {
         "teacher": {"path": str(tiny(family))},
@@ -92,7 +93,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     for p in cast.parts["student"].trainable().values():
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
     run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
-    folder = export_student(run, tmp_path / "export", {})
+    folder = export_run(run, tmp_path / "export", {})
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (folder / "plain.py").write_text(code)
     done = run_plain("plain.py", cwd=folder)
@@ -101,7 +102,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     image = (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)) / 255
     loaded = load_export(str(folder))
     prompt = "a red dress on a grey background"
-    text = hasattr(loaded.codec, "prompts")
+    text = isinstance(loaded.codec, TextCodec)
     cond = loaded.codec.prompts([prompt]) if text else loaded.codec.labels(torch.tensor([3]))
     mine, _ = draw(Generator(loaded, 0, 1.0, loaded.codec.null(1)), cond, [0], 1)
     assert (mine[0] - image).abs().max() < 1.01 / 255 + 1e-3
@@ -124,10 +125,10 @@ pipe.set_progress_bar_config(disable=True)
 more = {"max_sequence_length": 48, "complex_human_instruction": None, "use_resolution_binning": False}
 more = {"height": 32, "width": 32, **more} if sana else {"height": 16, "width": 16}
 def draw(num, override=None):
-    other = info["others"].get(str(num), {"scheduler": {}, "arguments": {}})
+    other = info["other_step_counts"].get(str(num), {"scheduler": {}, "arguments": {}})
     pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler", **(override or other["scheduler"]))
     seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
-    call = (other["arguments"] or {"num_inference_steps": num}) | info["step"] | more
+    call = (other["arguments"] or {"num_inference_steps": num}) | info["step_arguments"] | more
     return pipe(PROMPTS, generator=seeds, output_type="pt", guidance_scale=1.0, **call).images.float()
 images = torch.stack([draw(n) for n in NUMS] + [draw(NUMS[-1], OTHER)])
 """
@@ -145,12 +146,12 @@ def replay_counts(
     values = {"BASE": str(tiny(family)), "PROMPTS": list(PROMPTS), "NUMS": counts, "OTHER": other}
     values["PIPELINE"] = base.teacher.backbone.family.pipeline
     plain = plainly("".join(f"{k} = {v!r}\n" for k, v in values.items()) + COUNTS, export)
-    assert loaded.info["scheduler"]["_class_name"] == scheduler
+    assert loaded.info.scheduler_class == scheduler
     cond = loaded.codec.prompts(list(PROMPTS))
     for num, theirs in zip(counts, plain):
         mine = draw(Generator(loaded, num, 1.0, {}), cond, [11, 12], 2)[0]
         assert (theirs - mine).abs().max() < 1e-3, num
-        base.role = loaded.role.taking(num, base.role)
+        base.role = loaded.role.with_steps(num).with_network(base.role)
         untrained = draw(Generator(base, 0, 1.0, {}), cond, [11, 12], 2)[0]
         assert (theirs - untrained).abs().max() > 1e-2, num
     assert (plain[-1] - plain[-2]).abs().max() > 3e-3, "the scheduler's setting does not show"

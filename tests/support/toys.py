@@ -7,7 +7,8 @@ from torch import nn
 from fastgen.core.batch import Batch
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, Flow, expand
-from fastgen.roles.roles import Role, Student
+from fastgen.networks.denoiser import Denoiser
+from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import teacher_grid
 
 SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
@@ -16,7 +17,7 @@ outputs = pytest.mark.parametrize("kind", ["eps", "v", "flow"])
 """kinds of network output whose error a weighting can stand for"""
 
 
-class GaussianNet(nn.Module):
+class GaussianNet(Denoiser):
     """Exact denoiser of N(m, s^2 I), with m and s learnable; its one-step sample from pure noise is
     affine in the noise.
     """
@@ -38,7 +39,7 @@ class GaussianNet(nn.Module):
     raw = forward
 
 
-class PerTime(nn.Module):
+class PerTime(Denoiser):
     """D(x, t_i) = gain_i x: one free number per grid time."""
 
     prediction = "x0"
@@ -55,7 +56,7 @@ class PerTime(nn.Module):
     raw = forward
 
 
-class Constant(nn.Module):
+class Constant(Denoiser):
     """D = c whatever it is asked."""
 
     prediction = "x0"
@@ -141,7 +142,7 @@ class AffineStudent(Student):
     """x = m + s z whatever the time: the generator of the closed forms."""
 
     def __init__(self, schedule, m, s):
-        super().__init__(GaussianNet(schedule, m, s), None, [schedule.steps(1)[0]])
+        super().__init__(GaussianNet(schedule, m, s), None, StudentSpec([schedule.steps(1)[0]]))
 
     def __call__(self, x_t, t, cond):
         net = self.backbone
@@ -221,13 +222,13 @@ def run_mixture(
     )
     cast = Cast(cfg)
     trainer = Trainer(cfg, cast, load_data(cfg.data, cast.teacher), folder, Accelerator(cpu=True))
-    student, codec, mixture = cast.parts["student"], cast.teacher.codec, cast.teacher.backbone
+    codec, mixture = cast.teacher.codec, cast.teacher.backbone
     generator = torch.Generator().manual_seed(7)
     real, labels = mixture.sample(1500, generator)
 
     def samples():
         cond = codec.labels(labels)
-        return sample_student(student, list(range(1500)), codec.shape, cond)
+        return sample_student(cast.student, list(range(1500)), codec.shape, cond)
 
     before = energy_distance(real, samples())
     trainer.fit()

@@ -357,9 +357,9 @@ def qwen_image_folder(folder: Path) -> Path:
 
 def dit_call(world, pipe, info, noise, guidance: float = 1.0):
     """DiTPipeline, which takes no latents; steps off its scheduler's grid are set on the scheduler."""
-    if info["arguments"]:
+    if info["timestep_arguments"]:
         set_timesteps = pipe.scheduler.set_timesteps
-        pipe.scheduler.set_timesteps = lambda num: set_timesteps(**info["arguments"])
+        pipe.scheduler.set_timesteps = lambda num: set_timesteps(**info["timestep_arguments"])
     labels = world.cond["class_labels"].tolist()
     with mock.patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", return_value=noise):
         return pipe(labels, guidance_scale=guidance, num_inference_steps=info["steps"], output_type="pt")[0]

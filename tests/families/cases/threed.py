@@ -60,9 +60,9 @@ def shap_e(folder: Path) -> Path:
 
 def plain_latents(world, pipe, info, noise):
     """x0 by an ordinary call; rendering it is too slow for a test."""
-    call = info["arguments"] or {"num_inference_steps": info["steps"]}
-    if info["bound"]:
-        bind(pipe.scheduler, info["arguments"])
+    call = info["timestep_arguments"] or {"num_inference_steps": info["steps"]}
+    if info["set_on_scheduler"]:
+        bind(pipe.scheduler, info["timestep_arguments"])
     latents = world.family.pipeline_latents(noise, world.schedule)
     found = pipe(PROMPTS, latents=latents, guidance_scale=1.0, output_type="latent", **call).images
     return found.transpose(1, 2)

@@ -128,7 +128,7 @@ def ddpm_call(world, pipe, info, noise):
 
 def consistency_call(world, pipe, info, noise):
     labels, generator = world.cond["class_labels"].tolist(), torch.Generator().manual_seed(7)
-    steps = info["arguments"] or {"num_inference_steps": info["steps"]}
+    steps = info["timestep_arguments"] or {"num_inference_steps": info["steps"]}
     scale = pipe.scheduler.config.sigma_max / float(pipe.scheduler.init_noise_sigma)
     given = {"latents": noise * scale, "class_labels": labels, "generator": generator}
     return pipe(batch_size=2, output_type="pt", **given, **steps).images

@@ -74,10 +74,10 @@ def plain_video(world, pipe, info, noise):
     family, codec = world.family, world.codec
     document = json.loads((world.folder / "fastgen.json").read_text())
     call = {"num_inference_steps": info["steps"]}
-    if info["bound"]:
-        bind(pipe.scheduler, info["arguments"])
-    elif info["arguments"]:
-        call = dict(info["arguments"])
+    if info["set_on_scheduler"]:
+        bind(pipe.scheduler, info["timestep_arguments"])
+    elif info["timestep_arguments"]:
+        call = dict(info["timestep_arguments"])
     call |= family.size_call(codec) | family.guidance_call(codec.guidance) | family.plain_call(document)
     found = []
     for i, prompt in enumerate(PROMPTS):

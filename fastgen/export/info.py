@@ -1,0 +1,141 @@
+"""What an export says about itself: one typed record in fastgen.json, and in the header of a LoRA file."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fastgen.core.errors import UserError
+
+FILE = "fastgen.json"
+FORMAT = 1
+"""counts up whenever a field changes its name or its meaning"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInfo:
+    """Everything that sampling an export needs, so that nobody has to remember it."""
+
+    fastgen_version: str
+    name: str
+    """of the export: <teacher>-<method>-<N>step"""
+    objective: str
+    """methods of all stages, joined by +"""
+    student_kind: str
+    """full or lora"""
+    base: str
+    """path of the teacher; empty for a full network that nothing was distilled into"""
+    training_steps: int
+    steps: int
+    """to sample it in: the length of `times`, or what its teacher takes"""
+    times: tuple[float, ...] | None
+    """of a few-step student's steps, noise first; None for a generator that is sampled like a teacher"""
+    sampler: str
+    gamma: float
+    grid: int
+    """steps of the time grid that the student was trained on; 0: on its own times alone"""
+    scheduler: dict[str, Any]
+    """config of the diffusers scheduler to sample with"""
+    timestep_arguments: dict[str, Any]
+    """keywords of the scheduler's set_timesteps (and of the pipeline's call) beyond the number of steps"""
+    step_arguments: dict[str, Any]
+    """keywords of the scheduler's step (and of the pipeline's call)"""
+    needs_loop: bool
+    """no diffusers scheduler takes these steps; the model card spells out a loop that does"""
+    set_on_scheduler: bool
+    """the pipeline's call does not take `timestep_arguments`: they are set on the scheduler itself"""
+    other_step_counts: dict[str, dict[str, dict[str, Any]]]
+    """number of steps -> what to change in the scheduler's config ("scheduler") and what to pass
+    ("arguments")"""
+    step_lengths: tuple[float, ...] | None
+    """value of a two-time network's extra input channel at each step; None for networks with one time"""
+    guidance: float
+    """scale of the teacher that was learned, or to sample a teacher with"""
+    guidance_range: tuple[float, float] | None
+    """lowest and highest value that the network's own guidance input was trained for"""
+    steps_as_guidance: bool
+    """whether that input holds the number of steps instead"""
+    embedded_guidance: float | None
+    """value of a guidance input that the teacher's own class has"""
+    nasa_scale: float
+    """of negative prompts by attention (NASA); 0: none"""
+    teacher_steps: int
+    teacher_scheduler: dict[str, Any]
+    lora: str = ""
+    """file name of the adapter in PEFT layout"""
+    kohya: str = ""
+    """file name of the same adapter under kohya's names"""
+    num_students: int = 0
+    """students in folders of their own, student0 and so on; 0: one student, in this folder"""
+    trained_students: tuple[int, ...] = ()
+    """which of them the run trained"""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is a few-step student."""
+        return self.times is not None
+
+    @property
+    def scheduler_class(self) -> str:
+        return self.scheduler["_class_name"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary for json.dumps."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: object, where: str | Path, key: str) -> "ExportInfo":
+        """The record in `values`, as json.loads gives them; a UserError of `key` names what `where` lacks."""
+        if not isinstance(values, dict):
+            found = f"the description of {where} is {_kind(values)}"
+            raise UserError(key, found, "give an export as fastgen wrote it")
+        if values.get("format") != FORMAT:
+            found = f"{where} is in export format {values.get('format')!r}, and this fastgen reads {FORMAT}"
+            raise UserError(key, found, "export the run again, or use the fastgen that wrote it")
+        try:
+            return _checker().validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            wrong = f"is missing in {where}" if first["type"] == "missing" else f"in {where}: {first['msg']}"
+            raise UserError(key, f"{name} {wrong}", "export the run again") from None
+
+
+@cache
+def _checker() -> TypeAdapter[ExportInfo]:
+    return TypeAdapter(ExportInfo)
+
+
+def _kind(value: object) -> str:
+    """What JSON calls a value."""
+    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def read_document(folder: Path, key: str) -> dict[str, Any]:
+    """fastgen.json of a folder, {} without one; anything but a JSON object is a UserError of `key`."""
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = f"{file} is not valid JSON ({error})"
+        raise UserError(key, found, "copy the export again; the file may be damaged") from None
+    if not isinstance(document, dict):
+        found = f"{file} holds {_kind(document)}"
+        raise UserError(
+            key, found, "copy the export again; the file holds a JSON object with an entry export"
+        )
+    return document
+
+
+def read_info(folder: Path, key: str) -> ExportInfo | None:
+    """What an export folder says about itself; None for a folder that fastgen did not write."""
+    document = read_document(folder, key)
+    if "export" not in document:
+        return None
+    return ExportInfo.from_json(document["export"], folder / FILE, key)

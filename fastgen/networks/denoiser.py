@@ -1,0 +1,64 @@
+"""What every network offers that a role can stand on, whether diffusers made it or a formula."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+
+from fastgen.core.batch import Cond
+from fastgen.diffusion.schedules import Schedule
+from fastgen.families.base import Family
+
+
+class Denoiser(nn.Module):
+    """D(x_t, t, cond) -> x0 [B, ...] for x_t [B, ...] and times t [B]; subclasses write `forward` and `raw`.
+
+    The defaults are those of a network without adapters and without inputs beyond cond.
+    """
+
+    schedule: Schedule
+    prediction: str
+    """native kind of `raw` (see `schedules.KINDS`)"""
+    family: Family | None = None
+    """what a diffusers class declares; None for closed forms and for the small networks beside them"""
+    second_time: bool = False
+    """whether the network also reads where its step ends, cond["r"] [B]"""
+    adapter_names: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    """beginnings of the names of parameters that no role trains"""
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        raise NotImplementedError
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's native prediction [B, ...]."""
+        raise NotImplementedError
+
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """(feature maps [B, C, h, w] at the taps, D if score else None)."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
+        return D_uncond + w * (D - D_uncond)
+
+    def using(self, name: str | None) -> AbstractContextManager[None]:
+        """Act with the adapter of this name (None: with none) inside the block."""
+        return nullcontext()
+
+    def add_guidance(self) -> None:
+        """Make the guidance scale, cond["guidance"] [B], an input of the network."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take the guidance scale")
+
+    def add_second_time(self) -> None:
+        """Make the end of a step, cond["r"] [B], an input of the network."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take a second time")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; networks without blocks keep them."""
+
+    def trainable_copy(self) -> "Denoiser":
+        """A network that starts as this one and can be trained, in float32."""
+        return copy.deepcopy(self).float()
