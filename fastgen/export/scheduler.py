@@ -55,7 +55,7 @@ def scheduler_for(
     serves every step count that the grid holds.
     """
     if isinstance(schedule, VP):
-        on_grid = times == schedule.few_steps(len(times), grid)
+        on_grid = times == schedule.student_times(len(times), grid)
         served = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
     elif type(teacher_scheduler).__name__ == "CMStochasticIterativeScheduler":
         served = _cm(times, sampler, schedule, teacher_scheduler)

@@ -114,7 +114,7 @@ class Student(Role):
         """
         other = copy.copy(self)
         if num not in (0, len(self.times)):
-            few, times = self.schedule.few_steps, self.times
+            few, times = self.schedule.student_times, self.times
             other.times = few(num, self.grid, 0.0 if times == few(len(times), self.grid) else times[0])
         if self.steps_as_guidance:
             other.guidance = float(len(other.times))

@@ -191,7 +191,7 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (gamma 0) or renoise (gamma 1)")
-        times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
+        times = list(s.timesteps) or schedule.student_times(s.num_steps, grid)
         if isinstance(schedule, VP) and any(t != round(t) for t in times):
             raise UserError(
                 "student.timesteps", f"found {times}", "whole numbers: the schedule has no others"
