@@ -191,7 +191,7 @@ def temporal_factor(family, pipe) -> int:
 @torch.no_grad()
 def encode_latents(family, vae: nn.Module, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    return family.normalise(vae, family.encoded(vae, images.to(vae.dtype)).float()).contiguous()
+    return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
 
 
 def decode_latents(family, vae: nn.Module, x0: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -
         asked = getattr(source, key)
         if asked is None:
             continue
-        if not family.sized:
+        if not family.has_size:
             raise UserError(f"teacher.{key}", f"found {asked}", f"{family.name} has no size to choose")
         step = factor * family.divisor
         if asked % step:

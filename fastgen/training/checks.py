@@ -12,7 +12,7 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
     _check_told(cfg, teacher)
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), getattr(teacher.backbone, "family", None)
-    if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
+    if cfg.teacher.guidance != 1 and family is not None and not family.supports_guidance:
         told = f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
         raise UserError("teacher.guidance", told, "use 1, and teacher.embedded_guidance")
     asked = {"teacher.guidance": cfg.teacher.guidance}
@@ -39,9 +39,9 @@ def _check_told(cfg: RunConfig, teacher: Teacher) -> None:
     if not cfg.student.guidance_embedding:
         return
     key, form = "student.guidance_embedding", getattr(teacher.backbone, "family", None)
-    if form and form.guidance_form and not getattr(cfg.student, form.guidance_form):
+    if form and form.guidance_option and not getattr(cfg.student, form.guidance_option):
         found = f"no pipeline tells a plain {form.net_class} its guidance scale"
-        raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
+        raise UserError(key, found, f"set student.{form.guidance_option} true, or leave it out")
 
 
 def method_of(stage: StageConfig):

@@ -289,10 +289,10 @@ def test_an_unknown_network_is_told_how_to_declare_it(folder, tmp_path):
         ({"flow_tim": "unit"}, "flow_tim: unknown key .did you mean 'flow_time'"),
         ({"pipelines": ["AuraFlowPipeline"]}, "cond_shapes: not given"),
         (DECLARATION | {"divisor": "two"}, "divisor: found 'two'"),
-        (DECLARATION | {"prompt_outputs": {"a": 9}}, "9.*outputs of AuraFlowPipeline.encode_prompt"),
+        (DECLARATION | {"prompt_outputs": {"a": 9}}, "9.*AuraFlowPipeline.encode_prompt returns"),
         (
             DECLARATION | {"prompt_outputs": {"a": 1}, "taps": "blocks"},
-            "no 'blocks'; its lists of blocks: joint",
+            "no 'blocks'; choose from its lists of blocks: joint",
         ),
     ):
         with pytest.raises(UserError, match=told):
