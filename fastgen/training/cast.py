@@ -19,7 +19,7 @@ from fastgen.export.scheduler import serve
 from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import switch_vae
-from fastgen.networks.load import Source, load_teacher
+from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.roles.roles import Members, Role, Student, Students
@@ -91,7 +91,7 @@ class Cast:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
-        asked = {f.name: getattr(t, f.name) for f in fields(Source) if f.name != "weights"}
+        asked = {f.name: getattr(t, f.name) for f in fields(TeacherOptions) if f.name != "weights"}
         return load_teacher(**asked, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
@@ -118,9 +118,9 @@ class Cast:
             found = "lora on an analytic teacher, which has no weights to adapt"
             raise UserError(f"{name}.kind", found, "use full")
         if chosen.smooth_time and as_student:
-            from fastgen.networks.time_embedding import make_smooth
+            from fastgen.networks.time_embedding import smooth_time_embedding
 
-            make_smooth(base)
+            smooth_time_embedding(base)
         if two_times:
             base.add_second_time()
         if told and chosen.sprint and not adapter:
