@@ -81,7 +81,7 @@ def conditions(args, codec: Codec) -> tuple[dict, list]:
     try:
         rows = codec.labels(torch.tensor(labels))
     except UserError as error:
-        raise UserError("--labels", error.found, error.allowed) from None
+        raise UserError("--labels", error.found, error.instruction) from None
     return rows, [codec.class_names[i] for i in labels]
 
 

@@ -1,10 +1,11 @@
-"""YAML files and dotted flags to nested values, and pydantic's findings to one line that names key,
-finding and choice.
+"""YAML files and dotted flags as nested values; pydantic's errors as one line: key, what was found, what is
+allowed.
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,8 +19,8 @@ BUNDLED = "configs:"
 
 
 def merge(base: dict, over: dict) -> dict:
-    """Deep merge; {"0": ...} over a list reaches its first item; another `name` of an objective replaces
-    the section.
+    """Deep merge. {"0": ...} over a list changes its first item; an objective of another `name` replaces the
+    whole section.
     """
     out = dict(base)
     for key, value in over.items():
@@ -42,8 +43,8 @@ def merge(base: dict, over: dict) -> dict:
 
 def _merge_items(items: list, over: dict) -> list:
     over = {int(k): v for k, v in over.items()}
-    both = lambda old, new: merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new  # noqa: E731
-    merged = [both(v, over[i]) if i in over else v for i, v in enumerate(items)]
+    combine = lambda old, new: merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new  # noqa: E731
+    merged = [combine(v, over[i]) if i in over else v for i, v in enumerate(items)]
     return merged + [v for i, v in sorted(over.items()) if i >= len(items)]
 
 
@@ -119,7 +120,7 @@ def overrides(argv: list[str], model: type[BaseModel], switches: tuple[str, ...]
     while i < len(argv):
         flag, equals, inline = argv[i].partition("=")
         if not flag.startswith("--"):
-            raise UserError("command line", f"found {argv[i]!r}", "overrides look like --section.key value")
+            raise UserError("command line", f"found {argv[i]!r}", "write settings as --section.key value")
         i += 1
         values = [inline] if equals else []
         while not equals and i < len(argv) and not argv[i].startswith("--"):
@@ -127,46 +128,49 @@ def overrides(argv: list[str], model: type[BaseModel], switches: tuple[str, ...]
             i += 1
         path = flag[2:].replace("-", "_").split(".")
         if not values:
-            _refuse_bare(flag, path, model, switches)
+            raise _missing_value(flag, path, model, switches)
         parsed = [_value(flag, v) for v in values]
-        _put(nested, path, parsed[0] if len(parsed) == 1 else parsed, flag)
+        _set(nested, path, parsed[0] if len(parsed) == 1 else parsed, flag)
     return nested
 
 
-def _put(nested: dict, path: list[str], value: object, flag: str) -> None:
+def _set(nested: dict, path: list[str], value: object, flag: str) -> None:
+    """Set the value at a path of keys, creating sections."""
     for part in path[:-1]:
         nested = nested.setdefault(part, {})
         if not isinstance(nested, dict):
             raise UserError(
-                flag, f"{part} was given a value of its own", "set the section or its keys, not both"
+                flag, f"{part} is already set as a whole", "set the section or its keys, not both"
             )
     nested[path[-1]] = value
 
 
-def _refuse_bare(flag: str, path: list[str], model: type[BaseModel], switches: tuple[str, ...]) -> None:
-    """A flag without a value: a misspelt switch, a misspelt key, or a key that needs one."""
+def _missing_value(
+    flag: str, path: list[str], model: type[BaseModel], switches: tuple[str, ...]
+) -> UserError:
+    """The error of a flag without a value: a misspelt switch, a misspelt key, or a key that needs a value."""
     for depth, part in enumerate(path):
         known = known_keys(model, tuple(path[:depth]))
         if known and part not in known:
             close = suggest(part, [*known, *(switches if len(path) == 1 else ())])
-            raise UserError(flag, f"unknown key{close}", f"allowed: {', '.join(known)}")
-    raise UserError(flag, "found no value", f"give one, as in {flag} VALUE")
+            return UserError(flag, f"unknown key{close}", f"allowed: {', '.join(known)}")
+    return UserError(flag, "found no value", f"give one, as in {flag} VALUE")
 
 
 def _value(flag: str, text: str) -> object:
-    """YAML for lists and null; everything else stays text, which the schema converts."""
+    """Lists, mappings and null are parsed as YAML; everything else stays text, which the schema converts."""
     if text.startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(flag, f"found {text!r}", "a list is written [1, 2] or as several words") from None
+            raise UserError(
+                flag, f"found {text!r}", "write a list as [1, 2], or its values one by one"
+            ) from None
     return None if text in ("null", "None") else text
 
 
 def known_keys(model: type[BaseModel], path: tuple) -> list[str]:
-    """Field names allowed at a dotted path, for suggestions; a union of objectives answers with the tag's
-    own fields.
-    """
+    """Names of the fields at a path of keys, for suggestions; of an objective those of the named method."""
     at: type[BaseModel] | None = model
     for before, part in zip((None, *path), path):
         if before == "objective" and part in REGISTRY:
@@ -177,19 +181,20 @@ def known_keys(model: type[BaseModel], path: tuple) -> list[str]:
 
 
 def model_in(annotation: object) -> type[BaseModel] | None:
-    """The one section type in an annotation such as `X`, `X | None` or `tuple[X, ...]`."""
+    """The one section type in an annotation such as `X`, `X | None` or `tuple[X, ...]`, else None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = [m for m in map(model_in, get_args(annotation)) if m is not None]
     return found[0] if len(set(found)) == 1 else None
 
 
-def complain(error: ValidationError, model: type[BaseModel]) -> UserError:
-    """All of pydantic's findings as one line."""
+def as_user_error(error: ValidationError, model: type[BaseModel]) -> UserError:
+    """All errors that pydantic found, in one line."""
     return UserError("config", " | ".join(_finding(item, model) for item in error.errors()), "")
 
 
-def _finding(item: dict, model: type[BaseModel]) -> str:
+def _finding(item: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """One of pydantic's errors as "key: what was found; what is allowed"."""
     loc, kind = item["loc"], item["type"]
     path = [p for i, p in enumerate(loc) if not (i and loc[i - 1] == "objective" and p in REGISTRY)]
     key = ".".join(map(str, path)) or "config"

@@ -7,7 +7,7 @@ from typing import Annotated, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fastgen.config.parse import complain, merge, model_in, overrides, read_files, run_folder
+from fastgen.config.parse import as_user_error, merge, model_in, overrides, read_files, run_folder
 from fastgen.config.sections import (
     CriticConfig,
     DataConfig,
@@ -166,7 +166,7 @@ def validate(values: dict) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise complain(error, RunConfig) from None
+        raise as_user_error(error, RunConfig) from None
 
 
 def help_text(base: RunConfig) -> str:

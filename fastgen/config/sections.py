@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: typed, their field docstrings the help text."""
+"""The sections of a run's configuration. The docstrings of the fields are the text of --help."""
 
 from typing import Annotated, Any, Literal, get_origin
 
@@ -7,16 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change, field docstrings are the help
-    text.
-    """
+    """Base of all sections: unknown keys are errors, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _wrap(cls, values):
-        """A lone value where a list is meant stands for the list of it."""
+    def _wrap(cls, values: Any) -> Any:
+        """A single value for a list is the list of that value."""
         if not isinstance(values, dict):
             return values
         lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
@@ -27,212 +25,221 @@ class Section(BaseModel):
 
 
 class TeacherConfig(Section):
-    """The slow generator to distil."""
+    """The teacher: the diffusion model that is distilled."""
 
     path: str = "assets:teachers/fashion"
-    """diffusers folder, bundled asset (assets:teachers/NAME), exact teacher (analytic:gmm2d-flow) or hub
-    id
+    """folder of a diffusers model, bundled model (assets:teachers/NAME), analytic teacher with a
+    closed form (such as analytic:gmm2d-flow) or hub id (OWNER/NAME)
     """
-    guidance: float = Field(1.0, ge=0)
-    """classifier-free guidance w of the teacher: D_uncond + w (D_cond - D_uncond); 1 is none"""
-    num_steps: int = Field(20, ge=1)
-    """network steps the teacher is sampled with where it is compared"""
+    guidance: float = Field(default=1.0, ge=0)
+    """classifier-free guidance scale w of the teacher, D_uncond + w (D_cond - D_uncond); 1 is no guidance"""
+    num_steps: int = Field(default=20, ge=1)
+    """sampling steps of the teacher when it is compared with the student"""
     prediction: Literal["auto", "eps", "v", "x0", "flow", "edm"] = "auto"
-    """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
+    """what the network predicts; auto is as in the scheduler's config, with which other values must agree"""
     allow_download: bool = False
-    """let a hub id be fetched over the network"""
+    """allow the download of a model given by hub id; false uses the local cache only"""
     dtype: Literal["bf16", "fp16"] | None = None
-    """precision of frozen weights; null is float32. What is trained (copies, adapters) stays float32"""
-    height: int | None = Field(None, ge=1)
-    """pixels; null is the size the network was made for"""
-    width: int | None = Field(None, ge=1)
-    """pixels; null is the size the network was made for"""
-    num_frames: int | None = Field(None, ge=1)
-    """frames of a video teacher; null is what it was made for"""
-    embedded_guidance: float | None = Field(None, ge=0)
-    """guidance that the network takes as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the family's"""
+    """precision of the frozen weights; null is float32. Trained weights (copies, adapters) are float32"""
+    height: int | None = Field(default=None, ge=1)
+    """image height in pixels; null is the size that the network was trained for"""
+    width: int | None = Field(default=None, ge=1)
+    """image width in pixels; null is the size that the network was trained for"""
+    num_frames: int | None = Field(default=None, ge=1)
+    """number of frames of a video teacher; null is what it was trained for"""
+    embedded_guidance: float | None = Field(default=None, ge=0)
+    """guidance scale for networks that take it as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the
+    default of the model family
+    """
     attention: (
         Literal["auto", "native", "math", "flash", "efficient", "cudnn", "flex", "xformers", "sage"] | None
     ) = None
-    """attention kernel; null and auto leave PyTorch's choice"""
+    """attention kernel; null, auto and native leave the choice to PyTorch"""
     vae_tiling: bool = False
-    """encode and decode in tiles: less memory at large sizes"""
+    """the autoencoder encodes and decodes images in tiles: less memory at large sizes"""
     vae_slicing: bool = False
-    """encode and decode one image at a time"""
+    """the autoencoder encodes and decodes one image at a time: less memory"""
     family: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); files only"""
+    """declaration of a diffusers denoiser that fastgen does not know (docs/families.md); in files only"""
     blueprint: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """diffusers configs {net, scheduler, info} of an untrained network to build; files only"""
+    """diffusers configs {net, scheduler, info} of an untrained network to start from; in files only"""
     layout: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """published configs {net, scheduler, index, extra, codec} of the model at `path`: what --dry_run lays out
-    where its weights are not on this disk; files only
+    """published configs {net, scheduler, index, extra, codec} of the model at `path`, from which --dry_run
+    counts memory without its weights; in files only
     """
 
 
 class LoraConfig(Section):
-    """Low-rank adapter of one role."""
+    """Low-rank adapter (LoRA) of the student or the critic."""
 
-    rank: int = Field(16, ge=1)
-    """rank of the update"""
-    lora_alpha: float = Field(16, gt=0)
-    """scale numerator; the update is multiplied by lora_alpha / rank"""
+    rank: int = Field(default=16, ge=1)
+    """rank of the weight update"""
+    lora_alpha: float = Field(default=16, gt=0)
+    """the update is multiplied by lora_alpha / rank"""
     use_rslora: bool = False
-    """multiply by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)"""
+    """multiply the update by lora_alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)"""
     use_dora: bool = False
-    """weight-decomposed adapters (arXiv 2402.09353); refused: LoRA readers drop their magnitudes"""
+    """weight-decomposed adapters (arXiv 2402.09353); not supported: LoRA loaders ignore their magnitudes"""
     target_modules: tuple[str, ...] = ()
-    """module-name endings to adapt; empty takes the family's default"""
+    """endings of the names of the layers to adapt; empty is the default of the model family"""
 
 
 class StudentConfig(Section):
-    """The few-step generator to be."""
+    """The student: the few-step generator that is trained."""
 
     kind: Literal["full", "lora"] = "full"
-    """train a copy of the teacher, or an adapter over the frozen teacher"""
-    num_steps: int = Field(1, ge=1, le=64)
-    """network evaluations per sample; the time list follows the exported scheduler's grid"""
+    """train a copy of the teacher (full), or a LoRA adapter on the frozen teacher (lora)"""
+    num_steps: int = Field(default=1, ge=1, le=64)
+    """network evaluations per sample; their times are those of the exported scheduler"""
     timesteps: tuple[float, ...] = ()
-    """explicit time list in the schedule's units, descending; overrides num_steps, and says where other step
-    counts start"""
+    """sampling times in the units of the teacher's noise schedule, descending; overrides num_steps. Its first
+    time is also that of other step counts
+    """
     sampler: Literal["renoise", "ode", "tcd"] = "renoise"
-    """between steps: add fresh noise, continue along the ODE with the predicted noise, or TCD's mixture"""
-    gamma: float = Field(0.0, ge=0, le=1)
-    """share of fresh noise of the tcd sampler, TCDScheduler's eta: 0 is the ODE, 1 renoises"""
+    """between two steps add fresh noise (renoise), use the predicted noise (ode), or mix both (tcd)"""
+    gamma: float = Field(default=0.0, ge=0, le=1)
+    """share of fresh noise of the tcd sampler (eta of TCDScheduler): 0 is the same as ode, 1 as renoise"""
     guidance_embedding: tuple[float, float] | None = None
-    """range of guidance w to train a network that takes w as an input; null trains teacher.guidance alone"""
+    """[low, high] of the guidance scales for a student that takes the scale as an input; null trains it for
+    teacher.guidance only
+    """
     guidance: float | None = None
-    """w that such a network is told in samples and, by default, in its export; null is teacher.guidance"""
+    """guidance scale of samples of such a student, and the default of its export; null is teacher.guidance"""
     smooth_time: bool = False
-    """solve a full student's time embedder anew without fast ripples, for continuous-time methods"""
+    """refit the time embedding of a full student without high frequencies, for continuous-time methods"""
     sprint: bool = False
-    """give a SANA student SANA-Sprint's form (times in [0, 1], w as an input), for SanaSprintPipeline"""
+    """convert a SANA student to the inputs of SanaSprintPipeline: times in [0, 1] and the guidance scale"""
     init: str = ""
-    """export folder or LoRA file to start from; empty starts from the teacher"""
+    """export folder or LoRA file of a student to start from; empty starts from the teacher"""
     fuse: str = ""
-    """export of another student of this teacher, averaged into this one at the end of the run"""
-    fuse_weight: float | None = Field(None, ge=0, le=1)
-    """this student's share of that average; null is 0.5"""
+    """export of another student of this teacher, to be averaged with this one at the end of the run"""
+    fuse_weight: float | None = Field(default=None, ge=0, le=1)
+    """weight of this student in that average; null is 0.5"""
     lora: LoraConfig = LoraConfig()
-    """adapter settings when kind is lora"""
+    """settings of the adapter if kind is lora"""
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
-    """changes to the teacher's network config for an untrained student of another size; files only"""
+    """changes to the teacher's network config, for an untrained student of another size; in files only"""
 
 
 class CriticConfig(Section):
     """The online fake-score network of distribution-matching methods."""
 
     kind: Literal["auto", "full", "lora"] = "auto"
-    """auto follows the student: an adapter over the shared base for a LoRA student, else a copy"""
+    """full: a copy of the teacher; lora: an adapter on the frozen teacher; auto: as student.kind"""
     lora: LoraConfig = LoraConfig(rank=32, lora_alpha=32)
-    """adapter settings when the critic is a LoRA"""
+    """settings of the adapter if the critic is one"""
 
 
 class DataConfig(Section):
-    """Real images and the labels or prompts that go with them."""
+    """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """digits, fashion or tinted (bundled); empty with `images` or `prompts`"""
+    """bundled data set: digits, fashion or tinted; empty if data.images or data.prompts is set"""
     images: str = ""
-    """folder of images (clips for video: animated gif, webp, png, or mp4), captions in metadata.jsonl
-    (file_name, text) or .txt side-cars
+    """folder of images (for video: animated gif, webp, png, or mp4); captions in metadata.jsonl (keys
+    file_name and text) or in a .txt file of the same name per image
     """
     control: str = ""
-    """folder of control images (edges, depth), in the order of `images`, for teachers with a ControlNet"""
+    """folder of control images (edges, depth), sorted like those of data.images, for teachers with a
+    ControlNet
+    """
     prompts: str = ""
-    """text file with one prompt a line, for methods that need no images"""
-    limit: int = Field(0, ge=0)
-    """use only the first N examples; 0 means all"""
+    """text file with one prompt per line, for methods that need no images"""
+    limit: int = Field(default=0, ge=0)
+    """use only this many examples, the first; 0 is all"""
     on_bad_image: Literal["skip", "error"] = "skip"
-    """an unreadable image is named, counted and skipped, or stops the run"""
+    """at an unreadable image: skip it with a warning, or stop the run with an error"""
     cache_dir: str = ""
-    """where encoded latents and prompts are kept between runs; empty keeps them in memory"""
+    """folder in which encoded latents and prompts are kept between runs; empty keeps them in memory"""
 
 
 class PlayerOptim(Section):
-    """Optimizer of one player."""
+    """Optimizer of one trained network (student, critic or discriminator)."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """learning rate"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates"""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's epsilon"""
-    weight_decay: float = Field(0.0, ge=0)
+    """decay rates of Adam's moments"""
+    eps: float = Field(default=1e-8, gt=0)
+    """epsilon of Adam"""
+    weight_decay: float = Field(default=0.0, ge=0)
     """decoupled weight decay"""
     name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
-    """adamw8bit needs bitsandbytes and CUDA"""
-    clip: float = Field(1.0, ge=0)
-    """gradient-norm clip; 0 is off"""
-    warmup_steps: int = Field(0, ge=0)
-    """linear learning-rate warm-up"""
+    """optimizer; adamw8bit needs the package bitsandbytes and a CUDA GPU"""
+    clip: float = Field(default=1.0, ge=0)
+    """maximal norm of the gradient, larger ones are scaled down; 0 is off"""
+    warmup_steps: int = Field(default=0, ge=0)
+    """steps over which the learning rate rises linearly from 0"""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """learning rate after warm-up, over the stage's steps"""
+    """learning rate after the warm-up; cosine and linear decay to 0 at the end of the stage"""
 
 
 class OptimConfig(Section):
-    """One optimizer per player."""
+    """The optimizers, one per trained network."""
 
     student: PlayerOptim = PlayerOptim()
-    """the student's"""
+    """optimizer of the student"""
     critic: PlayerOptim = PlayerOptim()
-    """the critic's, discriminator heads included"""
+    """optimizer of the critic and its discriminator heads"""
     disc: PlayerOptim = PlayerOptim()
-    """a discriminator that is a player of its own"""
+    """optimizer of a discriminator that is not part of the critic"""
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
-    max_train_steps: int = Field(300, ge=1)
-    """optimizer windows (of a single-stage run)"""
-    train_batch_size: int = Field(48, ge=1)
-    """samples per process and micro-batch"""
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    """micro-batches per optimizer window"""
-    seed: int = Field(0, ge=0)
-    """seed of everything random"""
+    max_train_steps: int = Field(default=300, ge=1)
+    """training steps of a run with one stage; each ends in optimizer updates"""
+    train_batch_size: int = Field(default=48, ge=1)
+    """samples per micro-batch and process"""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """micro-batches per training step"""
+    seed: int = Field(default=0, ge=0)
+    """seed of all random numbers in training"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """autocast of network passes; losses and schedules stay in float32"""
+    """precision of the networks' computations (autocast); losses and noise schedules are in float32"""
     gradient_checkpointing: bool = False
-    """recompute activations at backward: less memory, more time"""
+    """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
-    """torch.compile the networks"""
+    """compile the networks with torch.compile"""
     ema_decay: tuple[float, ...] = (0.995,)
-    """averages of the student; the first is validated and exported; empty exports the raw weights"""
-    log_steps: int = Field(10, ge=1)
-    """steps between lines of metrics.jsonl"""
-    validation_steps: int = Field(100, ge=0)
-    """steps between sample grids and cheap metrics; 0 is off"""
-    checkpointing_steps: int = Field(100, ge=0)
-    """steps between checkpoints; 0 keeps only the last"""
+    """decay rates of moving averages of the student's weights; the first average is validated and exported;
+    an empty list exports the trained weights themselves
+    """
+    log_steps: int = Field(default=10, ge=1)
+    """training steps between lines of metrics.jsonl"""
+    validation_steps: int = Field(default=100, ge=0)
+    """training steps between sample grids with validation metrics; 0 is off"""
+    checkpointing_steps: int = Field(default=100, ge=0)
+    """training steps between checkpoints; 0 writes only the last"""
     export_dtype: Literal["no", "fp16", "bf16"] = "no"
-    """precision of exported weights; no is float32 for students, fp16 for teachers made by sft"""
-    checkpoints_total_limit: int = Field(2, ge=1)
-    """checkpoints kept"""
-    num_threads: int = Field(0, ge=0)
-    """CPU threads; 0 leaves torch's choice"""
+    """precision of exported weights; no is float32 for students, and fp16 for teachers trained by sft"""
+    checkpoints_total_limit: int = Field(default=2, ge=1)
+    """number of checkpoints that are kept, the latest"""
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads of PyTorch; 0 is its own default"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """trackers besides metrics.jsonl, each if installed"""
+    """experiment trackers besides metrics.jsonl; each needs its package"""
 
 
 class EvalConfig(Section):
-    """Measuring during and after training."""
+    """Evaluation during and after training."""
 
-    num_samples: int = Field(1000, ge=0)
-    """samples for the final table; 0 skips it"""
-    teacher_samples: int = Field(0, ge=0)
-    """samples of the teacher for the final table; 0 means as many as the student's"""
+    num_samples: int = Field(default=1000, ge=0)
+    """student samples of the final evaluation; 0 skips it"""
+    teacher_samples: int = Field(default=0, ge=0)
+    """teacher samples of the final evaluation; 0 is as many as the student's"""
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    """step counts at which the student is measured besides its own; a denoiser trained by sft takes 1, 4,
-    20, 50
+    """further step counts with which the student is evaluated; empty is none, or 1, 4, 20 and 50 for a
+    denoiser trained by sft
     """
-    validation_samples: int = Field(250, ge=0)
-    """samples for the cheap metric during training"""
-    grid: int = Field(40, ge=1)
-    """images in the validation grid"""
-    batch_size: int = Field(100, ge=1)
-    """images per sampling batch"""
-    seed: int = Field(1234, ge=0)
-    """first seed of the samples"""
+    validation_samples: int = Field(default=250, ge=0)
+    """samples of the validation metric during training"""
+    grid: int = Field(default=40, ge=1)
+    """images in the sample grid"""
+    batch_size: int = Field(default=100, ge=1)
+    """images per batch when sampling"""
+    seed: int = Field(default=1234, ge=0)
+    """seed of the first sample; the next ones count up"""
     keep: Literal["last", "best"] = "last"
-    """export the last weights, or those with the best cheap metric during training"""
+    """export the last weights, or those with the best validation metric during training"""

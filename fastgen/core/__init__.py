@@ -1,1 +1,1 @@
-"""What every room uses: errors, paths, files, random numbers, moving averages and batches."""
+"""Used by all other packages: errors, paths, files, random numbers, moving averages and batches."""

@@ -1,4 +1,4 @@
-"""What a training step is given: one micro-batch, and the conditions of its rows."""
+"""The input of a training step: one micro-batch, and the conditions of its rows."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 Cond = dict[str, Tensor]
-"""condition tensors by the network's own keyword, each with the batch as first axis"""
+"""condition tensors by the network's keyword argument, each with the batch as its first axis"""
 
 
 @dataclass
 class Batch:
-    """One micro-batch: x0 [B, ...] or None, conditions, unit noise [B, ...], the data index of each row, and
-    its caption where there is one.
+    """One micro-batch: x0 [B, ...] or None without data, conditions, null conditions, standard normal noise
+    [B, ...], the index of each row in the data set, and the captions of text data.
     """
 
     x0: Tensor | None
@@ -24,10 +24,10 @@ class Batch:
 
 
 def stack(conds: list[Cond]) -> Cond:
-    """Concatenate conditions along the batch."""
+    """Concatenate conditions along the batch axis."""
     return {k: torch.cat([c[k] for c in conds]) for k in conds[0]}
 
 
 def select(cond: Cond, index: Tensor) -> Cond:
-    """Rows of a condition."""
+    """The rows of a condition at an index (or mask) [B]."""
     return {k: v[index] for k, v in cond.items()}

@@ -6,14 +6,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def ema_update(average: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) current, matched by order."""
+    """average <- decay average + (1 - decay) current, in place; tensors are matched by their order."""
     assert len(average) == len(current)
     torch._foreach_lerp_(list(average.values()), [p.detach() for p in current.values()], 1 - decay)
 
 
 class EMA:
-    """Averages by decay; early steps use (1 + k) / (10 + k) where that is smaller, so that short runs are
-    not stale.
+    """One average per decay. At step k the decay is at most (1 + k) / (10 + k), so that the averages of
+    short runs do not lag behind.
     """
 
     def __init__(self, parameters: dict[str, Tensor], decays: tuple[float, ...]):
@@ -34,8 +34,8 @@ class EMA:
 
 
 class swapped:
-    """Context in which parameters hold the averaged values: `with swapped(student.trainable(),
-    ema.averages[d]): ...`.
+    """Context manager in which parameters have their averaged values:
+    `with swapped(student.trainable(), ema.averages[d]): ...`.
     """
 
     def __init__(self, parameters: dict[str, Tensor], average: dict[str, Tensor]):
@@ -44,9 +44,9 @@ class swapped:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
-            held = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(self.average[name])
-            self.average[name].copy_(held)
+            self.average[name].copy_(current)
 
     def __enter__(self) -> None:
         self._swap()

@@ -6,26 +6,28 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A setting, file or request the user can mend; the message names the key, what was found, what is
-    allowed.
+    """A setting, file or request that the user can correct.
+
+    The message is one line, "key: found; instruction": the setting or file, what is wrong with it, and what
+    to do about it. An empty instruction is left out.
     """
 
-    def __init__(self, key: str, found: object, allowed: str):
-        self.key, self.found, self.allowed = key, found, allowed
-        super().__init__(f"{key}: {found}; {allowed}" if allowed else f"{key}: {found}")
+    def __init__(self, key: str, found: object, instruction: str):
+        self.key, self.found, self.instruction = key, found, instruction
+        super().__init__(f"{key}: {found}; {instruction}" if instruction else f"{key}: {found}")
 
 
 def warn(text: str) -> None:
-    """One line on stderr for what goes on, but not quite as asked."""
+    """One line on stderr: the run continues, but differs from what was requested."""
     print(f"warning: {text}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
-    """What a library's exception says, in one line."""
+    """First line of an exception's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A ' (did you mean ...?)' hint for a misspelt word, or nothing."""
+    """A hint " (did you mean ...?)" for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

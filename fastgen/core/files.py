@@ -1,4 +1,4 @@
-"""Files written beside their place and renamed into it, so that a kill leaves the old one or the new one."""
+"""Atomic writes: a temporary file that is renamed, so that a kill leaves the old file or the new one."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> Path:
-    """Write a safetensors file atomically, readable by everyone (safetensors alone writes for the owner)."""
+    """Write a safetensors file atomically, with mode 0644 (safetensors itself writes 0600)."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)

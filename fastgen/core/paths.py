@@ -1,4 +1,4 @@
-"""Where the bundled files live, in a checkout and in an installed wheel."""
+"""Paths of the bundled files, in a checkout and in an installed wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ANALYTIC = "analytic:"
 
 
 def _bundled(kind: str, name: str) -> Path:
-    # A wheel carries fastgen/_data; a checkout keeps the folders beside the package.
+    # A wheel has the files in fastgen/_data; a checkout has the folders beside the package.
     data = PACKAGE / "_data"
     root = (data if data.is_dir() else PACKAGE.parent) / kind
     path = root / name

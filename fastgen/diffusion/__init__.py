@@ -1,1 +1,1 @@
-"""The mathematics: noise schedules, losses, divergences, reparametrizations. Tensors in, tensors out."""
+"""The mathematics: noise schedules, losses, divergences, reparametrizations. Functions of tensors only."""

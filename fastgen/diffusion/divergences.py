@@ -6,10 +6,10 @@
   f-distill, arXiv 2502.15681:     grad D_f(p_t || q_t) = -E [ h(r) Delta dx_t/dtheta ]
   Uni-Instruct, arXiv 2505.20755:  D_f(p_0 || q_0) - D_f(p_T || q_T) = int g^2/2 E_q [ h(r) |Delta|^2 ] dt
         grad E_q [ h |Delta|^2 ] = d/dtheta E [ 2 h(r) Delta.e + (h - r h') |Delta|^2 ]
-  where on the last line r, s_p and s_q are fixed functions and all is differentiated through x_t and x0.
+  where on the last line r, s_p and s_q are fixed functions and the derivative is taken through x_t and x0.
 
 In terms of denoisers Delta = alpha (D_real - D_fake) / sigma^2 and e = alpha (D_fake - x0) / sigma^2; the
-losses below are in D itself, that is with the weight sigma^4 / alpha^2.
+losses below are written in D, that is with the weight sigma^4 / alpha^2.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from fastgen.diffusion.schedules import Schedule, expand
 Name = Literal["rkl", "kl", "jeffreys", "js", "softened", "hellinger", "chi2", "neyman"]
 
 
-class F(NamedTuple):
-    """One divergence: f, h = r^2 f'', k = h - r h' and r^2 h'', each a function of the ratio."""
+class Divergence(NamedTuple):
+    """One divergence: f, h = r^2 f'', k = h - r h' and r2h = r^2 h'', each a function of the ratio r."""
 
     f: Callable[[Tensor], Tensor]
     h: Callable[[Tensor], Tensor]
@@ -34,37 +34,37 @@ class F(NamedTuple):
 
 
 one, zero = torch.ones_like, torch.zeros_like
-TABLE: dict[str, F] = {
-    "rkl": F(lambda r: -r.log(), one, one, zero),
-    "kl": F(lambda r: r * r.log(), lambda r: r, zero, zero),
-    "jeffreys": F(lambda r: (r - 1) * r.log(), lambda r: 1 + r, one, zero),
-    "js": F(
+TABLE: dict[str, Divergence] = {
+    "rkl": Divergence(lambda r: -r.log(), one, one, zero),
+    "kl": Divergence(lambda r: r * r.log(), lambda r: r, zero, zero),
+    "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda r: 1 + r, one, zero),
+    "js": Divergence(
         lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
         lambda r: r / (1 + r),
         lambda r: (r / (1 + r)) ** 2,
         lambda r: -2 * r**2 / (1 + r) ** 3,
     ),
-    "softened": F(
+    "softened": Divergence(
         lambda r: (1 + r) * ((1 + r) / (2 * r)).log(),
         lambda r: 1 / (1 + r),
         lambda r: (1 + 2 * r) / (1 + r) ** 2,
         lambda r: 2 * r**2 / (1 + r) ** 3,
     ),
-    "hellinger": F(
+    "hellinger": Divergence(
         lambda r: 1 - r.sqrt(), lambda r: r.sqrt() / 4, lambda r: r.sqrt() / 8, lambda r: -r.sqrt() / 16
     ),
-    "chi2": F(lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: -2 * r**2, lambda r: 4 * r**2),
-    "neyman": F(lambda r: 1 / r - 1, lambda r: 2 / r, lambda r: 4 / r, lambda r: 4 / r),
+    "chi2": Divergence(lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: -2 * r**2, lambda r: 4 * r**2),
+    "neyman": Divergence(lambda r: 1 / r - 1, lambda r: 2 / r, lambda r: 4 / r, lambda r: 4 / r),
 }
 
 
 def log_ratio(logits: list[Tensor], limit: float = 10.0) -> Tensor:
-    """log p/q [B] from discriminator logits (real = 1): the mean over heads and places, clamped."""
+    """log p/q [B] from discriminator logits (real = 1): their mean over heads and positions, clamped."""
     return torch.stack([per_sample_mean(y[:, None]) for y in logits]).mean(0).float().clamp(-limit, limit)
 
 
 def weights(name: str, r: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, h - r h', r^2 h'') of the clamped ratio; where the clamp holds r fast, the derivatives are 0."""
+    """(h, h - r h', r^2 h'') of the clamped ratio; where r is clamped, its derivatives are 0."""
     f, c = TABLE[name], r.clamp(low, high)
     free = ((r >= low) & (r <= high)).to(r)
     h = f.h(c)
@@ -77,7 +77,7 @@ def score_identity(
     """d'(Delta).(D_fake - x) + 2 (1 - alpha) d(Delta), [B], a mean over pixels (SiD, SIM).
 
     alpha = 1/2 is the gradient of E d(Delta) for an exact critic, alpha = 1 keeps the first term only (SIM).
-    l2: d = |Delta|^2 / 2;  huber: sqrt(|Delta|^2 + c^2) - c on a whole sample;  smooth: the same by pixel.
+    l2: d = |Delta|^2 / 2;  huber: sqrt(|Delta|^2 + c^2) - c per sample;  smooth: the same per pixel.
     """
     gap, e = real - fake, fake - x
     if distance == "l2":
@@ -106,19 +106,19 @@ def ratio_path(
     k: Tensor,
     r2h: Tensor,
 ) -> Tensor:
-    """What `expanded` lacks when h and k are constants: with grad r = r Delta, the linear surrogate
-    sg[2 r h' (Delta.e) Delta - r^2 h'' |Delta|^2 Delta].x_t, [B].
+    """The gradient through the ratio, which `expanded` with constant h and k leaves out: with
+    grad r = r Delta, the linear surrogate sg[2 r h' (Delta.e) Delta - r^2 h'' |Delta|^2 Delta].x_t, [B].
     """
     with torch.no_grad():
         gap = real - fake
         dot, norm = ((gap * v).flatten(1).sum(1) for v in (fake - x, gap))
         Delta = expand(schedule.alpha(t) / schedule.sigma(t) ** 2, gap) * gap
-        push = expand(2 * (h - k) * dot - r2h * norm, gap) * Delta
-    return per_sample_mean(push * x_t)
+        direction = expand(2 * (h - k) * dot - r2h * norm, gap) * Delta
+    return per_sample_mean(direction * x_t)
 
 
 def global_sum(x: Tensor) -> Tensor:
-    """Sum over processes, elementwise."""
+    """Elementwise sum over all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         x = x.clone()
         torch.distributed.all_reduce(x)
@@ -132,9 +132,10 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 def bin_ratios(r: Tensor, where: Tensor, bins: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """(r over its bin's running mean, the new bins): noise levels differ in how far p and q overlap.
+    """(r divided by the running mean of its bin, the updated bins).
 
-    where [B] is the bin of each sample; bins move to rho old + (1 - rho) mean where any sample fell.
+    The ratio's size depends on the noise level, and where [B] is the bin (of levels) of each sample. A bin
+    with samples becomes rho old + (1 - rho) mean.
     """
     zeros = torch.zeros_like(bins)
     count = global_sum(zeros.index_add(0, where, torch.ones_like(r)))

@@ -1,5 +1,6 @@
-"""Pure functions from tensors to a scalar loss. Images are [B, ...]; every loss is a mean over the batch."""
+"""Losses: pure functions from tensors to a scalar. Samples are [B, ...]; a loss is a mean over the batch."""
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ Weighting = Literal["x0", "eps", "snr1", "snr_plus_1", "flow", "edm", "v"]
 
 
 def per_sample_mean(x: Tensor) -> Tensor:
-    """Mean over everything but the batch: [B, ...] -> [B]."""
+    """Mean over all axes but the batch: [B, ...] -> [B]."""
     return x.flatten(1).mean(1)
 
 
@@ -30,11 +31,11 @@ def l1(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def feature_distance(pred: list[Tensor], target: list[Tensor], weight: Tensor | None = None) -> Tensor:
-    """Squares between feature maps [B, C, h, w] of unit length along C, summed over maps (LPIPS without its
-    learned weights, Zhang et al. 2018, arXiv 1801.03924, eq. 1).
+    """Squared differences of feature maps [B, C, h, w] normalised to unit length along C, summed over maps
+    (LPIPS without its learned weights, Zhang et al. 2018, arXiv 1801.03924, eq. 1).
     """
     unit = [(F.normalize(p, dim=1), F.normalize(q, dim=1)) for p, q in zip(pred, target)]
-    loss = sum(((p - q) ** 2).sum(1).flatten(1).mean(1) for p, q in unit)
+    loss = reduce(torch.add, [((p - q) ** 2).sum(1).flatten(1).mean(1) for p, q in unit])
     return (loss if weight is None else loss * weight.to(loss)).mean()
 
 
@@ -56,10 +57,10 @@ def sample_huber(pred: Tensor, target: Tensor, c: float, weight: Tensor | None =
 
 
 def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Surrogate whose gradient in x is w (D_fake - D_real), over numel: the gradient of every score
-    distillation; methods differ in w, a number or [B].
+    """Surrogate loss whose gradient in x is w (D_fake - D_real) / numel(x), the gradient of score
+    distillation; methods differ in the weight w, a number or [B].
 
-    x carries the gradient; real and fake are denoised estimates at the same x_t, without gradient.
+    Only x carries gradient; real and fake are denoised estimates at the same x_t.
     """
     with torch.no_grad():
         w = expand(weight, x) if isinstance(weight, Tensor) else weight
@@ -75,15 +76,16 @@ def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor 
 
 
 def error_weight(schedule: Schedule, t: Tensor, weighting: Weighting) -> Tensor:
-    """w(t) [B] of a squared error in D: "x0" 1; "snr1" max(SNR, 1); "snr_plus_1" SNR + 1; and for each
-    prediction kind what turns the error in D into that of such a network's output, which "eps" SNR,
-    "flow" ((alpha + sigma) / sigma)^2, "v" ((alpha^2 + sigma^2) / sigma)^2 and "edm" SNR + 1/sigma_data^2 do.
+    """Weight w(t) [B] of a squared error in D: "x0" 1; "snr1" max(SNR, 1); "snr_plus_1" SNR + 1.
+
+    A prediction kind gives the weight that makes it the squared error of such a network's output: "eps" SNR,
+    "flow" ((alpha + sigma) / sigma)^2, "v" ((alpha^2 + sigma^2) / sigma)^2, "edm" SNR + 1 / sigma_data^2.
     """
     snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
     if weighting == "snr1":
         return snr.clamp(min=1)
     if weighting in ("snr_plus_1", "edm"):
-        return snr + (1 if weighting == "snr_plus_1" else getattr(schedule, "sigma_data", 0.5) ** -2)
+        return snr + (1 if weighting == "snr_plus_1" else schedule.sigma_data**-2)
     zero = torch.zeros_like(t, dtype=torch.float64)
     return schedule.from_x0(weighting, zero + 1, zero, t) ** 2  # outputs are affine in D: the slope
 
@@ -96,27 +98,28 @@ def denoising(
     weighting: Weighting = "eps",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Denoising score matching w(t) |D - x0|^2, per sample; `weight` [B] multiplies w(t)."""
+    """Denoising score matching, mean w(t) |D - x0|^2; `weight` [B] multiplies w(t)."""
     w = error_weight(schedule, t, weighting)
     return mse(D, x0, w if weight is None else w * weight)
 
 
 def clamped(cos: Tensor, margin: float) -> Tensor:
-    """mean max(0, margin - cos): alignment that stops pulling once it is good (SwiftBrush v2, 2408.14176)."""
+    """Hinge loss mean max(0, margin - cos), no gradient above the margin (SwiftBrush v2, 2408.14176)."""
     return F.relu(margin - cos).mean()
 
 
 @torch.no_grad()
 def tempered_ratio(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, n: Tensor) -> Tensor:
-    """exp(-mean n'^2 / 2) / exp(-mean n^2 / 2), [B]: how much likelier x_t is from x with fresh noise than by
-    the noise n it was made of, n' = (x_t - alpha x) / sigma, tempered by the dimension (TDM, 2503.06674).
+    """Likelihood ratio exp(-mean n'^2 / 2) / exp(-mean n^2 / 2), [B], tempered by the dimension (TDM, arXiv
+    2503.06674): n is the noise that x_t was made with, n' = (x_t - alpha x) / sigma the noise that makes it
+    from x.
     """
     implied = (x_t - expand(schedule.alpha(t), x) * x) / expand(schedule.sigma(t), x)
     return (0.5 * (per_sample_mean(n**2) - per_sample_mean(implied**2))).exp()
 
 
 def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor | None = None) -> Tensor:
-    """Generator side of the GAN pair, averaged over heads: softplus(-l), or -l for the hinge pair.
+    """Generator loss of a GAN, averaged over heads: softplus(-l), or -l with the hinge loss.
 
     Logits are [B] or maps [B, h, w]; weight [B] multiplies each sample's term.
     """
@@ -126,7 +129,7 @@ def gan_generator(logits: list[Tensor], kind: str = "softplus", weight: Tensor |
 
 
 def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softplus") -> Tensor:
-    """Discriminator side: softplus(l_fake) + softplus(-l_real), or half the sum of the two hinges."""
+    """Discriminator loss: softplus(l_fake) + softplus(-l_real), or half the sum of the two hinges."""
     if kind == "softplus":
         pairs = [F.softplus(f).mean() + F.softplus(-r).mean() for f, r in zip(fake, real)]
     else:
@@ -135,10 +138,11 @@ def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softp
 
 
 def r1(logits: list[Tensor], x: Tensor) -> Tensor:
-    """Mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv 1801.04406).
+    """R1 penalty: mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv
+    1801.04406).
 
-    x is the very tensor that went into the discriminator, noised, and requires grad; its attention needs a
-    second derivative, which of torch's kernels only "math" has.
+    x is the tensor (noised sample) that the discriminator was evaluated at, and requires grad. Attention
+    needs a second derivative here, which of PyTorch's kernels only "math" has.
     """
     score = torch.stack([y.flatten(1).mean(1) if y.ndim > 1 else y for y in logits]).mean(0)
     (grad,) = torch.autograd.grad(score.sum(), x, create_graph=True)

@@ -24,10 +24,46 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class Schedule:
-    """Base class; subclasses define `alpha, sigma, d_alpha, d_sigma, t_from_lambda, from_unit, steps`."""
+    """Base class; a subclass defines the formulas that raise NotImplementedError here.
 
-    t_max: float
+    A time t is a tensor [B], and so are the coefficients, in float64.
+    """
+
     t_min: float
+    """time of (almost) clean data"""
+    t_max: float
+    """time of pure noise"""
+    sigma_data: float = 0.5
+    """standard deviation of the data that EDM's preconditioning and loss weight assume"""
+
+    # -- the formulas --------------------------------------------------------------------------------------
+    def alpha(self, t: Tensor) -> Tensor:
+        """Coefficient of the data."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Coefficient of the noise."""
+        raise NotImplementedError
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """Derivative of alpha by t."""
+        raise NotImplementedError
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """Derivative of sigma by t."""
+        raise NotImplementedError
+
+    def t_from_lambda(self, lam: Tensor) -> Tensor:
+        """The time at a log signal-to-noise ratio; inverse of `log_snr`."""
+        raise NotImplementedError
+
+    def from_unit(self, u: Tensor) -> Tensor:
+        """The time at position u in [0, 1] of the schedule's own spacing; u = 1 is pure noise."""
+        raise NotImplementedError
+
+    def steps(self, num: int) -> list[float]:
+        """The num times, noise first, at which a sampler of num steps evaluates the network."""
+        raise NotImplementedError
 
     # -- the process ---------------------------------------------------------------------------------------
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -35,7 +71,7 @@ class Schedule:
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
     def renoise(self, x_u: Tensor, eps: Tensor, u: Tensor, t: Tensor) -> Tensor:
-        """Carry x_u at time u forward to the noisier time t: a draw from q(x_t | x_u), with t >= u."""
+        """Add noise to x_u at time u until the noisier time t: a sample of q(x_t | x_u), with t >= u."""
         ratio = self.alpha(t) / self.alpha(u)
         extra = (self.sigma(t) ** 2 - (ratio * self.sigma(u)) ** 2).clamp(min=0).sqrt()
         return expand(ratio, x_u) * x_u + expand(extra, x_u) * eps
@@ -53,12 +89,12 @@ class Schedule:
         return self.sigma(t) / (self.alpha(t) + self.sigma(t))
 
     def gap(self, t: Tensor, r: Tensor) -> Tensor:
-        """Length of a step from t to r, as level(t) - level(r)."""
+        """Length of a step from time t to time r: level(t) - level(r)."""
         return self.level(t) - self.level(r)
 
     # -- conversions ---------------------------------------------------------------------------------------
     def to_x0(self, kind: str, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The denoised estimate D behind a network output of the given kind."""
+        """The denoised estimate D that a network output of the given kind implies."""
         a, s = expand(self.alpha(t), x_t), expand(self.sigma(t), x_t)
         if kind == "x0":
             return out
@@ -73,7 +109,7 @@ class Schedule:
         raise ValueError(f"prediction kind {kind!r} is unknown; allowed: {', '.join(KINDS)}")
 
     def from_x0(self, kind: str, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network output of the given kind that stands for the estimate x0; inverse of `to_x0`."""
+        """The network output of the given kind that implies the estimate x0; inverse of `to_x0`."""
         a, s = expand(self.alpha(t), x_t), expand(self.sigma(t), x_t)
         if kind == "x0":
             return x0
@@ -92,21 +128,24 @@ class Schedule:
         return self.from_x0("score", D, x_t, t)
 
     def ode_step(self, D: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """DDIM / exponential Euler step from t to u with the denoiser held fixed."""
+        """DDIM (exponential Euler) step from time t to time u with a constant denoised estimate D."""
         eps = self.from_x0("eps", D, x_t, t)
         return expand(self.alpha(u), x_t) * D + expand(self.sigma(u), x_t) * eps
 
-    def teacher_steps(self, num: int) -> list[float]:
-        """Times a teacher of num steps is sampled at, where they are not those of a student."""
+    def teacher_times(self, num: int) -> list[float]:
+        """Times at which a teacher is sampled in num steps; some differ from a student's."""
         return self.steps(num)
 
     def prior_std(self, t: float) -> float:
-        """Standard deviation of the pure noise that few-step sampling starts from at time t."""
+        """Standard deviation of x_t where sampling starts, at time t near pure noise."""
         return 1.0
 
-    def few_steps(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
-        """Times of a num-step sample: the schedule's own, or every (grid / num)-th of a grid that the student
-        was trained on, picked as LCMScheduler and TCDScheduler pick them; `first`, if given, scales them.
+    def student_times(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
+        """Times at which a student is sampled in num steps, noise first.
+
+        grid = 0: the schedule's own. Else every (grid / num)-th of the grid of that many times on which the
+        student was trained, chosen as LCMScheduler and TCDScheduler choose them. first > 0 scales the list
+        so that it starts there.
         """
         times = self.steps(grid or num)
         scale = (first or times[0]) / times[0]
@@ -126,8 +165,8 @@ class Schedule:
 
 
 class VP(Schedule):
-    """Variance preserving, from a scheduler's `alphas_cumprod`; t in [0, T-1], log-SNR interpolated
-    linearly.
+    """Variance preserving, from a scheduler's `alphas_cumprod`; t in [0, T - 1], between whole timesteps the
+    log-SNR is interpolated linearly.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -143,7 +182,7 @@ class VP(Schedule):
         return cls((1 - betas).cumprod(0))
 
     def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """lambda(t) and its slope."""
+        """lambda(t) and its derivative."""
         table = self._lambda.to(t.device)
         t = t.double().clamp(self.t_min, self.t_max)
         i = t.floor().long().clamp(max=self.num_timesteps - 2)
@@ -172,26 +211,28 @@ class VP(Schedule):
         return i + (lam - table[i]) / (table[i + 1] - table[i])
 
     def from_unit(self, u: Tensor) -> Tensor:
-        """u in [0, 1] to a time on the training grid (whole timesteps, as the networks were trained)."""
+        """u in [0, 1] to a whole timestep, on which such networks are trained."""
         return (u.double() * self.t_max).round()
 
     def toward_data(self, u: Tensor, gamma: float) -> Tensor:
-        """Whole timesteps, as TCDScheduler rounds them."""
+        """Rounded down to whole timesteps, as in TCDScheduler."""
         return super().toward_data(u, gamma).floor()
 
     def steps(self, num: int) -> list[float]:
-        """The grid LCMScheduler visits with `original_inference_steps=num`: 999, 749, 499, 249 for four."""
+        """The timesteps of LCMScheduler with `original_inference_steps=num`: 999, 749, 499, 249 for four."""
         stride = self.num_timesteps // num
         return [float((num - i) * stride - 1) for i in range(num)]
 
-    def few_steps(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
-        return [float(round(t)) for t in super().few_steps(num, grid, first)]
+    def student_times(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
+        return [float(round(t)) for t in super().student_times(num, grid, first)]
 
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise. `shift` bends the grid towards noise;
-    `terminal` is where a teacher's own grid ends, stretched to it (Qwen-Image, LTX-Video). With `angles` few
-    steps are those of SCMScheduler (1.3 rad second of two, else even in the angle).
+    """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise.
+
+    shift: time shift s of the sampling grid, s u / (1 + (s - 1) u); s > 1 moves times towards noise.
+    terminal: last time of the teacher's grid, which is stretched to end there (Qwen-Image, LTX-Video).
+    angles: sample at the times of SCMScheduler, even in TrigFlow's angle (with two steps the second is 1.3).
     """
 
     t_min, t_max = 0.0, 1.0
@@ -225,7 +266,7 @@ class Flow(Schedule):
             return [1.0, *(math.sin(t) / (math.sin(t) + math.cos(t)) for t in times[1:])]
         return self.from_unit(1 - torch.arange(num, dtype=torch.float64) / num).tolist()
 
-    def teacher_steps(self, num: int) -> list[float]:
+    def teacher_times(self, num: int) -> list[float]:
         times = self.steps(num)
         if not self.terminal or num == 1:
             return times
@@ -271,7 +312,7 @@ class EDM(Schedule):
 class TrigFlow(Schedule):
     """alpha = cos t, sigma = sigma_data sin t, t in [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
 
-    `middle` is where the second of two steps stands; None is half-way.
+    middle: the second of the times of two steps; None is half of t_max.
     """
 
     t_min, t_max = 0.0, math.pi / 2

@@ -59,7 +59,7 @@ def scheduler_for(
     can take every step count that the grid holds.
     """
     if isinstance(schedule, VP):
-        on_grid = times == schedule.few_steps(len(times), grid)
+        on_grid = times == schedule.student_times(len(times), grid)
         setup = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
     elif isinstance(schedule, EDM) and _is_consistency(teacher_scheduler):
         setup = _cm(times, sampler, schedule, teacher_scheduler)

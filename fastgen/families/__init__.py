@@ -1,1 +1,1 @@
-"""Families of diffusers denoisers: what each does differently, and which one a folder holds."""
+"""Families of diffusers denoisers: how each differs from the others, and which one a model folder holds."""

@@ -1,4 +1,4 @@
-"""A family declared in YAML under teacher.family, for a diffusers denoiser that fastgen does not know.
+"""A family declared in a config under teacher.family, for a diffusers denoiser that fastgen does not know.
 
     teacher:
       path: my/folder
@@ -6,38 +6,40 @@
         component: transformer
         pipelines: [AuraFlowPipeline]
         flow_time: unit                     # or t1000, reversed
-        keys: [encoder_hidden_states]       # cond entries the network takes, by argument name
+        keys: [encoder_hidden_states]       # cond entries by their names as arguments of the network
         cond_shapes: {encoder_hidden_states: [256, 2048]}
-        prompt_outputs: {encoder_hidden_states: 0}    # which of encode_prompt's outputs is which
-        null_outputs: {encoder_hidden_states: 2}      # left out: the empty prompt
+        prompt_outputs: {encoder_hidden_states: 0}    # positions in what encode_prompt returns
+        null_outputs: {encoder_hidden_states: 2}      # default: the empty prompt
         taps: [single_transformer_blocks]
         lora_targets: [to_q, to_k, to_v]
 
-Every attribute of `Family` may be given; what is left out keeps its default.
+Every attribute of `Family` may be set; the others keep their defaults.
 """
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError, suggest
 from fastgen.families.base import Family
+from fastgen.families.parts import DiffusersModel
 
 OWN = ("cond_shapes", "prompt_outputs", "null_outputs", "taps", "prompt_arguments")
 
 
 class Declared(Family):
-    """The base declaration with a user's values in place of its own."""
+    """The base declaration with a user's values."""
 
     schedules = ("VP", "Flow", "EDM", "TrigFlow")
     shapes: dict[str, list[int]] = {}
     outputs: dict[str, int] = {}
     nulls: dict[str, int] = {}
     tap_lists: tuple[str, ...] = ("transformer_blocks",)
-    arguments: dict = {}
+    arguments: dict[str, Any] = {}
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {k: tuple(v) for k, v in self.shapes.items()}
 
     def encode(self, codec, prompts: list[str]) -> Cond:
@@ -49,33 +51,36 @@ class Declared(Family):
         return self._encoded(codec, [""], self.nulls, True)
 
     def _encoded(self, codec, prompts: list[str], outputs: dict[str, int], guided: bool) -> Cond:
-        """encode_prompt's outputs by name; it is asked only what it knows."""
-        ask = {"prompt": prompts, "device": codec.device, "max_sequence_length": codec.max_length}
-        ask |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": guided, **self.arguments}
+        """Outputs of encode_prompt by name; only arguments in its signature are passed."""
+        given = {"prompt": prompts, "device": codec.device, "max_sequence_length": codec.max_length}
+        given |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": guided, **self.arguments}
         known = inspect.signature(codec.pipe.encode_prompt).parameters
-        made = codec.pipe.encode_prompt(**{k: v for k, v in ask.items() if k in known})
-        made = made if isinstance(made, tuple) else (made,)
-        if not outputs or max(outputs.values()) >= len(made):
-            found = f"{outputs} of the {len(made)} outputs of {type(codec.pipe).__name__}.encode_prompt"
-            raise UserError("teacher.family.prompt_outputs", found, "name each cond entry's place among them")
-        picked = {k: made[i] for k, i in outputs.items()}
-        lost = [k for k, v in picked.items() if not isinstance(v, Tensor)]
-        if lost:
-            found = f"{lost[0]} is no tensor among encode_prompt's outputs"
-            raise UserError("teacher.family.prompt_outputs", found, "another place")
+        out = codec.pipe.encode_prompt(**{k: v for k, v in given.items() if k in known})
+        out = out if isinstance(out, tuple) else (out,)
+        key, function = "teacher.family.prompt_outputs", f"{type(codec.pipe).__name__}.encode_prompt"
+        if not outputs or max(outputs.values()) >= len(out):
+            found = f"{outputs}, but {function} returns {len(out)} values"
+            raise UserError(key, found, f"give the position of each cond entry, from 0 to {len(out) - 1}")
+        picked = {k: out[i] for k, i in outputs.items()}
+        wrong = [k for k, v in picked.items() if not isinstance(v, Tensor)]
+        if wrong:
+            found = f"value {outputs[wrong[0]]} of {function}, for {wrong[0]}, is not a tensor"
+            raise UserError(key, found, f"give the position of {wrong[0]} among the returned values")
         return {k: v.float() if v.is_floating_point() else v for k, v in picked.items()}
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         for name in self.tap_lists:
             if not hasattr(net, name):
                 found = f"{type(net).__name__} has no {name!r}"
                 lists = [n for n, m in net.named_children() if isinstance(m, nn.ModuleList)]
-                raise UserError("teacher.family.taps", found, f"its lists of blocks: {', '.join(lists)}")
+                raise UserError(
+                    "teacher.family.taps", found, f"choose from its lists of blocks: {', '.join(lists)}"
+                )
         return [block for name in self.tap_lists for block in getattr(net, name)]
 
 
 def declared(values: dict, net_class: str) -> Family:
-    """A family of a user's own values for a network class."""
+    """The family of a network class by a user's values of teacher.family."""
     known = {k for k in Family.__annotations__ if k not in ("name", "net_class")}
     for key in values:
         if key not in known and key not in OWN:
@@ -84,7 +89,7 @@ def declared(values: dict, net_class: str) -> Family:
     for key in ("pipelines", *(("cond_shapes", "prompt_outputs") if values.get("kind") != "labels" else ())):
         if not values.get(key):
             raise UserError(
-                f"teacher.family.{key}", "not given", "see docs/families.md, 'An unknown denoiser'"
+                f"teacher.family.{key}", "not given", "add it as in docs/families.md, 'An unknown denoiser'"
             )
     family = Declared()
     family.name, family.net_class = f"declared-{net_class}", net_class
@@ -95,7 +100,7 @@ def declared(values: dict, net_class: str) -> Family:
         if isinstance(default, tuple) or key == "taps":
             value = tuple([value] if isinstance(value, str) else value)
         elif isinstance(default, (bool, int, str, dict)) and not isinstance(value, type(default)):
-            allowed = f"a value like {default!r}"
+            allowed = f"give a value of the type of its default {default!r}"
             raise UserError(f"teacher.family.{key}", f"found {value!r}", allowed)
         setattr(family, renamed.get(key, key), value)
     return family

@@ -1,29 +1,30 @@
-"""What video families share."""
+"""Common base of the video families."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.families.base import Family
+from fastgen.families.parts import DiffusersModel
 
 
 class VideoFamily(Family):
-    """Latents [B, C, f, h, w]; the autoencoder's statistics per channel where its config has them."""
+    """Latents [B, C, f, h, w], normalised per channel if the autoencoder's config has the statistics."""
 
-    def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         if vae.config.get("latents_mean") is None:
             return super().normalise(vae, z)
         mean, std = statistics(vae, z)
         return (z - mean) * vae.config.get("scaling_factor", 1.0) / std
 
-    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+    def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         if vae.config.get("latents_mean") is None:
             return super().denormalise(vae, x0)
         mean, std = statistics(vae, x0)
         return x0 * std / vae.config.get("scaling_factor", 1.0) + mean
 
 
-def statistics(vae: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The autoencoder's mean and standard deviation per channel, from its config."""
+def statistics(vae: DiffusersModel, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents per channel, from the autoencoder's config."""
     mean, std = (torch.tensor(vae.config[f"latents_{k}"]).to(z).view(1, -1, 1, 1, 1) for k in ("mean", "std"))
     return mean, std
 

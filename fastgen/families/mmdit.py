@@ -1,4 +1,4 @@
-"""Transformer families whose blocks carry text and image as two streams: SD3, FLUX.1, FLUX.2, Qwen-Image."""
+"""Transformer families with separate streams of text and image: SD3, FLUX.1, FLUX.2, Qwen-Image."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
 from fastgen.families.dit import pad_rows
-from fastgen.families.parts import fold_tokens
+from fastgen.families.parts import DiffusersModel, fold_tokens
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAST_TEXT = ("attn.add_q_proj.", "attn.norm_added_q.")
@@ -31,11 +31,11 @@ class SD3(Family):
     )
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "context_embedder", "pos_embed.*")
     unreached = {
-        f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
+        f"transformer_blocks.{{last}}.{part}*": "the text is not used after the last block"
         for part in LAST_TEXT
     }
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         clip = 77 if codec.pipe is None else codec.pipe.tokenizer_max_length
         width, pooled = net.config.joint_attention_dim, net.config.pooled_projection_dim
         return {"encoder_hidden_states": (clip + codec.max_length, width), "pooled_projections": (pooled,)}
@@ -43,7 +43,7 @@ class SD3(Family):
     @torch.no_grad()
     def encode(self, codec, prompts: list[str]) -> Cond:
         pipe = codec.pipe
-        if pipe.text_encoder_3 is None:  # its zeros' width is read off the network
+        if pipe.text_encoder_3 is None:  # the pipeline reads the width of its zeros off the transformer
             width = codec.cond_shapes["encoder_hidden_states"][-1]
             vars(pipe)["transformer"] = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
         more = {"device": codec.device, "do_classifier_free_guidance": False}
@@ -68,26 +68,26 @@ class Flux(Family):
 
     def matches(self, index: dict, config: dict) -> bool:
         width = config.get("in_channels", 64)
-        return config.get("out_channels") in (None, width)  # fill and control networks see an image beside x
+        return config.get("out_channels") in (None, width)  # fill and control networks also take an image
 
-    def channels(self, net: nn.Module) -> int:
+    def channels(self, net: DiffusersModel) -> int:
         return net.config.in_channels // 4
 
     def guided_call(self, w: float) -> dict:
         return {"true_cfg_scale": float(w), "negative_prompt": ""}
 
-    def guidance_embedded(self, net: nn.Module) -> bool:
+    def guidance_embedded(self, net: DiffusersModel) -> bool:
         return net.config.guidance_embeds
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        given = self.given(x, cond)
+        given = self.inputs(x, cond)
         text = torch.zeros(given["encoder_hidden_states"].shape[1], 3, device=x.device)
         ids = {"img_ids": grid_ids(0, h, w, device=x.device), "txt_ids": text}
         out = net(pack(x), timestep=time, **given, **ids, return_dict=False)[0]
         return unpack(out, h, w)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         width, pooled = net.config.joint_attention_dim, net.config.pooled_projection_dim
         return {"encoder_hidden_states": (codec.max_length, width), "pooled_projections": (pooled,)}
 
@@ -100,16 +100,16 @@ class Flux(Family):
     def pipeline_latents(self, noise: Tensor, schedule) -> Tensor:
         return pack(noise)
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    def feature_map(self, net: DiffusersModel, out: Tensor, x: Tensor) -> Tensor:
         return fold_tokens(out, x, 2)
 
 
 class Flux2(Family):
-    """Flux2Transformer2DModel (klein): flow on 2x2 patches as channels, whitened by the autoencoder's batch
-    norm; stacked states of a language model.
+    """Flux2Transformer2DModel (klein): flow on 2x2 patches as channels, normalised by the autoencoder's batch
+    norm; states of several layers of a language model.
     """
 
     name, net_class, pipelines = "flux2", "Flux2Transformer2DModel", ("Flux2KleinPipeline",)
@@ -118,14 +118,14 @@ class Flux2(Family):
     lora_targets = (*JOINT, "to_out", "to_qkv_mlp_proj", "linear_in", "linear_out")
     final_layers = ("proj_out", "norm_out.*", "*_modulation*", "time_guidance_embed.*", "*_embedder")
     layers: tuple[int, ...] = (9, 18, 27)
-    """states of the language model that are stacked, the pipeline's default"""
+    """layers of the language model whose states are used, the pipeline's default"""
 
     def matches(self, index: dict, config: dict) -> bool:
         return not config.get("guidance_embeds", True)  # dev has another text encoder
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[-2:]
-        given = self.given(x, cond)
+        given = self.inputs(x, cond)
         text = torch.zeros(given["encoder_hidden_states"].shape[1], 4, device=x.device)
         text[:, 3] = torch.arange(len(text), device=x.device)
         image = F.pad(grid_ids(0, h, w, device=x.device), (0, 1))
@@ -133,7 +133,7 @@ class Flux2(Family):
         out = net(tokens, timestep=time, img_ids=image, txt_ids=text, **given, return_dict=False)[0]
         return out.transpose(1, 2).unflatten(2, (h, w))
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.joint_attention_dim)}
 
     @torch.no_grad()
@@ -146,21 +146,21 @@ class Flux2(Family):
         )
         return {"encoder_hidden_states": states.float()}
 
-    def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         mean, std = self._whitening(vae)
         return (F.pixel_unshuffle(z, 2) - mean) / std
 
-    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+    def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         mean, std = self._whitening(vae)
         return F.pixel_shuffle(x0 * std + mean, 2)
 
     @staticmethod
-    def _whitening(vae: nn.Module) -> tuple[Tensor, Tensor]:
+    def _whitening(vae: DiffusersModel) -> tuple[Tensor, Tensor]:
         norm, eps = vae.bn, vae.config.batch_norm_eps
         return norm.running_mean.view(1, -1, 1, 1), (norm.running_var.view(1, -1, 1, 1) + eps).sqrt()
 
-    def shift(self, scheduler, net: nn.Module, grid: tuple[int, ...]) -> float:
-        """The pipeline's empirical shift, at its 50 steps."""
+    def shift(self, scheduler, net: DiffusersModel, grid: tuple[int, ...]) -> float:
+        """The pipeline's empirical shift at 50 steps, its default."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         if not scheduler.config.get("use_dynamic_shifting"):
@@ -168,11 +168,11 @@ class Flux2(Family):
         mu = compute_empirical_mu(image_seq_len=self.tokens(net, grid), num_steps=50)
         return float(torch.tensor(mu, dtype=torch.float64).exp())
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def image_tokens(self, net: nn.Module, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
-        """In the later blocks the text stands before the image."""
+    def image_tokens(self, net: DiffusersModel, out: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """In the later blocks the text comes before the image."""
         return out[:, -x.shape[-2] * x.shape[-1] :]
 
 
@@ -189,7 +189,7 @@ class QwenImage(Family):
     final_layers = ("proj_out", "norm_out.*", "time_text_embed.*", "img_in", "txt_in", "*_mod.1")
     guidance_off, guidance_keeps_norm = {"true_cfg_scale": 1.0}, True
     unreached = {
-        f"transformer_blocks.{{last}}.{part}*": "nothing reads the text after the last block"
+        f"transformer_blocks.{{last}}.{part}*": "the text is not used after the last block"
         for part in (*LAST_TEXT, "txt_mlp.", "attn.to_add_out.")
     }
 
@@ -197,20 +197,20 @@ class QwenImage(Family):
         other = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # edit and layered networks
         return not any(config.get(key) for key in other)
 
-    def channels(self, net: nn.Module) -> int:
+    def channels(self, net: DiffusersModel) -> int:
         return net.config.in_channels // 4
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        given = self.given(x, cond)
-        if not x.is_meta:  # padding that every row has is cut off
+        given = self.inputs(x, cond)
+        if not x.is_meta:  # padding common to all rows is cut off
             length = int(given["encoder_hidden_states_mask"].sum(1).max())
             given = {k: v[:, :length] for k, v in given.items()}
         shapes = [[(1, h, w)]] * len(x)
         out = net(pack(x), timestep=time, img_shapes=shapes, **given, return_dict=False)[0]
         return unpack(out, h, w)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict:
         shape = (codec.max_length, net.config.joint_attention_dim)
         return {"encoder_hidden_states": shape, "encoder_hidden_states_mask": ((shape[0],), torch.bool)}
 
@@ -224,34 +224,34 @@ class QwenImage(Family):
         return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
 
     def null(self, codec) -> Cond:
-        """A blank, as the model card guides; the pipeline has no default."""
+        """A blank, as in the model card; the pipeline has no default."""
         return self.encode(codec, [" "])
 
-    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
-        return super().encoded(vae, images[:, :, None])
+    def to_latents(self, vae: DiffusersModel, images: Tensor) -> Tensor:
+        return super().to_latents(vae, images[:, :, None])
 
     def guided_call(self, w: float) -> dict:
         return {"true_cfg_scale": float(w), "negative_prompt": " "}
 
     def guidance_norm(self, out: Tensor) -> Tensor:
-        """Of each token."""
+        """Norm of each token."""
         return F.interpolate(F.pixel_unshuffle(out, 2).norm(dim=1, keepdim=True), scale_factor=2)
 
-    def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         mean, std = channel_stats(vae, z)
         return ((z - mean) / std)[:, :, 0]
 
-    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+    def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         mean, std = channel_stats(vae, x0[:, :, None])
         return x0[:, :, None] * std + mean
 
-    def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def decode(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         return vae.decode(z, return_dict=False)[0][:, :, 0]
 
     def pipeline_latents(self, noise: Tensor, schedule) -> Tensor:
         return pack(noise)
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    def feature_map(self, net: DiffusersModel, out: Tensor, x: Tensor) -> Tensor:
         return fold_tokens(out, x, 2)
 
 
@@ -271,13 +271,14 @@ def grid_ids(time: int, h: int, w: int, device) -> Tensor:
     return F.pad(torch.cartesian_prod(*axes).float(), (1, 0), value=float(time))
 
 
-def channel_stats(vae: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and deviation of the autoencoder's latents, shaped for z [B, C, ...]."""
+def channel_stats(vae: DiffusersModel, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents per channel, shaped for z [B, C, ...]."""
     shape = (1, -1, *[1] * (z.ndim - 2))
-    return tuple(
+    mean, std = (
         torch.tensor(values, device=z.device, dtype=z.dtype).reshape(shape)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
+    return mean, std
 
 
 FAMILIES = (SD3(), Flux(), Flux2(), QwenImage())

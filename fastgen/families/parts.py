@@ -1,4 +1,6 @@
-"""Small things families are declared with: several networks as one, tokens as maps, FLUX's shift."""
+"""Helpers of family declarations: several networks as one, tokens as feature maps, FLUX's time shift."""
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -6,17 +8,32 @@ from torch import Tensor, nn
 FLOW_TIMES = {"t1000": lambda t: 1000 * t, "unit": lambda t: t, "reversed": lambda t: 1 - t}
 
 
-class Parts(nn.Module):
+class DiffusersModel(nn.Module):
+    """Type of a diffusers model (denoiser or autoencoder) in annotations, and base of `Parts`.
+
+    A module with the settings of its class in `config` (read as attributes or with `get`); which further
+    attributes it has depends on the class.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "DiffusersModel": ...
+
+
+class Parts(DiffusersModel):
     """Several networks that act as one denoiser (two experts, a UNet and its ControlNet), by folder name."""
 
-    def __init__(self, **parts: nn.Module):
+    def __init__(self, **parts: DiffusersModel):
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
         self.names = tuple(parts)
 
     @property
-    def config(self):
+    def config(self) -> Any:
         """Config of the first part, the denoiser itself."""
         return getattr(self, self.names[0]).config
 
@@ -26,27 +43,27 @@ class Parts(nn.Module):
 
 
 def part_name(file: str, part: str) -> str:
-    """Name of the adapter file of a denoiser's further network, beside the first one's."""
+    """Name of the adapter file of a further network of a denoiser, given that of the first one."""
     return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
 
 
-def _of_changed_config(net: nn.Module, **changes) -> nn.Module:
-    """A fresh network of the same class on the same device; the random stream stays where it was."""
+def _of_changed_config(net: DiffusersModel, **changes) -> DiffusersModel:
+    """A new network of the same class on the same device; the state of the random generators is kept."""
     with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
         return type(net).from_config({**net.config, **changes})
 
 
-def rebuilt(net: nn.Module, rename: tuple[str, str] = ("", ""), **changes) -> nn.Module:
-    """The network of a changed config with the same weights, `rename`d; new layers keep their fresh ones."""
-    fresh = _of_changed_config(net, **changes)
-    fresh.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
-    return fresh
+def rebuilt(net: DiffusersModel, rename: tuple[str, str] = ("", ""), **changes) -> DiffusersModel:
+    """The network of a changed config with the same weights, `rename`d; new layers have random weights."""
+    changed = _of_changed_config(net, **changes)
+    changed.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
+    return changed
 
 
 @torch.no_grad()
-def one_channel_wider(net: nn.Module, input_layer: str) -> nn.Module | None:
-    """The same function by a network with one more input channel, whose weights are zero; None where the
-    input layer is not one plain convolution over the latent.
+def one_channel_wider(net: DiffusersModel, input_layer: str) -> DiffusersModel | None:
+    """A network with one more input channel whose weights are zero, so that it computes the same function;
+    None if the input layer is not a single convolution over the latent.
     """
     layer = dict(net.named_modules()).get(input_layer)
     width = net.config.in_channels
@@ -60,7 +77,8 @@ def one_channel_wider(net: nn.Module, input_layer: str) -> nn.Module | None:
     return wider
 
 
-def patch_of(net: nn.Module) -> int:
+def patch_of(net: DiffusersModel) -> int:
+    """Side of a patch (one token) in latent pixels; 1 for networks without patches."""
     size = net.config.get("patch_size") or 1
     return size if isinstance(size, int) else size[-1]
 
@@ -71,8 +89,10 @@ def fold_tokens(out: Tensor, x: Tensor, patch: int) -> Tensor:
     return out.transpose(1, 2).unflatten(2, (out.shape[1] // w, w))
 
 
-def dynamic_shift(config, tokens: int) -> float:
-    """FLUX's resolution-dependent shift: mu linear in the tokens, exp(mu) unless declared linear."""
+def dynamic_shift(config: Any, tokens: int) -> float:
+    """FLUX's resolution-dependent time shift: mu is linear in the number of tokens; the shift is exp(mu), or
+    mu itself where the scheduler's time_shift_type is "linear".
+    """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
     if config.get("time_shift_type", "exponential") == "linear":

@@ -1,5 +1,5 @@
-"""The families there are, and which of them a folder belongs to. A module here that holds FAMILIES joins by
-existing.
+"""All families, and which of them a model folder belongs to. Every module of this package that defines
+FAMILIES is found automatically.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from fastgen.core.errors import UserError, suggest
 from fastgen.families.base import Family
 
 HERE = Path(__file__).parent
-DECLARE = "declare yours under teacher.family (see docs/families.md)"
+DECLARE = "or declare a family under teacher.family (docs/families.md)"
 
 
 def _collect() -> dict[str, Family]:
@@ -28,21 +28,21 @@ FAMILIES: dict[str, Family] = _collect()
 
 
 def detect(index: dict, config: dict) -> Family:
-    """The family of a model_index.json (which may be empty) and a denoiser's config.json: one whose pipeline
-    is the index's, else the first that claims the network.
+    """The family of a model_index.json (which may be empty) and a denoiser's config.json: one with the
+    pipeline of the index, else the first that matches the network.
     """
     net_class = config.get("_class_name", "")
-    claims = [f for f in FAMILIES.values() if f.net_class == net_class and f.matches(index, config)]
-    exact = [f for f in claims if index.get("_class_name") in f.pipelines]
-    if exact or claims:
-        return (exact or claims)[0]
+    matching = [f for f in FAMILIES.values() if f.net_class == net_class and f.matches(index, config)]
+    exact = [f for f in matching if index.get("_class_name") in f.pipelines]
+    if exact or matching:
+        return (exact or matching)[0]
     known = sorted({f.net_class for f in FAMILIES.values()})
     if net_class in known:
-        told = f"no family for {net_class} as {index.get('_class_name', 'its config')} has it"
+        found = f"no family for {net_class} in the form of {index.get('_class_name', 'this config')}"
         alike = [p for f in FAMILIES.values() if f.net_class == net_class for p in f.pipelines]
-        raise UserError("teacher.path", told, f"known with it: {', '.join(alike)}; {DECLARE}")
+        raise UserError("teacher.path", found, f"use a model of {', '.join(alike)}, {DECLARE}")
     raise UserError(
         "teacher.path",
         f"no family for {net_class!r}{suggest(net_class, known)}",
-        f"known: {', '.join(known)}; {DECLARE}",
+        f"use a model of a known class ({', '.join(known)}), {DECLARE}",
     )

@@ -1,23 +1,24 @@
 """3D priors: Shap-E, whose latents are the weights of a radiance field."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.families.base import Family
+from fastgen.families.parts import DiffusersModel
 
 
 class ShapE(Family):
     """PriorTransformer of Shap-E: x is [B, width, tokens], each token a row of the field's weights.
 
-    It predicts x0 (and a variance, left out). There is no autoencoder in the pipeline, only a renderer:
-    `decode` gives a turntable of views. The pipeline's scheduler clips x0 to [-1, 1]; a few-step student's
-    does not.
+    It predicts x0 (and a variance, which is not used). The pipeline has no autoencoder, only a renderer:
+    `decode` renders views around the object. The pipeline's scheduler clips x0 to [-1, 1]; that of a
+    few-step student does not.
     """
 
     name, net_class, component, pipelines = "shap-e", "PriorTransformer", "prior", ("ShapEPipeline",)
-    schedules, sized = ("VP",), False
+    schedules, has_size = ("VP",), False
     keys = ("proj_embedding",)
     factor, decoder, views, size = 1, "shap_e_renderer", True, 64
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -26,19 +27,19 @@ class ShapE(Family):
     unreached = {"clip_mean": "used to scale images' embeddings only", "clip_std": "likewise"}
 
     def matches(self, index: dict, config: dict) -> bool:
-        return config.get("encoder_hid_proj_type", "linear") is None  # unCLIP priors have text states beside
+        return config.get("encoder_hid_proj_type", "linear") is None  # unCLIP priors also take text states
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        out = net(x.transpose(1, 2), time, **self.given(x, cond), return_dict=False)[0]
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        out = net(x.transpose(1, 2), time, **self.inputs(x, cond), return_dict=False)[0]
         return out[..., : x.shape[1]].transpose(1, 2)
 
-    def channels(self, net: nn.Module) -> int:
+    def channels(self, net: DiffusersModel) -> int:
         return net.config.embedding_dim
 
-    def grid(self, net: nn.Module) -> tuple[int, ...]:
+    def grid(self, net: DiffusersModel) -> tuple[int, ...]:
         return (net.config.num_embeddings,)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"proj_embedding": (net.config.embedding_proj_dim or net.config.embedding_dim,)}
 
     def encode(self, codec, prompts: list[str]) -> Cond:
@@ -53,21 +54,21 @@ class ShapE(Family):
     def size_call(self, codec) -> dict:
         return {"frame_size": self.size}
 
-    def encoded(self, vae: nn.Module, images: Tensor) -> Tensor:
-        allowed = "distil without data, or give x0 itself"
-        raise UserError("data.images", "Shap-E's pipeline has no encoder for pictures", allowed)
+    def to_latents(self, vae: DiffusersModel, images: Tensor) -> Tensor:
+        found = "the pipeline of Shap-E has no encoder, so images cannot be turned into training data"
+        raise UserError("data.images", found, "remove it and choose a method that needs no data")
 
-    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+    def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         return x0.transpose(1, 2)
 
-    def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
-        """Views [B, 3, F, h, w] around each object; rays are jittered, always in the same way."""
+    def decode(self, vae: DiffusersModel, z: Tensor) -> Tensor:
+        """Views [B, 3, F, h, w] around each object; the random jitter of the rays is always the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             views = [vae.decode_to_image(one[None], z.device, size=self.size) for one in z]
         return 2 * torch.stack(views).permute(0, 4, 1, 2, 3) - 1
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    def feature_map(self, net: DiffusersModel, out: Tensor, x: Tensor) -> Tensor:
         tokens = out[:, -x.shape[2] :].transpose(1, 2)  # the condition's tokens stand first
         w = 1 << (x.shape[2].bit_length() // 2)
         return tokens.unflatten(2, (-1, w))

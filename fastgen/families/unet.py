@@ -1,21 +1,22 @@
-"""UNet families: UNet2DModel (class labels or nothing), and the text-conditioned ones of Stable Diffusion."""
+"""UNet families: UNet2DModel (class labels or unconditional), and the text-conditioned Stable Diffusion."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
-from fastgen.families.parts import rebuilt
+from fastgen.families.parts import DiffusersModel, rebuilt
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
 def guidance_features(w: Tensor, dim: int) -> Tensor:
-    """What Stable Diffusion pipelines pass as `timestep_cond` [B, dim]: sin and cos of 1000 (w - 1) at
-    frequencies from 1 down to 1e-4 (LCM, arXiv 2310.04378).
+    """The embedding [B, dim] that Stable Diffusion pipelines pass as `timestep_cond`: sin and cos of
+    1000 (w - 1) at frequencies from 1 down to 1e-4 (LCM, arXiv 2310.04378).
     """
     frequency = torch.exp(torch.arange(dim // 2, device=w.device) * (-math.log(1e4) / (dim // 2 - 1)))
     phase = (1000 * (w.float() - 1))[:, None] * frequency
@@ -23,31 +24,32 @@ def guidance_features(w: Tensor, dim: int) -> Tensor:
 
 
 class UNet(Family):
-    """What every UNet of diffusers shares."""
+    """Common base of the UNets of diffusers."""
 
     component = "unet"
-    schedules = ("VP", "Flow", "EDM")
+    schedules: tuple[str, ...] = ("VP", "Flow", "EDM")
     sample_key = "sample"
-    final_layers = ("time_embedding.*", "conv_in", "conv_out", "add_embedding.*")
+    final_layers: tuple[str, ...] = ("time_embedding.*", "conv_in", "conv_out", "add_embedding.*")
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return [*net.down_blocks, net.mid_block]
 
-    def default_taps(self, net: nn.Module) -> tuple[int, ...]:
+    def default_taps(self, net: DiffusersModel) -> tuple[int, ...]:
         return (-1,)
 
-    def feature_map(self, net: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    def feature_map(self, net: DiffusersModel, out: Tensor, x: Tensor) -> Tensor:
         return out
 
-    def feature_channels(self, net: nn.Module) -> list[int]:
+    def feature_channels(self, net: DiffusersModel) -> list[int]:
         widths = list(net.config.block_out_channels)
         return [*widths, widths[-1]]
 
 
 class UNet2D(UNet):
-    """UNet2DModel: class labels or nothing; VP, flow or EDM is read off the scheduler."""
+    """UNet2DModel: class labels or unconditional; the scheduler decides between VP, flow and EDM."""
 
-    name, net_class, pipelines = "unet2d", "UNet2DModel", ("DDPMPipeline", "DDIMPipeline")
+    name, net_class = "unet2d", "UNet2DModel"
+    pipelines: tuple[str, ...] = ("DDPMPipeline", "DDIMPipeline")
     kind = "labels"
     factor = 1
     keys = ("class_labels",)
@@ -84,22 +86,22 @@ class SD(UNet):
         bare_lcm = not index and config.get("time_cond_proj_dim")
         return not (config.get("addition_embed_type") or bare_lcm)
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         dim = net.config.time_cond_proj_dim
         if dim and "guidance" in cond:
             cond = {**cond, "timestep_cond": guidance_features(cond["guidance"], dim)}
         return super().call(net, x, time, cond)
 
     @torch.no_grad()
-    def add_guidance(self, net: nn.Module) -> nn.Module:
-        """`time_cond_proj_dim` of latent consistency models: the pipeline then tells w, without guiding."""
+    def add_guidance(self, net: DiffusersModel) -> DiffusersModel:
+        """The input `timestep_cond` of latent consistency models, by which the pipeline passes w."""
         if net.config.time_cond_proj_dim:
             return net
-        told = rebuilt(net, time_cond_proj_dim=256)
-        told.time_embedding.cond_proj.weight.zero_()
-        return told
+        with_guidance = rebuilt(net, time_cond_proj_dim=256)
+        with_guidance.time_embedding.cond_proj.weight.zero_()
+        return with_guidance
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.cross_attention_dim)}
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class SD(UNet):
 
 
 class LCM(SD):
-    """Stable Diffusion's UNet with the guidance scale embedded beside the time (arXiv 2310.04378)."""
+    """Stable Diffusion's UNet that also embeds the guidance scale (arXiv 2310.04378)."""
 
     name, pipelines = "lcm", ("LatentConsistencyModelPipeline",)
     default_guidance = 8.0
@@ -121,19 +123,19 @@ class LCM(SD):
 
 
 class SDXL(SD):
-    """UNet2DConditionModel of SDXL: two encoders' states, pooled text and the sizes as micro-conditions."""
+    """UNet2DConditionModel of SDXL: two text encoders' states, pooled text, and sizes as micro-conditions."""
 
     name, pipelines = "sdxl", ("StableDiffusionXLPipeline",)
-    index_extra = {}
+    index_extra: dict[str, Any] = {}
 
     def matches(self, index: dict, config: dict) -> bool:
         return config.get("addition_embed_type") == "text_time"
 
-    def given(self, x: Tensor, cond: Cond) -> Cond:
+    def inputs(self, x: Tensor, cond: Cond) -> dict[str, Any]:
         added = {"text_embeds": cond["text_embeds"].to(x.dtype), "time_ids": cond["time_ids"].to(x.dtype)}
-        return super().given(x, cond) | {"added_cond_kwargs": added}
+        return super().inputs(x, cond) | {"added_cond_kwargs": added}
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         pooled = net.config.projection_class_embeddings_input_dim - 6 * net.config.addition_time_embed_dim
         return super().cond_shapes(net, codec) | {"text_embeds": (pooled,), "time_ids": (6,)}
 
@@ -142,16 +144,16 @@ class SDXL(SD):
         states, _, pooled, _ = codec.pipe.encode_prompt(
             prompts, device=codec.device, do_classifier_free_guidance=False
         )
-        return self._sized(codec, states, pooled)
+        return self._with_sizes(codec, states, pooled)
 
     @torch.no_grad()
     def null(self, codec) -> Cond:
         _, states, _, pooled = codec.pipe.encode_prompt(
             [""], device=codec.device
-        )  # zeros where the folder says so
-        return self._sized(codec, states, pooled)
+        )  # zeros if force_zeros_for_empty_prompt
+        return self._with_sizes(codec, states, pooled)
 
-    def _sized(self, codec, states: Tensor, pooled: Tensor) -> Cond:
+    def _with_sizes(self, codec, states: Tensor, pooled: Tensor) -> Cond:
         (h, w), num = codec.pixels, len(states)  # original size, no crop, target size
         ids = torch.tensor([[h, w, 0, 0, h, w]], dtype=torch.float32, device=states.device)
         return {
@@ -162,7 +164,7 @@ class SDXL(SD):
 
 
 class ControlSD(SD):
-    """Stable Diffusion with a ControlNet: both networks are the denoiser, cond holds the control image."""
+    """Stable Diffusion with a ControlNet: both networks are the denoiser, cond contains the control image."""
 
     name, pipelines = "controlnet", ("StableDiffusionControlNetPipeline",)
     extra = ("controlnet",)
@@ -171,20 +173,20 @@ class ControlSD(SD):
     def matches(self, index: dict, config: dict) -> bool:
         return "controlnet" in index and super().matches(index, config)
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         states = cond["encoder_hidden_states"].to(x.dtype)
-        given = {"encoder_hidden_states": states, "controlnet_cond": cond["control"].to(x.dtype)}
-        down, mid = net.controlnet(x, time, **given, return_dict=False)
+        inputs = {"encoder_hidden_states": states, "controlnet_cond": cond["control"].to(x.dtype)}
+        down, mid = net.controlnet(x, time, **inputs, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         return net.unet(x, time, encoder_hidden_states=states, **residuals, return_dict=False)[0]
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return super().cond_shapes(net, codec) | {"control": (3, *codec.pixels)}
 
     def encode_image(self, codec, images: Tensor) -> Cond:
         return {"control": images / 2 + 0.5}
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return super().taps(net.unet)
 
 

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
 from fastgen.families.frames import VideoFamily
+from fastgen.families.parts import DiffusersModel
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FRAME_RATE = 25.0  # frames a second, LTXPipeline's default
+FRAME_RATE = 25.0  # frames per second, the default of LTXPipeline
 
 
 class CogVideoX(VideoFamily):
     """CogVideoXTransformer3DModel: VP with zero terminal SNR, v; frames before channels; rotary positions
-    are made outside of the network, by the pipeline's own code.
+    are computed outside the network, by the pipeline's own code.
     """
 
     name, net_class, pipelines = "cogvideox", "CogVideoXTransformer3DModel", ("CogVideoXPipeline",)
@@ -24,26 +25,26 @@ class CogVideoX(VideoFamily):
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("time_embedding.*", "ofs_embedding.*", "patch_embed.*", "norm_out.*", "proj_out")
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return self.frames_first(net, x.transpose(1, 2), time, cond).transpose(1, 2)
 
-    def frames_first(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def frames_first(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The network's own layout, [B, f, C, h, w]."""
-        given = self.given(x, cond)
+        given = self.inputs(x, cond)
         if net.config.use_rotary_positional_embeddings:
             given["image_rotary_emb"] = rotary(net, x)
         if net.config.ofs_embed_dim is not None:
             given["ofs"] = x.new_full((1,), 2.0)
         return net(hidden_states=x, timestep=time, **given, return_dict=False)[0]
 
-    def channels(self, net: nn.Module) -> int:
+    def channels(self, net: DiffusersModel) -> int:
         return net.config.out_channels
 
-    def grid(self, net: nn.Module) -> tuple[int, ...]:
+    def grid(self, net: DiffusersModel) -> tuple[int, ...]:
         frames = (net.config.sample_frames - 1) // self.temporal + 1
         return frames, net.config.sample_height, net.config.sample_width
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.text_embed_dim)}
 
     def encode(self, codec, prompts: list[str]) -> Cond:
@@ -56,10 +57,10 @@ class CogVideoX(VideoFamily):
 
 
 class CogVideoXImage(CogVideoX):
-    """Image to video: the first frame's latents, zero for the others, stand beside the noise.
+    """Image to video: the latents of the first frame, zero for the others, are further input channels.
 
-    Like the pipeline, the image's latent is a draw from the autoencoder's posterior; here always the draw
-    of seed 0, so that an image is one condition.
+    As in the pipeline, the image's latent is a sample of the autoencoder's posterior; here always that of
+    seed 0, so that an image has one condition.
     """
 
     name, pipelines, needs_image = "cogvideox-i2v", ("CogVideoXImageToVideoPipeline",), True
@@ -67,10 +68,10 @@ class CogVideoXImage(CogVideoX):
     def matches(self, index: dict, config: dict) -> bool:
         return config.get("in_channels") != config.get("out_channels")
 
-    def frames_first(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def frames_first(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return super().frames_first(net, torch.cat([x, cond["image_latents"].to(x.dtype)], 2), time, cond)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         channels, frames, *sides = codec.shape
         return super().cond_shapes(net, codec) | {"image_latents": (frames, channels, *sides)}
 
@@ -87,18 +88,18 @@ class CogVideoXImage(CogVideoX):
         return {"image_latents": torch.cat(found)}
 
 
-def rotary(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(net: DiffusersModel, x: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) of the token positions of x [B, f, C, h, w], in units of latents."""
     from diffusers import CogVideoXPipeline
 
-    seen = SimpleNamespace(vae_scale_factor_spatial=1, transformer=net)
+    pipe = SimpleNamespace(vae_scale_factor_spatial=1, transformer=net)
     size = (x.shape[3], x.shape[4], x.shape[1])
-    return CogVideoXPipeline._prepare_rotary_positional_embeddings(seen, *size, x.device)
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, *size, x.device)
 
 
 class HunyuanVideo(VideoFamily):
-    """HunyuanVideoTransformer3DModel: Llama states with a mask, CLIP's pooled state, guidance embedded as
-    1000 w.
+    """HunyuanVideoTransformer3DModel: Llama states with a mask, the pooled state of CLIP, and the guidance
+    scale as the input 1000 w.
     """
 
     name, net_class, pipelines = "hunyuan-video", "HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",)
@@ -113,19 +114,19 @@ class HunyuanVideo(VideoFamily):
     )
     final_layers = ("time_text_embed.*", "context_embedder.*", "x_embedder.*", "norm_out.*", "proj_out")
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        given = self.given(x, cond)
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        given = self.inputs(x, cond)
         if net.config.guidance_embeds:
             given["guidance"] = 1000 * cond["guidance"].to(x.dtype)
         return net(hidden_states=x, timestep=time, **given, return_dict=False)[0]
 
-    def guidance_embedded(self, net: nn.Module) -> bool:
+    def guidance_embedded(self, net: DiffusersModel) -> bool:
         return net.config.guidance_embeds
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return [*net.transformer_blocks, *net.single_transformer_blocks]
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {
             "encoder_hidden_states": (codec.max_length, net.config.text_embed_dim),
             "encoder_attention_mask": (codec.max_length,),
@@ -154,12 +155,12 @@ class LTX(VideoFamily):
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("time_embed.*", "caption_projection.*", "proj_in", "proj_out")
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         frames, h, w = x.shape[2:]
         out = net(
             hidden_states=x.flatten(2).transpose(1, 2),
             timestep=time,
-            **self.given(x, cond),
+            **self.inputs(x, cond),
             num_frames=frames,
             height=h,
             width=w,
@@ -168,7 +169,7 @@ class LTX(VideoFamily):
         )[0]
         return out.transpose(1, 2).unflatten(2, (frames, h, w))
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {
             "encoder_hidden_states": (codec.max_length, net.config.caption_channels),
             "encoder_attention_mask": (codec.max_length,),
@@ -186,15 +187,15 @@ class LTX(VideoFamily):
             "rope_scale": scale.expand(len(prompts), 3).to(codec.device),
         }
 
-    def normalise(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         mean, std = (b.to(z).view(1, -1, 1, 1, 1) for b in (vae.latents_mean, vae.latents_std))
         return (z - mean) * vae.config.scaling_factor / std
 
-    def denormalise(self, vae: nn.Module, x0: Tensor) -> Tensor:
+    def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         mean, std = (b.to(x0).view(1, -1, 1, 1, 1) for b in (vae.latents_mean, vae.latents_std))
         return x0 * std / vae.config.scaling_factor + mean
 
-    def decode(self, vae: nn.Module, z: Tensor) -> Tensor:
+    def decode(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         time = z.new_zeros(len(z)) if vae.config.timestep_conditioning else None
         return vae.decode(z, time, return_dict=False)[0]
 

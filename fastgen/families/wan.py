@@ -1,9 +1,9 @@
 """Wan video transformers and AnyFlow, their flow-map descendant: flow, UMT5 states without a mask.
 
-Wan 2.2's 14B models hold two experts and change at `boundary_ratio`. `Experts` is one denoiser of both:
-every row of a batch goes through the expert its time belongs to, in training as in sampling. A training
-step therefore moves an expert only by the rows that fall on its side, and leaves the other's gradients
-empty where none do; both are learned by one student (one adapter each) and exported together.
+Wan 2.2's 14B models have two experts, one for times above `boundary_ratio` and one for those below.
+`Experts` is the denoiser of both: each row of a batch is computed by the expert of its time, in training as
+in sampling. A training step therefore updates an expert by its own rows only, and gives the other no
+gradient if it has none. Both belong to one student (one adapter each) and are exported together.
 """
 
 import torch
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
 from fastgen.families.frames import VideoFamily
-from fastgen.families.parts import Parts
+from fastgen.families.parts import DiffusersModel, Parts
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Experts(Parts):
-    """A high-noise and a low-noise network; `taps` are where features of both sides meet."""
+    """A high-noise and a low-noise network; the modules `taps` output the features of both, merged."""
 
-    def __init__(self, boundary: float, **parts: nn.Module):
+    def __init__(self, boundary: float, **parts: DiffusersModel):
         super().__init__(**parts)
         self.boundary = boundary
         first = getattr(self, self.names[0])
-        self.taps = nn.ModuleList(nn.Identity() for _ in first.blocks)
+        self.taps = nn.ModuleList([nn.Identity() for _ in first.blocks])
 
     def rows(self, time: Tensor) -> dict[str, Tensor]:
-        """Which rows of a batch each expert serves, by name; the pipelines' own comparison."""
-        if time.is_meta:  # laid out for --dry_run: a time has no value
+        """Indices of the rows of a batch for each expert by name, by the comparison of the pipelines."""
+        if time.is_meta:  # --dry_run: a time has no value
             return {self.names[0]: torch.arange(len(time))}
         high = time >= 1000 * self.boundary
         found = {n: r.nonzero()[:, 0] for n, r in zip(self.names, (high, ~high))}
@@ -36,55 +36,56 @@ class Experts(Parts):
 
 
 class Wan(VideoFamily):
-    """WanTransformer3DModel asked by text: Wan 2.1, and the two experts of Wan 2.2."""
+    """WanTransformer3DModel with text: Wan 2.1, and the two experts of Wan 2.2."""
 
     name, net_class, pipelines = "wan", "WanTransformer3DModel", ("WanPipeline",)
-    extra = ("transformer_2",)
+    extra: tuple[str, ...] = ("transformer_2",)
     lora_parts = ("transformer", "transformer_2")
-    keys = ("encoder_hidden_states", "encoder_hidden_states_image")
+    keys: tuple[str, ...] = ("encoder_hidden_states", "encoder_hidden_states_image")
     temporal, divisor, max_length = 4, 2, 512
     default_grid = (21, 60, 104)  # 81 frames of 480 x 832
     lora_targets = (*ATTENTION, "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
     final_layers = ("condition_embedder.*", "patch_embedding", "proj_out")
 
-    def assemble(self, parts: dict[str, nn.Module], index: dict) -> nn.Module:
+    def assemble(self, parts: dict[str, DiffusersModel], index: dict) -> DiffusersModel:
         if len(parts) == 1:
             return super().assemble(parts, index)
         return Experts(index["boundary_ratio"], **parts)
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if not isinstance(net, Experts):
-            return self.one(net, x, time, cond)
+            return self.call_network(net, x, time, cond)
         rows = net.rows(time)
-        wanted = [i for i, tap in enumerate(net.taps) if tap._forward_hooks]
-        outs, kept, handles = [], {i: [] for i in wanted}, []
+        tapped = [i for i, tap in enumerate(net.taps) if tap._forward_hooks]
+        outs: list[Tensor] = []
+        kept: dict[int, list[Tensor]] = {i: [] for i in tapped}
+        handles = []
         try:
             for name, index in rows.items():
                 expert = getattr(net, name)
-                keep = {i: (lambda _m, _a, out, i=i: kept[i].append(out)) for i in wanted}
-                handles += [expert.blocks[i].register_forward_hook(keep[i]) for i in wanted]
+                keep = {i: (lambda _m, _a, out, i=i: kept[i].append(out)) for i in tapped}
+                handles += [expert.blocks[i].register_forward_hook(keep[i]) for i in tapped]
                 picked = (x, time, cond) if len(rows) == 1 else _rows(index, x, time, cond)
-                outs.append(self.one(expert, *picked))
+                outs.append(self.call_network(expert, *picked))
         finally:
             for handle in handles:
                 handle.remove()
         order = torch.cat(list(rows.values())).argsort()
-        for i in wanted:
+        for i in tapped:
             net.taps[i](_merge(kept[i], order))
         return _merge(outs, order)
 
-    def one(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """One expert, or the only network there is."""
-        given = self.given(x, cond)
-        return net(hidden_states=x, timestep=time, **given, return_dict=False)[0]
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """One of the experts, or the only network."""
+        return net(hidden_states=x, timestep=time, **self.inputs(x, cond), return_dict=False)[0]
 
-    def taps(self, net: nn.Module) -> list[nn.Module]:
+    def taps(self, net: DiffusersModel) -> list[nn.Module]:
         return list(net.taps if isinstance(net, Experts) else net.blocks)
 
-    def channels(self, net: nn.Module) -> int:
+    def channels(self, net: DiffusersModel) -> int:
         return net.config.out_channels
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.text_dim)}
 
     def encode(self, codec, prompts: list[str]) -> Cond:
@@ -94,19 +95,21 @@ class Wan(VideoFamily):
 
 
 class WanImage(Wan):
-    """Image to video: a mask and the first frame's latents stand beside the noise; CLIP states in 2.1."""
+    """Image to video: a mask and the latents of the first frame as further input channels; in 2.1 also CLIP
+    states.
+    """
 
     name, pipelines, needs_image = "wan-i2v", ("WanImageToVideoPipeline",), True
 
     def matches(self, index: dict, config: dict) -> bool:
         return config.get("in_channels") != config.get("out_channels")
 
-    def one(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return super().one(net, torch.cat([x, cond["image_latents"].to(x.dtype)], 1), time, cond)
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return super().call_network(net, torch.cat([x, cond["image_latents"].to(x.dtype)], 1), time, cond)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
-        beside = net.config.in_channels - net.config.out_channels
-        shapes = super().cond_shapes(net, codec) | {"image_latents": (beside, *codec.shape[1:])}
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
+        extra = net.config.in_channels - net.config.out_channels
+        shapes = super().cond_shapes(net, codec) | {"image_latents": (extra, *codec.shape[1:])}
         if net.config.image_dim is None:
             return shapes
         encoder = getattr(codec.pipe, "image_encoder", None)
@@ -125,7 +128,7 @@ class WanImage(Wan):
 
 
 class WanTokens(Wan):
-    """Wan 2.2 TI2V-5B asked by text: every token carries its own time."""
+    """Wan 2.2 TI2V-5B with text: every token has its own time."""
 
     name = "wan-ti2v"
     factor, default_grid = 16, (31, 44, 80)  # 121 frames of 704 x 1280
@@ -133,35 +136,35 @@ class WanTokens(Wan):
     def matches(self, index: dict, config: dict) -> bool:
         return bool(index.get("expand_timesteps", config.get("in_channels") == 48))
 
-    def one(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return super().one(net, x, self.times(net, x, time), cond)
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return super().call_network(net, x, self.times(net, x, time), cond)
 
-    def times(self, net: nn.Module, x: Tensor, time: Tensor) -> Tensor:
-        """[B, tokens]."""
+    def times(self, net: DiffusersModel, x: Tensor, time: Tensor) -> Tensor:
+        """The time of every token, [B, tokens]."""
         sizes = [side // patch for side, patch in zip(x.shape[2:], net.config.patch_size)]
         return time[:, None].expand(-1, sizes[0] * sizes[1] * sizes[2])
 
 
 class WanTokensImage(WanTokens):
-    """Wan 2.2 TI2V-5B with a first frame: its tokens are clean and stand at time zero, so D returns it."""
+    """Wan 2.2 TI2V-5B with a first frame: its tokens are clean and have time 0, so that D returns it."""
 
     name, pipelines, needs_image = "wan-ti2v-image", ("WanImageToVideoPipeline",), True
 
     def matches(self, index: dict, config: dict) -> bool:
         return super().matches(index, config) and index.get("_class_name") in self.pipelines
 
-    def one(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         first = cond["image_latents"].to(x.dtype)
-        out = super().one(net, torch.cat([first, x[:, :, 1:]], 2), time, cond)
+        out = super().call_network(net, torch.cat([first, x[:, :, 1:]], 2), time, cond)
         t = (time / 1000).to(x.dtype).reshape(-1, 1, 1, 1, 1)
         return torch.cat([(x[:, :, :1] - first) / t, out[:, :, 1:]], 2)  # x - t v = first
 
-    def times(self, net: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    def times(self, net: DiffusersModel, x: Tensor, time: Tensor) -> Tensor:
         every = super().times(net, x, time)
         first = torch.arange(every.shape[1], device=x.device) < every.shape[1] // x.shape[2]
         return every.masked_fill(first, 0.0)
 
-    def cond_shapes(self, net: nn.Module, codec) -> dict[str, tuple[int, ...]]:
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         frame = (codec.shape[0], 1, *codec.shape[2:])
         return super().cond_shapes(net, codec) | {"image_latents": frame}
 
@@ -172,10 +175,10 @@ class WanTokensImage(WanTokens):
 
 
 class AnyFlow(Wan):
-    """AnyFlowTransformer3DModel: frames before channels, and a second time r that the step ends at.
+    """AnyFlowTransformer3DModel: frames before channels, and a second time r at which the step ends.
 
-    As a denoiser r = t, its instantaneous velocity; the pipeline samples that with use_mean_velocity False.
-    A cond entry "r_timestep" [B] on the 0 .. 1000 scale asks for the average velocity down to r instead.
+    The denoiser is its instantaneous velocity, r = t, with which the pipeline samples if use_mean_velocity is
+    False. With cond["r_timestep"] [B], from 0 to 1000, it is the average velocity from t to r.
     """
 
     name, net_class, pipelines = "anyflow", "AnyFlowTransformer3DModel", ("AnyFlowPipeline",)
@@ -183,9 +186,9 @@ class AnyFlow(Wan):
     keys = ("encoder_hidden_states",)
     call_arguments = {"use_mean_velocity": False}
 
-    def one(self, net: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         per_frame = [v[:, None].expand(-1, x.shape[2]) for v in (time, cond.get("r_timestep", time))]
-        out = net(x.transpose(1, 2), *per_frame, **self.given(x, cond), return_dict=False)[0]
+        out = net(x.transpose(1, 2), *per_frame, **self.inputs(x, cond), return_dict=False)[0]
         return out.transpose(1, 2)
 
 
@@ -198,7 +201,7 @@ def _merge(parts: list[Tensor], order: Tensor) -> Tensor:
 
 
 def pictures(images: Tensor) -> list:
-    """Pixels [B, 3, H, W] in [-1, 1] as PIL images, as users hand them to a pipeline."""
+    """Images [B, 3, H, W] in [-1, 1] as PIL images, which pipelines take."""
     from PIL import Image
 
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,8 +1,9 @@
-"""Attention kernels by name, and the exact one that tangents need.
+"""Attention kernels by name, and the one that forward-mode derivatives need.
 
-A kernel acts while a network runs (and while a checkpointed block is recomputed), never globally. math,
-flash, efficient and cudnn are PyTorch's own and reach every network; flex, xformers and sage go through
-diffusers' dispatcher, which older networks do not call: there they would do nothing, and are refused.
+A kernel is in use while a network runs (and while a checkpointed block is recomputed), never globally. math,
+flash, efficient and cudnn are PyTorch's own and work with every network; flex, xformers and sage need
+diffusers' attention dispatcher. On older networks, which do not call it, they would have no effect and are a
+user error.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ _exact: ContextVar[bool] = ContextVar("exact_attention", default=False)
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """The kernel with forward-mode derivatives: inside it jvp passes through every family, whatever kernel
-    the network was given.
+    """Run attention with PyTorch's math kernel, the only one with forward-mode derivatives, whichever kernel
+    the network is set to.
     """
     token = _exact.set(True)
     try:
@@ -40,7 +41,7 @@ def exact_attention() -> Iterator[None]:
 
 @contextmanager
 def kernel(name: str | None) -> Iterator[None]:
-    """Run attention with this kernel inside the block; None leaves PyTorch's choice."""
+    """Run attention with this kernel inside the block; None leaves the choice to PyTorch."""
     if name is None or _exact.get():
         yield
     elif name in TORCH:
@@ -54,12 +55,12 @@ def kernel(name: str | None) -> Iterator[None]:
 
 
 def dispatches(net: nn.Module) -> bool:
-    """Whether a network's attention asks diffusers' dispatcher, rather than PyTorch itself."""
+    """Whether a network's attention goes through diffusers' dispatcher, not directly to PyTorch."""
     return any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
 
 
-def works(name: str, device) -> bool:
-    """Whether a kernel runs here, forwards and backwards."""
+def works(name: str, device: str | torch.device) -> bool:
+    """Whether a kernel runs on this device, forward and backward."""
     try:
         if name == "xformers":
             import xformers.ops  # noqa: F401
@@ -68,19 +69,20 @@ def works(name: str, device) -> bool:
             q = q.detach().half().requires_grad_()
         with kernel(name):
             if name in TORCH:
-                out = nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3)
+                heads = q.transpose(1, 2)
+                out = nn.functional.scaled_dot_product_attention(heads, heads, heads)
             else:
                 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
                 out = dispatch_attention_fn(q, q, q)
             out.float().sum().backward()
-    except Exception:  # a kernel that is missing, or has no backward, tells so in many ways
+    except Exception:  # a missing kernel, or one without backward, raises errors of many types
         return False
     return True
 
 
-def check(net: nn.Module, name: str | None, device) -> str | None:
-    """The kernel to use, or a UserError naming those that work on this machine and this network."""
+def check(net: nn.Module, name: str | None, device: str | torch.device) -> str | None:
+    """The kernel to use (None for PyTorch's choice); UserError with those that work if it does not."""
     if name in (None, "auto", "native"):
         return None
     device = (
@@ -92,5 +94,5 @@ def check(net: nn.Module, name: str | None, device) -> str | None:
     usable = ", ".join(["auto", "native", *(k for k in known if k != name and works(k, device))])
     found = f"{name!r} does not run on this machine"
     if name not in known:
-        found = f"{name!r} would do nothing: {type(net).__name__} calls PyTorch's attention itself"
-    raise UserError("teacher.attention", found, f"usable here: {usable}")
+        found = f"{name!r} has no effect on {type(net).__name__}, which calls PyTorch's attention directly"
+    raise UserError("teacher.attention", found, f"use one of {usable}")

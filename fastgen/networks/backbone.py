@@ -1,21 +1,21 @@
-"""A diffusers denoiser seen as D(x_t, t, cond) -> x0, with feature taps, tangents and adapters in one place.
+"""A diffusers denoiser as D(x_t, t, cond) -> x0, with feature taps, guidance and adapters.
 
-`Family` declares what differs between denoiser classes; `Backbone` does what is the same for all of them.
+`Family` declares what differs between denoiser classes; `Backbone` implements what is common to all.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
-from fastgen.families.parts import FLOW_TIMES
+from fastgen.families.parts import FLOW_TIMES, DiffusersModel
 from fastgen.networks.attention import kernel
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.lora_targets import adapter_layers
@@ -23,8 +23,8 @@ from fastgen.networks.lora_targets import adapter_layers
 __all__ = ["Backbone", "Cond", "Family"]
 
 
-class _Reached(Exception):
-    """Raised by the deepest feature hook to skip the rest of a forward pass nobody needs."""
+class _AllTapsReached(Exception):
+    """Raised by the hook of the last tap to end a forward pass whose remaining output is not needed."""
 
 
 class Backbone(Denoiser):
@@ -34,24 +34,22 @@ class Backbone(Denoiser):
     Karras et al. (arXiv 2206.00364, table 1).
     """
 
-    family: Family
-    net: Any
-    """a network of diffusers"""
-
-    def __init__(self, net: nn.Module, family: Family, schedule: Schedule, prediction: str):
+    def __init__(self, net: DiffusersModel, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
         self.second_time = False
-        """whether the network also reads where its step ends, cond["r"] [B], as one more input channel"""
+        """whether the network also takes the time at which its step ends, cond["r"] [B], as one more input
+        channel
+        """
         self.adapter: str | None = None
         self.attention: str | None = None
         self.adapter_names: tuple[str, ...] = ()
         self.fixed: tuple[str, ...] = ()
-        """beginnings of the names of parameters that no role trains"""
+        """name prefixes of the parameters that no role trains"""
 
     # -- prediction ----------------------------------------------------------------------------------------
     def net_time(self, t: Tensor) -> Tensor:
-        """The schedule's t as this network's time argument, float32 [B]."""
+        """This network's time argument at the schedule's time t, float32 [B]."""
         t = t.double()
         if isinstance(self.schedule, EDM):
             return (self.family.edm_time * t.log()).float()
@@ -62,8 +60,8 @@ class Backbone(Denoiser):
         return FLOW_TIMES[self.family.flow_time](t).float()
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Native prediction of the network, [B, C, ...] float32; it is told cond["net_t"] where that is
-        given.
+        """Native prediction of the network, [B, C, ...] float32. cond["net_t"] [B], if present, replaces t as
+        the time that the network gets.
         """
         dtype = next(self.net.parameters()).dtype
         if self.prediction == "edm":
@@ -77,7 +75,7 @@ class Backbone(Denoiser):
         return (out[:, : x_t.shape[1]] if self.second_time else out).float()
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """D from the native prediction."""
+        """D of a native prediction."""
         if self.prediction != "edm":
             return self.schedule.to_x0(self.prediction, out, x_t, t)
         var, t = self.schedule.sigma_data**2, t.double()
@@ -89,40 +87,41 @@ class Backbone(Denoiser):
         return self.to_x0(self.raw(x_t, t, cond), x_t, t)
 
     def add_guidance(self) -> None:
-        """Make the guidance scale an input of the network; call it before adapters are added."""
+        """Make the guidance scale, cond["guidance"] [B], an input of the network; call before adapters."""
         self.net = self.family.add_guidance(self.net).eval()
 
     def add_second_time(self) -> None:
-        """Make the end of a step an input of the network; call it before adapters are added."""
+        """Make the end of a step, cond["r"] [B], an input of the network; call before adapters."""
         if not self.second_time:
             self.net = self.family.add_second_time(self.net).eval()
             self.second_time = True
 
     def fix(self, name: str) -> None:
-        """Leave a module of the network out of what its roles train."""
+        """Exclude a module of the network from training."""
         self.fixed += (f"net.{name}.",)
         self.net.get_submodule(name).requires_grad_(False)
 
     def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598); for families whose pipeline
-        guides so, the flow it stands for is rescaled to the conditional one's size where w > 1.
+        """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598).
+
+        With `Family.guidance_keeps_norm`, and where w > 1, the implied flow prediction is then rescaled to
+        the norm of the conditional one, as in the family's pipeline.
         """
         guided = D_uncond + w * (D - D_uncond)
         if not self.family.guidance_keeps_norm:
             return guided
-        flow, wanted = (self.schedule.from_x0("flow", d, x_t, t) for d in (guided, D))
-        ratio = self.family.guidance_norm(wanted) / self.family.guidance_norm(flow)
+        flow, conditional = (self.schedule.from_x0("flow", d, x_t, t) for d in (guided, D))
+        ratio = self.family.guidance_norm(conditional) / self.family.guidance_norm(flow)
         rescaled = self.schedule.to_x0("flow", flow * ratio, x_t, t)
         return torch.where(torch.as_tensor(w, device=D.device) > 1, rescaled, guided)
 
     # -- features ------------------------------------------------------------------------------------------
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
-    ):
-        """Feature maps [B, C, h, w] at the chosen taps; with score=True also D, else the pass stops at the
-        last tap.
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """(feature maps [B, C, h, w] at the taps, D) from one pass of the network.
 
-        Returns (features, D or None); one network pass serves both.
+        Without score=True D is None, and the pass ends at the last tap.
         """
         modules = self.family.taps(self.net)
         chosen = [modules[i] for i in taps]
@@ -132,7 +131,7 @@ class Backbone(Denoiser):
             def keep(_module, _args, out):
                 found[index] = out[self.family.tap_output] if isinstance(out, tuple) else out
                 if not score and len(found) == len(chosen):
-                    raise _Reached
+                    raise _AllTapsReached
 
             return keep
 
@@ -140,7 +139,7 @@ class Backbone(Denoiser):
         D = None
         try:
             D = self(x_t, t, cond)
-        except _Reached:
+        except _AllTapsReached:
             assert not score
         finally:
             for handle in handles:
@@ -152,12 +151,14 @@ class Backbone(Denoiser):
     def add_adapter(
         self, name: str, rank: int, alpha: float, targets: tuple[str, ...], rs: bool = False
     ) -> None:
-        """Inject a LoRA named `name`; `using(name)` switches it on. rs scales by alpha / sqrt(rank)."""
+        """Add a LoRA adapter, which `using(name)` activates. It is scaled by alpha / rank, or with rs by
+        alpha / sqrt(rank); targets are endings of layer names.
+        """
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=cast(int, alpha),  # peft takes any number
             init_lora_weights="gaussian",
             target_modules=adapter_layers(self.family, self.net, tuple(targets)),
             lora_dropout=0.0,
@@ -165,14 +166,14 @@ class Backbone(Denoiser):
         )
         inject_adapter_in_model(config, self.net, adapter_name=name)
         for key, parameter in self.net.named_parameters():
-            if "lora_" in key and f".{name}." in key:  # adapters learn in float32 over a half-precision base
+            if "lora_" in key and f".{name}." in key:  # trained in float32, also on half-precision weights
                 parameter.data = parameter.data.float()
         self.adapter_names += (name,)
         self.set_adapter(None)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make one adapter (or none) act from now on; leaves requires_grad alone, unlike peft's own
-        switch.
+        """Activate one adapter (or none) from now on. Unlike peft's own function it does not change
+        requires_grad.
         """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -185,7 +186,7 @@ class Backbone(Denoiser):
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Act with this adapter inside the block."""
+        """Use this adapter (None: none) inside the block."""
         before = self.adapter
         if before != name:
             self.set_adapter(name)
@@ -196,11 +197,11 @@ class Backbone(Denoiser):
                 self.set_adapter(before)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations at backward, each under the adapter its forward pass ran with."""
+        """Recompute activations in the backward pass, with the adapter that the forward pass used."""
         for part in self.family.parts(self.net).values():
             if not part._supports_gradient_checkpointing:
-                found = f"true, and diffusers' {type(part).__name__} has none"
-                raise UserError("train.gradient_checkpointing", found, "set it false")
+                found = f"found true, which diffusers' {type(part).__name__} does not support"
+                raise UserError("train.gradient_checkpointing", found, "set it to false")
 
         def recompute(function, *args):
             adapter = self.adapter

@@ -1,7 +1,8 @@
-"""Image-text agreement by a two-tower net in a local folder: the cosine of a picture and a caption."""
+"""Image-text similarity: the cosine of a CLIP model's embeddings of an image and a caption."""
 
 import json
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,11 @@ from fastgen.core.paths import resolve
 
 
 class ImageText(nn.Module):
-    """A frozen CLIPModel with its tokenizer; differentiable in the images."""
+    """A frozen CLIPModel with its tokenizer, from a local folder; differentiable in the images."""
+
+    model: Any
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, path: str, key: str = "clip"):
         super().__init__()
@@ -24,30 +29,30 @@ class ImageText(nn.Module):
             folder = resolve(path)
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            found = json.loads((folder / "processor_config.json").read_text())
+            processor = json.loads((folder / "processor_config.json").read_text())
         except (OSError, ValueError, FileNotFoundError) as error:
-            raise UserError(
-                key, f"{path} cannot be read ({first_line(error)})", "a CLIPModel folder"
-            ) from None
-        found = found.get("image_processor", found)
+            found = f"{path} cannot be read ({first_line(error)})"
+            needed = "give a folder with a CLIPModel, its tokenizer and its processor_config.json"
+            raise UserError(key, found, needed) from None
+        processor = processor.get("image_processor", processor)
         for name in ("image_mean", "image_std"):
-            self.register_buffer(name, torch.tensor(found[name]).reshape(3, 1, 1))
+            self.register_buffer(name, torch.tensor(processor[name]).reshape(3, 1, 1))
         self.requires_grad_(False).eval()
-        self._known: dict[str, Tensor] = {}
+        self._embeddings: dict[str, Tensor] = {}
 
-    def words(self, texts: list[str]) -> Tensor:
-        """Unit vectors of texts, each encoded once."""
-        new = sorted(set(texts) - set(self._known))
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Unit vectors [B, C] of texts; each text is encoded only once."""
+        new = sorted(set(texts) - set(self._embeddings))
         if new:
             length = self.model.config.text_config.max_position_embeddings
             tokens = self.tokenizer(
                 new, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
-            given = {k: tokens[k].to(self.image_mean.device) for k in ("input_ids", "attention_mask")}
+            inputs = {k: tokens[k].to(self.image_mean.device) for k in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                states = self.model.text_projection(self.model.text_model(**given).pooler_output)
-            self._known |= dict(zip(new, F.normalize(states, dim=-1)))
-        return torch.stack([self._known[t] for t in texts])
+                states = self.model.text_projection(self.model.text_model(**inputs).pooler_output)
+            self._embeddings |= dict(zip(new, F.normalize(states, dim=-1)))
+        return torch.stack([self._embeddings[t] for t in texts])
 
     def forward(self, images: Tensor, texts: list[str]) -> Tensor:
         """Cosine of image i [B, 3, H, W] in [0, 1] with text i, [B]."""
@@ -55,14 +60,14 @@ class ImageText(nn.Module):
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels = (images.float() - self.image_mean) / self.image_std
-        seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
-        return (F.normalize(seen, dim=-1) * self.words(texts)).sum(-1)
+        states = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return (F.normalize(states, dim=-1) * self.encode_texts(texts)).sum(-1)
 
 
 class Alignment:
-    """cos(image(x0), text) of samples in the teacher's own space; a frozen part of a cast."""
+    """Image-text cosine of x0, which the teacher's codec decodes; a frozen auxiliary of a method."""
 
-    def __init__(self, net: ImageText, codec: nn.Module):
+    def __init__(self, net: ImageText, codec: Any):
         self.net, self.codec = net, codec
 
     def __call__(self, x0: Tensor, texts: list[str]) -> Tensor:
@@ -74,5 +79,5 @@ class Alignment:
 
 @lru_cache(maxsize=2)
 def image_text(path: str, device: str = "cpu") -> ImageText:
-    """One net per folder and device for the life of the process."""
+    """One model per folder and device, kept in memory until the process ends."""
     return ImageText(path).to(device)

@@ -227,7 +227,7 @@ def temporal_factor(family: Family, pipe) -> int:
 @torch.no_grad()
 def encode_latents(family: Family, vae, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    return family.normalise(vae, family.encoded(vae, images.to(vae.dtype)).float()).contiguous()
+    return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
 
 
 def decode_latents(family: Family, vae, x0: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The small networks that measure images: attribute classifiers whose features feed the Frechet distance."""
+"""Small classifiers of image attributes, whose features the bundled metrics and perceptual losses use."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,19 +13,21 @@ from torch import Tensor, nn
 
 
 class FeatureNet(nn.Module):
-    """Three convolutions, a feature vector and a linear head per attribute; takes images in [0, 1]."""
+    """Three convolutions, a feature vector and a linear head per attribute, for images in [0, 1].
+
+    heads: number of classes of each attribute; size: height and width of the images.
+    """
 
     def __init__(
         self,
         channels: int,
         size: int,
         heads: dict[str, int],
-        widths: tuple[int, int, int] = (32, 64, 96),
+        widths: Sequence[int] = (32, 64, 96),
         num_features: int = 64,
     ):
         super().__init__()
-        widths = tuple(widths)
-        self.config = {
+        self.config: dict[str, Any] = {
             "channels": channels,
             "size": size,
             "heads": dict(heads),
@@ -44,7 +48,7 @@ class FeatureNet(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(num_features, k) for name, k in heads.items()})
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Activations after each stage, finest first (for perceptual losses)."""
+        """Feature maps [B, C, h, w] after each stage, highest resolution first (for perceptual losses)."""
         assert images.shape[1:] == (self.config["channels"], *[self.config["size"]] * 2), images.shape
         x, maps = images * 2 - 1, []
         for stage in self.stages:
@@ -58,17 +62,17 @@ class FeatureNet(nn.Module):
         return {"features": features, "logits": {name: head(features) for name, head in self.heads.items()}}
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and half-precision model.safetensors."""
+        """Write config.json and model.safetensors in half precision."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes mode 0600
 
     @classmethod
     def load(cls, folder: str | Path) -> FeatureNet:
-        """Read a saved net in float32, frozen and in eval mode."""
+        """Read a saved network in float32, frozen and in eval mode."""
         folder = Path(folder)
         net = cls(**json.loads((folder / "config.json").read_text()))
         net.load_state_dict(load_file(folder / "model.safetensors"))
@@ -76,9 +80,9 @@ class FeatureNet(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """x0 to the feature maps of the bundled net that knows its pictures; frozen."""
+    """x0 to the feature maps of a frozen network for the images that the codec decodes."""
 
-    def __init__(self, codec, net: FeatureNet):
+    def __init__(self, codec: Any, net: FeatureNet):
         super().__init__()
         self.net, self.decode = net, codec.decode
 
@@ -91,7 +95,7 @@ class Perceptual(nn.Module):
 
 @torch.no_grad()
 def measure(net: nn.Module, images: Tensor, batch_size: int = 500) -> dict:
-    """Run a FeatureNet over many images (uint8, or float in [0, 1]) on the device it lives on."""
+    """Features and logits of many images (uint8, or float in [0, 1]) by a FeatureNet on its own device."""
     device, parts = next(net.parameters()).device, []
     for chunk in images.split(batch_size):
         chunk = chunk.to(device)

@@ -1,7 +1,9 @@
-"""Files of a diffusers folder, read with their trouble told in one line."""
+"""Reading the files of a diffusers folder; errors are UserErrors of one line."""
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,43 +15,45 @@ DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def read_json(path: Path, key: str) -> dict:
+    """The object in a JSON file; `key` is the setting that an error names."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(key, f"{path} does not exist", "expected a diffusers folder with this part") from None
+        raise UserError(key, f"{path} does not exist", "give a complete diffusers folder") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(key, f"{path} is not valid JSON ({error})", "copy the file again") from None
     if not isinstance(found, dict):
-        raise UserError(key, f"{path} holds no JSON object", "copy the file again")
+        raise UserError(key, f"{path} contains no JSON object", "copy the file again")
     return found
 
 
-def load_part(folder: Path, key: str, cls, weights: bool = True, dtype=torch.float32):
-    """`from_pretrained` of one sub-folder, safetensors only, with file trouble told in one line.
+def load_part(
+    folder: Path, key: str, cls: Any, weights: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """`from_pretrained` of one subfolder, safetensors files only; UserError if it cannot be read.
 
-    With weights=False the files' headers are checked and the network is laid out on the meta device.
+    With weights=False the network is built on the meta device, and only the headers of its weight files are
+    read.
     """
     from safetensors import SafetensorError
 
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
     if not any(f.endswith(".safetensors") for f in files):
         pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        found = (
-            f"{folder} holds only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
-        )
-        raise UserError(key, found, "fastgen reads .safetensors files only")
+        found = f"{folder} has only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
+        raise UserError(key, found, "give a folder with .safetensors files, the only format that is read")
     try:
         if not weights:
-            return nn.Module.to(_layout(folder, cls), dtype)
+            return nn.Module.to(_build_on_meta(folder, cls), dtype)
         return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            key, f"{folder} cannot be read ({first_line(error)})", "the file may be truncated; copy it again"
+            key, f"{folder} cannot be read ({first_line(error)})", "copy or download the folder again"
         ) from None
 
 
-def _layout(folder: Path, cls):
-    """An empty network of the folder's config; its weight files are opened but not read."""
+def _build_on_meta(folder: Path, cls: Any) -> Any:
+    """The network of a folder's config without weights; the headers of its weight files are checked."""
     from safetensors import safe_open
 
     for file in folder.glob("*.safetensors"):
@@ -62,27 +66,27 @@ def _layout(folder: Path, cls):
 
 
 def component_class(folder: Path) -> type:
-    """The diffusers or transformers class a component's config names."""
+    """The class of diffusers or transformers that a component's config.json names."""
     import diffusers
     import transformers
 
     config = read_json(folder / "config.json", "teacher.path")
-    library, name = diffusers, config.get("_class_name", "")
+    library: ModuleType = diffusers
+    name = config.get("_class_name", "")
     if config.get("architectures"):
         library, name = transformers, config["architectures"][0]
     if not hasattr(library, name) or not name:
-        raise UserError(
-            "teacher.path", f"{folder / 'config.json'} names {name!r}", f"a class of {library.__name__}"
-        )
+        found = f"{folder / 'config.json'} names the class {name!r}, which {library.__name__} does not have"
+        raise UserError("teacher.path", found, f"correct the name, or install another {library.__name__}")
     return getattr(library, name)
 
 
 def hub_folder(path: str, allow_network: bool) -> Path:
-    """A local folder for `path`: itself, a bundled asset, or (only when asked for by name) a hub snapshot."""
+    """The local folder of `path`: a folder, a bundled asset, or a hub model (downloaded if allowed)."""
     try:
         folder = resolve(path)
     except FileNotFoundError as error:
-        raise UserError("teacher.path", str(error), "see assets/teachers") from None
+        raise UserError("teacher.path", str(error), "choose one of the folders in assets/teachers") from None
     if folder.is_dir():
         return folder
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))
@@ -90,7 +94,7 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         raise UserError(
             "teacher.path",
             f"{path!r} is not a folder",
-            "a diffusers folder, assets:teachers/NAME or a hub id",
+            "give a diffusers folder, assets:teachers/NAME or a hub id (OWNER/NAME)",
         )
     from huggingface_hub import snapshot_download
 
@@ -98,18 +102,20 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         skip = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx*"]
         return Path(snapshot_download(path, ignore_patterns=skip, local_files_only=not allow_network))
     except Exception as error:
-        hint = "set teacher.allow_download true to fetch it" if not allow_network else first_line(error)
+        hint = f"check the name and the connection ({first_line(error)})"
+        if not allow_network:
+            hint = "set teacher.allow_download to true to download it"
         raise UserError(
             "teacher.path", f"{path!r} is neither a folder nor in the local hub cache", hint
         ) from None
 
 
-def load_tokenizer(folder: Path):
-    """A tokenizer, its trouble told in one line."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; UserError if it cannot be read."""
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raise many kinds
-        told = f"{folder} cannot be read ({first_line(error)})"
-        raise UserError("teacher.path", told, "copy it again") from None
+    except Exception as error:  # tokenizers raise errors of many types
+        found = f"{folder} cannot be read ({first_line(error)})"
+        raise UserError("teacher.path", found, "copy or download the folder again") from None

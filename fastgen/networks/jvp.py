@@ -1,16 +1,16 @@
 """Directional derivatives of a network: d/dh f(x + h dx, t + h dt) at h = 0, for continuous-time methods.
 
-exact: forward-mode AD. Of torch's attention kernels only "math" has it, so the pass runs under that one.
-difference: (f(+h) - f(-h)) / 2h, two plain passes on any kernel. Networks embed time in float32 whatever
-  their weights, so h cannot be taken arbitrarily small.
+exact: forward-mode AD. Of PyTorch's attention kernels only "math" supports it, so that one is used.
+difference: (f(+h) - f(-h)) / 2h, two passes with any kernel. Networks embed time in float32 whatever the
+  precision of their weights, so that h cannot be arbitrarily small.
 
-Both run in their own pass without gradient and without autocast. The value of f is not returned: the pass
-with gradient that every method makes anyway gives it, and sg f is its `.detach()`. (Keeping one graph with
-its tangents costs more than two passes: 3.2 against 2.7 times a plain step on a UNet.)
+Both are computed without gradient and without autocast. The value of f is not returned: every method has it
+from its pass with gradient, as `.detach()`. (One pass that keeps both the graph and the tangents is slower
+than two passes: 3.2 against 2.7 times a plain training step on a UNet.)
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,40 +21,40 @@ from fastgen.core.errors import UserError
 from fastgen.networks.attention import exact_attention
 
 SMALLEST_STEP = 1e-5
-"""below it a difference of float32 passes is mostly rounding: about 1e-6 / 2h of the output"""
+"""for a smaller h the difference of float32 passes is mostly rounding error, about 1e-6 / 2h"""
 
 
 class TangentConfig(BaseModel):
-    """How derivatives along the trajectory are taken."""
+    """How derivatives along the trajectory are computed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     method: Literal["exact", "difference"] = "exact"
-    """forward-mode AD, or central differences of two plain passes"""
+    """exact: forward-mode automatic differentiation; difference: central difference of two passes"""
     step: float = Field(1e-4, gt=0)
-    """h of the differences, on times of order one"""
+    """step h of the central difference, in units of a time that runs from 0 to about 1"""
     math_attention: bool = True
-    """let the exact pass use torch's math attention; false keeps the kernel in force, which must have
-    forward AD
+    """compute exact derivatives with PyTorch's math attention; false keeps the kernel that is set, which
+    must support forward-mode differentiation
     """
 
     @model_validator(mode="after")
-    def _above_rounding(self):
+    def _above_rounding(self) -> "TangentConfig":
         if self.step < SMALLEST_STEP:
             raise ValueError(
-                f"step: found {self.step:g}; below {SMALLEST_STEP:g} the float32 rounding of the time "
-                "embedding outweighs the difference"
+                f"step: found {self.step:g}, where float32 rounding exceeds the difference; "
+                f"use at least {SMALLEST_STEP:g}"
             )
         return self
 
     @property
     def reach(self) -> float:
-        """How far from its point the derivative looks."""
+        """Distance from the point at which f is evaluated."""
         return self.step if self.method == "difference" else 1e-6
 
 
 def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
-    """Derivative of f at the tensors `at` in the direction `along`, shaped like f's output, detached."""
+    """Derivative of f at the tensors `at` in the direction `along`, shaped like the output of f, detached."""
     device = at[0].device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
         if cfg.method == "exact":
@@ -63,8 +63,8 @@ def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfi
         return (ends[0] - ends[1]) / (2 * cfg.step)
 
 
-def _forward_mode(f, at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
-    kernel = exact_attention() if cfg.math_attention else nullcontext()
+def _forward_mode(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
+    kernel: AbstractContextManager[None] = exact_attention() if cfg.math_attention else nullcontext()
     try:
         with kernel:
             return torch.func.jvp(f, at, along)[1].detach()
@@ -73,6 +73,6 @@ def _forward_mode(f, at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
             raise
         raise UserError(
             "objective.tangent",
-            "an operation of this network has no forward AD (as all attention kernels but math)",
-            "math_attention true, or method difference",
+            "an operation of this network does not support forward-mode differentiation",
+            "set its math_attention to true, or its method to difference",
         ) from error

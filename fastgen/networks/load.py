@@ -1,9 +1,10 @@
-"""`load_teacher`: a folder, hub id or blueprint to a denoiser with its codec."""
+"""`load_teacher`: the denoiser and codec of a model folder, a hub id or a blueprint."""
 
 import importlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,20 +12,23 @@ from torch import nn
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
 from fastgen.families.base import Family
+from fastgen.families.parts import DiffusersModel
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
 from fastgen.networks.backbone import Backbone
+from fastgen.networks.codecs import LabelCodec, TextCodec, spatial_factor, temporal_factor
 from fastgen.networks.files import DTYPES, component_class, hub_folder, load_part, load_tokenizer, read_json
-from fastgen.networks.meta_layout import lay_out
+from fastgen.networks.meta_layout import build_on_meta
 from fastgen.networks.schedulers import load_scheduler, schedule_of
 from fastgen.networks.teacher import Teacher
 
-NOT_THE_CODECS = ("scheduler", "safety_checker")
+NOT_IN_CODEC = ("scheduler", "safety_checker")
+"""components of a pipeline that a codec does not need"""
 
 
 @dataclass
-class Source:
-    """What a teacher is asked for, in the words of the config's teacher section."""
+class TeacherOptions:
+    """Which teacher to load and how; the fields are those of the config's teacher section."""
 
     path: str = ""
     prediction: str = "auto"
@@ -32,6 +36,7 @@ class Source:
     layout: dict | None = None
     allow_download: bool = False
     weights: bool = True
+    """False builds the networks on the meta device: shapes without weights"""
     family: dict | None = None
     dtype: str | None = None
     height: int | None = None
@@ -40,6 +45,7 @@ class Source:
     embedded_guidance: float | None = None
 
     def family_of(self, index: dict, config: dict) -> Family:
+        """The family that is declared, else the one of these configs."""
         if self.family:
             from fastgen.families.declared import declared
 
@@ -47,12 +53,24 @@ class Source:
         return detect(index, config)
 
 
-def _component(folder: Path, name: str, declared, source: Source):
-    """One part of a pipeline beside the denoiser, or None where the index leaves it out."""
+class DenoiserParts(NamedTuple):
+    """The denoiser of a teacher, and the configs that it was found with."""
+
+    family: Family
+    net: DiffusersModel
+    scheduler: Any
+    info: dict
+    """fastgen.json; empty for other models"""
+    model_index: dict
+    """model_index.json; empty without one"""
+
+
+def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) -> Any:
+    """A component of a pipeline other than the denoiser; None if the index does not have it."""
     if declared == [None, None] or not (declared or (folder / name).is_dir()):
         return None
     if not (folder / name).is_dir():
-        raise UserError("teacher.path", f"{folder} lacks its part {name!r}", "copy the whole folder")
+        raise _incomplete(folder, name)
     if "tokenizer" in name:
         return load_tokenizer(folder / name)
     library, cls = declared or ("transformers", "AutoImageProcessor")
@@ -60,32 +78,38 @@ def _component(folder: Path, name: str, declared, source: Source):
     if (folder / name / "config.json").is_file():
         own = where != library  # a class that only this pipeline has
         cls = getattr(importlib.import_module(where), cls) if own else component_class(folder / name)
-        return load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
+        return load_part(folder / name, "teacher.path", cls, options.weights, DTYPES[options.dtype])
     return getattr(importlib.import_module(where), cls).from_pretrained(folder / name, local_files_only=True)
 
 
-def load_pipe(folder: Path, family: Family, index: dict, source: Source):
+def _incomplete(folder: Path, name: str) -> UserError:
+    return UserError(
+        "teacher.path", f"{folder} has no subfolder {name!r}", "copy or download the whole model"
+    )
+
+
+def load_pipe(folder: Path, family: Family, index: dict, options: TeacherOptions) -> Any:
     """The pipeline of a folder without its denoiser and scheduler."""
     import diffusers
 
     name = index.get("_class_name")
     cls = getattr(diffusers, name if name in family.pipelines else family.pipeline)
-    left_out = (family.component, *family.extra, *NOT_THE_CODECS)
-    given = {}
+    left_out = (family.component, *family.extra, *NOT_IN_CODEC)
+    given: dict[str, Any] = {}
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if key in left_out:
             given[key] = None
         elif isinstance(index.get(key), list) or (folder / key).is_dir():
-            given[key] = _component(folder, key, index.get(key), source)
+            given[key] = _component(folder, key, index.get(key), options)
         elif key in index:
             given[key] = index[key]
         elif parameter.default is parameter.empty:
             given[key] = None
     missing = [k for k in ("vae", "text_encoder", "tokenizer") if k in given and given[k] is None]
     if missing and not index.get(missing[0]):
-        raise UserError("teacher.path", f"{folder} lacks its part {missing[0]!r}", "copy the whole folder")
+        raise _incomplete(folder, missing[0])
     if "requires_safety_checker" in given:
         given["requires_safety_checker"] = False
     pipe = cls(**given)
@@ -93,92 +117,97 @@ def load_pipe(folder: Path, family: Family, index: dict, source: Source):
     return pipe
 
 
-def _grid(family: Family, net, source: Source, factor: int, temporal: int = 0) -> tuple[int, ...]:
-    """Latent (h, w) or (f, h, w) of the size asked for, or of the size the network was made for."""
+def _grid(
+    family: Family, net: DiffusersModel, options: TeacherOptions, factor: int, temporal: int = 0
+) -> tuple[int, ...]:
+    """Latent (h, w) or (f, h, w) of the configured size, by default that of the network.
+
+    factor: image pixels per latent pixel; temporal: frames per latent frame.
+    """
     grid = list(family.grid(net))
     for key, at in (("height", -2), ("width", -1)):
-        asked = getattr(source, key)
-        if asked is None:
+        size = getattr(options, key)
+        if size is None:
             continue
-        if not family.sized:
-            raise UserError(f"teacher.{key}", f"found {asked}", f"{family.name} has no size to choose")
+        if not family.has_size:
+            raise UserError(f"teacher.{key}", f"found {size}", f"remove it: {family.name} has no image size")
         step = factor * family.divisor
-        if asked % step:
-            raise UserError(f"teacher.{key}", f"found {asked}", f"a multiple of {step} for {family.name}")
-        grid[at] = asked // factor
+        if size % step:
+            raise UserError(f"teacher.{key}", f"found {size}", f"{family.name} needs a multiple of {step}")
+        grid[at] = size // factor
     if family.square and grid[-2] != grid[-1]:
-        told = f"found {grid[-1] * factor} beside a height of {grid[-2] * factor}"
-        raise UserError("teacher.width", told, f"{family.name} makes square images")
-    frames = source.num_frames
+        found = f"found {grid[-1] * factor} with a height of {grid[-2] * factor}"
+        raise UserError("teacher.width", found, f"set both to one value: {family.name} needs square images")
+    frames = options.num_frames
     if frames is not None:
         if not temporal:
-            raise UserError("teacher.num_frames", f"found {frames}", f"{family.name} makes images")
+            instruction = f"remove it: {family.name} generates images, not videos"
+            raise UserError("teacher.num_frames", f"found {frames}", instruction)
         if (frames - 1) % temporal:
-            allowed = f"{temporal} k + 1 for {family.name}'s autoencoder"
-            raise UserError("teacher.num_frames", f"found {frames}", allowed)
+            instruction = f"the autoencoder of {family.name} needs 1 plus a multiple of {temporal}"
+            raise UserError("teacher.num_frames", f"found {frames}", instruction)
         grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)
 
 
-def _label_codec(folder: Path | None, family: Family, net, info: dict, source: Source):
-    from fastgen.networks.codecs import LabelCodec
-
+def _label_codec(folder: Path | None, found: DenoiserParts, options: TeacherOptions) -> LabelCodec:
+    """The codec of a class-conditional (or unconditional) teacher."""
+    family, net, _, info, _ = found
     rows = net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
     classes = info.get("num_classes", rows)
-    grid = _grid(family, net, source, family.factor)
+    grid = _grid(family, net, options, family.factor)
     codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
     codec.has_null = family.has_null(net, classes)
     codec.family = family
     if folder is not None and (folder / "vae").is_dir():
         cls = component_class(folder / "vae")
-        codec.vae = load_part(folder / "vae", "teacher.path", cls, source.weights, DTYPES[source.dtype])
-        codec.vae.requires_grad_(False).eval()
+        vae = load_part(folder / "vae", "teacher.path", cls, options.weights, DTYPES[options.dtype])
+        codec.vae = vae.requires_grad_(False).eval()
     return codec
 
 
-def _text_codec(folder: Path | None, family: Family, net, info: dict, index: dict, source: Source):
-    from fastgen.networks.codecs import TextCodec, spatial_factor, temporal_factor
-
-    pipe = None if folder is None else load_pipe(folder, family, index, source)
-    grid = _grid(family, net, source, spatial_factor(family, pipe), temporal_factor(family, pipe))
+def _text_codec(folder: Path | None, found: DenoiserParts, index: dict, options: TeacherOptions) -> TextCodec:
+    """The codec of a teacher with text (or image) conditions; index is that of its folder."""
+    family, net, _, info, _ = found
+    pipe = None if folder is None else load_pipe(folder, family, index, options)
+    grid = _grid(family, net, options, spatial_factor(family, pipe), temporal_factor(family, pipe))
     length = info.get("max_sequence_length") or family.max_length
     if length is None:
         length = getattr(pipe, family.tokenizer).model_max_length if pipe else 77
     codec = TextCodec(family, net, pipe, (family.channels(net), *grid), length)
-    if source.embedded_guidance is not None:
+    if options.embedded_guidance is not None:
         if codec.guidance is None:
-            told = f"found {source.embedded_guidance} for {family.name}, which takes no guidance as an input"
-            raise UserError("teacher.embedded_guidance", told, "leave it out; see teacher.guidance")
-        codec.guidance = source.embedded_guidance
+            wrong = f"found {options.embedded_guidance}; {family.name} takes no guidance scale as an input"
+            raise UserError("teacher.embedded_guidance", wrong, "remove it, and set teacher.guidance")
+        codec.guidance = options.embedded_guidance
     return codec
 
 
-def _from_blueprint(source: Source):
-    """(family, untrained network, scheduler, info, index) of diffusers configs."""
+def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
+    """An untrained denoiser of diffusers configs."""
     import diffusers
 
-    blueprint = source.blueprint
     for part in ("net", "scheduler"):
         if not isinstance(blueprint.get(part), dict):
             raise UserError(
-                f"teacher.blueprint.{part}", "not given", "a diffusers config with its _class_name"
+                f"teacher.blueprint.{part}", "not given", "add a diffusers config with its _class_name"
             )
     scheduler, index = load_scheduler(blueprint["scheduler"]), blueprint.get("index", {})
-    family = source.family_of(index, blueprint["net"])
+    family = options.family_of(index, blueprint["net"])
     configs = {family.component: blueprint["net"], **blueprint.get("extra", {})}
     try:
-        with torch.device("cpu" if source.weights else "meta"):
+        with torch.device("cpu" if options.weights else "meta"):
             parts = {k: getattr(diffusers, c["_class_name"]).from_config(c) for k, c in configs.items()}
-        parts = {k: nn.Module.to(p, DTYPES[source.dtype]) for k, p in parts.items()}
-    except Exception as error:  # whatever a network's constructor raises
-        raise UserError(
-            "teacher.blueprint.net", f"{family.net_class} refuses it ({first_line(error)})", "mend the config"
-        ) from None
-    return family, family.assemble(parts, index), scheduler, dict(blueprint.get("info", {})), index
+        parts = {k: nn.Module.to(p, DTYPES[options.dtype]) for k, p in parts.items()}
+    except Exception as error:  # constructors raise errors of many types
+        found = f"{family.net_class} cannot be built from it ({first_line(error)})"
+        raise UserError("teacher.blueprint.net", found, "correct the setting that it names") from None
+    info = dict(blueprint.get("info", {}))
+    return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 
 
-def _from_folder(folder: Path, source: Source):
-    """(family, network, scheduler, info, index) of a diffusers folder."""
+def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
+    """The denoiser of a diffusers folder."""
     import diffusers
 
     info = read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
@@ -192,71 +221,83 @@ def _from_folder(folder: Path, source: Source):
         if (folder / "model_index.json").exists()
         else {}
     )
-    source.family = source.family or info.get("family")
-    known = ((source.family or {}).get("component", "unet"), "unet", "transformer", "prior")
+    options.family = options.family or info.get("family")
+    known = ((options.family or {}).get("component", "unet"), "unet", "transformer", "prior")
     part = next((p for p in known if (folder / p).is_dir()), "unet")
-    family = source.family_of(index, read_json(folder / part / "config.json", "teacher.path"))
+    family = options.family_of(index, read_json(folder / part / "config.json", "teacher.path"))
     names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
     parts = {}
     for name in names:
         config = read_json(folder / name / "config.json", "teacher.path")
         cls = getattr(diffusers, config["_class_name"])
-        parts[name] = load_part(folder / name, "teacher.path", cls, source.weights, DTYPES[source.dtype])
-    return family, family.assemble(parts, index), scheduler, info, index
+        parts[name] = load_part(folder / name, "teacher.path", cls, options.weights, DTYPES[options.dtype])
+    return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 
 
-def _sized(source: Source, info: dict) -> dict:
-    """The size asked for, or else the one that fastgen.json notes, written back for exports to note."""
+def _fill_in_size(options: TeacherOptions, info: dict) -> dict:
+    """Set the sizes that are not configured to those in info (fastgen.json); returns the settings that an
+    export records.
+    """
     for key in ("height", "width", "num_frames", "embedded_guidance"):
-        if getattr(source, key) is None:
-            setattr(source, key, info.get(key))
-    kept = {k: getattr(source, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")}
-    return {k: v for k, v in kept.items() if v is not None}
+        if getattr(options, key) is None:
+            setattr(options, key, info.get(key))
+    recorded = {
+        k: getattr(options, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")
+    }
+    return {k: v for k, v in recorded.items() if v is not None}
 
 
-def _place(source: Source) -> tuple[Path | None, dict]:
-    """The teacher's folder, or (for shapes alone) the published layout instead: (None, codec's configs)."""
-    if not source.path:
+def _locate(options: TeacherOptions) -> tuple[Path | None, dict]:
+    """(the teacher's folder, {}), or without weights and without a folder (None, the published configs of the
+    codec's networks); the published config of the denoiser then becomes the blueprint.
+    """
+    if not options.path:
         return None, {}
     try:
-        return hub_folder(source.path, source.allow_download), {}
+        return hub_folder(options.path, options.allow_download), {}
     except UserError:
-        if source.weights or source.layout is None:
+        if options.weights or options.layout is None:
             raise
-        source.blueprint = source.layout
-        return None, source.layout.get("codec", {})
+        options.blueprint = options.layout
+        return None, options.layout.get("codec", {})
 
 
-def load_teacher(path: str = "", prediction: str = "auto", **asked) -> Teacher:
+def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 
     With a blueprint {"net": config, "scheduler": config, "info": {...}} the denoiser is built untrained
     from its diffusers config, and `path` (if any) supplies the autoencoder and text encoder. With
-    weights=False the networks are laid out on the meta device: shapes without numbers. The other keywords
-    are those of `Source`.
+    weights=False the networks are built on the meta device: shapes without weights. The other keywords are
+    the fields of `TeacherOptions`.
     """
-    source = Source(path, prediction, **asked)
+    options = TeacherOptions(path, prediction, **settings)
     if is_analytic(path):
         return load_analytic(path.removeprefix(ANALYTIC))
-    if not path and source.blueprint is None:
-        raise UserError("teacher.path", "found ''", "a diffusers folder, assets:teachers/NAME or a hub id")
-    folder, codec_configs = _place(source)
-    made = _from_blueprint(source) if source.blueprint is not None else _from_folder(folder, source)
-    family, net, scheduler, info, index = made
-    info = {**info, **_sized(source, info)}
+    if not path and options.blueprint is None:
+        instruction = "give a diffusers folder, assets:teachers/NAME or a hub id (OWNER/NAME)"
+        raise UserError("teacher.path", "found ''", instruction)
+    folder, codec_configs = _locate(options)
+    if options.blueprint is not None:
+        parts = _from_blueprint(options, options.blueprint)
+    else:
+        assert folder is not None
+        parts = _from_folder(folder, options)
+    parts = parts._replace(info={**parts.info, **_fill_in_size(options, parts.info)})
+    family, net, scheduler, info, index = parts
     if folder is not None and not index and (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json", "teacher.path")
+    codec: LabelCodec | TextCodec
     if family.kind == "labels":
-        codec = _label_codec(folder, family, net, info, source)
+        codec = _label_codec(folder, parts, options)
     else:
-        codec = _text_codec(folder, family, net, info, index, source)
-    lay_out(codec, codec_configs, DTYPES[source.dtype])
+        codec = _text_codec(folder, parts, index, options)
+    build_on_meta(codec, codec_configs, DTYPES[options.dtype])
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
     kind = type(schedule).__name__
     if kind not in family.schedules:
-        found = f"{type(scheduler).__name__} noises by {kind}, and {family.name} is trained by"
-        allowed = "mend scheduler/scheduler_config.json"
-        raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", allowed)
+        found = f"the noise schedule of {type(scheduler).__name__} is {kind}, {family.name} is trained with"
+        instruction = "copy scheduler/scheduler_config.json from the original model"
+        raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", instruction)
     backbone = Backbone(net.eval(), family, schedule, found)
     export = info.get("export") or {}
     if export.get("step_lengths") and not export.get("lora"):

@@ -1,4 +1,4 @@
-"""Which layers an adapter touches: name endings, read against the layers that a network has."""
+"""The layers that a LoRA adapts: endings of names, matched with the layers of a network."""
 
 from fnmatch import fnmatch
 
@@ -12,16 +12,17 @@ _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def adapter_layers(family: Family, net: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """Full names of the layers that adapters with these endings touch.
+    """Full names of the layers whose names end in one of `endings`.
 
-    The family's own endings leave its final layers (input, time, output) out and may miss some; a user's
-    must each find a layer, and one that matches a final layer too must be written out in full: UserError.
+    The family's own endings skip its input, time and output layers, and an ending may match nothing. Of a
+    user's endings each must match a layer, and one that matches an input, time or output layer must be the
+    full name of that layer; otherwise UserError.
     """
     inside = [f"{part}." for part in family.adapted(net)] if isinstance(net, Parts) else [""]
     layers = _layers(net, tuple(inside))
     added = {*family.guidance_layers, family.input_layer}
     default = set(endings) - added == set(family.lora_targets) - added
-    names = set()
+    names: set[str] = set()
     for ending in endings:
         hit = [n for n in layers if n == ending or n.endswith(f".{ending}")]
         final = sorted(n for n in hit if _is_final(family, n, inside))
@@ -31,8 +32,8 @@ def adapter_layers(family: Family, net: nn.Module, endings: tuple[str, ...]) -> 
         if not hit:
             raise _missing(family, repr(ending), layers)
         if final and hit != [ending]:
-            told = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
-            raise UserError("target_modules", told, "write a longer ending, or that layer's full name")
+            found = f"{ending!r} also matches {final[0]!r}, an input, time or output layer"
+            raise UserError("target_modules", found, "give a longer ending, or that layer's full name")
         names.update(hit)
     if not names:
         raise _missing(family, f"any of {list(endings)}", layers)
@@ -40,7 +41,7 @@ def adapter_layers(family: Family, net: nn.Module, endings: tuple[str, ...]) -> 
 
 
 def _layers(net: nn.Module, inside: tuple[str, ...]) -> set[str]:
-    """Names of the layers that can be adapted, those already adapted under their first name."""
+    """Names of the layers that can be adapted; a layer that has an adapter keeps its original name."""
     found = [n for n, m in net.named_modules() if isinstance(m, _ADAPTABLE) and n.startswith(inside)]
     return {n.removesuffix(".base_layer") for n in found if ".lora_" not in n}
 
@@ -50,7 +51,9 @@ def _is_final(family: Family, name: str, inside: list[str]) -> bool:
     return any(fnmatch(name.removeprefix(part), pattern) for pattern in family.final_layers)
 
 
-def _missing(family: Family, asked: str, layers: set[str]) -> UserError:
+def _missing(family: Family, ending: str, layers: set[str]) -> UserError:
     leaves = sorted({n.rsplit(".", 1)[-1] for n in layers if not n.rsplit(".", 1)[-1].isdigit()})
-    told = f"no layer of {family.net_class} ends in {asked}"
-    return UserError("target_modules", told, f"layers here end in {', '.join(leaves)}")
+    found = f"no layer of {family.net_class} ends in {ending}"
+    return UserError(
+        "target_modules", found, f"give endings of its layers' names, which end in {', '.join(leaves)}"
+    )

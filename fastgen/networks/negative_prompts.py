@@ -3,14 +3,15 @@
 Paper: Nguyen et al. 2024, arXiv 2412.02687 (Sec. 4.2, eq. 8-10). In every cross-attention, queries Q:
   Z = softmax(Q K+^T / sqrt d) V+  -  scale softmax(Q K-^T / sqrt d) V-           before the output projection
 with K-, V- from the negative prompt by the layer's own weights. In joint attention (SD3) Z- is the image's
-queries over the negative text alone, whose stream through the blocks comes from a pass of its own; the paper
-gives no formulas for that case.
+queries over the negative text alone, whose states in each block come from a separate pass; the paper gives
+no formulas for that case.
 
     from nasa import negative_prompt, remove
     negative_prompt(pipe, "red", scale=0.5)     # then call the pipeline as usual, guidance_scale 1
     remove(pipe)
 
-An empty negative prompt is not neutral: remove it instead. This file needs torch only; exports carry it.
+An empty negative prompt has an effect too; use `remove` instead. This file needs torch only and is part of
+exports.
 """
 
 import inspect
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 
 
 class Cross:
-    """The layer's own processor, run twice: what enters the output projection is Z+ - scale Z-."""
+    """Cross-attention by the layer's own processor, run twice; the input of its output projection becomes
+    Z+ - scale Z-.
+    """
 
     def __init__(self, inner, states, mask, scale):
         self.inner, self.states, self.mask, self.scale = inner, states, mask, scale
@@ -41,7 +44,9 @@ class Cross:
 
 
 class Joint:
-    """Joint attention: first pass keeps the negative text's states, second subtracts their attention."""
+    """Joint attention: the first pass stores the states of the negative text, the second subtracts their
+    attention.
+    """
 
     def __init__(self, inner, shared):
         self.inner, self.shared, self.negative = inner, shared, None
@@ -67,7 +72,7 @@ class Joint:
 
 
 class _subtracting:
-    """Context in which a layer's input is less by `removed`."""
+    """Context manager in which `removed` is subtracted from a layer's input."""
 
     def __init__(self, layer, removed):
         self.layer, self.removed = layer, removed
@@ -81,7 +86,10 @@ class _subtracting:
 
 @torch.no_grad()
 def attach(net, states, scale, mask=None) -> int:
-    """Give a denoiser a negative prompt: text states [1, L, C], mask [1, L] of tokens. Layers reached."""
+    """Give a denoiser a negative prompt: text states [1, L, C] and a mask [1, L] of tokens.
+
+    Returns the number of attention layers that use it.
+    """
     remove(net)
     cross = {n: m for n, m in net.named_modules() if n.endswith("attn2") and hasattr(m, "processor")}
     joint = {n: m for n, m in net.named_modules() if getattr(m, "add_k_proj", None) is not None}
@@ -105,7 +113,7 @@ def attach(net, states, scale, mask=None) -> int:
 
 
 def _twice(forward, states, shared):
-    """A forward that first runs the negative prompt, so that every block sees its text states."""
+    """A forward that first runs the negative prompt, so that every block stores its text states."""
 
     def both(hidden_states, encoder_hidden_states=None, *args, **kwargs):
         shared["keep"] = True
@@ -121,7 +129,7 @@ def _twice(forward, states, shared):
 
 
 def remove(net) -> None:
-    """Take the negative prompt off a denoiser or pipeline."""
+    """Remove the negative prompt from a denoiser or pipeline."""
     net = _denoiser(net)
     for module in net.modules():
         if isinstance(getattr(module, "processor", None), (Cross, Joint)):
@@ -130,12 +138,14 @@ def remove(net) -> None:
 
 
 def negative_prompt(pipe, text: str, scale: float = 0.5, **encode) -> int:
-    """Give a pipeline a negative prompt; `encode` goes to its encode_prompt. Returns the layers reached."""
+    """Give a pipeline a negative prompt; `encode` is passed to its encode_prompt. Returns the number of
+    attention layers that use it.
+    """
     known = inspect.signature(pipe.encode_prompt).parameters
-    asked = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": pipe.device}
-    asked |= {"prompt_2": None, "prompt_3": None, **encode}
+    arguments = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1, "device": pipe.device}
+    arguments |= {"prompt_2": None, "prompt_3": None, **encode}
     with torch.no_grad():
-        states, mask, *_ = pipe.encode_prompt(text, **{k: v for k, v in asked.items() if k in known})
+        states, mask, *_ = pipe.encode_prompt(text, **{k: v for k, v in arguments.items() if k in known})
     is_mask = mask is not None and mask.shape == states.shape[:2]
     return attach(_denoiser(pipe), states, scale, mask if is_mask else None)
 

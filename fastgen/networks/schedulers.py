@@ -1,4 +1,6 @@
-"""diffusers schedulers read: the noise schedule and native prediction kind behind one."""
+"""The noise schedule and the native prediction kind that a diffusers scheduler defines."""
+
+from typing import Any
 
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
@@ -6,34 +8,33 @@ from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
 SCM_MIDDLE = 1.3
-"""second of two steps by default, in SCMScheduler and SANA-Sprint's pipeline"""
+"""default time of the second of two steps in SCMScheduler and SANA-Sprint's pipeline"""
 
 
-def load_scheduler(config: dict):
-    """A diffusers scheduler from its config dict (which names its class)."""
+def load_scheduler(config: dict) -> Any:
+    """The diffusers scheduler of a config, whose _class_name is its class."""
     import diffusers
 
     cls = getattr(diffusers, config.get("_class_name", ""), None)
     if cls is None:
-        raise UserError(
-            "scheduler._class_name", f"found {config.get('_class_name')!r}", "a diffusers scheduler class"
-        )
+        found = f"found {config.get('_class_name')!r}, which is not a scheduler of diffusers"
+        raise UserError("scheduler._class_name", found, "correct scheduler_config.json")
     return cls.from_config(config)
 
 
-def schedule_of(scheduler, prediction: str = "auto", shift: float | None = None) -> tuple[Schedule, str]:
-    """The schedule and native prediction kind behind a diffusers scheduler; `shift` bends a flow's grid."""
+def schedule_of(scheduler: Any, prediction: str = "auto", shift: float | None = None) -> tuple[Schedule, str]:
+    """(noise schedule, native prediction kind) of a diffusers scheduler; `shift` is a flow's time shift."""
     schedule, found = _read(scheduler, shift)
     if prediction not in ("auto", found):
         raise UserError(
             "teacher.prediction",
-            f"{prediction!r} disagrees with {type(scheduler).__name__}",
-            f"whose config says {found!r}; use 'auto' or mend scheduler_config.json",
+            f"found {prediction!r}, but the config of {type(scheduler).__name__} says {found!r}",
+            "use auto, or correct scheduler_config.json",
         )
     return schedule, found
 
 
-def _read(scheduler, shift: float | None) -> tuple[Schedule, str]:
+def _read(scheduler: Any, shift: float | None) -> tuple[Schedule, str]:
     config, name = scheduler.config, type(scheduler).__name__
     kind = config.get("prediction_type", "flow_prediction")
     if name.startswith("EDM"):
@@ -46,11 +47,12 @@ def _read(scheduler, shift: float | None) -> tuple[Schedule, str]:
         return EDM(config.sigma_min, config.sigma_max, 1.0), "edm"
     if name.startswith(("FlowMatch", "FlowMap")) or kind == "flow_prediction":
         declared = config.get("flow_shift") if kind == "flow_prediction" else None
-        bent = shift or declared or config.get("shift") or 1.0
-        return Flow(bent, config.get("shift_terminal")), "flow"
+        time_shift = shift or declared or config.get("shift") or 1.0
+        return Flow(time_shift, config.get("shift_terminal")), "flow"
     if hasattr(scheduler, "alphas_cumprod"):
         if kind not in PREDICTIONS:
-            allowed = ", ".join(PREDICTIONS)
-            raise UserError("scheduler.prediction_type", f"found {kind!r}", f"allowed: {allowed}")
+            instruction = f"correct scheduler_config.json to one of {', '.join(PREDICTIONS)}"
+            raise UserError("scheduler.prediction_type", f"found {kind!r}", instruction)
         return VP(scheduler.alphas_cumprod), PREDICTIONS[kind]
-    raise UserError("scheduler", f"{name} has no noise schedule that fastgen knows", "")
+    instruction = "use a model with a DDPM-, flow-matching-, EDM- or SCM-type scheduler"
+    raise UserError("scheduler", f"fastgen does not know the noise schedule of {name}", instruction)

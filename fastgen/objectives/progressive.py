@@ -74,7 +74,7 @@ class Progressive(Objective, config=ProgressiveConfig):
         num = len(self.student.times)
         coarse = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
         middle = torch.tensor(teacher_grid(self.schedule, 2 * num)[1::2], dtype=torch.float64)
-        if self.student.times != self.schedule.few_steps(num):  # times of one's own: half-way between them
+        if self.student.times != self.schedule.student_times(num):  # custom times: half-way between them
             middle = (coarse[1:] + coarse[:-1]) / 2
         i = self.rng.randint(num, len(x0))
         coarse, middle = coarse.to(i.device), middle.to(i.device)

@@ -161,7 +161,7 @@ class Student(Role):
         """
         spec, times = self.spec, self.times
         if num not in (0, len(times)):
-            few = self.schedule.few_steps
+            few = self.schedule.student_times
             times = few(num, spec.grid, 0.0 if times == few(len(times), spec.grid) else times[0])
         guidance = float(len(times)) if spec.steps_as_guidance else spec.guidance
         return self._copy(replace(spec, times=times, guidance=guidance))

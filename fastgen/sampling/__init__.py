@@ -1,1 +1,1 @@
-"""Solvers of the teacher's ODE and the few-step sampler of a student."""
+"""ODE solvers of the teacher and the few-step sampler of a student."""

@@ -1,5 +1,5 @@
-"""Teacher ODE solvers, and sampling with one generator per image so that batch size never changes a
-picture.
+"""ODE solvers of the teacher, and sampling with one random generator per image, so that an image does not
+depend on the batch size.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from fastgen.core.batch import Cond
 from fastgen.diffusion.schedules import Schedule, expand
 from fastgen.roles.roles import Role, Student
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+DenoiserFn = Callable[[Tensor, Tensor], Tensor]
+"""(x_t, t) -> D, the denoised estimate"""
 
 
-def solver_step(schedule: Schedule, D: Denoiser, x_t: Tensor, t: Tensor, u: Tensor, solver: str) -> Tensor:
-    """One ODE step from t to u: Euler (DDIM), or Heun, its second-order correction in the same
-    exponential form.
+def solver_step(schedule: Schedule, D: DenoiserFn, x_t: Tensor, t: Tensor, u: Tensor, solver: str) -> Tensor:
+    """One ODE step from time t to time u. solver: "euler" (DDIM), or "heun", its second-order correction in
+    the same exponential form.
     """
     first = D(x_t, t)
     x_u = schedule.ode_step(first, x_t, t, u)
@@ -28,7 +29,7 @@ def solver_step(schedule: Schedule, D: Denoiser, x_t: Tensor, t: Tensor, u: Tens
 
 
 def jump(schedule: Schedule, D: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """The boundary parameterisation: DDIM from t to u with the denoiser held, so x_t itself at u = t.
+    """The boundary parametrization: a DDIM step from t to u with the estimate D, so that u = t gives x_t.
 
     At the clean end of the schedule it is D, which is what few-step samplers return.
     """
@@ -37,7 +38,7 @@ def jump(schedule: Schedule, D: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Te
 
 
 def undo_jump(schedule: Schedule, x_u: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """The D whose jump from x_t at t lands on x_u."""
+    """The estimate D for which `jump` from x_t at time t gives x_u; its inverse."""
     ratio = schedule.sigma(u) / schedule.sigma(t)
     clean = expand(u <= schedule.t_min * 1.0001 + 1e-9, x_t).bool()
     D = (x_u - expand(ratio, x_u) * x_t) / expand(schedule.alpha(u) - ratio * schedule.alpha(t), x_u)
@@ -45,7 +46,7 @@ def undo_jump(schedule: Schedule, x_u: Tensor, x_t: Tensor, t: Tensor, u: Tensor
 
 
 def segment_ends(num: int, segments: int) -> Tensor:
-    """Where each of a grid's num intervals, noise first, must land: the index of its segment's end [num].
+    """For each of a grid's num intervals, noise first, the index [num] of the time at which its segment ends.
 
     Segments are counted from the data end, edges at floor(j num / segments) as in PCM (arXiv 2405.18407).
     """
@@ -55,16 +56,16 @@ def segment_ends(num: int, segments: int) -> Tensor:
 
 
 def teacher_grid(schedule: Schedule, num: int) -> list[float]:
-    """num + 1 times from noise to data, as the teacher's own scheduler spaces them (trailing)."""
-    return [*schedule.teacher_steps(num), schedule.t_min]
+    """num + 1 times from noise to data in the spacing of the teacher's own scheduler ("trailing")."""
+    return [*schedule.teacher_times(num), schedule.t_min]
 
 
 @torch.no_grad()
 def sample_teacher(
     role: Role, noise: Tensor, cond: Cond, uncond: Cond, num_steps: int, w: float = 1.0, solver: str = "euler"
 ) -> Tensor:
-    """x0 [B, ...] by the guided teacher's ODE; num_steps network evaluations (x2 with guidance, x2 with
-    Heun).
+    """x0 [B, ...] by the ODE of the guided teacher: num_steps network evaluations, twice as many with
+    guidance, and twice as many with Heun.
     """
     schedule = role.schedule
     times = teacher_grid(schedule, num_steps)
@@ -82,14 +83,14 @@ def sample_teacher(
 
 
 class ImageNoise:
-    """One random stream per image: `first` is its initial noise, later calls its re-noising draws."""
+    """One random generator per image: `first` is the initial noise, calls draw the noise of `renoise`."""
 
-    def __init__(self, seeds: list[int], shape: tuple[int, ...], device="cpu"):
+    def __init__(self, seeds: list[int], shape: tuple[int, ...], device: str | torch.device = "cpu"):
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.device = device
         self.first = self._draw(shape)
 
-    def _draw(self, shape) -> Tensor:
+    def _draw(self, shape: tuple[int, ...]) -> Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -98,8 +99,8 @@ class ImageNoise:
 
 @torch.no_grad()
 def sample_student(
-    student: Student, seeds: list[int], shape: tuple[int, ...], cond: Cond, device="cpu"
+    student: Student, seeds: list[int], shape: tuple[int, ...], cond: Cond, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """x0 [B, ...] by the student's own time list, one seed per image."""
+    """x0 [B, ...] at the student's own times, one seed per image."""
     noise = ImageNoise(seeds, shape, device)
     return student.generate(noise.first, cond, noise)

@@ -19,7 +19,7 @@ from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import switch_vae
 from fastgen.networks.denoiser import Denoiser
-from fastgen.networks.load import Source, load_teacher
+from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
@@ -98,7 +98,7 @@ class Cast:
         t = self.cfg.teacher
         torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
-        given = t.model_dump(include={f.name for f in fields(Source)})
+        given = t.model_dump(include={f.name for f in fields(TeacherOptions)})
         return load_teacher(**given, weights=weights).to(self.device)
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
@@ -126,9 +126,9 @@ class Cast:
             found = "lora on an analytic teacher, which has no weights to adapt"
             raise UserError(f"{name}.kind", found, "use full")
         if chosen.smooth_time and as_student:
-            from fastgen.networks.time_embedding import make_smooth
+            from fastgen.networks.time_embedding import smooth_time_embedding
 
-            make_smooth(base)
+            smooth_time_embedding(base)
         if two_times:
             base.add_second_time()
         if span and chosen.sprint and not adapter:
@@ -195,7 +195,7 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (as tcd with gamma 0) or renoise (gamma 1)")
-        times = list(s.timesteps) or schedule.few_steps(s.num_steps, grid)
+        times = list(s.timesteps) or schedule.student_times(s.num_steps, grid)
         if isinstance(schedule, VP) and any(t != round(t) for t in times):
             raise UserError(
                 "student.timesteps", f"found {times}", "give whole numbers: the schedule has no others"

@@ -13,7 +13,7 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
     _check_guidance_input(cfg, teacher)
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), teacher.backbone.family
-    if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
+    if cfg.teacher.guidance != 1 and family is not None and not family.supports_guidance:
         found = f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
         raise UserError("teacher.guidance", found, "use 1, and set teacher.embedded_guidance")
     scales = {"teacher.guidance": cfg.teacher.guidance}
@@ -40,9 +40,9 @@ def _check_guidance_input(cfg: RunConfig, teacher: Teacher) -> None:
     if not cfg.student.guidance_embedding:
         return
     key, form = "student.guidance_embedding", teacher.backbone.family
-    if form and form.guidance_form and not getattr(cfg.student, form.guidance_form):
+    if form and form.guidance_option and not getattr(cfg.student, form.guidance_option):
         found = f"no pipeline passes the guidance scale to a plain {form.net_class}"
-        raise UserError(key, found, f"set student.{form.guidance_form} to true, or leave the key out")
+        raise UserError(key, found, f"set student.{form.guidance_option} to true, or leave the key out")
 
 
 def method_of(stage: StageConfig):

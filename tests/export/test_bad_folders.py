@@ -48,8 +48,8 @@ BROKEN = {
         "unet cannot be read",
     ),
     "no network": ("flow", lambda f: shutil.rmtree(f / "unet"), "config.json does not exist"),
-    "no tokenizer": ("sd", lambda f: shutil.rmtree(f / "tokenizer"), "lacks its part 'tokenizer'"),
-    "no autoencoder": ("sd", lambda f: shutil.rmtree(f / "vae"), "lacks its part 'vae'"),
+    "no tokenizer": ("sd", lambda f: shutil.rmtree(f / "tokenizer"), "has no subfolder 'tokenizer'"),
+    "no autoencoder": ("sd", lambda f: shutil.rmtree(f / "vae"), "has no subfolder 'vae'"),
     "text encoder unknown": (
         "sd",
         lambda f: edit(f / "text_encoder/config.json", architectures=["ClipTextModell"]),
@@ -96,7 +96,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     [
         ({"net": NET}, "teacher.blueprint.scheduler: not given"),
         ({"scheduler": FLOW}, "teacher.blueprint.net: not given"),
-        ({"net": NET, "scheduler": FLOW}, "teacher.blueprint.net: UNet2DModel refuses it"),
+        ({"net": NET, "scheduler": FLOW}, "teacher.blueprint.net: UNet2DModel cannot be built from it"),
         ({"net": NET | {"_class_name": "UNet3D"}, "scheduler": FLOW}, "no family for 'UNet3D'"),
     ],
 )

@@ -50,12 +50,12 @@ def test_one_scheduler_serves_every_count_of_a_grid(grid):
 
     S, theirs = VP.scaled_linear(), DDIMScheduler(beta_schedule="scaled_linear")
     for sampler, gamma in (("renoise", 0.0), ("tcd", 0.3)):
-        setup = scheduler_for(S.few_steps(4, grid), sampler, S, theirs, grid=grid, gamma=gamma)
+        setup = scheduler_for(S.student_times(4, grid), sampler, S, theirs, grid=grid, gamma=gamma)
         assert setup.arguments == {} and setup.step == ({"eta": 0.3} if sampler == "tcd" else {})
         for num in (1, 2, 3, 4, 7, 8):
             setup.scheduler.set_timesteps(num)
-            assert setup.scheduler.timesteps.tolist() == S.few_steps(num, grid)
-    assert S.few_steps(4, 50) != S.few_steps(4) and S.few_steps(4, 40) == S.few_steps(4)
+            assert setup.scheduler.timesteps.tolist() == S.student_times(num, grid)
+    assert S.student_times(4, 50) != S.student_times(4) and S.student_times(4, 40) == S.student_times(4)
 
 
 def test_every_step_count_starts_where_the_students_own_list_does():

@@ -120,7 +120,7 @@ def test_teacher_grid_ends_where_the_schedulers_does(world, name):
     ],
 )
 def test_siblings_that_ask_otherwise_are_refused(pipeline, net):
-    with pytest.raises(UserError, match=f"no family for {net['_class_name']} as {pipeline} has it"):
+    with pytest.raises(UserError, match=f"no family for {net['_class_name']} in the form of {pipeline}"):
         detect({"_class_name": pipeline}, net)
 
 

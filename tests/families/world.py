@@ -33,7 +33,7 @@ class World:
         self.case.build(folder)
         self.asked_for = dict(self.case.asked)
         self.teacher = load_teacher(str(folder), **self.asked_for)
-        free = self.teacher.backbone.family.sized and self.case.images is None
+        free = self.teacher.backbone.family.has_size and self.case.images is None
         if free and hasattr(
             self.teacher.codec, "pixels"
         ):  # so that height and width cannot be mixed up unseen

@@ -57,11 +57,11 @@ def test_kernels_that_would_do_nothing_or_do_not_run_are_refused(folder):
     old, new = load_teacher(str(folder("sd"))).backbone.net, load_teacher(str(folder("wan"))).backbone.net
     assert dispatches(new) and not dispatches(old)
     assert check(old, "auto", "cpu") is None and check(old, "math", "cpu") == "math"
-    with pytest.raises(UserError, match="'flex' would do nothing: UNet2DConditionModel.*usable here: auto"):
+    with pytest.raises(UserError, match="'flex' has no effect on UNet2DConditionModel.*use one of auto"):
         check(old, "flex", "cpu")
     for name in ("cudnn", "sage", "xformers"):
         assert not works(name, "cpu")
-    with pytest.raises(UserError, match="'sage' does not run on this machine; usable here: .*math"):
+    with pytest.raises(UserError, match="'sage' does not run on this machine; use one of .*math"):
         check(new, "sage", "cpu")
 
 
@@ -207,7 +207,7 @@ def test_rank_stabilised_adapters_keep_their_strength_in_the_file(folder, tmp_pa
 @pytest.mark.parametrize(
     "targets,told",
     [
-        (["to_qqq"], "no layer of UNet2DConditionModel ends in 'to_qqq'; layers here end in"),
+        (["to_qqq"], "no layer of UNet2DConditionModel ends in 'to_qqq'; give endings of its layers' names"),
         (["linear_1"], "'linear_1' also matches 'time_embedding.linear_1'"),
         (["conv_out"], None),  # named whole, it is meant
     ],
@@ -237,22 +237,30 @@ def edit(file, **changes):
 
 
 BAD = {
-    "height": ("sd3", ["--teacher.height", "33"], "teacher.height: found 33; a multiple of 4 for sd3"),
-    "frames": ("wan", ["--teacher.num_frames", "8"], "teacher.num_frames: found 8; 4 k + 1"),
-    "no size": ("shap-e", ["--teacher.width", "64"], "shap-e has no size to choose"),
-    "frames of an image": ("sd", ["--teacher.num_frames", "9"], "sd makes images"),
-    "guidance input": ("sd", ["--teacher.embedded_guidance", "3"], "takes no guidance as an input"),
-    "kernel": ("sd", ["--teacher.attention", "flex"], "would do nothing"),
+    "height": ("sd3", ["--teacher.height", "33"], "teacher.height: found 33; sd3 needs a multiple of 4"),
+    "frames": (
+        "wan",
+        ["--teacher.num_frames", "8"],
+        "teacher.num_frames: found 8; the autoencoder of wan needs 1 plus a multiple of 4",
+    ),
+    "no size": ("shap-e", ["--teacher.width", "64"], "remove it: shap-e has no image size"),
+    "frames of an image": ("sd", ["--teacher.num_frames", "9"], "remove it: sd generates images, not videos"),
+    "guidance input": ("sd", ["--teacher.embedded_guidance", "3"], "takes no guidance scale as an input"),
+    "kernel": ("sd", ["--teacher.attention", "flex"], "has no effect on UNet2DConditionModel"),
     "dora": ("sd", ["--student.lora.use_dora", "true"], "student.lora.use_dora"),
     "no null class": ("consistency", ["--teacher.guidance", "2"], "teacher.guidance: found 2.0"),
     "prediction": (
         "sd-v",
         ["--teacher.prediction", "eps"],
-        "disagrees with DDIMScheduler; whose config says 'v'",
+        "found 'eps', but the config of DDIMScheduler says 'v'; use auto",
     ),
     "tiling": ("unet2d-vp", ["--teacher.vae_tiling", "true"], "this teacher has no autoencoder"),
     "dropout": ("consistency", [], "objective.cond_dropout: found 0.1 for a teacher without a null class"),
-    "recomputation": ("shap-e", ["--train.gradient_checkpointing", "true"], "PriorTransformer has none"),
+    "recomputation": (
+        "shap-e",
+        ["--train.gradient_checkpointing", "true"],
+        "PriorTransformer does not",
+    ),
 }
 
 
@@ -270,7 +278,7 @@ def test_a_scheduler_of_another_kind_is_told(folder, tmp_path):
     shutil.copy(
         folder("sd") / "scheduler/scheduler_config.json", tmp_path / "flux/scheduler/scheduler_config.json"
     )
-    with pytest.raises(UserError, match="DDIMScheduler noises by VP, and flux is trained by Flow"):
+    with pytest.raises(UserError, match="noise schedule of DDIMScheduler is VP, flux is trained with Flow"):
         load_teacher(str(tmp_path / "flux"))
 
 
@@ -278,7 +286,7 @@ def test_a_scheduler_of_another_kind_is_told(folder, tmp_path):
 def test_a_missing_part_is_named(part, folder, tmp_path):
     shutil.copytree(folder("sdxl"), tmp_path / "sdxl")
     shutil.rmtree(tmp_path / "sdxl" / part)
-    with pytest.raises(UserError, match=f"lacks its part '{part}'"):
+    with pytest.raises(UserError, match=f"has no subfolder '{part}'"):
         load_teacher(str(tmp_path / "sdxl"))
 
 
@@ -289,10 +297,10 @@ def test_an_unknown_network_is_told_how_to_declare_it(folder, tmp_path):
         ({"flow_tim": "unit"}, "flow_tim: unknown key .did you mean 'flow_time'"),
         ({"pipelines": ["AuraFlowPipeline"]}, "cond_shapes: not given"),
         (DECLARATION | {"divisor": "two"}, "divisor: found 'two'"),
-        (DECLARATION | {"prompt_outputs": {"a": 9}}, "9.*outputs of AuraFlowPipeline.encode_prompt"),
+        (DECLARATION | {"prompt_outputs": {"a": 9}}, "9.*AuraFlowPipeline.encode_prompt returns"),
         (
             DECLARATION | {"prompt_outputs": {"a": 1}, "taps": "blocks"},
-            "no 'blocks'; its lists of blocks: joint",
+            "no 'blocks'; choose from its lists of blocks: joint",
         ),
     ):
         with pytest.raises(UserError, match=told):

@@ -12,7 +12,7 @@ from fastgen.networks.analytic import load_analytic
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
-from fastgen.networks.time_embedding import make_smooth
+from fastgen.networks.time_embedding import smooth_time_embedding
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.cast import Cast
 
@@ -49,9 +49,9 @@ def relative(a, b):
 
 
 CASES = [
-    ("fashion", make_smooth),
-    ("tinted-sd", make_smooth),
-    ("tinted-sana", make_smooth),
+    ("fashion", smooth_time_embedding),
+    ("tinted-sd", smooth_time_embedding),
+    ("tinted-sana", smooth_time_embedding),
     ("tinted-sana", sprint),
 ]
 
@@ -69,7 +69,7 @@ def test_the_function_stays_and_its_derivative_loses_the_ripple(name, change):
 
 def test_times_that_are_slow_already_stay_as_they_were():
     """EDM's ln(sigma) / 4 has no ripple to lose."""
-    before, after, at, along = views("digits", make_smooth)
+    before, after, at, along = views("digits", smooth_time_embedding)
     assert relative(after(*at), before(*at)) < 1e-2
     exact = tangent(before, at, along, TangentConfig())
     assert relative(tangent(before, at, along, WIDE), exact) < 0.05
@@ -93,6 +93,7 @@ def test_the_switch_changes_the_student_alone(tiny):
     with pytest.raises(UserError, match=r"student.smooth_time: found true for an adapter"):
         validate({**values, "student": {"smooth_time": True, "kind": "lora"}})
     with pytest.raises(
-        UserError, match="student.smooth_time: found an exact teacher|an exact teacher has no"
+        UserError,
+        match="student.smooth_time: an analytic teacher has no sinusoidal time embedder.*set it to false",
     ):
-        make_smooth(load_analytic("gmm2d-flow").backbone)
+        smooth_time_embedding(load_analytic("gmm2d-flow").backbone)

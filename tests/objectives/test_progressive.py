@@ -21,7 +21,7 @@ def exact(S):
 
 
 def make(S, num, start=0.0, **cfg):
-    student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec(S.few_steps(num, 0, start), "ode"))
+    student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec(S.student_times(num, 0, start), "ode"))
     others = {name: gaussian_role(S, 0.5, 0.3) for name in ("teacher", "previous")}
     return Progressive(ProgressiveConfig(**cfg), {"student": student, **others}, rng())
 

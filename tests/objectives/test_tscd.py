@@ -138,7 +138,7 @@ def test_p1_gamma_sampling_is_tcd_schedulers_step():
     x_t, D = torch.randn(2, 3, 4)
     for gamma in (0.0, 0.3, 1.0):
         scheduler.set_timesteps(4)
-        ours = Student(GaussianNet(S, 0.0, 0.5), None, StudentSpec(S.few_steps(4, 40), "tcd", gamma, 40))
+        ours = Student(GaussianNet(S, 0.0, 0.5), None, StudentSpec(S.student_times(4, 40), "tcd", gamma, 40))
         t, u = ours.time(0, x_t), ours.time(1, x_t)
         theirs = scheduler.step(
             D, scheduler.timesteps[0], x_t, eta=gamma, generator=torch.Generator().manual_seed(3)

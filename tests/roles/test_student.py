@@ -58,7 +58,7 @@ def test_variations_leave_the_first_one_alone():
         "guidance": first.with_guidance(3.0),
         "network": first.with_network(other),
     }
-    assert found["steps"].times == S.few_steps(2, 4) and found["steps"].guidance == 2.0
+    assert found["steps"].times == S.student_times(2, 4) and found["steps"].guidance == 2.0
     assert found["times"].times == [0.9, 0.3] and found["times"].spec.grid == 8
     assert found["guidance"].guidance == 3.0 == found["guidance"].spec.guidance
     assert found["network"].backbone is other.backbone and found["network"].adapter == "critic"

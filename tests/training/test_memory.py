@@ -66,7 +66,7 @@ def test_dry_run_at_full_size(capsys):
 @pytest.mark.parametrize(
     "flag,value,allowed",
     [
-        ("--teacher.num_frames", "80", "4 k + 1"),
+        ("--teacher.num_frames", "80", "1 plus a multiple of 4"),
         ("--teacher.height", "488", "a multiple of 16"),
     ],
 )
