@@ -31,7 +31,7 @@ class TangentConfig(BaseModel):
 
     method: Literal["exact", "difference"] = "exact"
     """exact: forward-mode automatic differentiation; difference: central difference of two passes"""
-    step: float = Field(1e-4, gt=0)
+    step: float = Field(default=1e-4, gt=0)
     """step h of the central difference, in units of a time that runs from 0 to about 1"""
     math_attention: bool = True
     """compute exact derivatives with PyTorch's math attention; false keeps the kernel that is set, which

@@ -126,7 +126,7 @@ def test_siblings_that_ask_otherwise_are_refused(pipeline, net):
 
 @each(["dit"])
 def test_dit_is_square(world, name):
-    with pytest.raises(UserError, match="teacher.width: found 128 beside a height of 64"):
+    with pytest.raises(UserError, match="width: found 128 with a height of 64; set both to one value"):
         load_teacher(str(world.folder), height=64, width=128)
 
 
