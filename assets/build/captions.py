@@ -1,9 +1,10 @@
-"""What the builders of text networks share: tokenizers of the captions' words, and scores of retrieved captions."""
+"""What the builders of text networks share: tokenizers of the captions' words, scores of retrieval."""
 
 from __future__ import annotations
 
 import string
 
+import common  # noqa: F401  makes fastgen importable
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def caption_ids(attributes: dict[str, Tensor]) -> Tensor:
 
 
 def retrieval(similarity: Tensor, attributes: dict[str, Tensor]) -> dict:
-    """How often the nearest of the 180 captions [N, 180] is the true one, and names each attribute rightly."""
+    """How often the nearest of 180 captions [N, 180] is the true one, and names each attribute rightly."""
     found = similarity.argmax(1)
     share = (found == caption_ids(attributes)).float().mean().item()
     named = [attributes_of(text) for text in all_captions()]

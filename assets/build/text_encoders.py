@@ -1,7 +1,7 @@
 """Train the text encoder of a captioned mini teacher: --kind clip (Stable Diffusion) or gemma (Sana).
 
-A caption's pooled state must pick out the images that it describes: softmax over all 180 captions of the cosine with
-a linear map of the tinted measuring net's features. Writes text_encoder/ and tokenizer/ side by side.
+A caption's pooled state must pick out the images that it describes: softmax over all 180 captions of the
+cosine with a linear map of the tinted measuring net's features. Writes text_encoder/ and tokenizer/.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from captions import LENGTH, caption_ids, clip_tokenizer, gemma_tokenizer, phrasings, retrieval, tokens_of
 from common import ASSETS, Rows, one_cycle, readable, seconds, update, write_card
 from torch import Tensor, nn
 
-from captions import LENGTH, caption_ids, clip_tokenizer, gemma_tokenizer, phrasings, retrieval, tokens_of
 from fastgen.data.bundled import load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 

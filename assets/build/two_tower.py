@@ -1,6 +1,6 @@
-"""Train the two-tower net that measures how well a tinted image fits its caption, into assets/measure/tinted-clip.
+"""Train the net that measures how well a tinted image fits its caption, into assets/measure/tinted-clip.
 
-A small CLIPModel: softmax over all 180 captions of the scaled cosine with an image, for shifted and mirrored images.
+A small CLIPModel: softmax over all 180 captions of the scaled cosine with a shifted or mirrored image.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from captions import LENGTH, caption_ids, clip_tokenizer, phrasings, retrieval, tokens_of
 from common import ASSETS, Rows, jitter, one_cycle, readable, seconds, update, write_card
 from torch import Tensor
 
-from captions import LENGTH, caption_ids, clip_tokenizer, phrasings, retrieval, tokens_of
 from fastgen.data.bundled import load_images
 
 LR, BATCH_SIZE, STEPS, SEED = 1e-3, 64, 3000, 21
@@ -99,7 +99,9 @@ def main(out: Path, steps: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ASSETS / "measure" / "tinted-clip", help="folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS / "measure" / "tinted-clip", help="folder to write"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
