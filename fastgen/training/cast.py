@@ -1,5 +1,5 @@
 """From a config to the cast of one run: teacher, student, critic, target, and the objective that plays them.
-Discriminators and other helpers are made in `extras.py`.
+Discriminators and other helpers are made in `auxiliaries.py`.
 """
 
 import copy
