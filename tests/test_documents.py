@@ -109,6 +109,20 @@ def commands(text: str) -> list[str]:
     return run + [code for code in whole if Path(code).suffix not in SUFFIXES]
 
 
+def unknown_tasks(text: str) -> list[str]:
+    """What documents give `python -m eval` and `python -m benchmarks` to do (a|b: either) and they cannot."""
+    named = [
+        m for code in quoted(text) for m in re.findall(r"python -m (?:eval|benchmarks) ([a-z][\w|]*)", code)
+    ]
+    words = {
+        node.value
+        for file in ("eval/__main__.py", "fastgen/cli/evaluate.py", "benchmarks/__main__.py")
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    return [task for tasks in named for task in tasks.split("|") if task not in words]
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or an attribute of one."""
     try:
@@ -132,7 +146,9 @@ def test_every_path_named_in_a_document_exists(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=shown)
 def test_every_module_named_in_a_document_exists(document):
     if document.name != HISTORY:
-        assert [name for name in commands(document.read_text()) if not resolves(name)] == []
+        text = document.read_text()
+        assert [name for name in commands(text) if not resolves(name)] == []
+        assert unknown_tasks(text) == []
 
 
 def test_what_is_not_there_is_found():
@@ -141,11 +157,13 @@ def test_what_is_not_there_is_found():
         "see [this](docs/gone.md) and `fastgen/gone.py`, `gone.yaml`, `configs/gone/NAME.yaml` and\n"
         "`measure/{digits,gone}/`, `python -m fastgen.gone`, `fastgen.core.gone`\n"
         "```bash\npython gone.py  # with/a/comment\n```\n"
+        "`python -m eval gone`, `python -m benchmarks memory|lost`,\n"
         "but [that](README.md#use), `runs/gone/export`, `configs/recipes/NAME.yaml`, `fastgen.core.rng`"
     )
     gone = ["docs/gone.md", "gone.py", "fastgen/gone.py", "gone.yaml", "configs/gone/*.yaml"]
     assert missing(text, ROOT) == [*gone, "measure/{digits,gone}/"]
     assert [name for name in commands(text) if not resolves(name)] == ["fastgen.gone", "fastgen.core.gone"]
+    assert unknown_tasks(text) == ["gone", "lost"]
 
 
 def test_no_document_names_where_it_was_written():
