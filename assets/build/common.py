@@ -16,6 +16,20 @@ torch.set_num_threads(1)
 START = time.time()
 
 
+class Rows:
+    """Batches of row numbers: every row once per epoch, in a new order each time."""
+
+    def __init__(self, num: int, batch_size: int, generator: torch.Generator):
+        self.num, self.batch_size, self.generator = num, batch_size, generator
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> Tensor:
+        if len(self.order) < self.batch_size:
+            self.order = torch.randperm(self.num, generator=self.generator)
+        rows, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+        return rows
+
+
 def seconds() -> float:
     return round(time.time() - START, 1)
 
@@ -29,6 +43,23 @@ def write_card(folder: Path, **facts) -> None:
     card = {"command": command(), "seconds": seconds(), **facts}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card), flush=True)
+
+
+def readable(folder: Path) -> None:
+    """Let everyone read the weights: safetensors writes for the owner only."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, clip: float = 0) -> None:
+    """One step at this learning rate; `clip` bounds the norm of the gradient, 0 does not."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

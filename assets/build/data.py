@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 OUT = Path(__file__).resolve().parent.parent / "data"
+PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -25,22 +26,22 @@ def balanced(images: np.ndarray, labels: np.ndarray, per_class: int) -> tuple[np
     return images[rows], labels[rows].astype(np.uint8)
 
 
-def save(name: str, train: tuple, heldout: tuple) -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
+def save(path: Path, train: tuple, heldout: tuple) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = dict(zip(("train_images", "train_labels", "heldout_images", "heldout_labels"), train + heldout))
-    np.savez_compressed(OUT / name, **arrays)
-    print(name, {k: v.shape for k, v in arrays.items()}, f"{(OUT / name).stat().st_size / 1e6:.2f} MB")
+    np.savez_compressed(path, **arrays)
+    print(path, {k: v.shape for k, v in arrays.items()}, f"{path.stat().st_size / 1e6:.2f} MB")
 
 
-def fashion(folder: Path) -> None:
+def fashion(folder: Path, out: Path) -> None:
     sets = {}
     for prefix, count in (("train", 1000), ("t10k", 500)):
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
         sets[prefix] = balanced(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"), count)
-    save("fashion.npz", sets["train"], sets["t10k"])
+    save(out / "fashion.npz", sets["train"], sets["t10k"])
 
 
-def digits() -> None:
+def digits(out: Path) -> None:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -49,12 +50,13 @@ def digits() -> None:
     rows = np.arange(len(labels))
     parts = train_test_split(rows, test_size=360, stratify=labels, random_state=0)
     train, heldout = (np.sort(part) for part in parts)
-    save("digits.npz", (images[train], labels[train]), (images[heldout], labels[heldout]))
+    save(out / "digits.npz", (images[train], labels[train]), (images[heldout], labels[heldout]))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--fashion", type=Path, default=PACKAGE, help="folder of the four idx files")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder to write")
     args = parser.parse_args()
-    fashion(args.fashion)
-    digits()
+    digits(args.out)
+    fashion(args.fashion, args.out)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
-from common import ASSETS, frechet, jitter, one_cycle, seconds, write_card
+from common import ASSETS, Rows, frechet, jitter, one_cycle, seconds, update, write_card
 from torch.nn import functional as F
 
 from fastgen.data.bundled import NAMES, VOCABULARY, load_images
@@ -18,7 +19,7 @@ def targets_of(data):
     return data.attributes or {"class": data.labels}
 
 
-def train(name: str, seed: int, batch_size: int = 100) -> None:
+def train(name: str, seed: int, folder: Path, batch_size: int = 100) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     data, heldout = load_images(name, "train"), load_images(name, "heldout")
@@ -26,11 +27,9 @@ def train(name: str, seed: int, batch_size: int = 100) -> None:
     net = FeatureNet(data.images.shape[1], data.images.shape[-1], heads)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
     steps = EPOCHS[name] * (len(data) // batch_size)
-    order = torch.empty(0, dtype=torch.long)
+    order = Rows(len(data), batch_size, generator)
     for step in range(steps):
-        if len(order) < batch_size:
-            order = torch.randperm(len(data), generator=generator)
-        rows, order = order[:batch_size], order[batch_size:]
+        rows = order.next()
         images = jitter(data.images[rows].float() / 255, 1 if name == "digits" else 2, generator)
         if name == "fashion":  # mirrored garments are garments; digits are not
             flip = torch.rand(batch_size, generator=generator) < 0.5
@@ -40,14 +39,9 @@ def train(name: str, seed: int, batch_size: int = 100) -> None:
             F.cross_entropy(logits[key], target[rows], label_smoothing=0.05)
             for key, target in targets_of(data).items()
         )
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * one_cycle(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        update(optimizer, loss, 2e-3 * one_cycle(step, steps))
         if step % 200 == 0:
             print(name, step, steps, f"{loss.item():.3f}", seconds(), flush=True)
-    folder = ASSETS / "measure" / name
     net.save(folder)
     net = FeatureNet.load(folder)
     seen, unseen = measure(net, data.images), measure(net, heldout.images)
@@ -69,5 +63,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder to write; the shipped one if not given")
     args = parser.parse_args()
-    train(args.name, args.seed)
+    train(args.name, args.seed, args.out or ASSETS / "measure" / args.name)

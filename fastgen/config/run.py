@@ -204,13 +204,6 @@ def dump(cfg: RunConfig) -> str:
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def schema() -> str:
-    """JSON schema of a config file, for editors; kept in assets/config.schema.json."""
-    import json
-
-    return json.dumps(RunConfig.model_json_schema(), indent=1) + "\n"
-
-
 def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:
     """Files, then flags; `switches` are the flags that are no keys, for suggestions. Where neither names an
     output_dir, it follows from the names of the files.

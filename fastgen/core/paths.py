@@ -25,7 +25,7 @@ def asset(name: str) -> Path:
 
 
 def config(name: str) -> Path:
-    """Path of a bundled config, e.g. `config("recipes/digits.yaml")`."""
+    """Path of a bundled config, e.g. `config("recipes/quickstart.yaml")`."""
     return _bundled("configs", name)
 
 
