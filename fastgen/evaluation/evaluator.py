@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.evaluation.diagnostics import look
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
@@ -60,7 +60,7 @@ class Evaluator:
 
         self.cfg, self.cast = cfg, cast
         self.requests = Requests(cast.teacher, data)
-        self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
+        self.few_step = requirements_of(cfg.all_stages()[-1].objective).few_step
         analytic = cast.teacher.path.startswith("analytic:")
         self.measurer = (
             ToyMeasurer(cast.teacher.backbone) if analytic else measurer_for(cast.teacher.info, cast.device)

@@ -20,7 +20,7 @@ from fastgen.families.parts import part_name
 from fastgen.networks import negative_prompts
 from fastgen.networks.files import hub_folder
 from fastgen.networks.teacher import Teacher
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Student, Students
 from fastgen.roles.sana_sprint import shipped
 
@@ -54,7 +54,7 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    distilled = REGISTRY[trainer.cfg.all_stages()[-1].objective.name].few_step
+    distilled = requirements_of(trainer.cfg.all_stages()[-1].objective).few_step
     if distilled:
         served = serve(student, teacher)
     else:
@@ -129,8 +129,8 @@ def describe(trainer, teacher: Teacher, student: Student, served: Serving, disti
         "bound": served.bound,
         "embedded_guidance": getattr(teacher.codec, "guidance", None),
         "gaps": gaps(student) if distilled else None,
-        "nasa": getattr(cfg.all_stages()[-1].objective, "nasa_scale", 0.0),
-        "guidance": REGISTRY[last.name].learned_guidance(last, cfg.student_guidance),
+        "nasa": requirements_of(last).negative_prompt_scale,
+        "guidance": requirements_of(last).learned_guidance(cfg.student_guidance),
         "guidance_range": student.guidance_range and list(student.guidance_range),
         "steps_as_guidance": student.steps_as_guidance,
         "base": cfg.teacher.path if distilled or student.adapter else "",
@@ -154,7 +154,7 @@ def other_steps(cfg, teacher: Teacher, student: Student, served: Serving) -> dic
     """
     objective, own, found = cfg.all_stages()[-1].objective, _plain(served.scheduler), {}
     for num in (1, 2, 4, 8):
-        refused = REGISTRY[objective.name].unsampled(objective, num, student.sampler)
+        refused = requirements_of(objective).why_not_sampled(num, student.sampler)
         most = 4 if isinstance(teacher.schedule, TrigFlow) else student.grid
         if num == len(student.times) or num > most or refused:
             continue

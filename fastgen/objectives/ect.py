@@ -18,10 +18,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.requirements import Calls, Requirements, passes
 from fastgen.sampling.solvers import solver_step
 
 
@@ -59,15 +62,15 @@ def shrink(n, gap: float, k: float, b: float):
 
 class ECT(Objective, config=ECTConfig):
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher",) if cfg.source == "teacher" else ()
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.source == "teacher"
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
-        return {"student+grad": 1, "student": 1} | teacher
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            return {"student+grad": 1, "student": 1} | ({"teacher": passes(guidance)} if distilled else {})
 
-    def step(self, batch, k):
+        return Requirements(network_calls, untrained=("teacher",) if distilled else ())
+
+    def step(self, batch: Batch, k: int) -> Updates:
         cfg, S, x0 = self.cfg, self.schedule, batch.x0
         t = self.sample_t(len(x0), cfg.time)
         n_t = noise_level(S, t)
@@ -94,10 +97,10 @@ def earlier(obj, batch, x_t, eps, t, r):
     if obj.cfg.source == "data":
         return obj.schedule.noise(batch.x0, eps, r)
 
-    def guided(x, t):
-        return obj.teacher.guided(x, t, batch.cond, batch.uncond, obj.guidance)
+    def D(x: Tensor, t: Tensor) -> Tensor:
+        return guided(obj.teacher, x, t, batch, obj.guidance)
 
-    return solver_step(obj.schedule, guided, x_t, t, r, "euler")
+    return solver_step(obj.schedule, D, x_t, t, r, "euler")
 
 
 def level_time(schedule, n):

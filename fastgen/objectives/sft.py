@@ -14,8 +14,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates
+from fastgen.objectives.requirements import Requirements
 
 
 class SFTConfig(ObjectiveConfig):
@@ -31,17 +33,16 @@ class SFTConfig(ObjectiveConfig):
 
 
 class SFT(Objective, config=SFTConfig):
-    few_step = False
-
     @classmethod
-    def uses(cls, cfg) -> tuple[str, ...]:
-        return ()
+    def requirements(cls, cfg) -> Requirements:
+        return Requirements(
+            lambda guidance, num_steps: {"student+grad": 1},
+            untrained=(),
+            dropout_settings={"cond_dropout": cfg.cond_dropout},
+            few_step=False,
+        )
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return {"student+grad": 1}
-
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         with self.turn("student"):
             num = len(batch.x0)
             t, eps = self.sample_t(num, self.cfg.time), self.rng.randn_like(batch.x0)

@@ -1,8 +1,10 @@
 """Whether what a config asks fits the teacher it names: told before anything is built."""
 
-from fastgen.config.run import RunConfig, StageConfig
+from fastgen.config.run import RunConfig
 from fastgen.core.errors import UserError
 from fastgen.networks.teacher import Teacher
+from fastgen.objectives import requirements_of
+from fastgen.objectives.requirements import ImageTextSpec
 
 
 def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
@@ -17,10 +19,13 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
         raise UserError("teacher.guidance", told, "use 1, and teacher.embedded_guidance")
     asked = {"teacher.guidance": cfg.teacher.guidance}
     for stage in cfg.all_stages():
-        for key, method in (("objective", stage.objective), ("objective.host", method_of(stage))):
-            asked |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
-        if getattr(method_of(stage), "clip_weight", 0) and not hasattr(codec, "prompts"):
-            raise UserError("objective.clip_weight", "the teacher is not asked by text", "set it to 0")
+        needs = requirements_of(stage.objective)
+        asked |= {f"objective.{key}": w for key, w in needs.guidance_settings.items()}
+        asked |= {"objective.real_guidance": stage.objective.real_guidance}
+        reads_text = any(isinstance(one, ImageTextSpec) for one in needs.auxiliaries.values())
+        if reads_text and not hasattr(codec, "prompts"):
+            found = "the teacher has no captions to compare images with"
+            raise UserError("objective.clip_weight", found, "set it to 0")
     if cfg.student.guidance_embedding:
         asked["student.guidance_embedding"] = max(cfg.student.guidance_embedding)
     what = "a teacher without a null class" if conditional else "an unconditional teacher"
@@ -28,10 +33,10 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
         if isinstance(w, float) and w != 1 and not (conditional and codec.has_null):
             raise UserError(key, f"found {w} for {what}", "use 1, or leave it out")
     for stage in cfg.all_stages():
-        drop = getattr(stage.objective, "cond_dropout", 0)
-        if drop and conditional and not codec.has_null:
-            found = f"found {drop} for a teacher without a null class"
-            raise UserError("objective.cond_dropout", found, "use 0")
+        for key, drop in requirements_of(stage.objective).dropout_settings.items():
+            if drop and conditional and not codec.has_null:
+                found = f"found {drop} for a teacher without a null class"
+                raise UserError(f"objective.{key}", found, "use 0")
 
 
 def _check_told(cfg: RunConfig, teacher: Teacher) -> None:
@@ -42,8 +47,3 @@ def _check_told(cfg: RunConfig, teacher: Teacher) -> None:
     if form and form.guidance_form and not getattr(cfg.student, form.guidance_form):
         found = f"no pipeline tells a plain {form.net_class} its guidance scale"
         raise UserError(key, found, f"set student.{form.guidance_form} true, or leave it out")
-
-
-def method_of(stage: StageConfig):
-    """The settings of a stage's method, or of the one it is wrapped around."""
-    return getattr(stage.objective, "host", stage.objective)

@@ -14,6 +14,7 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, TimeConfig
+from fastgen.objectives.requirements import Calls, DiscriminatorSpec
 from fastgen.objectives.shared.critic import real_side
 
 
@@ -41,10 +42,14 @@ class AdversarialConfig(BaseModel):
     r1_std: float = Field(0.1, gt=0)
     """perturbation of the approximate penalty"""
 
-    def evaluations(self) -> dict[str, float]:
+    def network_calls(self) -> Calls:
         """Network calls of one update of both sides."""
         extra = {"exact": 2, "approximate": 1}[self.r1] if self.r1_weight else 0
         return {"features+grad": 1, "features": 2 + self.misaligned + extra}
+
+    def discriminator(self) -> DiscriminatorSpec:
+        """The heads that these settings describe."""
+        return DiscriminatorSpec("teacher", self.disc_taps, self.disc_depths, self.disc_head)
 
 
 def student_input(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
