@@ -65,11 +65,10 @@ class DMD2(Matching, config=DMD2Config):
                 t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
-                fake, logits = self.critic_forward(x_t, t, batch, grad=False)  # D_fake
+                fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t')
                 loss = dm = losses.distribution_matching(x, real, fake.detach())  # grad of eq. 7-8
                 logs = {"dm": dm, **diagnostics(x, real, fake)}
                 if cfg.gan_weight:
-                    logits = logits or self.disc_logits(x, x_t, t, batch.cond)  # Disc(x_t')
                     logs["gan"] = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
                     loss = dm + cfg.gan_weight * logs["gan"]
                 yield loss, logs
@@ -79,11 +78,10 @@ class DMD2(Matching, config=DMD2Config):
         x = x.detach()
         with self.turn("critic"):
             t, x_t = self.noised(x, cfg.critic_time)
-            fake, logits = self.critic_forward(x_t, t, batch)  # D_fake
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, Disc(x_t')
             loss = self.denoising_loss(fake, x, t)  # w(t) |D_fake(x_t) - sg x|^2
             logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, batch.cond)}
             if cfg.gan_weight:
-                logits = logits or self.disc_logits(x, x_t, t, batch.cond)  # Disc(x_t')
                 real_logits, r1 = self.real_logits(batch, t)  # Disc(x0_t'), |d Disc / d x0_t'|^2
                 disc = losses.gan_discriminator(logits, real_logits)  # softplus(.) + softplus(-.)
                 loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1

@@ -68,7 +68,7 @@ class MSDConfig(ObjectiveConfig):
             raise ValueError(f"objective.only: found {wrong[0]}; students are 0 to {self.num_students - 1}")
         if counts := requirements_of(self.host).step_counts:
             raise ValueError(
-                f"objective.host.step_counts: found {list(counts)}, but students behind a router read no "
+                f"objective.host.step_counts: found {list(counts)}; students behind a router read no "
                 "step count; leave it out and set student.num_steps"
             )
         return self

@@ -87,13 +87,12 @@ class SiD(Matching, config=SiDConfig):
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
             t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
             real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^k4
-            fake, logits = self.critic_forward(x_t, t, batch, cfg.score_guidance)  # D_fake^k2
+            fake, logits = self.guided_critic_forward(x, x_t, t, batch, cfg.score_guidance)  # D_fake^k2
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             sid = divergences.score_identity(x, real, fake, cfg.alpha, cfg.distance, cfg.huber_c)
             loss = sid = (sid / scale if cfg.distance == "l2" else sid).mean()
             logs = {"sid": sid, **diagnostics(x, real, fake)}
             if cfg.gan_weight:
-                logits = logits or self.disc_logits(x, x_t, t, batch.cond)
                 logs["gan"] = losses.gan_generator(logits, weight=1 / scale)  # softplus(-Disc) / W
                 loss = sid + cfg.gan_weight * logs["gan"]
             yield loss, logs

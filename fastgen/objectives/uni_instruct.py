@@ -91,9 +91,7 @@ class UniInstruct(Matching, config=UniInstructConfig):
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
             t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
             real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
-            fake, logits = self.critic_forward(x_t, t, batch)  # D_fake
-            if cfg.gan_weight:
-                logits = logits or self.disc_logits(x, x_t, t, batch.cond)  # l
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, l
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             divergence, logs = self.divergence(k, x, x_t, t, real, fake, logits)
             loss = logs["divergence"] = (divergence / scale).mean()

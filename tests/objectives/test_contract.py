@@ -194,9 +194,8 @@ def test_compile_switch_reaches_every_network(tiny, monkeypatch):
 
 
 def data_free():
-    return sorted(
-        n for n, cls in REGISTRY.items() if not requirements_of(cls.config(**SHORT.get(n, {}))).real_data
-    )
+    found = {n: requirements_of(cls.config(**SHORT.get(n, {}))) for n, cls in REGISTRY.items()}
+    return sorted(n for n, needs in found.items() if not needs.real_data)
 
 
 @pytest.mark.parametrize("name", data_free())

@@ -126,17 +126,26 @@ class Matching(Objective):
         return t, self.schedule.noise(x, eps, t)
 
     def critic_forward(
-        self, x_t: Tensor, t: Tensor, batch: Batch, w: float = 1.0, grad: bool = True
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """(D_fake^w, the discriminator's logits where both come from the same pass, else None).
-
-        Without `grad`, D_fake of a pass of its own carries no gradient; that of a shared pass always does.
+        self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(D_fake, the discriminator's logits): one pass of the critic where they share it, else two; no
+        logits without a GAN. Without `grad`, D_fake of a pass of its own carries no gradient.
         """
-        if has_gan(self.cfg) and self.cfg.one_pass and w == 1:
+        if has_gan(self.cfg) and self.cfg.one_pass:
             logits, fake = self.disc(x_t, t, batch.cond, score=True)
             return fake, logits
+        logits = self.disc_logits(x, x_t, t, batch.cond) if has_gan(self.cfg) else []
         with nullcontext() if grad else torch.no_grad():
-            return guided(self.critic, x_t, t, batch, w), None
+            return self.critic(x_t, t, batch.cond), logits
+
+    def guided_critic_forward(
+        self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, w: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, always with gradient, under a guidance scale w of the critic (SiD-LSG)."""
+        if w == 1:
+            return self.critic_forward(x, x_t, t, batch)
+        logits = self.disc_logits(x, x_t, t, batch.cond) if has_gan(self.cfg) else []
+        return guided(self.critic, x_t, t, batch, w), logits
 
     def denoising_loss(self, fake: Tensor, x: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
         """w(t) |fake - sg x|^2 with the weight of the critic's native prediction, times a weight [B]."""
@@ -167,11 +176,10 @@ class Matching(Objective):
         fakes = batch if cond is None else replace(batch, cond=cond)
         with self.turn("critic"):
             t, x_t = self.noised(x, cfg.critic_time)
-            fake, logits = self.critic_forward(x_t, t, fakes, w)  # D_fake^w
+            fake, logits = self.guided_critic_forward(x, x_t, t, fakes, w)  # D_fake^w
             loss = self.denoising_loss(fake, x, t)
             logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, fakes.cond)}
             if has_gan(cfg):
-                logits = logits or self.disc_logits(x, x_t, t, fakes.cond)
                 real, r1 = self.real_logits(batch, t)
                 disc = losses.gan_discriminator(logits, real)  # softplus pair
                 loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1
