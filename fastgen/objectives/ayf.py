@@ -28,8 +28,9 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import expand
 from fastgen.networks.jvp import TangentConfig, tangent
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, guided
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, WeakTeacherSpec, passes
+from fastgen.roles.roles import Role
 
 
 class AYFConfig(ObjectiveConfig):
@@ -55,6 +56,8 @@ class AYFConfig(ObjectiveConfig):
 
 
 class AYF(Objective, config=AYFConfig):
+    weak: Role
+
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         lead = cfg.autoguidance > 1
@@ -74,8 +77,9 @@ class AYF(Objective, config=AYFConfig):
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
         w, cond = self.draw_guidance(batch)
-        s, r = self.times(view, len(batch.x0))
-        x_s = view.line.noise(batch.x0, self.rng.randn_like(batch.x0), s)
+        x0 = data_of(batch)
+        s, r = self.times(view, len(x0))
+        x_s = view.line.noise(x0, self.rng.randn_like(x0), s)
         warm = min(1.0, k / cfg.warmup_steps) if cfg.warmup_steps else 1.0
         way = warm * expand(r - s, x_s)
         average = view.average(lambda x, tau, rho: self.student(x, tau, {**cond, "r": rho}))

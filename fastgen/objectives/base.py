@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import (
@@ -28,8 +28,10 @@ from fastgen.core.batch import Batch, Cond
 from fastgen.core.ema import ema_update
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
+from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Schedule
 from fastgen.objectives.requirements import Requirements
+from fastgen.roles.heads import Discriminator, LogVariance
 from fastgen.roles.roles import Player, Role, Student
 
 REGISTRY: dict[str, type["Objective"]] = {}
@@ -105,6 +107,15 @@ class Objective:
     config: type[ObjectiveConfig]
     student: Student
     teacher: Role
+    critic: Role
+    """the network that learns the student's own distribution"""
+    previous: Role
+    """the student as the stage before left it"""
+    disc: Discriminator
+    """the heads of a GAN"""
+    logvar: LogVariance
+    """the learned weight of the loss at each time"""
+    # each part exists where the requirements name it
 
     def __init_subclass__(cls, config: type[ObjectiveConfig] | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -220,6 +231,11 @@ class Objective:
 def guided(role: Role, x_t: Tensor, t: Tensor, batch: Batch, w: float | Tensor) -> Tensor:
     """D^w = D_uncond + w (D_cond - D_uncond) of a role at x_t [B, ...], t [B], for this batch."""
     return role.guided(x_t, t, batch.cond, batch.uncond, w)
+
+
+def native_weighting(role: Role) -> losses.Weighting:
+    """The w(t) under which an error of D is one of the network's native prediction."""
+    return cast(losses.Weighting, role.backbone.prediction)
 
 
 def data_of(batch: Batch) -> Tensor:

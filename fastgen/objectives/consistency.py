@@ -32,7 +32,8 @@ from pydantic import Field, model_validator
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, guided
+from fastgen.networks.feature_net import Perceptual
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, PerceptualSpec, Requirements, passes
 from fastgen.objectives.shared.grids import check_segments, draw_intervals, num_intervals, unfit_segments
 from fastgen.sampling.solvers import jump, segment_ends, solver_step, undo_jump
@@ -83,6 +84,8 @@ class ConsistencyConfig(ObjectiveConfig):
 
 
 class Consistency(Objective, config=ConsistencyConfig):
+    perceptual: Perceptual
+
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         distilled = cfg.mode == "distillation"
@@ -101,7 +104,7 @@ class Consistency(Objective, config=ConsistencyConfig):
         )
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         grid = self.grid(k).to(x0.device)
         num = len(grid) - 1
         i = draw_intervals(self.rng, S, grid, len(x0), cfg.log_normal)
@@ -144,7 +147,7 @@ class Consistency(Objective, config=ConsistencyConfig):
     def denoiser(self, batch):
         """D along whose ODE the target moves: the guided teacher, or the data point itself."""
         if self.cfg.mode == "training":
-            return lambda x, t: batch.x0
+            return lambda x, t: data_of(batch)
         return lambda x, t: guided(self.teacher, x, t, batch, self.guidance)
 
     def grid(self, k: int) -> torch.Tensor:

@@ -75,7 +75,6 @@ class DisBackConfig(ObjectiveConfig):
 
 
 class DisBack(Objective, config=DisBackConfig):
-    critic: Role
     path: Role
     host: Matching
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, passes
 from fastgen.sampling.solvers import solver_step
 
@@ -66,12 +66,13 @@ class ECT(Objective, config=ECTConfig):
         distilled = cfg.source == "teacher"
 
         def network_calls(guidance: float, num_steps: int) -> Calls:
-            return {"student+grad": 1, "student": 1} | ({"teacher": passes(guidance)} if distilled else {})
+            calls: Calls = {"student+grad": 1, "student": 1}
+            return calls | ({"teacher": passes(guidance)} if distilled else {})
 
         return Requirements(network_calls, untrained=("teacher",) if distilled else ())
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         t = self.sample_t(len(x0), cfg.time)
         n_t = noise_level(S, t)
         n_r = shrink(n_t, self.gap(k), cfg.k, cfg.b)
@@ -95,7 +96,7 @@ class ECT(Objective, config=ECTConfig):
 def earlier(obj, batch, x_t, eps, t, r):
     """x_r of the data with the same noise, or the guided teacher's Euler step from x_t."""
     if obj.cfg.source == "data":
-        return obj.schedule.noise(batch.x0, eps, r)
+        return obj.schedule.noise(data_of(batch), eps, r)
 
     def D(x: Tensor, t: Tensor) -> Tensor:
         return guided(obj.teacher, x, t, batch, obj.guidance)

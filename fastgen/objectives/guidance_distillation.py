@@ -23,7 +23,15 @@ import torch
 
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    TimeConfig,
+    Updates,
+    data_of,
+    guided,
+    native_weighting,
+)
 from fastgen.objectives.requirements import Requirements, passes
 
 
@@ -46,15 +54,15 @@ class GuidanceDistillation(Objective, config=GuidanceDistillationConfig):
         )
 
     def step(self, batch: Batch, k: int) -> Updates:
-        S = self.schedule
+        S, x0 = self.schedule, data_of(batch)
         w, cond = self.draw_guidance(batch)  # w ~ U(w_min, w_max)
         with self.turn("student"):
-            t = self.sample_t(len(batch.x0), self.cfg.time).clamp(min=self.low())
-            x_t = S.noise(batch.x0, self.rng.randn_like(batch.x0), t)
+            t = self.sample_t(len(x0), self.cfg.time).clamp(min=self.low())
+            x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 target = guided(self.teacher, x_t, t, batch, w)  # D^w
             pred = self.student(x_t, t, cond)
-            kind = self.student.backbone.prediction if self.cfg.weighting == "native" else "snr1"
+            kind = native_weighting(self.student) if self.cfg.weighting == "native" else "snr1"
             loss = losses.denoising(S, pred, target, t, kind)  # max(SNR, 1) |D^w - D_theta|^2
             yield loss, {"error": (pred - target).abs().mean()}
 

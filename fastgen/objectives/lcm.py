@@ -32,7 +32,7 @@ from pydantic import Field
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Updates, guided
+from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.grids import OnSolverGrid, SolverGridConfig, distance_weight
 from fastgen.sampling.solvers import solver_step, teacher_grid
@@ -64,7 +64,7 @@ class LCM(OnSolverGrid, config=LCMConfig):
         return replace(needs, network_calls=network_calls, guidance_embedding=True)
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         grid = torch.tensor(teacher_grid(S, cfg.grid_steps), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(cfg.grid_steps, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart

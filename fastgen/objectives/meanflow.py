@@ -32,7 +32,7 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import expand
 from fastgen.networks.jvp import TangentConfig, tangent
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, passes
 
 
@@ -93,9 +93,10 @@ class MeanFlow(Objective, config=MeanFlowConfig):
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
         w, cond = self.draw_guidance(batch)
-        s, r = self.times(len(batch.x0))
-        eps = self.rng.randn_like(batch.x0)
-        x_s = view.line.noise(batch.x0, eps, s)  # x_s = (1 - s) x0 + s eps
+        x0 = data_of(batch)
+        s, r = self.times(len(x0))
+        eps = self.rng.randn_like(x0)
+        x_s = view.line.noise(x0, eps, s)  # x_s = (1 - s) x0 + s eps
         with self.turn("student"):
             with torch.no_grad():
                 v, cond = self.velocity(view, batch, x_s, s, eps, w, cond)
@@ -130,7 +131,7 @@ class MeanFlow(Objective, config=MeanFlowConfig):
         if cfg.mode == "distillation":
             D = lambda x, tau: guided(self.teacher, x, tau, batch, w)  # noqa: E731
             return view.velocity(D)(x_s, s), cond
-        v = eps - batch.x0
+        v = eps - data_of(batch)
         if not mixes_guidance(cfg):
             return v, cond
         null, own = (self.average(view, c)(x_s, s, s) for c in (batch.uncond, batch.cond))

@@ -38,12 +38,12 @@ from fastgen.objectives.base import (
     TimeConfig,
     Updates,
     data_of,
+    native_weighting,
     requirements_of,
 )
 from fastgen.objectives.dmd2 import DMD2Config
 from fastgen.objectives.requirements import Requirements
 from fastgen.roles.roles import Students
-from fastgen.roles.router import Router
 
 
 class MSDConfig(ObjectiveConfig):
@@ -75,7 +75,6 @@ class MSDConfig(ObjectiveConfig):
 
 
 class MSD(Objective, config=MSDConfig):
-    router: Router
     student: Students
 
     @classmethod
@@ -141,7 +140,7 @@ class MSD(Objective, config=MSDConfig):
             with torch.no_grad():
                 real = self.teacher(x_t, t, batch.cond)
             D = host.student(x_t, t, batch.cond)
-            yield losses.denoising(self.schedule, D, real, t, self.teacher.backbone.prediction), {}
+            yield losses.denoising(self.schedule, D, real, t, native_weighting(self.teacher)), {}
 
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:

@@ -36,7 +36,8 @@ class Pairs:
 
     def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler", noises: int = 1):
         """noises: how many pairs each data index has."""
-        self.obj, self.solver, self.noises, self.rows = obj, solver, noises, {}
+        self.obj, self.solver, self.noises = obj, solver, noises
+        self.rows: dict[int, Tensor] = {}
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
         later = times[1:]  # the first input is noise, wherever it enters
@@ -51,10 +52,10 @@ class Pairs:
 
     def __call__(self, batch: Batch, teacher: Role) -> Tensor:
         """[B, len(times) + 1, ...]: the student's noise, the teacher's x_t at each later time, then y."""
-        number = batch.index
+        index = batch.index
         if self.noises > 1:
-            number = number * self.noises + self.obj.rng.randint(self.noises, len(number)).cpu()
-        number = number.tolist()
+            index = index * self.noises + self.obj.rng.randint(self.noises, len(index)).cpu()
+        number = index.tolist()
         todo = [r for r, n in enumerate(number) if n not in self.rows]
         if todo:
             made = self._solve(batch, todo, [number[r] for r in todo], teacher).cpu()
@@ -66,9 +67,9 @@ class Pairs:
         """The guided teacher's ODE for some rows of the batch, from the noises of their numbers."""
         obj, like = self.obj, batch.noise
         seeds = [obj.rng.seed * 1_000_003 + n for n in numbers]
-        noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
-        noise = torch.stack(noise).to(like)
+        noise = torch.stack(drawn).to(like)
         first = noise * obj.schedule.prior_std(obj.student.times[0])
         x = noise * obj.schedule.prior_std(self.grid[0])
 

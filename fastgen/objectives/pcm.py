@@ -32,7 +32,7 @@ from pydantic import Field
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Updates
+from fastgen.objectives.base import Updates, data_of
 from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.gan import pair_turn
 from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
@@ -70,7 +70,7 @@ class PCM(Segmented, config=PCMConfig):
         )
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps
+        cfg, S, x0, K = self.cfg, self.schedule, data_of(batch), self.cfg.grid_steps
         grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]

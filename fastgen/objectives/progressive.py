@@ -27,7 +27,7 @@ import torch
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, guided
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, passes
 from fastgen.sampling.solvers import solver_step, teacher_grid, undo_jump
 
@@ -48,7 +48,8 @@ class Progressive(Objective, config=ProgressiveConfig):
         own = cfg.ode_teacher == "previous"
 
         def network_calls(guidance: float, num_steps: int) -> Calls:
-            return {"student+grad": 1} | ({"previous": 2} if own else {"teacher": 2 * passes(guidance)})
+            calls: Calls = {"student+grad": 1}
+            return calls | ({"previous": 2} if own else {"teacher": 2 * passes(guidance)})
 
         def why_not_sampled(num_steps: int, sampler: str) -> str:
             return "" if num_steps == 1 or sampler == "ode" else "trained on DDIM's own states: use ode"
@@ -61,7 +62,7 @@ class Progressive(Objective, config=ProgressiveConfig):
         )
 
     def step(self, batch: Batch, k: int) -> Updates:
-        S, x0 = self.schedule, batch.x0
+        S, x0 = self.schedule, data_of(batch)
         if k == 0 and self.cfg.ode_teacher == "previous":  # the student becomes the teacher
             self.follow("previous")
         t, mid, end = self.times(x0)

@@ -30,7 +30,6 @@ from fastgen.objectives.base import TimeConfig, Updates, guided, requirements_of
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.scm import SCMConfig, consistency_loss, noised_point
 from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
-from fastgen.roles.heads import LogVariance
 from fastgen.roles.roles import Role
 
 
@@ -49,8 +48,6 @@ class RCMConfig(MatchingConfig):
 
 
 class RCM(Matching, config=RCMConfig):
-    logvar: LogVariance
-
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         needs, scm = super().requirements(cfg), requirements_of(cfg.scm)
@@ -63,7 +60,7 @@ class RCM(Matching, config=RCMConfig):
         return replace(
             needs,
             network_calls=network_calls if cfg.dm_weight else scm.network_calls,
-            players=scm.players | ({"critic": ("critic",)} if cfg.dm_weight else {}),
+            players={**scm.players, **({"critic": ("critic",)} if cfg.dm_weight else {})},
             auxiliaries=scm.auxiliaries,
             real_data=True,
         )

@@ -32,7 +32,6 @@ from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Upda
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.scm import SCMConfig, consistency_loss, noised_point
 from fastgen.objectives.shared.gan import AdversarialConfig, disc_turn, gan_student_loss, student_input
-from fastgen.roles.heads import Discriminator, LogVariance
 
 
 class SanaSprintConfig(ObjectiveConfig):
@@ -56,9 +55,6 @@ class SanaSprintConfig(ObjectiveConfig):
 
 
 class SanaSprint(Objective, config=SanaSprintConfig):
-    logvar: LogVariance
-    disc: Discriminator
-
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         scm = requirements_of(cfg.scm)

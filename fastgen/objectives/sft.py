@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, native_weighting
 from fastgen.objectives.requirements import Requirements
 
 
@@ -44,12 +44,10 @@ class SFT(Objective, config=SFTConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         with self.turn("student"):
-            num = len(batch.x0)
-            t, eps = self.sample_t(num, self.cfg.time), self.rng.randn_like(batch.x0)
+            x0 = data_of(batch)
+            t, eps = self.sample_t(len(x0), self.cfg.time), self.rng.randn_like(x0)
             cond = self.drop_condition(batch, self.cfg.cond_dropout)
-            x_t = self.schedule.noise(batch.x0, eps, t)  # x_t = alpha x0 + sigma eps
+            x_t = self.schedule.noise(x0, eps, t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
-            weighting = (
-                self.student.backbone.prediction if self.cfg.weighting == "auto" else self.cfg.weighting
-            )
-            yield losses.denoising(self.schedule, D, batch.x0, t, weighting), {}  # w(t) |D - x0|^2
+            weighting = native_weighting(self.student) if self.cfg.weighting == "auto" else self.cfg.weighting
+            yield losses.denoising(self.schedule, D, x0, t, weighting), {}  # w(t) |D - x0|^2

@@ -105,7 +105,7 @@ class SwiftBrush(Matching, config=SwiftBrushConfig):
                 loss = losses.score_difference(x, real, fake, S.alpha(t) * S.sigma(t))  # sigma^2 (e_T - e_L)
                 logs = {"vsd": loss, **diagnostics(x, real, fake)}
                 if cfg.clip_weight:
-                    cos, weight = self.clip(x, batch.texts), max(0, 1 - k / cfg.clip_steps)
+                    cos, weight = self.clip(x, batch.texts or []), max(0, 1 - k / cfg.clip_steps)
                     logs |= {"clip": losses.clamped(cos, cfg.clip_margin), "cosine": cos.mean()}
                     loss = loss + cfg.clip_weight * weight * logs["clip"]  # max(0, tau - cos)
                 yield loss, logs

@@ -28,7 +28,6 @@ from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided, requirements_of
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.scm import Point, SCMConfig, consistency_loss
-from fastgen.roles.heads import LogVariance
 
 
 class TBCMConfig(ObjectiveConfig):
@@ -44,8 +43,6 @@ class TBCMConfig(ObjectiveConfig):
 
 
 class TBCM(Objective, config=TBCMConfig):
-    logvar: LogVariance
-
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         scm = requirements_of(cfg.scm)

@@ -24,7 +24,7 @@ from pydantic import Field
 from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of
 from fastgen.objectives.ect import earlier, level_time, noise_level, shrink
 from fastgen.objectives.requirements import Calls, Requirements, passes
 
@@ -74,7 +74,7 @@ class TCM(Objective, config=TCMConfig):
             raise UserError("student.timesteps", found, f"times with sigma / alpha >= {self.cfg.boundary}")
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         if k == 0:
             self.follow("previous")  # f-, frozen
         n_t, weight = self.levels(len(x0))

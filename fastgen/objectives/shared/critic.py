@@ -16,9 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
+from fastgen.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    TimeConfig,
+    Updates,
+    data_of,
+    guided,
+    native_weighting,
+)
 from fastgen.objectives.requirements import Calls, DiscriminatorSpec, Requirements, passes
-from fastgen.roles.heads import Discriminator
 from fastgen.roles.roles import Role
 
 
@@ -100,15 +107,12 @@ def calls_through_scores(
 class Matching(Objective):
     """A method with an online critic, whose optimizer also trains the discriminator's heads of a GAN."""
 
-    critic: Role
-    disc: Discriminator
-
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         gan, auxiliaries = has_gan(cfg), {}
         if gan:
-            head = "mean" if cfg.disc_mean else "pooled"
-            auxiliaries["disc"] = DiscriminatorSpec(cfg.disc_features, cfg.disc_taps, head=head)
+            disc = DiscriminatorSpec(cfg.disc_features, cfg.disc_taps)
+            auxiliaries["disc"] = replace(disc, head="mean") if cfg.disc_mean else disc
         return Requirements(
             lambda guidance, num_steps: critic_calls(cfg, guidance, (num_steps - 1) / 2),
             players={"student": ("student",), "critic": ("critic", "disc") if gan else ("critic",)},
@@ -149,7 +153,7 @@ class Matching(Objective):
 
     def denoising_loss(self, fake: Tensor, x: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
         """w(t) |fake - sg x|^2 with the weight of the critic's native prediction, times a weight [B]."""
-        kind = self.critic.backbone.prediction
+        kind = native_weighting(self.critic)
         return losses.denoising(self.schedule, fake, x, t, kind, weight=weight)
 
     def disc_logits(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
