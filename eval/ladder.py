@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eval.results_table import distance, markdown, teacher_value
 from fastgen.core.paths import PACKAGE
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import REGISTRY, requirements_of
 
 TESTS = PACKAGE.parent / "tests"
 
@@ -129,19 +129,19 @@ def _best(method: str, documents: list[dict]) -> str:
 
 
 def choice(documents: list[dict]) -> str:
-    """What each method needs and costs, read off its class, beside the best it has reached."""
+    """What each method needs and costs, as it declares, beside the best it has reached."""
     rows = []
     for method, cls, file in _methods():
-        cfg = cls.config()
-        calls = cls.evaluations(cfg, 2.0, 1)
+        needs = requirements_of(cls.config())
+        calls = needs.network_calls(2.0, 1)
         plain = {k: v for k, v in calls.items() if not k.endswith("+grad")}
         grads = {k.removesuffix("+grad"): v for k, v in calls.items() if k.endswith("+grad")}
         shown = [f"{k} {v:g}" for k, v in plain.items()] + [f"{k} {v:g} g" for k, v in grads.items()]
         rows.append(
             [
                 f"[`{method}`](../fastgen/objectives/{file})",
-                "yes" if cls.requires_data(cfg) else "no",
-                ", ".join(p for parts in cls.player_parts(cfg).values() for p in parts),
+                "yes" if needs.real_data else "no",
+                ", ".join(needs.trained),
                 ", ".join(shown),
                 _best(method, documents),
             ]

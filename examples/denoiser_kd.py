@@ -13,8 +13,10 @@ from typing import Literal
 
 import torch
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.requirements import Requirements, passes
 
 
 class DenoiserKDConfig(ObjectiveConfig):
@@ -26,16 +28,16 @@ class DenoiserKDConfig(ObjectiveConfig):
 
 
 class DenoiserKD(Objective, config=DenoiserKDConfig):
-    few_step = False
-
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return {"student+grad": 1, "teacher": 1 if guidance == 1 else 2}
+    def requirements(cls, cfg) -> Requirements:
+        return Requirements(
+            lambda guidance, num_steps: {"student+grad": 1, "teacher": passes(guidance)}, few_step=False
+        )
 
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         t, S = self.sample_t(len(batch.x0), self.cfg.time), self.schedule
         x_t = S.noise(batch.x0, batch.noise, t)  # x_t = alpha x0 + sigma eps
         with torch.no_grad():
-            target = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_teacher^w
+            target = guided(self.teacher, x_t, t, batch, self.guidance)  # D_teacher^w
         with self.turn("student"):
             yield losses.mse(self.student(x_t, t, batch.cond), target), {}  # |D_theta - D_teacher^w|^2

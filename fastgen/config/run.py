@@ -19,7 +19,7 @@ from fastgen.config.sections import (
     TrainConfig,
 )
 from fastgen.core.paths import is_analytic
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import REGISTRY, requirements_of
 
 
 class StageConfig(Section):
@@ -85,7 +85,7 @@ class RunConfig(Section):
 
     def reads_data(self) -> bool:
         """Whether any stage reads real images; those of a data-free run are never opened."""
-        return any(REGISTRY[s.objective.name].requires_data(s.objective) for s in self.all_stages())
+        return any(requirements_of(s.objective).real_data for s in self.all_stages())
 
     @model_validator(mode="after")
     def _cross_checks(self):
@@ -121,15 +121,14 @@ class RunConfig(Section):
             raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
         self._check_steps()
         counts = (self.student.num_steps, len(times), *self.eval.student_steps)
-        two = [s.objective.name for s in self.all_stages() if REGISTRY[s.objective.name].two_times]
+        two = [s.objective.name for s in self.all_stages() if requirements_of(s.objective).step_end]
         if two and max(counts) > 1 and self.student.sampler != "ode":
             raise ValueError(
                 f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
             )
         for stage in self.all_stages():
-            cls = REGISTRY[stage.objective.name]
             has_data = self.data.name or self.data.images
-            if cls.requires_data(stage.objective) and not has_data:
+            if requirements_of(stage.objective).real_data and not has_data:
                 raise ValueError(
                     f"data: no images are named; {stage.objective.name} needs real data, data.name or .images"
                 )
@@ -146,17 +145,19 @@ class RunConfig(Section):
         if not 0 <= span[0] < span[1] or not all(span[0] <= x <= span[1] for x in (own, w)):
             around = f"around teacher.guidance {own:g}" + f" and student.guidance {w:g}" * (w != own)
             raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] {around}")
-        for name in (s.objective.name for s in self.all_stages()):
-            if not REGISTRY[name].draws_guidance:
-                able = ", ".join(n for n, cls in REGISTRY.items() if cls.draws_guidance)
-                raise ValueError(f"{key}: {name} trains teacher.guidance alone; leave it out, or use {able}")
+        for one in (s.objective for s in self.all_stages()):
+            if not requirements_of(one).guidance_embedding:
+                able = (n for n, cls in REGISTRY.items() if requirements_of(cls.config()).guidance_embedding)
+                raise ValueError(
+                    f"{key}: {one.name} trains teacher.guidance alone; leave it out, or use {', '.join(able)}"
+                )
 
     def _check_steps(self) -> None:
         """The step counts that are sampled and measured must be among those the last stage trains."""
         last, s = self.all_stages()[-1], self.student
         own = ("student.num_steps", last.num_steps or len(s.timesteps) or s.num_steps)
         for key, num in (own, *(("eval.student_steps", n) for n in self.eval.student_steps)):
-            why = REGISTRY[last.objective.name].unsampled(last.objective, num, s.sampler)
+            why = requirements_of(last.objective).why_not_sampled(num, s.sampler)
             if why:
                 raise ValueError(f"{key}: found {num} with sampler {s.sampler}; {why}")
 

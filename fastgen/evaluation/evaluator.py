@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgen.core.batch import select
 from fastgen.evaluation.diagnostics import look
 from fastgen.networks.codecs import TextCodec
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
@@ -64,7 +64,7 @@ class Evaluator:
 
         self.cfg, self.cast = cfg, cast
         self.requests = Requests(cast.teacher, data)
-        self.few_step = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
+        self.few_step = requirements_of(cfg.all_stages()[-1].objective).few_step
         teacher = cast.teacher
         self.measurer = (
             ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)

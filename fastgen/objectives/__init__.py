@@ -3,9 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fastgen.objectives.base import REGISTRY, Objective, ObjectiveConfig
+from fastgen.objectives.base import REGISTRY, Objective, ObjectiveConfig, requirements_of
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["REGISTRY", "Objective", "ObjectiveConfig"]
+__all__ = ["REGISTRY", "Objective", "ObjectiveConfig", "requirements_of"]

@@ -28,7 +28,9 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import expand
 from fastgen.networks.jvp import TangentConfig, tangent
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements, WeakTeacherSpec, passes
+from fastgen.roles.roles import Role
 
 
 class AYFConfig(ObjectiveConfig):
@@ -54,27 +56,33 @@ class AYFConfig(ObjectiveConfig):
 
 
 class AYF(Objective, config=AYFConfig):
-    two_times = True
-    draws_guidance = True
+    weak: Role
 
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "weak") if cfg.autoguidance > 1 else ("teacher",)
+    def requirements(cls, cfg) -> Requirements:
+        lead = cfg.autoguidance > 1
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = {"student+grad": 1, "teacher": 1 if guidance == 1 else 2}
-        calls |= {"student tangent": 1} if cfg.tangent.method == "exact" else {"student": 2}
-        return calls | ({"weak": 1} if cfg.autoguidance > 1 else {})
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1, "teacher": passes(guidance)}
+            calls |= {"student tangent": 1} if cfg.tangent.method == "exact" else {"student": 2}
+            return calls | ({"weak": 1} if lead else {})
 
-    def step(self, batch, k):
+        return Requirements(
+            network_calls,
+            auxiliaries={"weak": WeakTeacherSpec(cfg.weak)} if lead else {},
+            guidance_embedding=True,
+            step_end=True,
+        )
+
+    def step(self, batch: Batch, k: int) -> Updates:
         cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
-        w, told = self.tell(batch)
-        s, r = self.times(view, len(batch.x0))
-        x_s = view.line.noise(batch.x0, self.rng.randn_like(batch.x0), s)
+        w, cond = self.draw_guidance(batch)
+        x0 = data_of(batch)
+        s, r = self.times(view, len(x0))
+        x_s = view.line.noise(x0, self.rng.randn_like(x0), s)
         warm = min(1.0, k / cfg.warmup_steps) if cfg.warmup_steps else 1.0
         way = warm * expand(r - s, x_s)
-        average = view.average(lambda x, tau, rho: self.student(x, tau, {**told, "r": rho}))
+        average = view.average(lambda x, tau, rho: self.student(x, tau, {**cond, "r": rho}))
         with self.turn("student"):
             u = average(x_s, s, r)
             with torch.no_grad():
@@ -105,7 +113,7 @@ class AYF(Objective, config=AYFConfig):
         lead = self.cfg.autoguidance - 1
 
         def D(x: Tensor, tau: Tensor) -> Tensor:
-            strong = self.teacher.guided(x, tau, batch.cond, batch.uncond, w)
+            strong = guided(self.teacher, x, tau, batch, w)
             return strong + lead * (strong - self.weak(x, tau, batch.cond)) if lead else strong
 
         return view.velocity(D)

@@ -9,7 +9,8 @@ ordinary `if k % r`.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import (
@@ -23,14 +24,20 @@ from pydantic import (
 )
 from torch import Tensor
 
-from fastgen.core.batch import Batch
+from fastgen.core.batch import Batch, Cond
 from fastgen.core.ema import ema_update
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
+from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Schedule
+from fastgen.objectives.requirements import Requirements
+from fastgen.roles.heads import Discriminator, LogVariance
 from fastgen.roles.roles import Player, Role, Student
 
 REGISTRY: dict[str, type["Objective"]] = {}
+
+Updates = Iterator[tuple[Tensor, dict]]
+"""what `step` yields: the loss of the active player's update, and what to log"""
 
 
 class ObjectiveConfig(BaseModel):
@@ -69,6 +76,12 @@ AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_any_o
 """The settings of another method, for methods that are wrapped around one"""
 
 
+def requirements_of(cfg: ObjectiveConfig) -> Requirements:
+    """What the method of this name needs under these settings."""
+    needs = REGISTRY[cfg.name].requirements(cfg)
+    return needs if needs.guidance is not None else replace(needs, guidance=cfg.real_guidance)
+
+
 class TimeConfig(BaseModel):
     """How noise levels are drawn."""
 
@@ -87,22 +100,22 @@ class TimeConfig(BaseModel):
 
 
 class Objective:
-    """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `step`; the registry takes it
-    from there.
+    """Base class. Subclass as `class Foo(Objective, config=FooConfig)` with `requirements` and `step`; the
+    subclass registers itself under the default of FooConfig.name.
     """
 
     config: type[ObjectiveConfig]
-    needs_data = True
-    """whether `step` reads batch.x0"""
-    draws_guidance = False
-    """whether `step` can train a student that is told w (student.guidance_embedding), through `tell`"""
-    two_times = False
-    """whether the student also reads where its step ends: u(x_t, t, r) instead of D(x_t, t)"""
-    few_step = True
-    """whether the student becomes a few-step generator; if not, it is sampled by the ODE, like a teacher"""
-
     student: Student
     teacher: Role
+    critic: Role
+    """the network that learns the student's own distribution"""
+    previous: Role
+    """the student as the stage before left it"""
+    disc: Discriminator
+    """the heads of a GAN"""
+    logvar: LogVariance
+    """the learned weight of the loss at each time"""
+    # each part exists where the requirements name it
 
     def __init_subclass__(cls, config: type[ObjectiveConfig] | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -112,78 +125,34 @@ class Objective:
         REGISTRY[config.model_fields["name"].default] = cls
 
     def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
-        self.cfg, self.rng, self.guidance = cfg, rng, self.learned_guidance(cfg, guidance)
+        needs = requirements_of(cfg)
+        self.cfg, self.rng, self.guidance = cfg, rng, needs.learned_guidance(guidance)
         self.parts = parts
         self.learned = functools.cache(lambda name: parts[name].trainable())  # walked once, not every step
         for name, part in parts.items():
             setattr(self, name, part)
         self.schedule: Schedule = self.student.schedule
         self.players = {
-            name: Player(name, {p: parts[p] for p in members})
-            for name, members in self.player_parts(cfg).items()
+            name: Player(name, {part: parts[part] for part in members})
+            for name, members in needs.players.items()
         }
         self.active: str | None = None
         self.sync = True
-        if cfg.real_guidance is not None and (
-            not self.follows_guidance(cfg) or self.student.guidance_range is not None
-        ):
-            told = "these settings learn from no guided teacher, or draw its guidance; leave it out"
-            raise UserError("objective.real_guidance", f"found {cfg.real_guidance:g}", told)
+        drawn = self.student.guidance_range is not None
+        if cfg.real_guidance is not None and (drawn or not needs.follows_guidance):
+            why = "leave it out: with these settings no teacher is followed at one fixed guidance scale"
+            raise UserError("objective.real_guidance", f"found {cfg.real_guidance:g}", why)
         self.check()
+
+    @classmethod
+    def requirements(cls, cfg) -> Requirements:
+        """What these settings need: networks, data, guidance, and the network calls of a step."""
+        raise NotImplementedError(f"{cls.__name__} must define the classmethod requirements(cfg)")
 
     def check(self) -> None:
         """Refuse settings that do not fit these parts, with UserError. Also called before a run folder is
         opened, on parts without weights.
         """
-
-    @classmethod
-    def player_parts(cls, cfg) -> dict[str, tuple[str, ...]]:
-        """Players and the parts each one trains; parts are built by `fastgen.training.cast`."""
-        return {"student": ("student",)}
-
-    @classmethod
-    def uses(cls, cfg) -> tuple[str, ...]:
-        """Untrained parts this method needs besides the players', e.g. ("teacher",)."""
-        return ("teacher",)
-
-    @classmethod
-    def follows_guidance(cls, cfg) -> bool:
-        """Whether these settings learn from the teacher at one fixed guidance."""
-        return "teacher" in cls.uses(cfg)
-
-    @classmethod
-    def requires_data(cls, cfg) -> bool:
-        """Whether these settings read real data."""
-        return cls.needs_data
-
-    @classmethod
-    def grid_steps(cls, cfg) -> int:
-        """Steps of the grid that any step count may be drawn from; 0 where the time list is fixed."""
-        return 0
-
-    @classmethod
-    def step_counts(cls, cfg) -> tuple[int, ...]:
-        """Step counts that student and critic are told, through the class's own input for w; empty: none."""
-        return ()
-
-    @classmethod
-    def learned_guidance(cls, cfg, guidance: float) -> float:
-        """The teacher's guidance that ends up inside the student."""
-        return guidance if cfg.real_guidance is None else cfg.real_guidance
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps: int, sampler: str) -> str:
-        """Why a student trained with these settings is not fit for num_steps of this sampler; empty if it
-        is.
-        """
-        return ""
-
-    @classmethod
-    def evaluations(cls, cfg, guidance: float, num_steps: int) -> dict[str, float]:
-        """Expected network calls of one step by role, for `--dry_run`; guidance counts two, "+grad" a
-        backward.
-        """
-        raise NotImplementedError
 
     @contextmanager
     def turn(self, name: str) -> Iterator[Player]:
@@ -196,7 +165,7 @@ class Objective:
         finally:
             self.active = None
 
-    def step(self, batch: Batch, k: int) -> Iterator[tuple[Tensor, dict]]:
+    def step(self, batch: Batch, k: int) -> Updates:
         """Yield (loss, logs) once per update; k counts optimizer windows from 0 within the stage."""
         raise NotImplementedError
 
@@ -219,14 +188,14 @@ class Objective:
             return self.schedule.from_unit(torch.sigmoid(normal).clamp(1e-3, 1 - 1e-6))
         return self.schedule.t_from_lambda(-normal).clamp(self.schedule.t_min, self.schedule.t_max)
 
-    def tell(self, batch: Batch) -> tuple[float | Tensor, dict[str, Tensor]]:
-        """(w of this step, the student's cond): the learned guidance, or w ~ U(range) [B] that the student is
-        told.
+    def draw_guidance(self, batch: Batch) -> tuple[float | Tensor, Cond]:
+        """(w of this step, the student's conditions): the one scale that is learned; or w ~ U(range) [B],
+        also an input of the student (student.guidance_embedding) beside the batch's conditions.
         """
-        span = self.student.guidance_range
-        if span is None:
+        if self.student.guidance_range is None:
             return self.guidance, batch.cond
-        w = span[0] + (span[1] - span[0]) * self.rng.rand(len(batch.noise)).float()
+        low, high = self.student.guidance_range
+        w = low + (high - low) * self.rng.rand(len(batch.noise)).float()
         return w, {**batch.cond, "guidance": w}
 
     def follow(self, part: str, decay: float = 0.0) -> None:
@@ -257,3 +226,19 @@ class Objective:
     def generate(self, batch: Batch, last: int | None = None) -> Tensor:
         """The student's sample for this batch's noise."""
         return self.student.generate(batch.noise, batch.cond, self.rng.randn_like, last)
+
+
+def guided(role: Role, x_t: Tensor, t: Tensor, batch: Batch, w: float | Tensor) -> Tensor:
+    """D^w = D_uncond + w (D_cond - D_uncond) of a role at x_t [B, ...], t [B], for this batch."""
+    return role.guided(x_t, t, batch.cond, batch.uncond, w)
+
+
+def native_weighting(role: Role) -> losses.Weighting:
+    """The w(t) under which an error of D is one of the network's native prediction."""
+    return cast(losses.Weighting, role.backbone.prediction)
+
+
+def data_of(batch: Batch) -> Tensor:
+    """x0 [B, ...] of a batch with real data; a method that calls this requires it."""
+    assert batch.x0 is not None, "the method reads x0: its requirements must say real_data=True"
+    return batch.x0

@@ -23,14 +23,18 @@ Differs
 - random states are not shared by pred and target: the networks run in eval mode, without dropout.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.networks.feature_net import Perceptual
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, PerceptualSpec, Requirements, passes
 from fastgen.objectives.shared.grids import check_segments, draw_intervals, num_intervals, unfit_segments
 from fastgen.sampling.solvers import jump, segment_ends, solver_step, undo_jump
 
@@ -80,27 +84,27 @@ class ConsistencyConfig(ObjectiveConfig):
 
 
 class Consistency(Objective, config=ConsistencyConfig):
-    @classmethod
-    def uses(cls, cfg):
-        wanted = {
-            "teacher": cfg.mode == "distillation",
-            "target": cfg.target_decay,
-            "perceptual": cfg.metric == "perceptual",
-        }
-        return tuple(name for name, on in wanted.items() if on)
+    perceptual: Perceptual
 
     @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.num_scales, cfg.segments, num_steps, sampler)
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.mode == "distillation"
+        wanted = {"teacher": distilled, "target": cfg.target_decay}
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        teacher = (1 if guidance == 1 else 2) * (2 if cfg.solver == "heun" else 1)
-        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
-        return calls | ({"teacher": teacher} if cfg.mode == "distillation" else {})
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
+            teacher = passes(guidance) * (2 if cfg.solver == "heun" else 1)
+            return calls | ({"teacher": teacher} if distilled else {})
 
-    def step(self, batch, k):
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        return Requirements(
+            network_calls,
+            untrained=tuple(name for name, on in wanted.items() if on),
+            auxiliaries={"perceptual": PerceptualSpec()} if cfg.metric == "perceptual" else {},
+            why_not_sampled=partial(unfit_segments, cfg.num_scales, cfg.segments),
+        )
+
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         grid = self.grid(k).to(x0.device)
         num = len(grid) - 1
         i = draw_intervals(self.rng, S, grid, len(x0), cfg.log_normal)
@@ -143,8 +147,8 @@ class Consistency(Objective, config=ConsistencyConfig):
     def denoiser(self, batch):
         """D along whose ODE the target moves: the guided teacher, or the data point itself."""
         if self.cfg.mode == "training":
-            return lambda x, t: batch.x0
-        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)
+            return lambda x, t: data_of(batch)
+        return lambda x, t: guided(self.teacher, x, t, batch, self.guidance)
 
     def grid(self, k: int) -> torch.Tensor:
         """The N + 1 descending times of step k."""

@@ -24,10 +24,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import Matching, MatchingConfig
+from fastgen.objectives.base import TimeConfig, Updates, guided
+from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
+from fastgen.roles.roles import Role
 
 
 class DiffInstructConfig(MatchingConfig):
@@ -43,18 +44,19 @@ class DiffInstructConfig(MatchingConfig):
 
 
 class DiffInstruct(Matching, config=DiffInstructConfig):
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
-        if k % self.cfg.student_every == 0:
+        if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = critic.noised(self, x, self.cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real
+                    real = guided(teacher, x_t, t, batch, self.guidance)  # D_real
                     fake = self.critic(x_t, t, batch.cond)  # D_fake
                 loss = losses.score_difference(x, real, fake)  # grad = D_fake - D_real
-                yield loss, critic.diagnostics(x, real, fake)
+                yield loss, diagnostics(x, real, fake)
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2
+        yield from self.critic_turn(batch, x)  # w(t) |D_fake - sg x|^2

@@ -21,15 +21,27 @@ Differs
   comes on top.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from fastgen.objectives.base import REGISTRY, AnyObjective, Objective, ObjectiveConfig
+from fastgen.core.batch import Batch
+from fastgen.core.rng import Rng
+from fastgen.objectives.base import (
+    REGISTRY,
+    AnyObjective,
+    Objective,
+    ObjectiveConfig,
+    Updates,
+    requirements_of,
+)
 from fastgen.objectives.diff_instruct import DiffInstructConfig
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import MatchingConfig
+from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.shared.critic import Matching, MatchingConfig
+from fastgen.roles.roles import Role
 
 
 class DisBackConfig(ObjectiveConfig):
@@ -51,7 +63,9 @@ class DisBackConfig(ObjectiveConfig):
     def _fits(self):
         if not isinstance(self.host, MatchingConfig):
             known = [n for n, c in REGISTRY.items() if issubclass(c.config, MatchingConfig)]
-            raise ValueError(f"objective.host: {self.host.name} has no critic; allowed: {', '.join(known)}")
+            raise ValueError(f"objective.host: {self.host.name} has no critic; use one of {', '.join(known)}")
+        if "critic" not in requirements_of(self.host).trained:
+            raise ValueError(f"objective.host: {self.host.name} trains no critic; set its dm_weight above 0")
         if (self.nodes > 0) != (self.record_steps > 0) or self.nodes > self.record_steps:
             raise ValueError(
                 f"objective.nodes: found {self.nodes} in {self.record_steps} steps of recording; "
@@ -61,78 +75,65 @@ class DisBackConfig(ObjectiveConfig):
 
 
 class DisBack(Objective, config=DisBackConfig):
-    @classmethod
-    def player_parts(cls, cfg):
-        return REGISTRY[cfg.host.name].player_parts(cfg.host)
+    path: Role
+    host: Matching
 
     @classmethod
-    def uses(cls, cfg):
-        return (*REGISTRY[cfg.host.name].uses(cfg.host), *(("path",) if cfg.nodes else ()))
+    def requirements(cls, cfg) -> Requirements:
+        host = requirements_of(cfg.host)
+        return replace(
+            host,
+            untrained=(*host.untrained, *(("path",) if cfg.nodes else ())),
+            guidance_settings={f"host.{key}": w for key, w in host.guidance_settings.items()},
+            dropout_settings={f"host.{key}": p for key, p in host.dropout_settings.items()},
+        )
 
-    @classmethod
-    def requires_data(cls, cfg):
-        return REGISTRY[cfg.host.name].requires_data(cfg.host)
-
-    @classmethod
-    def grid_steps(cls, cfg):
-        return REGISTRY[cfg.host.name].grid_steps(cfg.host)
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return REGISTRY[cfg.host.name].unsampled(cfg.host, num_steps, sampler)
-
-    @classmethod
-    def learned_guidance(cls, cfg, guidance):
-        return REGISTRY[cfg.host.name].learned_guidance(cfg.host, super().learned_guidance(cfg, guidance))
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return REGISTRY[cfg.host.name].evaluations(cfg.host, guidance, num_steps)
-
-    def __init__(self, cfg, parts, rng, guidance=1.0):
+    def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
         super().__init__(cfg, parts, rng, guidance)
-        self.host = REGISTRY[cfg.host.name](cfg.host, parts, rng, self.guidance)
+        host = REGISTRY[cfg.host.name](cfg.host, parts, rng, self.guidance)
+        assert isinstance(host, Matching)
+        self.host = host
         self.critic_tensors = list(self.critic.trainable().values())
         self.nodes = [[torch.zeros_like(p) for p in self.critic_tensors] for _ in range(cfg.nodes)]
         self.loaded = 0
 
-    def prepare(self):
+    def prepare(self) -> None:
         self.host.prepare()
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         kept = {f"node{j}.{i}": p for j, node in enumerate(self.nodes, 1) for i, p in enumerate(node)}
         return {**self.host.state(), **kept}
 
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         cfg = self.cfg
         if k < cfg.record_steps:
             turns = self.record(batch, k)  # stage 1
         else:
-            self.host.teacher = self.target(self.index(k))  # P_j
-            turns = self.host.step(batch, k - cfg.record_steps)  # stage 2
+            teacher = self.node(self.index(k))  # P_j
+            turns = self.host.step(batch, k - cfg.record_steps, teacher)  # stage 2
         for item in turns:
             self.active = self.host.active
             yield item
         self.active = None
 
-    def index(self, k):
+    def index(self, k: int) -> int:
         """j at step k: N - 1 first, 0 in the end."""
         return max(self.cfg.nodes - 1 - (k - self.cfg.record_steps) // self.cfg.switch_every, 0)
 
-    def record(self, batch, k):
+    def record(self, batch: Batch, k: int) -> Updates:
         """One critic step on G_0's samples; after the last step of a span the critic becomes a node."""
         cfg, (last, drop) = self.cfg, (len(self.student.times) - 1, self.cfg.record_drop)
         with torch.no_grad():
             x = self.generate(batch, self.rng.shared_randint(last + 1))  # x = G_0(z, c)
-        cond = critic.drop_cond(self, batch, drop if self.guidance != 1 else 0)
-        yield from critic.critic_turn(self.host, batch, x, cond=cond)  # w(t) |D_psi(x_t) - sg x|^2
+        cond = self.host.drop_batch_condition(batch, drop if self.guidance != 1 else 0)
+        yield from self.host.critic_turn(batch, x, cond)  # w(t) |D_psi(x_t) - sg x|^2
         j = (k + 1) * cfg.nodes // cfg.record_steps
         if j > k * cfg.nodes // cfg.record_steps:
             for kept, p in zip(self.nodes[j - 1], self.critic_tensors):
                 kept.copy_(p.detach())  # P_j <- psi
 
     @torch.no_grad()
-    def target(self, j):
+    def node(self, j: int) -> Role:
         """The role that plays the teacher at node j."""
         if j == 0:
             return self.teacher

@@ -19,15 +19,20 @@ Differs
   regression draws one of them.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
+from fastgen.objectives.base import Updates, guided
 from fastgen.objectives.ode_pairs import Pairs
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import Matching, MatchingConfig
+from fastgen.objectives.requirements import Calls, Requirements, passes
+from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
+from fastgen.roles.roles import Role
 
 
 class DMDConfig(MatchingConfig):
@@ -45,42 +50,56 @@ class DMDConfig(MatchingConfig):
 
 
 class DMD(Matching, config=DMDConfig):
+    pairs: Pairs
+
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = super().evaluations(cfg, guidance, num_steps)
-        if cfg.regression_weight:
-            calls["student+grad"] = round(calls["student+grad"] + 1 / cfg.student_every, 3)
-            calls["teacher (first epoch)"] = cfg.teacher_steps * (1 if guidance == 1 else 2)
-        return calls
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        if not cfg.regression_weight:
+            return needs
 
-    def prepare(self):
-        self.pairs = Pairs(self, self.cfg.teacher_steps) if self.cfg.regression_weight else None
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls = needs.network_calls(guidance, num_steps)
+            with_pairs = round(calls["student+grad"] + 1 / cfg.student_every, 3)
+            pairs = cfg.teacher_steps * passes(guidance)
+            return calls | {"student+grad": with_pairs, "teacher (first epoch)": pairs}
 
-    def step(self, batch, k):
-        cfg = self.cfg
+        return replace(needs, network_calls=network_calls)
+
+    def prepare(self) -> None:
+        if self.cfg.regression_weight:
+            self.pairs = Pairs(self, self.cfg.teacher_steps)
+
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
+                    real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
                     fake = self.critic(x_t, t, batch.cond)  # D_fake
                 loss = dm = losses.distribution_matching(x, real, fake)  # eq. 7-8
-                logs = {"dm": dm, **critic.diagnostics(x, real, fake)}
+                logs = {"dm": dm, **diagnostics(x, real, fake)}
                 if cfg.regression_weight:
-                    logs["regression"] = self.regression(batch, last)
+                    rows = self.pairs(batch, teacher)  # the states from z_ref to y
+                    x_ref = self.student(rows[:, last], self.student.time(last, rows), batch.cond)
+                    logs["regression"] = self.distance(x_ref, rows[:, -1])  # d(G(z_ref, c), y)
                     loss = dm + cfg.regression_weight * logs["regression"]  # eq. 9
                 yield loss, logs
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2   (eq. 6)
+        x = x.detach()
+        with self.turn("critic"):
+            t, x_t = self.noised(x, cfg.critic_time)
+            fake = self.critic(x_t, t, batch.cond)  # D_fake
+            loss = self.denoising_loss(fake, x, t)  # w(t) |D_fake - sg x|^2 (eq. 6)
+            yield loss, {"denoising": loss, **self.critic_error(fake, x, x_t, t, batch.cond)}
 
-    def regression(self, batch, last):
-        """d(G(z_ref, c), y), from the pair's state at step `last` of the student's list."""
-        rows = self.pairs(batch)
-        x = self.student(rows[:, last], self.student.time(last, rows), batch.cond)
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """d(x, y) of the regression."""
         if self.cfg.regression == "l2":
-            return losses.mse(x, rows[:, -1])
-        return losses.sample_huber(x, rows[:, -1], 0.00054 * x[0].numel() ** 0.5)
+            return losses.mse(x, y)
+        return losses.sample_huber(x, y, 0.00054 * x[0].numel() ** 0.5)

@@ -23,16 +23,21 @@ Differs
   the network pass of the score, which is cheaper; give gan_time for the authors' form, and
   `disc_features: teacher` for frozen features.
 - R1 is not in the paper; later work adds it, exact or by finite differences at the same noised input.
-- authors keep no EMA of the student; the trainer here keeps one unless told otherwise.
+- authors keep no EMA of the student; the trainer here keeps one unless train.ema_decay is empty.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
+from fastgen.objectives.base import Updates, data_of, guided
+from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, critic_calls, diagnostics
+from fastgen.roles.roles import Role
 
 
 class DMD2Config(GanMatchingConfig):
@@ -45,25 +50,24 @@ class DMD2Config(GanMatchingConfig):
 
 class DMD2(Matching, config=DMD2Config):
     @classmethod
-    def requires_data(cls, cfg):
-        return super().requires_data(cfg) or not cfg.backward_simulation
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        if cfg.backward_simulation:
+            return needs
+        return replace(needs, network_calls=lambda guidance, _: critic_calls(cfg, guidance), real_data=True)
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return critic.evaluations(cfg, guidance, (num_steps - 1) / 2 if cfg.backward_simulation else 0)
-
-    def step(self, batch, k):
-        cfg = self.cfg
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.sample(batch, last)  # x = G(z, c)
-                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond)  # D_fake
+                    real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
+                fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t')
                 loss = dm = losses.distribution_matching(x, real, fake.detach())  # grad of eq. 7-8
-                logs = {"dm": dm, **critic.diagnostics(x, real, fake)}
+                logs = {"dm": dm, **diagnostics(x, real, fake)}
                 if cfg.gan_weight:
                     logs["gan"] = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
                     loss = dm + cfg.gan_weight * logs["gan"]
@@ -71,7 +75,22 @@ class DMD2(Matching, config=DMD2Config):
         else:
             with torch.no_grad():
                 x = self.sample(batch, last)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
+        x = x.detach()
+        with self.turn("critic"):
+            t, x_t = self.noised(x, cfg.critic_time)
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, Disc(x_t')
+            loss = self.denoising_loss(fake, x, t)  # w(t) |D_fake(x_t) - sg x|^2
+            logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, batch.cond)}
+            if cfg.gan_weight:
+                real_logits, r1 = self.real_logits(batch, t)  # Disc(x0_t'), |d Disc / d x0_t'|^2
+                disc = losses.gan_discriminator(logits, real_logits)  # softplus(.) + softplus(-.)
+                loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1
+                logs |= self.disc_logs(disc, logits, real_logits, r1)
+            yield loss, logs
 
-    def sample(self, batch, last):
-        return critic.sample(self, batch, last, self.cfg.backward_simulation)
+    def sample(self, batch: Batch, last: int) -> Tensor:
+        """The sample at step `last` of the student's list, from its own states or from noised data."""
+        if self.cfg.backward_simulation or last == 0:
+            return self.generate(batch, last)
+        t = self.student.time(last, batch.noise)
+        return self.student(self.schedule.noise(data_of(batch), batch.noise, t), t, batch.cond)

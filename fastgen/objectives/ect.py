@@ -18,10 +18,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements, passes
 from fastgen.sampling.solvers import solver_step
 
 
@@ -59,16 +62,17 @@ def shrink(n, gap: float, k: float, b: float):
 
 class ECT(Objective, config=ECTConfig):
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher",) if cfg.source == "teacher" else ()
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.source == "teacher"
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
-        return {"student+grad": 1, "student": 1} | teacher
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1, "student": 1}
+            return calls | ({"teacher": passes(guidance)} if distilled else {})
 
-    def step(self, batch, k):
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        return Requirements(network_calls, untrained=("teacher",) if distilled else ())
+
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         t = self.sample_t(len(x0), cfg.time)
         n_t = noise_level(S, t)
         n_r = shrink(n_t, self.gap(k), cfg.k, cfg.b)
@@ -92,12 +96,12 @@ class ECT(Objective, config=ECTConfig):
 def earlier(obj, batch, x_t, eps, t, r):
     """x_r of the data with the same noise, or the guided teacher's Euler step from x_t."""
     if obj.cfg.source == "data":
-        return obj.schedule.noise(batch.x0, eps, r)
+        return obj.schedule.noise(data_of(batch), eps, r)
 
-    def guided(x, t):
-        return obj.teacher.guided(x, t, batch.cond, batch.uncond, obj.guidance)
+    def D(x: Tensor, t: Tensor) -> Tensor:
+        return guided(obj.teacher, x, t, batch, obj.guidance)
 
-    return solver_step(obj.schedule, guided, x_t, t, r, "euler")
+    return solver_step(obj.schedule, D, x_t, t, r, "euler")
 
 
 def level_time(schedule, n):

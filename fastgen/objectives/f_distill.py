@@ -25,10 +25,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
+from fastgen.objectives.base import Updates, guided
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, diagnostics
+from fastgen.roles.roles import Role
 
 
 class FDistillConfig(GanMatchingConfig):
@@ -50,36 +53,46 @@ class FDistillConfig(GanMatchingConfig):
 
 
 class FDistill(Matching, config=FDistillConfig):
-    def prepare(self):
+    bins: Tensor
+
+    def prepare(self) -> None:
         self.bins = torch.ones(self.cfg.bins, device=self.rng.device)
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         return {"bins": self.bins}
 
-    def step(self, batch, k):
-        cfg = self.cfg
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
             with self.turn("student"):
                 x = self.generate(batch, last)  # x = G(z, c)
-                t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-                logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond)  # D_fake
-                h, logs = self.weight(logits, t)
+                    real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
+                fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t')
+                h, ratio = self.weight(logits, t)
                 dm = losses.distribution_matching(x, real, fake.detach(), h)  # h (D_fake - D_real) / mean|.|
                 gan = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
-                yield (
-                    dm + cfg.gan_weight * gan,
-                    {"dm": dm, "gan": gan, **logs} | critic.diagnostics(x, real, fake),
-                )
+                logs = {"dm": dm, "gan": gan, **ratio, **diagnostics(x, real, fake)}
+                yield dm + cfg.gan_weight * gan, logs
         else:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2 + disc_weight [...]
+        x = x.detach()
+        with self.turn("critic"):
+            t, x_t = self.noised(x, cfg.critic_time)
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, Disc(x_t')
+            loss = self.denoising_loss(fake, x, t)  # w(t) |D_fake(x_t) - sg x|^2
+            logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, batch.cond)}
+            real_logits, r1 = self.real_logits(batch, t)  # Disc(x0_t'), |d Disc / d x0_t'|^2
+            disc = losses.gan_discriminator(logits, real_logits)  # softplus(.) + softplus(-.)
+            loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1
+            logs |= self.disc_logs(disc, logits, real_logits, r1)
+            yield loss, logs
 
     @torch.no_grad()
-    def weight(self, logits, t):
+    def weight(self, logits: list[Tensor], t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """h [B] with mean 1 over the global batch, and what to log of it."""
         cfg, S = self.cfg, self.schedule
         log_r = divergences.log_ratio(logits)

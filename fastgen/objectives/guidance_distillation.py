@@ -21,8 +21,18 @@ from typing import Literal
 
 import torch
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    TimeConfig,
+    Updates,
+    data_of,
+    guided,
+    native_weighting,
+)
+from fastgen.objectives.requirements import Requirements, passes
 
 
 class GuidanceDistillationConfig(ObjectiveConfig):
@@ -36,22 +46,23 @@ class GuidanceDistillationConfig(ObjectiveConfig):
 
 
 class GuidanceDistillation(Objective, config=GuidanceDistillationConfig):
-    draws_guidance = True
-
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return {"student+grad": 1, "teacher": 1 if guidance == 1 else 2}
+    def requirements(cls, cfg) -> Requirements:
+        return Requirements(
+            lambda guidance, num_steps: {"student+grad": 1, "teacher": passes(guidance)},
+            guidance_embedding=True,
+        )
 
-    def step(self, batch, k):
-        S = self.schedule
-        w, told = self.tell(batch)  # w ~ U(w_min, w_max)
+    def step(self, batch: Batch, k: int) -> Updates:
+        S, x0 = self.schedule, data_of(batch)
+        w, cond = self.draw_guidance(batch)  # w ~ U(w_min, w_max)
         with self.turn("student"):
-            t = self.sample_t(len(batch.x0), self.cfg.time).clamp(min=self.low())
-            x_t = S.noise(batch.x0, self.rng.randn_like(batch.x0), t)
+            t = self.sample_t(len(x0), self.cfg.time).clamp(min=self.low())
+            x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
-                target = self.teacher.guided(x_t, t, batch.cond, batch.uncond, w)  # D^w
-            pred = self.student(x_t, t, told)
-            kind = self.student.backbone.prediction if self.cfg.weighting == "native" else "snr1"
+                target = guided(self.teacher, x_t, t, batch, w)  # D^w
+            pred = self.student(x_t, t, cond)
+            kind = native_weighting(self.student) if self.cfg.weighting == "native" else "snr1"
             loss = losses.denoising(S, pred, target, t, kind)  # max(SNR, 1) |D^w - D_theta|^2
             yield loss, {"error": (pred - target).abs().mean()}
 

@@ -29,7 +29,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
+from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.gan import AdversarialConfig, disc_turn, gan_student_loss, student_input
 
 
@@ -46,31 +47,27 @@ class LADDConfig(ObjectiveConfig):
 
 
 class LADD(Objective, config=LADDConfig):
-    draws_guidance = True
-
     @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student",), "disc": ("disc",)}
-
-    @classmethod
-    def follows_guidance(cls, cfg):
-        return False  # of the teacher only features are read
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
+    def requirements(cls, cfg) -> Requirements:
         r = 1 / cfg.student_every
-        calls = cfg.gan.evaluations() | {"student+grad": r, "features+grad": r}
-        return calls | ({"student": 1 - r} if r < 1 else {})
+        calls = cfg.gan.network_calls() | {"student+grad": r, "features+grad": r}
+        return Requirements(
+            lambda guidance, num_steps: calls | ({"student": 1 - r} if r < 1 else {}),
+            players={"student": ("student",), "disc": ("disc",)},
+            auxiliaries={"disc": cfg.gan.discriminator()},
+            one_guidance=False,  # of the teacher only features are read
+            guidance_embedding=True,
+        )
 
-    def step(self, batch, k):
-        _, told = self.tell(batch)
+    def step(self, batch: Batch, k: int) -> Updates:
+        _, cond = self.draw_guidance(batch)
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
-                x = self.sample(batch, told)
+                x = self.sample(batch, cond)
                 yield gan_student_loss(self, self.cfg.gan, x, batch.cond)
         else:
             with torch.no_grad():
-                x = self.sample(batch, told)
+                x = self.sample(batch, cond)
         yield from disc_turn(self, self.cfg.gan, batch, x)
 
     def sample(self, batch: Batch, cond: dict) -> Tensor:

@@ -16,20 +16,24 @@ Differs
   f is D itself here and the boundary is exact.
 - the w-embedding is student.guidance_embedding: w ~ U of that range, an input of the network's own class.
   Without it (LCM-LoRA) w is teacher.guidance throughout. The authors' script draws w from (6, 16) there
-  too, so that an adapter which is not told w learns the mean (their issue 40).
+  too, so that an adapter which is not cond w learns the mean (their issue 40).
 - target_decay 0 uses the student itself under no_grad, as LCM-LoRA does; the paper's LCM keeps 0.95.
 - weighting is ours. In x0 an error near the data counts for little, and a student that forgets there what
   its teacher knew loses at the last of several steps: "edm" on the digits cures it.
 - also for flow and EDM teachers, on the grid of their own schedules (Euler is DDIM there).
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
+from fastgen.objectives.base import Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.grids import OnSolverGrid, SolverGridConfig, distance_weight
 from fastgen.sampling.solvers import solver_step, teacher_grid
 
@@ -49,31 +53,34 @@ class LCMConfig(SolverGridConfig):
 
 
 class LCM(OnSolverGrid, config=LCMConfig):
-    draws_guidance = True
-
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = super().evaluations(cfg, guidance, num_steps)
-        return calls | {"teacher": calls["teacher"] * (2 if cfg.solver == "heun" else 1)}
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
 
-    def step(self, batch, k):
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls = needs.network_calls(guidance, num_steps)
+            return calls | {"teacher": calls["teacher"] * (2 if cfg.solver == "heun" else 1)}
+
+        return replace(needs, network_calls=network_calls, guidance_embedding=True)
+
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         grid = torch.tensor(teacher_grid(S, cfg.grid_steps), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(cfg.grid_steps, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
-        w, told = self.tell(batch)  # w ~ U(w_min, w_max), an input of the student
+        w, cond = self.draw_guidance(batch)  # w ~ U(w_min, w_max), an input of the student
         net = self.target_net(k)  # theta-
         with self.turn("student"):
             x_t = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
 
                 def D(x, u):
-                    return self.teacher.guided(x, u, batch.cond, batch.uncond, w)  # D^w
+                    return guided(self.teacher, x, u, batch, w)  # D^w
 
                 x_r = solver_step(S, D, x_t, t, r, cfg.solver)
-                target = net(x_r, r.clamp(min=grid[-2]), told)
+                target = net(x_r, r.clamp(min=grid[-2]), cond)
                 target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
-            pred = self.student(x_t, t, told)
+            pred = self.student(x_t, t, cond)
             weight = distance_weight(S, t, cfg.weighting)
             if cfg.metric == "l2":
                 loss = losses.mse(pred, target, weight)

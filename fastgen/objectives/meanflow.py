@@ -32,7 +32,8 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import expand
 from fastgen.networks.jvp import TangentConfig, tangent
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements, passes
 
 
 class MeanFlowConfig(ObjectiveConfig):
@@ -70,38 +71,42 @@ class MeanFlowConfig(ObjectiveConfig):
 
 
 class MeanFlow(Objective, config=MeanFlowConfig):
-    two_times = True
-    draws_guidance = True
-
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher",) if cfg.mode == "distillation" else ()
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.mode == "distillation"
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        part = round(1 - cfg.flow_ratio, 3)
-        calls = {"student+grad": 1}
-        calls |= {"student tangent": part} if cfg.tangent.method == "exact" else {"student": 2 * part}
-        if cfg.mode == "distillation":
-            return calls | {"teacher": 1 if guidance == 1 else 2}
-        return calls | ({"student": calls.get("student", 0) + 2} if guided(cfg) else {})
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            part = round(1 - cfg.flow_ratio, 3)
+            calls: Calls = {"student+grad": 1}
+            calls |= {"student tangent": part} if cfg.tangent.method == "exact" else {"student": 2 * part}
+            if distilled:
+                return calls | {"teacher": passes(guidance)}
+            return calls | ({"student": calls.get("student", 0) + 2} if mixes_guidance(cfg) else {})
 
-    def step(self, batch, k):
+        return Requirements(
+            network_calls,
+            untrained=("teacher",) if distilled else (),
+            guidance_embedding=True,
+            step_end=True,
+        )
+
+    def step(self, batch: Batch, k: int) -> Updates:
         cfg, view = self.cfg, LineView(self.schedule, self.cfg.tangent.reach)
-        w, told = self.tell(batch)
-        s, r = self.times(len(batch.x0))
-        eps = self.rng.randn_like(batch.x0)
-        x_s = view.line.noise(batch.x0, eps, s)  # x_s = (1 - s) x0 + s eps
+        w, cond = self.draw_guidance(batch)
+        x0 = data_of(batch)
+        s, r = self.times(len(x0))
+        eps = self.rng.randn_like(x0)
+        x_s = view.line.noise(x0, eps, s)  # x_s = (1 - s) x0 + s eps
         with self.turn("student"):
             with torch.no_grad():
-                v, told = self.velocity(view, batch, x_s, s, eps, w, told)
+                v, cond = self.velocity(view, batch, x_s, s, eps, w, cond)
                 target = v.clone()
                 far = (r < s).nonzero()[:, 0]
                 if len(far):
-                    u = self.average(view, {n: c[far] for n, c in told.items()})
+                    u = self.average(view, {n: c[far] for n, c in cond.items()})
                     at, along = (x_s[far], s[far], r[far]), (v[far], torch.ones_like(s[far]), 0 * r[far])
                     target[far] -= expand(s[far] - r[far], x_s) * tangent(u, at, along, cfg.tangent)  # eq. 10
-            error = (self.average(view, told)(x_s, s, r) - target).square().flatten(1).sum(1)
+            error = (self.average(view, cond)(x_s, s, r) - target).square().flatten(1).sum(1)
             weight = 1 / (error.detach() + cfg.norm_c) ** cfg.norm_p  # eq. 22
             yield (weight * error).mean(), {"error": error.detach().mean() / x_s[0].numel()}
 
@@ -118,17 +123,17 @@ class MeanFlow(Objective, config=MeanFlowConfig):
         """u_theta(x_s, s, r) under a condition."""
         return view.average(lambda x, tau, rho: self.student(x, tau, {**cond, "r": rho}))
 
-    def velocity(self, view: LineView, batch: Batch, x_s, s, eps, w, told) -> tuple[Tensor, dict]:
+    def velocity(self, view: LineView, batch: Batch, x_s, s, eps, w, cond) -> tuple[Tensor, dict]:
         """(v to follow, the student's condition): the guided teacher's, the pair's, or the guided mixture of
         the pair's and the student's own, with some conditions dropped.
         """
         cfg = self.cfg
         if cfg.mode == "distillation":
-            D = lambda x, tau: self.teacher.guided(x, tau, batch.cond, batch.uncond, w)  # noqa: E731
-            return view.velocity(D)(x_s, s), told
-        v = eps - batch.x0
-        if not guided(cfg):
-            return v, told
+            D = lambda x, tau: guided(self.teacher, x, tau, batch, w)  # noqa: E731
+            return view.velocity(D)(x_s, s), cond
+        v = eps - data_of(batch)
+        if not mixes_guidance(cfg):
+            return v, cond
         null, own = (self.average(view, c)(x_s, s, s) for c in (batch.uncond, batch.cond))
         mixed = cfg.omega * v + (1 - cfg.omega - cfg.kappa) * null + cfg.kappa * own  # eq. 19-21
         drop = self.rng.rand(len(s)) < cfg.label_drop
@@ -136,7 +141,7 @@ class MeanFlow(Objective, config=MeanFlowConfig):
         return torch.where(expand_mask(drop, v), v, mixed), cond
 
 
-def guided(cfg: MeanFlowConfig) -> bool:
+def mixes_guidance(cfg: MeanFlowConfig) -> bool:
     """Whether training mixes a guided velocity."""
     return cfg.omega != 1 or cfg.kappa > 0
 

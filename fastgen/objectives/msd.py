@@ -20,15 +20,30 @@ Differs
 - a part without a row in the batch sits the step out: keep the batch a good multiple of K.
 """
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from fastgen.core.batch import Batch
+from fastgen.core.rng import Rng
 from fastgen.diffusion import losses
-from fastgen.objectives.base import REGISTRY, AnyObjective, Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import (
+    REGISTRY,
+    AnyObjective,
+    Objective,
+    ObjectiveConfig,
+    TimeConfig,
+    Updates,
+    data_of,
+    native_weighting,
+    requirements_of,
+)
 from fastgen.objectives.dmd2 import DMD2Config
+from fastgen.objectives.requirements import Requirements
+from fastgen.roles.roles import Students
 
 
 class MSDConfig(ObjectiveConfig):
@@ -47,95 +62,91 @@ class MSDConfig(ObjectiveConfig):
     """students to train in this run; empty trains all"""
 
     @model_validator(mode="after")
-    def _known(self):
+    def _fits(self):
         wrong = [j for j in self.only if not 0 <= j < self.num_students]
         if wrong:
             raise ValueError(f"objective.only: found {wrong[0]}; students are 0 to {self.num_students - 1}")
+        if counts := requirements_of(self.host).step_counts:
+            raise ValueError(
+                f"objective.host.step_counts: found {list(counts)}; students behind a router read no "
+                "step count; leave it out and set student.num_steps"
+            )
         return self
 
 
 class MSD(Objective, config=MSDConfig):
+    student: Students
+
     @classmethod
-    def player_parts(cls, cfg):
-        one = {"student": ("student",)} if cfg.score_matching else hosted(cfg).player_parts(cfg.host)
+    def requirements(cls, cfg) -> Requirements:
+        host = requirements_of(cfg.host)
+        one = {"student": ("student",)} if cfg.score_matching else host.players
         wanted = cfg.only or range(cfg.num_students)
-        return {f"{n}{j}": tuple(f"{p}{j}" for p in parts) for j in wanted for n, parts in one.items()}
+        needs = replace(
+            host,
+            players={f"{n}{j}": tuple(f"{p}{j}" for p in parts) for j in wanted for n, parts in one.items()},
+            untrained=("student", *host.untrained),
+            num_students=cfg.num_students,
+            guidance_embedding=False,  # the students share one scale
+            guidance_settings={f"host.{key}": w for key, w in host.guidance_settings.items()},
+            dropout_settings={f"host.{key}": p for key, p in host.dropout_settings.items()},
+            few_step=True,
+        )
+        if not cfg.score_matching:
+            return needs
+        return replace(
+            needs,
+            network_calls=lambda guidance, num_steps: {"student+grad": 1, "teacher": 1},
+            real_data=True,
+            one_guidance=False,  # the teacher is matched without guidance
+        )
 
-    @classmethod
-    def uses(cls, cfg):
-        return ("student", *hosted(cfg).uses(cfg.host))
-
-    @classmethod
-    def requires_data(cls, cfg):
-        return cfg.score_matching or hosted(cfg).requires_data(cfg.host)
-
-    @classmethod
-    def grid_steps(cls, cfg):
-        return hosted(cfg).grid_steps(cfg.host)
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return hosted(cfg).unsampled(cfg.host, num_steps, sampler)
-
-    @classmethod
-    def learned_guidance(cls, cfg, guidance):
-        return hosted(cfg).learned_guidance(cfg.host, super().learned_guidance(cfg, guidance))
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        if cfg.score_matching:
-            return {"student+grad": 1, "teacher": 1}
-        return hosted(cfg).evaluations(cfg.host, guidance, num_steps)
-
-    def __init__(self, cfg, parts, rng, guidance=1.0):
+    def __init__(self, cfg, parts: dict, rng: Rng, guidance: float = 1.0):
         super().__init__(cfg, parts, rng, guidance)
         self.router, self.hosts = self.student.router, {}
         self.student.trained = list(cfg.only or range(cfg.num_students))
+        host = REGISTRY[cfg.host.name]
         for j in cfg.only or range(cfg.num_students):
             own = {n.removesuffix(str(j)): p for n, p in parts.items() if n.endswith(str(j))}
-            self.hosts[j] = hosted(cfg)(cfg.host, {**parts, **own}, rng, self.guidance)
+            self.hosts[j] = host(cfg.host, {**parts, **own}, rng, self.guidance)
 
-    def prepare(self):
+    def prepare(self) -> None:
         if not self.cfg.score_matching:
             for host in self.hosts.values():
                 host.prepare()
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         return {f"{j}.{n}": p for j, host in self.hosts.items() for n, p in host.state().items()}
 
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         part, seed = self.router(batch.cond), self.rng.generator.initial_seed()
         for j, host in self.hosts.items():
             rows = (part == j).nonzero()[:, 0]
             if not len(rows):
                 continue
             self.rng.generator.manual_seed(seed + 7919 * j)  # a stream of its own
-            own = pick(batch, rows)
+            own = rows_of(batch, rows)
             for item in self.match(own, host) if self.cfg.score_matching else host.step(own, k):
                 self.active = f"{host.active}{j}"
                 yield item
         self.active = None
 
-    def match(self, batch, host):
+    def match(self, batch: Batch, host: Objective) -> Updates:
         """w(t) |D_k(x_t) - sg D_real(x_t)|^2 on real data."""
         with host.turn("student"):
-            t = self.sample_t(len(batch.x0), self.cfg.time)
-            x_t = self.schedule.noise(batch.x0, self.rng.randn_like(batch.x0), t)
+            x0 = data_of(batch)
+            t = self.sample_t(len(x0), self.cfg.time)
+            x_t = self.schedule.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
                 real = self.teacher(x_t, t, batch.cond)
             D = host.student(x_t, t, batch.cond)
-            yield losses.denoising(self.schedule, D, real, t, self.teacher.backbone.prediction), {}
+            yield losses.denoising(self.schedule, D, real, t, native_weighting(self.teacher)), {}
 
 
-def hosted(cfg):
-    """The class of the host method."""
-    return REGISTRY[cfg.host.name]
-
-
-def pick(batch, rows):
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch."""
 
-    def take(value):
+    def take(value: Tensor | None) -> Any:
         return None if value is None else value[rows.to(value.device)]
 
     cond, uncond = ({n: take(c) for n, c in d.items()} for d in (batch.cond, batch.uncond))

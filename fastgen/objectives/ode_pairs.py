@@ -23,18 +23,21 @@ from torch import Tensor
 from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
+from fastgen.objectives.requirements import Calls, Requirements, passes
+from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import solver_step, teacher_grid
 
 
 class Pairs:
     """Teacher trajectories by data index: the states at the student's times and the end point, made when
-    first asked for.
+    first needed.
     """
 
     def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler", noises: int = 1):
         """noises: how many pairs each data index has."""
-        self.obj, self.solver, self.noises, self.rows = obj, solver, noises, {}
+        self.obj, self.solver, self.noises = obj, solver, noises
+        self.rows: dict[int, Tensor] = {}
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
         later = times[1:]  # the first input is noise, wherever it enters
@@ -47,31 +50,31 @@ class Pairs:
                 "make objective.teacher_steps a multiple of student.num_steps",
             )
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """[B, len(times) + 1, ...]: the student's noise, x_t at each of its later times, then y."""
-        number = batch.index
+    def __call__(self, batch: Batch, teacher: Role) -> Tensor:
+        """[B, len(times) + 1, ...]: the student's noise, the teacher's x_t at each later time, then y."""
+        index = batch.index
         if self.noises > 1:
-            number = number * self.noises + self.obj.rng.randint(self.noises, len(number)).cpu()
-        number = number.tolist()
+            index = index * self.noises + self.obj.rng.randint(self.noises, len(index)).cpu()
+        number = index.tolist()
         todo = [r for r, n in enumerate(number) if n not in self.rows]
         if todo:
-            made = self._solve(batch, todo, [number[r] for r in todo]).cpu()
+            made = self._solve(batch, todo, [number[r] for r in todo], teacher).cpu()
             self.rows |= {number[r]: row for r, row in zip(todo, made)}
         return torch.stack([self.rows[n] for n in number]).to(batch.noise)
 
     @torch.no_grad()
-    def _solve(self, batch: Batch, todo: list[int], numbers: list[int]) -> Tensor:
+    def _solve(self, batch: Batch, todo: list[int], numbers: list[int], teacher: Role) -> Tensor:
         """The guided teacher's ODE for some rows of the batch, from the noises of their numbers."""
         obj, like = self.obj, batch.noise
         seeds = [obj.rng.seed * 1_000_003 + n for n in numbers]
-        noise = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
-        noise = torch.stack(noise).to(like)
+        noise = torch.stack(drawn).to(like)
         first = noise * obj.schedule.prior_std(obj.student.times[0])
         x = noise * obj.schedule.prior_std(self.grid[0])
 
         def D(x_t: Tensor, t: Tensor) -> Tensor:
-            return obj.teacher.guided(x_t, t, cond, uncond, obj.guidance)
+            return teacher.guided(x_t, t, cond, uncond, obj.guidance)
 
         states = []
         for j in range(len(self.grid) - 1):
@@ -99,19 +102,20 @@ class ODEPairsConfig(ObjectiveConfig):
 
 
 class ODEPairs(Objective, config=ODEPairsConfig):
-    needs_data = False
-
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = cfg.teacher_steps * (2 if cfg.solver == "heun" else 1) - (cfg.solver == "heun")
-        return {"student+grad": 1, "teacher (first epoch)": calls * (1 if guidance == 1 else 2)}
+    def requirements(cls, cfg) -> Requirements:
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls = cfg.teacher_steps * (2 if cfg.solver == "heun" else 1) - (cfg.solver == "heun")
+            return {"student+grad": 1, "teacher (first epoch)": calls * passes(guidance)}
+
+        return Requirements(network_calls, real_data=False)
 
     def prepare(self):
         self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver, self.cfg.noises or 1)
 
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)
-        rows = self.pairs(batch)  # [B, len(times) + 1, ...]
+        rows = self.pairs(batch, self.teacher)  # [B, len(times) + 1, ...]
         i = self.rng.randint(len(times), len(rows))
         x_t, y = rows[torch.arange(len(rows)), i.to(rows.device)], rows[:, -1]
         with self.turn("student"):

@@ -17,19 +17,23 @@ Differs
 - authors: discriminator and generator take turns by the parity of the step; here both move on every step.
 - v is a point of the solver's grid, above e.
 - authors: relu(1 - fake) on the generator's side of the hinge; -fake here, as in LADD.
-- the authors' 50 steps in 4 phases do not divide; a divisor is asked for, so that phases end where the
+- the authors' 50 steps in 4 phases do not divide; a divisor is required, so that phases end where the
   sampler stops. Their SDXL runs use 40 steps and 4 phases.
 - no EMA target, as in the authors' code; target_decay gives one.
 - CFG-free (guided_solver false): the student stays unguided, and guidance_scale works when it is sampled.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
+from fastgen.objectives.base import Updates, data_of
+from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.gan import pair_turn
 from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
 from fastgen.sampling.solvers import jump, segment_ends, solver_step, teacher_grid
@@ -53,19 +57,20 @@ class PCMConfig(SegmentedConfig):
 
 class PCM(Segmented, config=PCMConfig):
     @classmethod
-    def learned_guidance(cls, cfg, guidance):
-        return super().learned_guidance(cfg, guidance) if cfg.guided_solver else 1.0
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        needs = replace(needs, dropout_settings={"cond_dropout": cfg.cond_dropout})
+        if cfg.guided_solver:
+            return needs
+        return replace(
+            needs,
+            network_calls=lambda guidance, num_steps: needs.network_calls(1, num_steps),
+            one_guidance=False,
+            guidance=1.0,
+        )
 
-    @classmethod
-    def follows_guidance(cls, cfg):
-        return cfg.guided_solver
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return super().evaluations(cfg, guidance if cfg.guided_solver else 1, num_steps)
-
-    def step(self, batch, k):
-        cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0, K = self.cfg, self.schedule, data_of(batch), self.cfg.grid_steps
         grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]

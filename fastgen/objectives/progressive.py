@@ -12,7 +12,8 @@ al. 2022, arXiv 2210.03142 (stage two).
 
 Differs
 - stages are the run's stages (`num_steps` of each); the first says ode_teacher original where the teacher is
-  guided, and so distils guidance with it, told to the student or not; later ones step with the last student.
+  guided, and so distils guidance with it, as an input of the student or not; later ones step with the last
+  student.
 - the student becomes the teacher as it stands, not its average, after its learning rate has come down.
 - the grid is the teacher scheduler's (VP timesteps, Karras levels, shifted flow), not a cosine in i / N;
   `student.timesteps` says where every stage starts, m_i is then half-way between its times.
@@ -23,9 +24,11 @@ from typing import Literal
 
 import torch
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements, passes
 from fastgen.sampling.solvers import solver_step, teacher_grid, undo_jump
 
 
@@ -40,32 +43,35 @@ class ProgressiveConfig(ObjectiveConfig):
 
 
 class Progressive(Objective, config=ProgressiveConfig):
-    draws_guidance = True
-
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher",) if cfg.ode_teacher == "original" else ("previous",)
-
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return "trained on DDIM's own states: use ode" if num_steps > 1 and sampler != "ode" else ""
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
+    def requirements(cls, cfg) -> Requirements:
         own = cfg.ode_teacher == "previous"
-        return {"student+grad": 1, "previous" if own else "teacher": 2 if own or guidance == 1 else 4}
 
-    def step(self, batch, k):
-        S, x0 = self.schedule, batch.x0
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1}
+            return calls | ({"previous": 2} if own else {"teacher": 2 * passes(guidance)})
+
+        def why_not_sampled(num_steps: int, sampler: str) -> str:
+            return "" if num_steps == 1 or sampler == "ode" else "trained on DDIM's own states: use ode"
+
+        return Requirements(
+            network_calls,
+            untrained=("previous",) if own else ("teacher",),
+            guidance_embedding=True,
+            why_not_sampled=why_not_sampled,
+        )
+
+    def step(self, batch: Batch, k: int) -> Updates:
+        S, x0 = self.schedule, data_of(batch)
         if k == 0 and self.cfg.ode_teacher == "previous":  # the student becomes the teacher
             self.follow("previous")
         t, mid, end = self.times(x0)
-        w, told = self.tell(batch)
+        w, cond = self.draw_guidance(batch)
         with self.turn("student"):
             z = S.noise(x0, self.rng.randn_like(x0), t)
             with torch.no_grad():
-                target = self.target(z, t, mid, end, self.denoiser(batch, w, told))
-            pred = self.student(z, t, told)
+                target = self.target(z, t, mid, end, self.denoiser(batch, w, cond))
+            pred = self.student(z, t, cond)
             loss = losses.denoising(S, pred, target, t, self.cfg.weighting)  # max(SNR, 1) |x* - D_theta|^2
             yield loss, {"error": (pred - target).abs().mean()}
 
@@ -89,8 +95,8 @@ class Progressive(Objective, config=ProgressiveConfig):
         z_end = torch.where(expand(end <= S.t_min, z).bool(), D_mid, z_end)  # alpha'' = 1, sigma'' = 0
         return undo_jump(S, z_end, z, t, end)
 
-    def denoiser(self, batch, w, told):
+    def denoiser(self, batch, w, cond):
         """D whose steps are halved: the guided teacher, or the last stage's student, guided already."""
         if self.cfg.ode_teacher == "previous":
-            return lambda x, t: self.previous(x, t, told)
-        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, w)
+            return lambda x, t: self.previous(x, t, cond)
+        return lambda x, t: guided(self.teacher, x, t, batch, w)

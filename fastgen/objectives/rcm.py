@@ -18,16 +18,19 @@ Differs
 - backward simulation walks the student's own list; authors draw intermediate times at random.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, TimeConfig
-from fastgen.objectives.scm import SCM, SCMConfig, scm_loss
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import MatchingConfig
+from fastgen.objectives.base import TimeConfig, Updates, guided, requirements_of
+from fastgen.objectives.requirements import Calls, Requirements
+from fastgen.objectives.scm import SCMConfig, consistency_loss, noised_point
+from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
+from fastgen.roles.roles import Role
 
 
 class RCMConfig(MatchingConfig):
@@ -44,44 +47,47 @@ class RCMConfig(MatchingConfig):
     """weight of the distribution-matching loss; 0 leaves it and the critic out"""
 
 
-class RCM(Objective, config=RCMConfig):
+class RCM(Matching, config=RCMConfig):
     @classmethod
-    def player_parts(cls, cfg):
-        return SCM.player_parts(cfg.scm) | ({"critic": ("critic",)} if cfg.dm_weight else {})
+    def requirements(cls, cfg) -> Requirements:
+        needs, scm = super().requirements(cfg), requirements_of(cfg.scm)
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = SCM.evaluations(cfg.scm, guidance, num_steps)
-        if not cfg.dm_weight:
-            return calls
-        r = 1 / cfg.student_every
-        found = critic.evaluations(cfg, guidance, (num_steps - 1) / 2)
-        return {n: round(found.get(n, 0) + r * calls.get(n, 0), 3) for n in {**found, **calls}}
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            r, found = 1 / cfg.student_every, needs.network_calls(guidance, num_steps)
+            calls = scm.network_calls(guidance, num_steps)
+            return {n: round(found.get(n, 0) + r * calls.get(n, 0), 3) for n in {**found, **calls}}
 
-    def step(self, batch, k):
-        cfg = self.cfg
+        return replace(
+            needs,
+            network_calls=network_calls if cfg.dm_weight else scm.network_calls,
+            players={**scm.players, **({"critic": ("critic",)} if cfg.dm_weight else {})},
+            auxiliaries=scm.auxiliaries,
+            real_data=True,
+        )
+
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         matched = cfg.dm_weight > 0 and k >= cfg.scm.warmup_steps
         last = self.rng.shared_randint(len(self.student.times))
         x = None
         if not matched or k % cfg.student_every == 0:
             with self.turn("student"):
-                loss, logs = scm_loss(self, cfg.scm, batch, k, self.guidance, batch.cond)
-                loss = cfg.scm_weight * loss
+                point = noised_point(cfg.scm, self, batch, self.guidance, teacher)
+                scm, logs = consistency_loss(cfg.scm, self, batch.cond, point, k)
+                loss = cfg.scm_weight * scm
                 if matched:
                     x = self.generate(batch, last)  # x = G(z, c)
-                    t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
+                    t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                     with torch.no_grad():
-                        real = self.teacher.guided(
-                            x_t, t, batch.cond, batch.uncond, self.guidance
-                        )  # D_real^w
+                        real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
                         fake = self.critic(x_t, t, batch.cond)  # D_fake
                     dm = losses.distribution_matching(x, real, fake)
                     loss, logs = loss + cfg.dm_weight * dm, logs | {"dm": dm.detach()}
-                    logs |= critic.diagnostics(x, real, fake)
+                    logs |= diagnostics(x, real, fake)
                 yield loss, logs
         if not matched:
             return
         if x is None:
             with torch.no_grad():
                 x = self.generate(batch, last)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - sg x|^2
+        yield from self.critic_turn(batch, x)  # w(t) |D_fake - sg x|^2

@@ -2,7 +2,7 @@
 
 Paper: Chen et al. 2025, arXiv 2503.09641 (Sec. 3); NVlabs/Sana. Its parts: `scm.py` and `gan.py`.
 
-  w ~ U(range), told to the student (student.guidance_embedding)
+  w ~ U(range), an input of the student (student.guidance_embedding)
   L_sCM as in scm.py, with the guided flow teacher seen in TrigFlow coordinates                  (eq. 5-6)
   t' = t_max with probability p ("max-time weighting"), else log-normal
   x = D_theta(alpha x0 + sigma eps, t', c, w)
@@ -21,13 +21,16 @@ Differs
 - latents have unit scale here (sigma_data 1); theirs are halved, which shifts log-normal means by log 2.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
-from fastgen.objectives.scm import SCM, SCMConfig, scm_loss
+from fastgen.core.batch import Batch
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, requirements_of
+from fastgen.objectives.requirements import Calls, Requirements
+from fastgen.objectives.scm import SCMConfig, consistency_loss, noised_point
 from fastgen.objectives.shared.gan import AdversarialConfig, disc_turn, gan_student_loss, student_input
 
 
@@ -52,28 +55,36 @@ class SanaSprintConfig(ObjectiveConfig):
 
 
 class SanaSprint(Objective, config=SanaSprintConfig):
-    draws_guidance = True
-
     @classmethod
-    def player_parts(cls, cfg):
-        return SCM.player_parts(cfg.scm) | ({"disc": ("disc",)} if cfg.gan_weight else {})
+    def requirements(cls, cfg) -> Requirements:
+        scm = requirements_of(cfg.scm)
+        if not cfg.gan_weight:
+            return replace(scm, untrained=("teacher",))
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = SCM.evaluations(cfg.scm, guidance, num_steps)
-        return calls | ({"student+grad": 2, **cfg.gan.evaluations()} if cfg.gan_weight else {})
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            return scm.network_calls(guidance, num_steps) | {"student+grad": 2} | cfg.gan.network_calls()
 
-    def step(self, batch, k):
-        cfg = self.cfg
-        w, told = self.tell(batch)
+        return replace(
+            scm,
+            network_calls=network_calls,
+            players={**scm.players, "disc": ("disc",)},
+            untrained=("teacher",),
+            auxiliaries={**scm.auxiliaries, "disc": cfg.gan.discriminator()},
+        )
+
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, x0 = self.cfg, data_of(batch)
+        w, cond = self.draw_guidance(batch)
         with self.turn("student"):
-            loss, logs = scm_loss(self, cfg.scm, batch, k, w, told)
-            loss = cfg.scm_weight * loss
+            teacher = self.teacher if cfg.scm.mode == "distillation" else None
+            point = noised_point(cfg.scm, self, batch, w, teacher)
+            scm, logs = consistency_loss(cfg.scm, self, cond, point, k)
+            loss = cfg.scm_weight * scm
             if cfg.gan_weight:
-                t = self.sample_t(len(batch.x0), cfg.student_time)
+                t = self.sample_t(len(x0), cfg.student_time)
                 pure = self.rng.rand(len(t)) < cfg.max_time_prob
                 t = torch.where(pure, self.student.times[0], t)  # max-time weighting
-                x = self.student(student_input(self, batch, t), t, told)
+                x = self.student(student_input(self, batch, t), t, cond)
                 adversarial, more = gan_student_loss(self, cfg.gan, x, batch.cond)
                 loss, logs = loss + cfg.gan_weight * adversarial, logs | more  # eq. 10
             yield loss, logs

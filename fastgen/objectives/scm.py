@@ -21,18 +21,20 @@ Differs
 - the teacher's own times bound t: a flow reaches pi/2, EDM atan(sigma_max / sd).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen.core.batch import Batch
+from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import losses
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import expand
 from fastgen.networks.jvp import TangentConfig, tangent
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, LogVarianceSpec, Requirements, passes
+from fastgen.roles.roles import Role
 
 
 class SCMConfig(ObjectiveConfig):
@@ -60,63 +62,70 @@ class SCMConfig(ObjectiveConfig):
 
 
 class SCM(Objective, config=SCMConfig):
-    draws_guidance = True
-
     @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student", "logvar") if cfg.adaptive else ("student",)}
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.mode == "distillation"
 
-    @classmethod
-    def uses(cls, cfg):
-        return ("teacher",) if cfg.mode == "distillation" else ()
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1}
+            calls |= {"student tangent": 1} if cfg.tangent.method == "exact" else {"student": 2}
+            return calls | ({"teacher": passes(guidance)} if distilled else {})
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = {"student+grad": 1}
-        calls |= {"student tangent": 1} if cfg.tangent.method == "exact" else {"student": 2}
-        return calls | ({"teacher": 1 if guidance == 1 else 2} if cfg.mode == "distillation" else {})
+        return Requirements(
+            network_calls,
+            players={"student": ("student", "logvar") if cfg.adaptive else ("student",)},
+            untrained=("teacher",) if distilled else (),
+            auxiliaries={"logvar": LogVarianceSpec()} if cfg.adaptive else {},
+            guidance_embedding=True,
+        )
 
-    def step(self, batch, k):
-        w, told = self.tell(batch)
+    def step(self, batch: Batch, k: int) -> Updates:
+        w, cond = self.draw_guidance(batch)
         with self.turn("student"):
-            yield scm_loss(self, self.cfg, batch, k, w, told)
+            teacher = self.teacher if self.cfg.mode == "distillation" else None
+            point = noised_point(self.cfg, self, batch, w, teacher)
+            yield consistency_loss(self.cfg, self, cond, point, k)
 
 
-def scm_loss(objective: Objective, cfg: SCMConfig, batch: Batch, k: int, w: float | Tensor, told: dict):
-    """(loss, logs) of the box at noised data, for any objective with a student (and teacher and logvar part);
-    told is the student's cond, w the teacher's guidance.
-    """
-    x0, rng, sd = batch.x0, objective.rng, cfg.sigma_data
+Point = tuple[Tensor, Tensor, Tensor]
+"""(x_t [B, ...], t [B], d [B, ...] = dx_t/dt of the ODE that is followed), in TrigFlow coordinates"""
+
+
+def noised_point(
+    cfg: SCMConfig, objective: Objective, batch: Batch, w: float | Tensor, teacher: Role | None
+) -> Point:
+    """Noised data, and the velocity there: the guided teacher's, or without one that of the straight pair."""
+    x0, sd = data_of(batch), cfg.sigma_data
     view = TrigView(objective.schedule, sd)
     t = view.time(objective.sample_t(len(x0), cfg.time))
-    x_t = view.trig.noise(x0, rng.randn_like(x0), t)  # x_t = cos t x0 + sin t z
+    x_t = view.trig.noise(x0, objective.rng.randn_like(x0), t)  # x_t = cos t x0 + sin t z
+    D = (lambda x, tau: guided(teacher, x, tau, batch, w)) if teacher else (lambda x, tau: x0)
     with torch.no_grad():
-        d = sd * view.velocity(_denoiser(objective, cfg, batch, w))(x_t, t)  # dx_t/dt
-    return loss_at(objective, cfg, x_t, t, d, k, told)
+        return x_t, t, sd * view.velocity(D)(x_t, t)  # d = sd F_real^w; cos t z - sin t x0
 
 
-def loss_at(objective: Objective, cfg: SCMConfig, x_t: Tensor, t: Tensor, d: Tensor, k: int, told: dict):
-    """(loss, logs) at any points x_t, t of TrigFlow with the velocity d of the ODE that is followed there."""
-    sd, view = cfg.sigma_data, TrigView(objective.schedule, cfg.sigma_data)
+def consistency_loss(
+    cfg: SCMConfig, objective: Any, cond: Cond, point: Point, k: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, logs) of Alg. 1 at any points, for a method with a student (and its logvar, where adaptive)."""
+    (x_t, t, d), sd, view = point, cfg.sigma_data, TrigView(objective.schedule, cfg.sigma_data)
     cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
-    student = view.velocity(lambda x, tau: objective.student(x, tau, told))
+    student = view.velocity(lambda x, tau: objective.student(x, tau, cond))
     with torch.no_grad():
-        scaled = t.cos() * t.sin()
-        J = tangent(student, (x_t, t), (cos * sin * d, scaled), cfg.tangent)  # cos t sin t dF/dt
+        J = tangent(student, (x_t, t), (cos * sin * d, t.cos() * t.sin()), cfg.tangent)  # cos t sin t dF/dt
     F = student(x_t, t)
     with torch.no_grad():
-        r = min(1.0, k / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+        r = min(1.0, k / cfg.warmup_steps) if cfg.warmup_steps else 1.0  # min(1, k / H)
         g = -(cos**2) * (sd * F - d) - r * (cos * sin * x_t + sd * J)  # Alg. 1
         size = losses.per_sample_mean(g**2).sqrt()
-        g = normalised(g, cfg)
-        target = F + g
+        target = F + normalised(g, cfg)  # F- + g / (|g| + c)
     s = sd * t.tan()
     weight = 1 / s.clamp(min=1e-3) if cfg.weighting == "inverse_sigma" else torch.ones_like(s)
     error = weight.to(F) * losses.per_sample_mean((F - target) ** 2)  # |F - F- - g|^2 / s
     logs = {"tangent": size.mean(), "error": error.detach().mean()}
     if cfg.adaptive:
         log_var = objective.logvar(t)
-        error = (-log_var).exp() * error + log_var
+        error = (-log_var).exp() * error + log_var  # exp(-w(t)) ... + w(t)
     return error.mean(), logs
 
 
@@ -129,10 +138,3 @@ def normalised(g: Tensor, cfg: SCMConfig) -> Tensor:
     total = g.square().flatten(1)
     norm = (total.mean(1) if cfg.tangent_norm == "rms" else total.sum(1)).sqrt()
     return g / (expand(norm, g) + cfg.tangent_c)
-
-
-def _denoiser(objective: Objective, cfg: SCMConfig, batch: Batch, w: float | Tensor):
-    """D whose ODE is followed: the guided teacher, or the data point itself."""
-    if cfg.mode == "training":
-        return lambda x, tau: batch.x0
-    return lambda x, tau: objective.teacher.guided(x, tau, batch.cond, batch.uncond, w)

@@ -14,8 +14,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, native_weighting
+from fastgen.objectives.requirements import Requirements
 
 
 class SFTConfig(ObjectiveConfig):
@@ -31,24 +33,21 @@ class SFTConfig(ObjectiveConfig):
 
 
 class SFT(Objective, config=SFTConfig):
-    few_step = False
-
     @classmethod
-    def uses(cls, cfg) -> tuple[str, ...]:
-        return ()
+    def requirements(cls, cfg) -> Requirements:
+        return Requirements(
+            lambda guidance, num_steps: {"student+grad": 1},
+            untrained=(),
+            dropout_settings={"cond_dropout": cfg.cond_dropout},
+            few_step=False,
+        )
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return {"student+grad": 1}
-
-    def step(self, batch, k):
+    def step(self, batch: Batch, k: int) -> Updates:
         with self.turn("student"):
-            num = len(batch.x0)
-            t, eps = self.sample_t(num, self.cfg.time), self.rng.randn_like(batch.x0)
+            x0 = data_of(batch)
+            t, eps = self.sample_t(len(x0), self.cfg.time), self.rng.randn_like(x0)
             cond = self.drop_condition(batch, self.cfg.cond_dropout)
-            x_t = self.schedule.noise(batch.x0, eps, t)  # x_t = alpha x0 + sigma eps
+            x_t = self.schedule.noise(x0, eps, t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
-            weighting = (
-                self.student.backbone.prediction if self.cfg.weighting == "auto" else self.cfg.weighting
-            )
-            yield losses.denoising(self.schedule, D, batch.x0, t, weighting), {}  # w(t) |D - x0|^2
+            weighting = native_weighting(self.student) if self.cfg.weighting == "auto" else self.cfg.weighting
+            yield losses.denoising(self.schedule, D, x0, t, weighting), {}  # w(t) |D - x0|^2

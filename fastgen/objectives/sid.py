@@ -22,15 +22,18 @@ Differs
 - SiDA has no new parameters (`disc_mean`): logits are channel means of the critic's deepest encoder features.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
-from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
+from fastgen.objectives.base import TimeConfig, Updates, guided
+from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, calls_through_scores, diagnostics
+from fastgen.roles.roles import Role
 
 
 class SiDConfig(GanMatchingConfig):
@@ -63,30 +66,32 @@ class SiDConfig(GanMatchingConfig):
 
 class SiD(Matching, config=SiDConfig):
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        scales = (cfg.score_guidance, cfg.train_guidance)
-        return critic.evaluations_through(cfg, guidance, num_steps, *scales)
+    def requirements(cls, cfg) -> Requirements:
+        scales = {"score_guidance": cfg.score_guidance, "train_guidance": cfg.train_guidance}
+        return replace(
+            super().requirements(cfg),
+            network_calls=lambda w, num_steps: calls_through_scores(cfg, w, num_steps, *scales.values()),
+            guidance_settings=scales,
+        )
 
-    def step(self, batch, k):
-        cfg = self.cfg
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
         with torch.no_grad():
             x = self.generate(batch, last)  # x = G(z, c)
-        yield from critic.critic_turn(self, batch, x, w=cfg.train_guidance)  # w(t) |D_fake^k1 - x|^2
+        yield from self.critic_turn(batch, x, w=cfg.train_guidance)  # w(t) |D_fake^k1 - x|^2
         if k % cfg.student_every:
             return
         with self.turn("student"):
             noise = self.rng.randn_like(batch.noise)
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
-            t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
-            real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^k4
-            logits, fake = critic.critic_forward(
-                self, x, x_t, t, batch.cond, batch.uncond, cfg.score_guidance, through=True
-            )  # D_fake^k2
+            t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
+            real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^k4
+            fake, logits = self.guided_critic_forward(x, x_t, t, batch, cfg.score_guidance)  # D_fake^k2
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             sid = divergences.score_identity(x, real, fake, cfg.alpha, cfg.distance, cfg.huber_c)
             loss = sid = (sid / scale if cfg.distance == "l2" else sid).mean()
-            logs = {"sid": sid, **critic.diagnostics(x, real, fake)}
+            logs = {"sid": sid, **diagnostics(x, real, fake)}
             if cfg.gan_weight:
                 logs["gan"] = losses.gan_generator(logits, weight=1 / scale)  # softplus(-Disc) / W
                 loss = sid + cfg.gan_weight * logs["gan"]

@@ -16,14 +16,18 @@ Differs
 - NASA inside training (the paper's v3) is left out: it needs a list of generic negative prompts.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig, vsd
+from fastgen.core.batch import Batch
+from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.swiftbrush import SwiftBrush, VSDConfig
 
 
-class SnoopiConfig(SwiftBrushConfig):
+class SnoopiConfig(VSDConfig):
     """SwiftBrush with guidance drawn at random."""
 
     name: Literal["snoopi"] = "snoopi"
@@ -46,14 +50,16 @@ class SnoopiConfig(SwiftBrushConfig):
 
 class Snoopi(SwiftBrush, config=SnoopiConfig):
     @classmethod
-    def follows_guidance(cls, cfg):
-        return False  # w is drawn
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        return replace(
+            needs,
+            network_calls=lambda _, num_steps: needs.network_calls(2.0, num_steps),  # never 1: two passes
+            one_guidance=False,  # w is drawn
+            guidance_settings={"min_guidance": cfg.min_guidance, "max_guidance": cfg.max_guidance},
+            negative_prompt_scale=cfg.nasa_scale,
+        )
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return super().evaluations(cfg, 2.0, num_steps)  # w is drawn, whatever teacher.guidance
-
-    def step(self, batch, k):
+    def scale(self, batch: Batch) -> Tensor:
         low, high = self.cfg.min_guidance, self.cfg.max_guidance
-        w = low + (high - low) * self.rng.rand(len(batch.noise))  # w ~ U(w_min, w_max)
-        yield from vsd(self, batch, k, w)
+        return low + (high - low) * self.rng.rand(len(batch.noise))  # w ~ U(w_min, w_max)

@@ -28,20 +28,25 @@ Differs
   and whatever net `clip` names, whose cosines lie on a scale of their own.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import Matching, MatchingConfig
+from fastgen.networks.clip import Alignment
+from fastgen.objectives.base import Updates, guided
+from fastgen.objectives.requirements import Calls, ImageTextSpec, Requirements, passes
+from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
+from fastgen.roles.roles import Role
 
 
-class SwiftBrushConfig(MatchingConfig):
+class VSDConfig(MatchingConfig):
     """Variational score distillation with guidance on teacher and critic."""
 
-    name: Literal["swiftbrush"] = "swiftbrush"
     student_every: int = Field(1, ge=1)
     """critic updates per student update"""
     critic_drop: float = Field(0.1, ge=0, lt=1)
@@ -66,45 +71,57 @@ class SwiftBrushConfig(MatchingConfig):
         return self
 
 
+class SwiftBrushConfig(VSDConfig):
+    """Variational score distillation at one guidance scale."""
+
+    name: Literal["swiftbrush"] = "swiftbrush"
+
+
 class SwiftBrush(Matching, config=SwiftBrushConfig):
-    @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "clip") if cfg.clip_weight else ("teacher",)
+    clip: Alignment
 
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = super().evaluations(cfg, guidance, num_steps)
-        return calls | {"critic": calls["critic"] * (1 if guidance == 1 or cfg.plain_critic else 2)}
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
 
-    def step(self, batch, k):
-        yield from vsd(self, batch, k, self.guidance)
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls = needs.network_calls(guidance, num_steps)
+            return calls | {"critic": calls["critic"] * (1 if cfg.plain_critic else passes(guidance))}
 
+        clip = {"clip": ImageTextSpec(cfg.clip)} if cfg.clip_weight else {}
+        return replace(needs, network_calls=network_calls, auxiliaries=clip)
 
-def vsd(obj, batch, k, w):
-    """One step at guidance w, a number or one for each row."""
-    cfg, S = obj.cfg, obj.schedule
-    last = obj.rng.shared_randint(len(obj.student.times))
-    if k % cfg.student_every == 0:
-        with obj.turn("student"):
-            x = obj.generate(batch, last)  # x = G(z, c)
-            t, x_t = critic.noised(obj, x, cfg.time)  # x_t = alpha x + sigma eps
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, S, teacher = self.cfg, self.schedule, teacher or self.teacher
+        w = self.scale(batch)
+        last = self.rng.shared_randint(len(self.student.times))
+        if k % cfg.student_every == 0:
+            with self.turn("student"):
+                x = self.generate(batch, last)  # x = G(z, c)
+                t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
+                with torch.no_grad():
+                    real = guided(teacher, x_t, t, batch, w)  # e_T^w, as D
+                    fake = guided(self.critic, x_t, t, batch, 1.0 if cfg.plain_critic else w)  # e_L^w, as D
+                loss = losses.score_difference(x, real, fake, S.alpha(t) * S.sigma(t))  # sigma^2 (e_T - e_L)
+                logs = {"vsd": loss, **diagnostics(x, real, fake)}
+                if cfg.clip_weight:
+                    cos, weight = self.clip(x, batch.texts or []), max(0, 1 - k / cfg.clip_steps)
+                    logs |= {"clip": losses.clamped(cos, cfg.clip_margin), "cosine": cos.mean()}
+                    loss = loss + cfg.clip_weight * weight * logs["clip"]  # max(0, tau - cos)
+                yield loss, logs
+        else:
             with torch.no_grad():
-                real = obj.teacher.guided(x_t, t, batch.cond, batch.uncond, w)  # e_T^w, as D
-                own = 1.0 if cfg.plain_critic else w
-                fake = obj.critic.guided(x_t, t, batch.cond, batch.uncond, own)  # e_L^w, as D
-            loss = losses.score_difference(x, real, fake, S.alpha(t) * S.sigma(t))  # sigma^2 (e_T - e_L)
-            logs = {"vsd": loss, **critic.diagnostics(x, real, fake)}
-            if cfg.clip_weight:
-                cos = obj.clip(x, batch.texts)
-                logs |= {"clip": losses.clamped(cos, cfg.clip_margin), "cosine": cos.mean()}
-                loss = (
-                    loss + cfg.clip_weight * max(0, 1 - k / cfg.clip_steps) * logs["clip"]
-                )  # max(0, tau - cos)
-            yield loss, logs
-    else:
-        with torch.no_grad():
-            x = obj.generate(batch, last)
-    t = obj.sample_t(len(x), cfg.critic_time)
-    guided = isinstance(w, torch.Tensor) or w != 1
-    cond = critic.drop_cond(obj, batch, cfg.critic_drop if guided else 0)
-    yield from critic.critic_turn(obj, batch, x, t, cond, S.alpha(t) ** 2)  # alpha^2 |e_L - eps|^2
+                x = self.generate(batch, last)
+        x = x.detach()
+        with self.turn("critic"):
+            t = self.sample_t(len(x), cfg.critic_time)
+            drop = cfg.critic_drop if isinstance(w, Tensor) or w != 1 else 0
+            cond = self.drop_batch_condition(batch, drop)  # c'
+            x_t = S.noise(x, self.rng.randn_like(x), t)
+            fake = self.critic(x_t, t, cond)
+            loss = self.denoising_loss(fake, x, t, S.alpha(t) ** 2)  # alpha^2 |e_L - eps|^2
+            yield loss, {"denoising": loss, **self.critic_error(fake, x, x_t, t, cond)}
+
+    def scale(self, batch: Batch) -> float | Tensor:
+        """w of this step, a number or one for each row."""
+        return self.guidance

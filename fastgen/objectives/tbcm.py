@@ -14,16 +14,20 @@ Differs
 - a batch of B rows trains at B K points.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
-from fastgen.objectives.scm import SCM, SCMConfig, loss_at
+from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided, requirements_of
+from fastgen.objectives.requirements import Calls, Requirements
+from fastgen.objectives.scm import Point, SCMConfig, consistency_loss
 
 
 class TBCMConfig(ObjectiveConfig):
@@ -39,30 +43,28 @@ class TBCMConfig(ObjectiveConfig):
 
 
 class TBCM(Objective, config=TBCMConfig):
-    needs_data = False
-    draws_guidance = True
-
     @classmethod
-    def player_parts(cls, cfg):
-        return SCM.player_parts(cfg.scm)
+    def requirements(cls, cfg) -> Requirements:
+        scm = requirements_of(cfg.scm)
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return {n: v * cfg.points for n, v in SCM.evaluations(cfg.scm, guidance, num_steps).items()}
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            return {n: v * cfg.points for n, v in scm.network_calls(guidance, num_steps).items()}
+
+        return replace(scm, network_calls=network_calls, untrained=("teacher",), real_data=False)
 
     def check(self):
         if self.cfg.scm.mode == "training":
-            raise UserError("objective.scm.mode", "found 'training'", "distillation: TBCM has no data")
+            raise UserError("objective.scm.mode", "found 'training'", "use distillation: TBCM reads no data")
 
-    def step(self, batch, k):
-        w, told = self.tell(batch)
-        x, t, d = self.walk(batch, w)
-        told = {n: c.repeat(self.cfg.points, *[1] * (c.ndim - 1)) for n, c in told.items()}
+    def step(self, batch: Batch, k: int) -> Updates:
+        w, cond = self.draw_guidance(batch)
+        point = self.walk(batch, w)
+        cond = {n: c.repeat(self.cfg.points, *[1] * (c.ndim - 1)) for n, c in cond.items()}
         with self.turn("student"):
-            yield loss_at(self, self.cfg.scm, x, t, d, k, told)
+            yield consistency_loss(self.cfg.scm, self, cond, point, k)
 
     @torch.no_grad()
-    def walk(self, batch, w):
+    def walk(self, batch: Batch, w: float | Tensor) -> Point:
         """Points x, times t and velocities d of every row's trajectory, [K B, ...], point by point."""
         sd, view = self.cfg.scm.sigma_data, TrigView(self.schedule, self.cfg.scm.sigma_data)
         num = len(batch.noise)
@@ -70,7 +72,7 @@ class TBCM(Objective, config=TBCMConfig):
         draws = [view.time(self.sample_t(num, self.cfg.scm.time)) for _ in range(self.cfg.points - 1)]
         times = torch.stack([start, *draws]).sort(0, descending=True).values.clamp(max=start.max())
         velocity = view.velocity(
-            lambda x, tau: self.teacher.guided(x, tau, batch.cond, batch.uncond, w)  # F_real^w
+            lambda x, tau: guided(self.teacher, x, tau, batch, w)  # F_real^w
         )
         x, points = batch.noise * sd, []
         for j, t in enumerate(times):
@@ -79,4 +81,5 @@ class TBCM(Objective, config=TBCMConfig):
             if j + 1 < len(times):
                 gap = t - times[j + 1]
                 x = expand(gap.cos(), x) * x - expand(gap.sin(), x) * d
-        return (torch.cat(parts) for parts in zip(*points))
+        x, t, d = (torch.cat(parts) for parts in zip(*points))
+        return x, t, d

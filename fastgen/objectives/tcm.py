@@ -21,10 +21,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of
 from fastgen.objectives.ect import earlier, level_time, noise_level, shrink
+from fastgen.objectives.requirements import Calls, Requirements, passes
 
 
 class TCMConfig(ObjectiveConfig):
@@ -55,13 +57,14 @@ class TCMConfig(ObjectiveConfig):
 
 class TCM(Objective, config=TCMConfig):
     @classmethod
-    def uses(cls, cfg):
-        return ("previous", "teacher") if cfg.source == "teacher" else ("previous",)
+    def requirements(cls, cfg) -> Requirements:
+        distilled = cfg.source == "teacher"
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        teacher = {"teacher": 1 if guidance == 1 else 2} if cfg.source == "teacher" else {}
-        return {"student+grad": 1, "student or previous": 1} | teacher
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls: Calls = {"student+grad": 1, "student or previous": 1}
+            return calls | ({"teacher": passes(guidance)} if distilled else {})
+
+        return Requirements(network_calls, untrained=("previous", "teacher") if distilled else ("previous",))
 
     def check(self):
         levels = noise_level(self.schedule, torch.tensor(self.student.times, dtype=torch.float64))
@@ -70,8 +73,8 @@ class TCM(Objective, config=TCMConfig):
             found = f"{low} have less noise than the boundary, where this stage trains nothing"
             raise UserError("student.timesteps", found, f"times with sigma / alpha >= {self.cfg.boundary}")
 
-    def step(self, batch, k):
-        cfg, S, x0 = self.cfg, self.schedule, batch.x0
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
         if k == 0:
             self.follow("previous")  # f-, frozen
         n_t, weight = self.levels(len(x0))

@@ -17,19 +17,23 @@ Differs
 - no training code was released; the paper gives the directions of the weights, not their values: MSE leads
   at 8 and 4 segments, the adversarial part at 2 and 1.
 - u and u' are points of the solver's grid, so that they are whole timesteps on VP.
-- the network is not told u: the same D serves every u of a segment, which is exact for one u and a
+- the network does not read u: the same D serves every u of a segment, which is exact for one u and a
   compromise for several. end_prob above 0 favours the end, which one-segment stages need most.
 - heads read the frozen teacher's features, so only the heads are trained.
 - student and discriminator both move on every step.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
+from fastgen.objectives.base import Updates, data_of, guided
+from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.gan import pair_turn
 from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
 from fastgen.sampling.solvers import segment_ends, solver_step, teacher_grid
@@ -49,23 +53,21 @@ class TSCDConfig(SegmentedConfig):
 
 class TSCD(Segmented, config=TSCDConfig):
     @classmethod
-    def uses(cls, cfg):
-        return super().uses(cfg) + (("previous",) if cfg.ode_teacher == "previous" else ())
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        if cfg.ode_teacher == "original":
+            return needs
 
-    @classmethod
-    def follows_guidance(cls, cfg):
-        return cfg.ode_teacher == "original"
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            calls = needs.network_calls(1, num_steps)
+            return {"previous" if name == "teacher" else name: n for name, n in calls.items()}
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        own = cfg.ode_teacher == "previous"
-        calls = super().evaluations(cfg, 1 if own else guidance, num_steps)
-        if own:
-            calls["previous"] = calls.pop("teacher")
-        return calls
+        return replace(
+            needs, network_calls=network_calls, untrained=(*needs.untrained, "previous"), one_guidance=False
+        )
 
-    def step(self, batch, k):
-        cfg, S, x0, K = self.cfg, self.schedule, batch.x0, self.cfg.grid_steps
+    def step(self, batch: Batch, k: int) -> Updates:
+        cfg, S, x0, K = self.cfg, self.schedule, data_of(batch), self.cfg.grid_steps
         grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]
@@ -101,4 +103,4 @@ class TSCD(Segmented, config=TSCDConfig):
         """D whose ODE is stepped along: the guided teacher, or the last stage's student, guided already."""
         if self.cfg.ode_teacher == "previous":
             return lambda x, t: self.previous(x, t, batch.cond)
-        return lambda x, t: self.teacher.guided(x, t, batch.cond, batch.uncond, self.guidance)
+        return lambda x, t: guided(self.teacher, x, t, batch, self.guidance)

@@ -23,15 +23,19 @@ Differs
   here.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
-from fastgen.objectives.base import TimeConfig
-from fastgen.objectives.shared import critic
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching
+from fastgen.objectives.base import TimeConfig, Updates, guided
+from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, calls_through_scores, diagnostics
+from fastgen.roles.roles import Role
 
 
 class UniInstructConfig(GanMatchingConfig):
@@ -70,30 +74,31 @@ class UniInstructConfig(GanMatchingConfig):
 
 class UniInstruct(Matching, config=UniInstructConfig):
     @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return critic.evaluations_through(cfg, guidance, num_steps)
+    def requirements(cls, cfg) -> Requirements:
+        calls = partial(calls_through_scores, cfg)
+        return replace(super().requirements(cfg), network_calls=calls)
 
-    def step(self, batch, k):
-        cfg = self.cfg
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))
         with torch.no_grad():
             x = self.generate(batch, last)  # x = G(z, c)
-        yield from critic.critic_turn(self, batch, x)  # w(t) |D_fake - x|^2 + disc_weight (GAN pair)
+        yield from self.critic_turn(batch, x)  # w(t) |D_fake - x|^2 + disc_weight (GAN pair)
         if k % cfg.student_every:
             return
         with self.turn("student"):
             noise = self.rng.randn_like(batch.noise)
             x = self.student.generate(noise, batch.cond, self.rng.randn_like, last)  # x = G(z', c)
-            t, x_t = critic.noised(self, x, cfg.time)  # x_t = alpha x + sigma eps
-            real = self.teacher.guided(x_t, t, batch.cond, batch.uncond, self.guidance)  # D_real^w
-            logits, fake = critic.critic_forward(self, x, x_t, t, batch.cond, through=True)  # l, D_fake
+            t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
+            real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, l
             scale = losses.per_sample_mean((x - real).abs()).detach().clamp(min=1e-5)  # W
             divergence, logs = self.divergence(k, x, x_t, t, real, fake, logits)
             loss = logs["divergence"] = (divergence / scale).mean()
-            if cfg.gan_weight:
+            if logits:
                 logs["gan"] = losses.gan_generator(logits, weight=1 / scale)  # softplus(-l) / W
                 loss = loss + cfg.gan_weight * logs["gan"]
-            yield loss, logs | critic.diagnostics(x, real, fake)
+            yield loss, logs | diagnostics(x, real, fake)
 
     def divergence(self, k, x, x_t, t, real, fake, logits):
         """[2 h Delta.(D_fake - x) + (h - r h') |Delta|^2] / mean h, [B], and what to log of the ratio."""

@@ -1,5 +1,5 @@
 """From a config to the cast of one run: teacher, student, critic, target, and the objective that plays them.
-Discriminators and other helpers are made in `auxiliaries.py`.
+Discriminators and other parts that are no denoiser are made in `auxiliaries.py`.
 """
 
 import zlib
@@ -21,11 +21,12 @@ from fastgen.networks.codecs import switch_vae
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.teacher import Teacher
-from fastgen.objectives import REGISTRY, Objective
+from fastgen.objectives import REGISTRY, Objective, requirements_of
+from fastgen.objectives.requirements import base_name
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
-from fastgen.training.auxiliaries import make_extra
+from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits
 
 
@@ -44,14 +45,14 @@ class Cast:
             from fastgen.export.load import locate
 
             locate(cfg.student.fuse, "student.fuse")  # a wrong path is refused now, not at the end
-        names = {_base(p) for s in cfg.all_stages() for p in _wanted(s)}
+        names = {base_name(p) for s in cfg.all_stages() for p in requirements_of(s.objective).parts}
         self.num_students = _num_students(cfg)
         self.parts: dict[str, Part] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         kinds |= {"path": self.critic_kind}
-        few_step = any(REGISTRY[s.objective.name].few_step for s in cfg.all_stages())
+        few_step = any(requirements_of(s.objective).few_step for s in cfg.all_stages())
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         copies_first = sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full")
         for name in copies_first:  # adapters go on a network once it has been copied
@@ -82,7 +83,7 @@ class Cast:
     @property
     def two_times(self) -> bool:
         """Whether a stage trains the student at pairs of times."""
-        return any(REGISTRY[s.objective.name].two_times for s in self.cfg.all_stages())
+        return any(requirements_of(s.objective).step_end for s in self.cfg.all_stages())
 
     @property
     def few_step_schedule(self) -> Schedule:
@@ -116,9 +117,7 @@ class Cast:
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         chosen, as_student = self.cfg.student, name in ("student", "target", "previous")
-        counts = [
-            n for s in self.cfg.all_stages() for n in REGISTRY[s.objective.name].step_counts(s.objective)
-        ]
+        counts = [n for s in self.cfg.all_stages() for n in requirements_of(s.objective).step_counts]
         span = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
         two_times, adapter = as_student and self.two_times, adapter_name if kind == "lora" else None
         base = self._network(name, alone) if adapter is None else self.teacher.backbone
@@ -210,44 +209,30 @@ class Cast:
 
     def stage(self, stage: StageConfig, rng: Rng) -> Objective:
         """The objective of one stage over these parts."""
-        cls = REGISTRY[stage.objective.name]
-        names = _wanted(stage)
-        grid = cls.grid_steps(stage.objective)
+        needs = requirements_of(stage.objective)
+        grid = needs.grid_steps
         student = self.student.with_times(self._times(grid), grid).with_steps(stage.num_steps or 0)
         self.parts["student"] = student
-        if cls.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:
+        if needs.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:
             scheduler_setup(student, self.teacher)  # refused now where no scheduler can take these steps
-        for name in map(_base, names):
+        for name in map(base_name, needs.parts):
             if name not in self.parts:
-                self.parts[name] = make_extra(name, self, stage)
-        return cls(stage.objective, {n: self._part(n) for n in names}, rng, self.cfg.teacher.guidance)
+                self.parts[name] = make_auxiliary(needs.auxiliaries[name], self)
+        parts = {name: self._part(name) for name in needs.parts}
+        return REGISTRY[stage.objective.name](stage.objective, parts, rng, self.cfg.teacher.guidance)
 
     def _part(self, name: str):
         """A part by name; "critic2" is the critic of student 2."""
         if name in self.parts:
             return self.parts[name]
-        base = _base(name)
+        base = base_name(name)
         return members(self.parts[base])[int(name.removeprefix(base))]
-
-
-def _base(name: str) -> str:
-    """The kind of part a numbered one is: "critic2" is a critic."""
-    return name.rstrip("0123456789")
 
 
 def _num_students(cfg: RunConfig) -> int:
     """Students of a run with several, else 0."""
-    found = {getattr(s.objective, "num_students", 0) for s in cfg.all_stages()}
+    found = {requirements_of(s.objective).num_students for s in cfg.all_stages()}
     if len(found) > 1:
         values = f"found {', '.join(map(str, sorted(found)))} in different stages (0: no such method)"
         raise UserError("objective.num_students", values, "set the same in every stage")
     return found.pop()
-
-
-def _wanted(stage: StageConfig) -> list[str]:
-    """Part names one stage needs, student first."""
-    cls = REGISTRY[stage.objective.name]
-    players = cls.player_parts(stage.objective)
-    return list(
-        dict.fromkeys([*(p for members in players.values() for p in members), *cls.uses(stage.objective)])
-    )

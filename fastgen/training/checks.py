@@ -1,9 +1,11 @@
 """Whether what a config sets fits the teacher it names, checked before anything is built."""
 
-from fastgen.config.run import RunConfig, StageConfig
+from fastgen.config.run import RunConfig
 from fastgen.core.errors import UserError
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
+from fastgen.objectives import requirements_of
+from fastgen.objectives.requirements import ImageTextSpec
 
 
 def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
@@ -18,10 +20,13 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
         raise UserError("teacher.guidance", found, "use 1, and set teacher.embedded_guidance")
     scales = {"teacher.guidance": cfg.teacher.guidance}
     for stage in cfg.all_stages():
-        for key, method in (("objective", stage.objective), ("objective.host", method_of(stage))):
-            scales |= {f"{key}.{n}": v for n, v in method if n.endswith("_guidance")}
-        if getattr(method_of(stage), "clip_weight", 0) and not isinstance(codec, TextCodec):
-            raise UserError("objective.clip_weight", "the teacher takes no text prompts", "set it to 0")
+        needs = requirements_of(stage.objective)
+        scales |= {f"objective.{key}": w for key, w in needs.guidance_settings.items()}
+        scales |= {"objective.real_guidance": stage.objective.real_guidance}
+        reads_text = any(isinstance(one, ImageTextSpec) for one in needs.auxiliaries.values())
+        if reads_text and not isinstance(codec, TextCodec):
+            found = "the teacher has no captions to compare images with"
+            raise UserError("objective.clip_weight", found, "set it to 0")
     if cfg.student.guidance_embedding:
         scales["student.guidance_embedding"] = max(cfg.student.guidance_embedding)
     what = "a teacher without a null class" if conditional else "an unconditional teacher"
@@ -29,10 +34,10 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
         if isinstance(w, float) and w != 1 and not (conditional and codec.has_null):
             raise UserError(key, f"found {w} for {what}", "use 1, or leave it out")
     for stage in cfg.all_stages():
-        drop = getattr(stage.objective, "cond_dropout", 0)
-        if drop and conditional and not codec.has_null:
-            found = f"found {drop} for a teacher without a null class"
-            raise UserError("objective.cond_dropout", found, "use 0")
+        for key, drop in requirements_of(stage.objective).dropout_settings.items():
+            if drop and conditional and not codec.has_null:
+                found = f"found {drop} for a teacher without a null class"
+                raise UserError(f"objective.{key}", found, "use 0")
 
 
 def _check_guidance_input(cfg: RunConfig, teacher: Teacher) -> None:
@@ -43,8 +48,3 @@ def _check_guidance_input(cfg: RunConfig, teacher: Teacher) -> None:
     if form and form.guidance_option and not getattr(cfg.student, form.guidance_option):
         found = f"no pipeline passes the guidance scale to a plain {form.net_class}"
         raise UserError(key, found, f"set student.{form.guidance_option} to true, or leave the key out")
-
-
-def method_of(stage: StageConfig):
-    """The settings of a stage's method, or of the one it is wrapped around."""
-    return getattr(stage.objective, "host", stage.objective)

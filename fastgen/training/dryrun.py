@@ -1,10 +1,10 @@
-"""`--dry_run`: what a config would do, told without starting anything."""
+"""`--dry_run`: what a config would do, without starting anything."""
 
 from fastgen.config.run import RunConfig, dump
 from fastgen.core.rng import Rng
 from fastgen.roles.roles import Role
 from fastgen.training.cast import Cast
-from fastgen.training.memory import estimate, evaluations
+from fastgen.training.memory import estimate, network_calls
 
 
 def weightless(cfg: RunConfig) -> Cast:
@@ -42,7 +42,7 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.parts["student"]
-    spelled = ", ".join(f"{n} {v:g}" for n, v in evaluations(cfg, stage, len(student.times)).items())
+    spelled = ", ".join(f"{n} {v:g}" for n, v in network_calls(cfg, stage, len(student.times)).items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
     return lines
@@ -57,6 +57,6 @@ def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
     lines = ["memory estimate (MB)"] + [f"  {n:<52}{v / 2**20:>10.1f}" for n, v in found.rows.items()]
     lines.append(f"  {'total':<52}{found.total / 2**20:>10.1f}")
     if found.encoders:
-        told = "text and image encoders, beside the weights until prompts are cached"
-        lines.append(f"  ({told}: {found.encoders / 2**20:.1f})")
+        text = "text and image encoders, beside the weights until prompts are cached"
+        lines.append(f"  ({text}: {found.encoders / 2**20:.1f})")
     return lines

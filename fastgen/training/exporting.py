@@ -6,7 +6,7 @@ import torch
 
 from fastgen.export.model_card import read_command
 from fastgen.export.write import Trained, export_student
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import requirements_of
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -15,17 +15,17 @@ def trained(trainer) -> Trained:
     """The student of a run as it stands, whose last stage says how it is sampled."""
     cfg = trainer.cfg
     last = cfg.all_stages()[-1].objective
-    method, student = REGISTRY[last.name], trainer.cast.student
+    needs, student = requirements_of(last), trainer.cast.student
     chosen = cfg.train.export_dtype
-    half = chosen == "no" and not method.few_step  # a teacher's weights, as they are published
+    half = chosen == "no" and not needs.few_step  # a teacher's weights, as they are published
     return Trained(
         teacher=trainer.cast.teacher,
         student=student,
         objective="+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
-        few_step=method.few_step,
-        takes=lambda num: not method.unsampled(last, num, student.sampler),
-        guidance=method.learned_guidance(last, cfg.student_guidance),
-        nasa_scale=getattr(last, "nasa_scale", 0.0),
+        few_step=needs.few_step,
+        takes=lambda num: not needs.why_not_sampled(num, student.sampler),
+        guidance=needs.learned_guidance(cfg.student_guidance),
+        nasa_scale=needs.negative_prompt_scale,
         base=cfg.teacher.path,
         teacher_steps=cfg.teacher.num_steps,
         training_steps=trainer.step,

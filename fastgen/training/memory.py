@@ -17,7 +17,7 @@ from fastgen.config.parse import merge, read_files
 from fastgen.config.run import RunConfig, validate
 from fastgen.core.paths import config
 from fastgen.networks.backbone import Backbone
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
 from fastgen.training.cast import Cast
 
@@ -158,16 +158,15 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
 
 def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
     """Network passes whose graphs live together, on average over turns and rounded up."""
-    with_grad = sum(v for n, v in evaluations(cfg, stage, num_steps).items() if n.endswith("+grad"))
-    players = REGISTRY[stage.objective.name].player_parts(stage.objective)
-    return max(1, math.ceil(with_grad / len(players)))
+    with_grad = sum(v for n, v in network_calls(cfg, stage, num_steps).items() if n.endswith("+grad"))
+    return max(1, math.ceil(with_grad / len(requirements_of(stage.objective).players)))
 
 
-def evaluations(cfg: RunConfig, stage, num_steps: int) -> dict[str, float]:
-    """Network passes of a stage's step; a drawn guidance always takes both of the teacher's."""
-    cls, drawn = REGISTRY[stage.objective.name], cfg.student.guidance_embedding
-    w = drawn[1] if drawn else cls.learned_guidance(stage.objective, cfg.teacher.guidance)
-    return cls.evaluations(stage.objective, w, num_steps)
+def network_calls(cfg: RunConfig, stage, num_steps: int) -> dict[str, float]:
+    """Network calls of a stage's step by role; a drawn guidance always takes both of the teacher's passes."""
+    needs, drawn = requirements_of(stage.objective), cfg.student.guidance_embedding
+    w = drawn[1] if drawn else needs.learned_guidance(cfg.teacher.guidance)
+    return needs.network_calls(w, num_steps)
 
 
 def models() -> list[str]:

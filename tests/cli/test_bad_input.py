@@ -155,7 +155,7 @@ SIMPLE = {
     ),
     "image-text loss without texts": (
         ["--objective.name", "swiftbrush", "--objective.clip_weight", "0.1", "--objective.clip_steps", "5"],
-        ["objective.clip_weight", "takes no text prompts"],
+        ["objective.clip_weight", "no captions", "set it to 0"],
     ),
     "LoRA targets match nothing": (
         ["--student.kind", "lora", "--student.lora.target_modules", "to_nothing"],
@@ -280,13 +280,16 @@ PLUGIN = '''
 import torch
 from typing import Literal
 from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.requirements import Requirements
 
 class BrokenConfig(ObjectiveConfig):
     """Turns bad at step 2."""
     name: Literal["broken"] = "broken"
 
 class Broken(Objective, config=BrokenConfig):
-    needs_data = False
+    @classmethod
+    def requirements(cls, cfg):
+        return Requirements(lambda guidance, num_steps: {"student+grad": 1}, real_data=False)
     def step(self, batch, k):
         with self.turn("student"):
             x = self.generate(batch)

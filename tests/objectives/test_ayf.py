@@ -7,7 +7,7 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.reparametrization import LineView
 from fastgen.diffusion.schedules import EDM, Flow
-from fastgen.objectives import ayf
+from fastgen.objectives import ayf, requirements_of
 from fastgen.objectives.ayf import AYF, AYFConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.cast import Cast
@@ -68,7 +68,8 @@ def test_p1_loss_is_the_normalised_residual():
 
 def test_p1_autoguidance_leads_away_from_the_weak_model():
     objective = make(Flow(), autoguidance=3.0)
-    assert AYF.uses(objective.cfg) == ("teacher", "weak") and AYF.uses(AYFConfig()) == ("teacher",)
+    assert requirements_of(objective.cfg).parts == ("student", "teacher", "weak")
+    assert requirements_of(AYFConfig()).parts == ("student", "teacher")
     x, s = torch.randn(8, 1, dtype=torch.float64), torch.full((8,), 0.6, dtype=torch.float64)
     view, batch = LineView(Flow()), batch_of(x)
     strong, weak = (

@@ -7,6 +7,7 @@ import torch
 
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, Flow
+from fastgen.objectives import requirements_of
 from fastgen.objectives.consistency import Consistency, ConsistencyConfig
 from fastgen.objectives.shared.grids import draw_intervals, num_intervals
 from fastgen.roles.roles import Role, Student, StudentSpec
@@ -159,7 +160,7 @@ def test_p1_ema_target_moves_by_the_decay():
 def test_p1_training_mode_needs_no_teacher():
     S = Flow()
     cfg = ConsistencyConfig(mode="training", num_scales=8)
-    assert Consistency.uses(cfg) == ()
+    assert requirements_of(cfg).untrained == ()
     objective = Consistency(
         cfg, {"student": Student(GaussianNet(S, 0.0, 0.5), None, StudentSpec([1.0]))}, rng()
     )

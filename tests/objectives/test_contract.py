@@ -16,7 +16,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import config as config_file
 from fastgen.core.rng import Rng
 from fastgen.networks.codecs import TextCodec
-from fastgen.objectives import REGISTRY
+from fastgen.objectives import REGISTRY, requirements_of
 from fastgen.training.cast import Cast
 
 MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
@@ -128,7 +128,7 @@ def test_what_is_learned_may_be_guided_otherwise_than_the_teachers_samples(name,
         _, cast, objective = make(name, tiny("flow"))
     except UserError as error:
         cfg = REGISTRY[name].config(name=name, **SHORT[name])
-        assert "real_guidance" in str(error) and not REGISTRY[name].follows_guidance(cfg)
+        assert "real_guidance" in str(error) and not requirements_of(cfg).follows_guidance
         return
     guided, used = objective.teacher.guided, []
     objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, w))[1]
@@ -195,7 +195,8 @@ def test_compile_switch_reaches_every_network(tiny, monkeypatch):
 
 
 def data_free():
-    return sorted(n for n, cls in REGISTRY.items() if not cls.requires_data(cls.config(**SHORT.get(n, {}))))
+    found = {n: requirements_of(cls.config(**SHORT.get(n, {}))) for n, cls in REGISTRY.items()}
+    return sorted(n for n, needs in found.items() if not needs.real_data)
 
 
 @pytest.mark.parametrize("name", data_free())

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import EDM, VP, Flow
+from fastgen.objectives import requirements_of
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from tests.support.replay import replay, replay_counts
 from tests.support.toys import (
@@ -126,9 +127,10 @@ def test_p1_the_real_score_may_have_its_own_guidance():
     guided = objective.teacher.guided
     objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, 1.0))[1]
     next(objective.step(batch_of(torch.randn(8, 1)), 0))
-    assert used == [3.0] and DMD2.learned_guidance(DMD2Config(), 2.0) == 2.0
+    assert used == [3.0] and requirements_of(DMD2Config()).learned_guidance(2.0) == 2.0
     cfg = DMD2Config(real_guidance=1.0, gan_weight=0.0, student_every=1)
-    calls = DMD2.evaluations(cfg, DMD2.learned_guidance(cfg, 2.0), 1)
+    needs = requirements_of(cfg)
+    calls = needs.network_calls(needs.learned_guidance(2.0), 1)
     assert calls["teacher"] == 1, "an unguided real score is one call, whatever the teacher's samples use"
 
 
@@ -217,9 +219,9 @@ def test_p1_discriminator_learns_the_log_density_ratio():
 
 
 def test_gan_needs_data_and_score_alone_does_not():
-    assert DMD2.requires_data(DMD2Config(gan_weight=1e-3))
-    assert not DMD2.requires_data(DMD2Config(gan_weight=0))
-    assert DMD2.requires_data(DMD2Config(gan_weight=0, backward_simulation=False))
+    assert requirements_of(DMD2Config(gan_weight=1e-3)).real_data
+    assert not requirements_of(DMD2Config(gan_weight=0)).real_data
+    assert requirements_of(DMD2Config(gan_weight=0, backward_simulation=False)).real_data
 
 
 @pytest.mark.parametrize("teacher", ["analytic:gmm2d-flow", "analytic:gmm2d-vp", "analytic:gmm2d-edm"])
@@ -295,8 +297,8 @@ def test_r1_is_part_of_the_critics_turn(tiny, step):
     objective = DMD2(DMD2Config(**extra), plain.parts, rng())
     _, logs = list(objective.step(contract.batch(cast), 0))[-1]
     assert float(logs["r1"].detach()) > 0
-    calls = DMD2.evaluations(DMD2Config(**extra), 1.0, 1)
-    without = DMD2.evaluations(DMD2Config(**{**extra, "r1_weight": 0.0}), 1.0, 1)
+    calls = requirements_of(DMD2Config(**extra)).network_calls(1.0, 1)
+    without = requirements_of(DMD2Config(**{**extra, "r1_weight": 0.0})).network_calls(1.0, 1)
     assert calls["features+grad"] - without["features+grad"] == (1 if step else 2)
 
 

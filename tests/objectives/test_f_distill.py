@@ -6,8 +6,8 @@ import torch
 from fastgen.cli.train import main
 from fastgen.diffusion import divergences, losses
 from fastgen.diffusion.schedules import EDM, Flow
-from fastgen.objectives import REGISTRY
-from fastgen.objectives.f_distill import FDistill, FDistillConfig
+from fastgen.objectives import REGISTRY, requirements_of
+from fastgen.objectives.f_distill import FDistillConfig
 from fastgen.roles.heads import Discriminator
 from fastgen.roles.roles import Role
 from tests.support.modes import far_share
@@ -121,7 +121,7 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
     said = capsys.readouterr().err
     assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
-    assert not (tmp_path / "run").exists() and FDistill.requires_data(FDistillConfig())
+    assert not (tmp_path / "run").exists() and requirements_of(FDistillConfig()).real_data
 
 
 def test_p2_distils_the_mixture(tmp_path):

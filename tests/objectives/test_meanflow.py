@@ -5,7 +5,7 @@ import torch
 
 from fastgen.diffusion.schedules import Flow, expand
 from fastgen.networks.denoiser import Denoiser
-from fastgen.objectives import meanflow
+from fastgen.objectives import meanflow, requirements_of
 from fastgen.objectives.meanflow import MeanFlow, MeanFlowConfig
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import card_replay
@@ -151,7 +151,7 @@ def test_p1_guidance_in_the_target_of_training():
     assert float(dropped.double().mean()) == pytest.approx(0.25, abs=0.07)
     torch.testing.assert_close(v[dropped], plain[dropped])
     torch.testing.assert_close(v[~dropped], 0.2 * plain[~dropped] + 0.5 * 3)
-    assert MeanFlow.uses(objective.cfg) == ()
+    assert requirements_of(objective.cfg).untrained == ()
 
 
 def test_p1_adaptive_weight_bounds_the_gradient():

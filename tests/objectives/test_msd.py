@@ -13,7 +13,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM
 from fastgen.networks.denoiser import Denoiser
-from fastgen.objectives.base import REGISTRY
+from fastgen.objectives.base import REGISTRY, requirements_of
 from fastgen.objectives.msd import MSD, MSDConfig
 from fastgen.roles.roles import Students, StudentSpec
 from fastgen.roles.router import Router
@@ -138,6 +138,45 @@ def test_parts_that_cannot_be_are_refused(tmp_path):
         Router.load(tmp_path, "--model")
     with pytest.raises(ValueError, match="objective.only: found 4"):
         MSDConfig(num_students=4, only=[4])
+
+
+def test_step_counts_that_the_students_would_not_read_are_refused():
+    """Of a tdm host: behind a router no student has an input for the number of steps."""
+    with pytest.raises(ValueError, match=r"objective.host.step_counts: found \[1, 2\]; .*leave it out"):
+        MSDConfig(host={"name": "tdm", "step_counts": [1, 2]})
+    assert MSDConfig(host={"name": "tdm"}).host.step_counts == ()
+
+
+@pytest.mark.parametrize("wrapper", ["msd", "disback"])
+def test_real_guidance_is_refused_where_the_host_does_not_follow_it(wrapper, tiny):
+    """A wrapper declares what its host does: snoopi draws the scale, so a fixed one would do nothing."""
+
+    def make(host):
+        values = {
+            "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+            "objective": {"name": wrapper, "host": host, "real_guidance": 3.0},
+            "data": {"name": "tinted"},
+        }
+        cfg = validate(values)
+        return Cast(cfg).stage(cfg.all_stages()[0], Rng(0))
+
+    with pytest.raises(UserError, match="objective.real_guidance: found 3"):
+        make({"name": "snoopi"})
+    assert make({"name": "swiftbrush"}).guidance == 3.0
+
+
+def test_a_wrapper_declares_what_its_host_does():
+    hosted = MSDConfig(
+        num_students=2, host={"name": "snoopi", "nasa_scale": 0.7, "clip_weight": 0.1, "clip_steps": 5}
+    )
+    needs, own = requirements_of(hosted), requirements_of(hosted.host)
+    assert needs.players == {f"{n}{j}": (f"{n}{j}",) for j in range(2) for n in ("student", "critic")}
+    assert not needs.follows_guidance and needs.negative_prompt_scale == 0.7 and needs.num_students == 2
+    assert needs.auxiliaries == own.auxiliaries and set(needs.parts) > {"student", "teacher", "clip"}
+    assert needs.network_calls(2.0, 1) == own.network_calls(2.0, 1) and not needs.real_data
+    assert needs.guidance_settings == {"host.min_guidance": 0.5, "host.max_guidance": 4.0}
+    matched = requirements_of(MSDConfig(num_students=2, host=HOST, score_matching=True))
+    assert matched.real_data and not matched.follows_guidance and matched.trained == ("student0", "student1")
 
 
 def total_kl(num):

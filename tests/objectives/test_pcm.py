@@ -8,6 +8,7 @@ import torch
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import VP, Flow
+from fastgen.objectives import requirements_of
 from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.objectives.pcm import PCM, PCMConfig
 from fastgen.roles.roles import Student, StudentSpec
@@ -117,7 +118,7 @@ def test_p1_cfg_free_asks_the_teacher_once_and_drops_conditions():
         calls[guided] = len(objective.teacher.seen[0][0])
         dropped = objective.drop_condition(batch, objective.cfg.cond_dropout)["m"]
         assert 1 - float(dropped.mean()) == pytest.approx(0.0 if guided else 0.1, abs=0.03)
-        assert PCM.learned_guidance(objective.cfg, 5.0) == (5.0 if guided else 1.0)
+        assert requirements_of(objective.cfg).learned_guidance(5.0) == (5.0 if guided else 1.0)
     assert calls == {True: 4000, False: 2000}
 
 

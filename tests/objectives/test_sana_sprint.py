@@ -14,6 +14,7 @@ from fastgen.diffusion.schedules import Flow
 from fastgen.export.load import load_export
 from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
+from fastgen.objectives import requirements_of
 from fastgen.objectives.sana_sprint import SanaSprint, SanaSprintConfig
 from fastgen.objectives.scm import SCM
 from fastgen.roles.roles import Role, Student, StudentSpec
@@ -48,7 +49,7 @@ def test_p1_without_the_gan_it_is_scm_bit_for_bit():
     assert torch.equal(alone, both)
     more, logs = next(SanaSprint(cfg.model_copy(update={"gan_weight": 0.25}), parts(), rng()).step(batch, 0))
     torch.testing.assert_close(more, alone + 0.25 * logs["gan"])
-    assert SanaSprint.player_parts(cfg) == {"student": ("student",)}
+    assert requirements_of(cfg).players == {"student": ("student",)}
 
 
 def test_p1_max_time_weighting_starts_half_of_the_judged_samples_from_noise():

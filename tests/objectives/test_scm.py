@@ -6,7 +6,7 @@ import torch
 from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import EDM, VP, Flow, TrigFlow, expand
 from fastgen.networks.denoiser import Denoiser
-from fastgen.objectives import scm
+from fastgen.objectives import requirements_of, scm
 from fastgen.objectives.scm import SCM, SCMConfig, normalised
 from fastgen.roles.heads import LogVariance
 from fastgen.roles.roles import Student, StudentSpec
@@ -141,7 +141,7 @@ def test_p1_training_follows_the_straight_pair():
     batch = data()
     batch.cond["x0"] = batch.x0
     cfg = SCMConfig(**{**PLAIN, "warmup_steps": 10, "mode": "training"})
-    assert SCM.uses(cfg) == ()
+    assert requirements_of(cfg).untrained == ()
     objective = SCM(cfg, {"student": Student(Knows(), None, StudentSpec([1.0]))}, rng())
     assert next(objective.step(batch, 0))[0].detach() < 1e-20
     batch.cond["x0"] = batch.x0 + 1

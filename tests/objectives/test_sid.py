@@ -8,6 +8,7 @@ from fastgen.cli.train import main
 from fastgen.diffusion import divergences
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.networks.denoiser import Denoiser
+from fastgen.objectives import requirements_of
 from fastgen.objectives.sid import SiD, SiDConfig
 from tests.support import gaussians
 from tests.support.replay import replay
@@ -176,7 +177,8 @@ def test_reads_no_image_without_the_gan():
     one = batch_of(torch.randn(8, 1))
     one.x0 = None
     assert len(list(objective.step(one, 0))) == 2
-    assert SiD.requires_data(SiDConfig(gan_weight=0.1)) and not SiD.requires_data(SiDConfig())
+    assert requirements_of(SiDConfig(gan_weight=0.1)).real_data
+    assert not requirements_of(SiDConfig()).real_data
 
 
 BAD = {

@@ -7,7 +7,6 @@ import yaml
 from fastgen.cli.train import main
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow, expand
-from fastgen.objectives.shared import critic
 from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
 from tests.support.replay import replay
 from tests.support.toys import (
@@ -145,15 +144,13 @@ def test_p1_critic_weight_does_not_move_the_optimum():
     with torch.no_grad():
         players["critic"].backbone.m.fill_(-0.5)
         players["critic"].backbone.s.fill_(1.2)
-    objective = SwiftBrush(SwiftBrushConfig(critic_time={"low": 0.1, "high": 0.95}), players, rng())
+    cfg = SwiftBrushConfig(critic_time={"low": 0.1, "high": 0.95}, student_every=1000)
+    objective = SwiftBrush(cfg, players, rng())
     optimizer = torch.optim.Adam(players["critic"].trainable().values(), 0.05)
     for k in range(250):
         objective.rng.reset(k)
         noise = torch.randn(512, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        x = 0.4 + 0.6 * noise
-        t = objective.sample_t(len(x), objective.cfg.critic_time)
-        turn = critic.critic_turn(objective, batch_of(x), x, t, weight=S.alpha(t) ** 2)
-        loss, _ = next(turn)
+        loss, _ = next(objective.step(batch_of(noise, noise), k + 1))  # the critic's turn alone
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -216,9 +213,9 @@ def test_null_prompts_only_where_guidance_is_used():
     batch = batch_of(torch.zeros(4, 1), torch.randn(4, 1, dtype=torch.float64), {"c": torch.ones(4)})
     batch.uncond = {"c": torch.zeros(4)}
     objective = SwiftBrush(SwiftBrushConfig(), parts(S), rng())
-    kept = [critic.drop_cond(objective, batch, 0.3) is batch.cond for _ in range(400)]
+    kept = [objective.drop_batch_condition(batch, 0.3) is batch.cond for _ in range(400)]
     assert 0.62 < sum(kept) / 400 < 0.78
-    assert critic.drop_cond(objective, batch, 0) is batch.cond
+    assert objective.drop_batch_condition(batch, 0) is batch.cond
 
 
 def text_run(tiny, tmp_path, name, student, objective):

@@ -7,7 +7,8 @@ from fastgen.cli.train import main
 from fastgen.diffusion import divergences
 from fastgen.diffusion.divergences import TABLE
 from fastgen.diffusion.schedules import EDM
-from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
+from fastgen.objectives import requirements_of
+from fastgen.objectives.uni_instruct import UniInstructConfig
 from tests.support import gaussians
 from tests.support.modes import far_share, prefers_covering
 from tests.support.replay import replay
@@ -133,8 +134,8 @@ def test_p1_static_gradients():
 
 
 def test_needs_data_only_with_a_ratio():
-    assert UniInstruct.requires_data(UniInstructConfig())
-    assert not UniInstruct.requires_data(UniInstructConfig(f="rkl", gan_weight=0))
+    assert requirements_of(UniInstructConfig()).real_data
+    assert not requirements_of(UniInstructConfig(f="rkl", gan_weight=0)).real_data
 
 
 BAD = {

@@ -1,13 +1,12 @@
-"""What every score distillation shares: settings, samples, the critic's turn, the GAN pair, diagnostics.
+"""What score distillations share: settings, the critic, the GAN pair, diagnostics.
 
 A method of this family makes a student sample x, noises it, and compares the frozen teacher's D_real(x_t)
 with the D_fake(x_t) of a critic that learns the student's own distribution. How the two become a gradient is
-the method; the rest is here, as functions over the objective (parts student, teacher, critic and, with a
-GAN, disc).
+the method; the pieces that several methods need are here.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,9 +14,19 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgen.core.batch import Batch
+from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import losses
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig
+from fastgen.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    TimeConfig,
+    Updates,
+    data_of,
+    guided,
+    native_weighting,
+)
+from fastgen.objectives.requirements import Calls, DiscriminatorSpec, Requirements, passes
+from fastgen.roles.roles import Role
 
 
 class MatchingConfig(ObjectiveConfig):
@@ -57,20 +66,20 @@ class GanMatchingConfig(MatchingConfig):
         return self.gan_weight > 0 and self.gan_time is None and self.disc_features == "critic"
 
 
-def has_gan(cfg) -> bool:
+def has_gan(cfg: ObjectiveConfig) -> bool:
     """Whether these settings train a discriminator."""
-    return getattr(cfg, "gan_weight", 0) > 0
+    return isinstance(cfg, GanMatchingConfig) and cfg.gan_weight > 0
 
 
-def evaluations(cfg, guidance: float, walk: float = 0) -> dict[str, float]:
-    """Expected network calls of one step; `walk` counts the student's calls before its last one."""
+def critic_calls(cfg, guidance: float, earlier: float = 0) -> Calls:
+    """Expected network calls of one step; `earlier` counts the student's calls before its last one."""
     gan, r = has_gan(cfg), 1 / cfg.student_every
     own = gan and not cfg.one_pass
     penalty = gan and bool(cfg.r1_weight) * (1 if cfg.r1_step else 2)
     calls = {
-        "student": walk + (1 - r),
+        "student": earlier + (1 - r),
         "student+grad": r,
-        "teacher": r * (1 if guidance == 1 else 2),
+        "teacher": r * passes(guidance),
         "critic": r * (not gan or own),
         "critic+grad": 1 + r * (gan and not own),
         "features+grad": (gan + own) + r * own + penalty,
@@ -78,114 +87,141 @@ def evaluations(cfg, guidance: float, walk: float = 0) -> dict[str, float]:
     return {name: round(n, 3) for name, n in calls.items() if n}
 
 
-def evaluations_through(
+def calls_through_scores(
     cfg, guidance: float, num_steps: int, score_guidance: float = 1.0, train_guidance: float = 1.0
-) -> dict[str, float]:
+) -> Calls:
     """The same for methods that differentiate teacher and critic in x_t and draw a sample for each turn."""
-    r, gan, walk = 1 / cfg.student_every, has_gan(cfg), (num_steps - 1) / 2
-    doubled = [1 if w == 1 else 2 for w in (guidance, score_guidance, train_guidance)]
-    own = [gan and not (cfg.one_pass and d == 1) for d in doubled[1:]]  # logits of a pass of their own
+    r, gan, earlier = 1 / cfg.student_every, has_gan(cfg), (num_steps - 1) / 2
+    teacher, score, train = (passes(w) for w in (guidance, score_guidance, train_guidance))
+    own = [gan and not (cfg.one_pass and n == 1) for n in (score, train)]  # logits of a pass of their own
     calls = {
-        "student": walk * (1 + r) + 1,
+        "student": earlier * (1 + r) + 1,
         "student+grad": r,
-        "teacher+grad": r * doubled[0],
-        "critic+grad": r * doubled[1] + doubled[2],
+        "teacher+grad": r * teacher,
+        "critic+grad": r * score + train,
         "features+grad": gan + r * own[0] + own[1],
     }
     return {name: round(n, 3) for name, n in calls.items() if n}
 
 
 class Matching(Objective):
-    """A method with an online critic, which holds the discriminator's heads where there are any."""
+    """A method with an online critic, whose optimizer also trains the discriminator's heads of a GAN."""
 
     @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student",), "critic": ("critic", "disc") if has_gan(cfg) else ("critic",)}
+    def requirements(cls, cfg) -> Requirements:
+        gan, auxiliaries = has_gan(cfg), {}
+        if gan:
+            disc = DiscriminatorSpec(cfg.disc_features, cfg.disc_taps)
+            auxiliaries["disc"] = replace(disc, head="mean") if cfg.disc_mean else disc
+        return Requirements(
+            lambda guidance, num_steps: critic_calls(cfg, guidance, (num_steps - 1) / 2),
+            players={"student": ("student",), "critic": ("critic", "disc") if gan else ("critic",)},
+            auxiliaries=auxiliaries,
+            real_data=gan,
+        )
 
-    @classmethod
-    def requires_data(cls, cfg):
-        return has_gan(cfg)
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
+        """Another teacher may take the place of the method's own (DisBack)."""
+        raise NotImplementedError
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        return evaluations(cfg, guidance, (num_steps - 1) / 2)
+    def noised(self, x: Tensor, time: TimeConfig) -> tuple[Tensor, Tensor]:
+        """(t, x_t = alpha x + sigma eps), fresh for every row; gradient flows through x."""
+        t, eps = self.sample_t(len(x), time), self.rng.randn_like(x)
+        return t, self.schedule.noise(x, eps, t)
+
+    def critic_forward(
+        self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(D_fake, the discriminator's logits): one pass of the critic where they share it, else two; no
+        logits without a GAN. Without `grad`, D_fake of a pass of its own carries no gradient.
+        """
+        if has_gan(self.cfg) and self.cfg.one_pass:
+            logits, fake = self.disc(x_t, t, batch.cond, score=True)
+            return fake, logits
+        logits = self.disc_logits(x, x_t, t, batch.cond) if has_gan(self.cfg) else []
+        with nullcontext() if grad else torch.no_grad():
+            return self.critic(x_t, t, batch.cond), logits
+
+    def guided_critic_forward(
+        self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, w: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, always with gradient, under a guidance scale w of the critic (SiD-LSG)."""
+        if w == 1:
+            return self.critic_forward(x, x_t, t, batch)
+        logits = self.disc_logits(x, x_t, t, batch.cond) if has_gan(self.cfg) else []
+        return guided(self.critic, x_t, t, batch, w), logits
+
+    def denoising_loss(self, fake: Tensor, x: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+        """w(t) |fake - sg x|^2 with the weight of the critic's native prediction, times a weight [B]."""
+        kind = native_weighting(self.critic)
+        return losses.denoising(self.schedule, fake, x, t, kind, weight=weight)
+
+    def disc_logits(self, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Logits of samples x by a pass of their own: at x_t, or noised anew where gan_time is set."""
+        if self.cfg.gan_time is not None:
+            t, x_t = self.noised(x, self.cfg.gan_time)
+        return self.disc(x_t, t, cond)
+
+    def real_logits(self, batch: Batch, t: Tensor) -> tuple[list[Tensor], Tensor]:
+        """(logits of noised real data, R1 there: 0 where r1_weight is); at t, or at levels of gan_time."""
+        cfg, x0 = self.cfg, data_of(batch)
+        t = t if cfg.gan_time is None else self.sample_t(len(x0), cfg.gan_time)
+        x_t = self.schedule.noise(x0, self.rng.randn_like(x0), t)
+        logits, penalty = real_side(self, x_t, t, batch.cond, cfg.r1_step if cfg.r1_weight else None)
+        return logits, x0.new_zeros(()) if penalty is None else penalty
+
+    def critic_turn(self, batch: Batch, x: Tensor, cond: Cond | None = None, w: float = 1.0) -> Updates:
+        """Update the critic on samples x: w(t) |D_fake^w(x_t) - sg x|^2 + disc_weight (GAN pair).
+
+        cond replaces the batch's condition of the samples; w is the guidance under which the critic is
+        trained (SiD-LSG).
+        """
+        cfg, x = self.cfg, x.detach()
+        fakes = batch if cond is None else replace(batch, cond=cond)
+        with self.turn("critic"):
+            t, x_t = self.noised(x, cfg.critic_time)
+            fake, logits = self.guided_critic_forward(x, x_t, t, fakes, w)  # D_fake^w
+            loss = self.denoising_loss(fake, x, t)
+            logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, fakes.cond)}
+            if has_gan(cfg):
+                real, r1 = self.real_logits(batch, t)
+                disc = losses.gan_discriminator(logits, real)  # softplus pair
+                loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1
+                logs |= self.disc_logs(disc, logits, real, r1)
+            yield loss, logs
+
+    def drop_batch_condition(self, batch: Batch, share: float) -> Cond:
+        """The condition, or with this probability the null condition for all of it (if there is one)."""
+        return batch.uncond if batch.uncond and float(self.rng.rand(1)) < share else batch.cond
+
+    # -- diagnostics ---------------------------------------------------------------------------------------
+    def disc_logs(self, disc: Tensor, fake: list[Tensor], real: list[Tensor], r1: Tensor) -> dict:
+        """What to log of the discriminator: its loss, mean logits of its first head, R1 where it is on."""
+        logs = {"disc": disc, "logit_fake": fake[0].mean(), "logit_real": real[0].mean()}
+        return logs | ({"r1": r1} if self.cfg.r1_weight else {})
+
+    @torch.no_grad()
+    def critic_error(self, fake: Tensor, x: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> dict[str, Tensor]:
+        """On point data (exact teachers): mean |D_fake - E[x0 | x_t]| over rows noised past the samples'
+        spacing. The expectation is over the batch's other samples of the same class, the student's own
+        distribution.
+        """
+        if x.ndim != 2 or len(x) < 32:
+            return {}
+        a, s = (v.to(x)[:, None] for v in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        log_w = -torch.cdist(x_t, a * x).square() / (2 * s**2)
+        same = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        if "class_labels" in cond:
+            same = same | (cond["class_labels"][:, None] != cond["class_labels"][None])
+        exact = log_w.masked_fill(same, -torch.inf).softmax(1) @ x
+        rows = (s / a)[:, 0] > 0.5 * x.std()
+        gap = (fake - exact)[rows].abs()
+        return {"critic_error": gap.nanmean()} if rows.any() else {}
 
 
-def sample(obj: Objective, batch: Batch, last: int, simulate: bool = True) -> Tensor:
-    """The student's sample at step `last` of its list, reached through its own states or from noised data."""
-    if simulate or last == 0:
-        return obj.generate(batch, last)
-    t = obj.student.time(last, batch.noise)
-    return obj.student(obj.schedule.noise(batch.x0, batch.noise, t), t, batch.cond)
-
-
-def noised(obj: Objective, x: Tensor, time: TimeConfig) -> tuple[Tensor, Tensor]:
-    """(t, x_t = alpha x + sigma eps), fresh for every row; gradient flows through x."""
-    t, eps = obj.sample_t(len(x), time), obj.rng.randn_like(x)
-    return t, obj.schedule.noise(x, eps, t)
-
-
-def critic_forward(
-    obj: Objective,
-    x: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    cond: dict,
-    uncond: dict | None = None,
-    w: float = 1.0,
-    through: bool = False,
-) -> tuple[list[Tensor] | None, Tensor]:
-    """Logits (None without a GAN) and D_fake^w: one critic pass where they share noise levels, else two.
-
-    D_fake carries gradient in the critic's turn, where the logits of the same pass need it, and with
-    `through`, for methods that differentiate the scores in x_t.
-    """
-    cfg, logits = obj.cfg, None
-    if has_gan(cfg) and cfg.one_pass and w == 1:
-        return obj.disc(x_t, t, cond, score=True)
-    if has_gan(cfg):
-        t_gan, x_gan = (t, x_t) if cfg.gan_time is None else noised(obj, x, cfg.gan_time)
-        logits = obj.disc(x_gan, t_gan, cond)
-    with torch.set_grad_enabled(obj.active == "critic" or through):
-        return logits, obj.critic.guided(x_t, t, cond, uncond, w)
-
-
-def critic_turn(
-    obj: Objective,
-    batch: Batch,
-    x: Tensor,
-    t: Tensor | None = None,
-    cond: dict | None = None,
-    weight: Tensor | None = None,
-    w: float = 1.0,
-) -> Iterator[tuple[Tensor, dict]]:
-    """Update the critic on samples x of the student: w(t) |D_fake^w(x_t) - sg x|^2 + disc_weight (GAN pair).
-
-    t [B] replaces the draw of critic_time, cond the batch's condition; a weight [B] multiplies w(t), the
-    weight of the critic's native prediction; w is the guidance under which the critic is trained (SiD-LSG).
-    """
-    cfg, S, cond, x = obj.cfg, obj.schedule, batch.cond if cond is None else cond, x.detach()
-    with obj.turn("critic"):
-        t = obj.sample_t(len(x), cfg.critic_time) if t is None else t
-        x_t = S.noise(x, obj.rng.randn_like(x), t)
-        logits, fake = critic_forward(obj, x, x_t, t, cond, batch.uncond, w)
-        loss = losses.denoising(S, fake, x, t, obj.critic.backbone.prediction, weight=weight)
-        logs = {"denoising": loss, **critic_error(S, fake, x, x_t, t, cond)}
-        if logits is not None:
-            t_real = t if cfg.gan_time is None else obj.sample_t(len(x), cfg.gan_time)
-            real_t = S.noise(batch.x0, obj.rng.randn_like(x), t_real)
-            step = cfg.r1_step if cfg.r1_weight else None
-            real_logits, penalty = real_side(obj, real_t, t_real, batch.cond, step)
-            disc = losses.gan_discriminator(logits, real_logits)  # softplus pair
-            loss = loss + cfg.disc_weight * disc
-            logs |= {"disc": disc, "logit_fake": logits[0].mean(), "logit_real": real_logits[0].mean()}
-            if penalty is not None:
-                logs["r1"] = penalty
-                loss = loss + cfg.r1_weight * penalty
-        yield loss, logs
-
-
-def real_side(obj: Objective, x_t: Tensor, t: Tensor, cond: dict, step: float | None):
+def real_side(
+    obj: Objective, x_t: Tensor, t: Tensor, cond: Cond, step: float | None
+) -> tuple[list[Tensor], Tensor | None]:
     """Logits of noised real data and their R1 at this very input: exact for step 0, by one more pass at that
     distance for a larger one, None for None.
     """
@@ -200,37 +236,12 @@ def real_side(obj: Objective, x_t: Tensor, t: Tensor, cond: dict, step: float | 
     return logits, losses.approximate_r1(logits, obj.disc(near, t, cond))
 
 
-def drop_cond(obj: Objective, batch: Batch, share: float) -> dict[str, Tensor]:
-    """The condition, or with this probability the null condition for all of it (if there is one)."""
-    return batch.uncond if batch.uncond and float(obj.rng.rand(1)) < share else batch.cond
-
-
-# -- diagnostics -------------------------------------------------------------------------------------------
 @torch.no_grad()
 def diagnostics(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """What tells a healthy run from a sick one: distance of the two scores, spread of the samples."""
+    """What distinguishes a healthy run from a sick one: distance of the two scores, spread of the samples."""
     return {
         "real_fake_gap": (real - fake).abs().mean(),
         "x_mean": x.mean(),
         "x_std": x.std(),
         "x_spread": x.std(0).mean(),  # over the batch: falls to 0 when every sample is the same
     }
-
-
-@torch.no_grad()
-def critic_error(schedule, fake: Tensor, x: Tensor, x_t: Tensor, t: Tensor, cond: dict) -> dict[str, Tensor]:
-    """On point data (exact teachers): mean |D_fake - E[x0 | x_t]| over rows noised past the samples' spacing.
-
-    The expectation is over the batch's other samples of the same class, the student's own distribution.
-    """
-    if x.ndim != 2 or len(x) < 32:
-        return {}
-    a, s = (v.to(x)[:, None] for v in (schedule.alpha(t), schedule.sigma(t)))
-    log_w = -torch.cdist(x_t, a * x).square() / (2 * s**2)
-    same = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    if "class_labels" in cond:
-        same = same | (cond["class_labels"][:, None] != cond["class_labels"][None])
-    exact = log_w.masked_fill(same, -torch.inf).softmax(1) @ x
-    rows = (s / a)[:, 0] > 0.5 * x.std()
-    gap = (fake - exact)[rows].abs()
-    return {"critic_error": gap.nanmean()} if rows.any() else {}

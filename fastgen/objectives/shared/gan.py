@@ -13,7 +13,8 @@ from torch import Tensor
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, TimeConfig
+from fastgen.objectives.base import Objective, TimeConfig, data_of
+from fastgen.objectives.requirements import Calls, DiscriminatorSpec
 from fastgen.objectives.shared.critic import real_side
 
 
@@ -41,10 +42,14 @@ class AdversarialConfig(BaseModel):
     r1_std: float = Field(0.1, gt=0)
     """perturbation of the approximate penalty"""
 
-    def evaluations(self) -> dict[str, float]:
+    def network_calls(self) -> Calls:
         """Network calls of one update of both sides."""
         extra = {"exact": 2, "approximate": 1}[self.r1] if self.r1_weight else 0
         return {"features+grad": 1, "features": 2 + self.misaligned + extra}
+
+    def discriminator(self) -> DiscriminatorSpec:
+        """The heads that these settings describe."""
+        return DiscriminatorSpec("teacher", self.disc_taps, self.disc_depths, self.disc_head)
 
 
 def student_input(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ def student_input(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
     first = objective.student.times[0]
     pure = batch.noise * objective.schedule.prior_std(first)
     return torch.where(
-        expand(t >= first, pure).bool(), pure, objective.schedule.noise(batch.x0, batch.noise, t)
+        expand(t >= first, pure).bool(), pure, objective.schedule.noise(data_of(batch), batch.noise, t)
     )
 
 
@@ -77,12 +82,13 @@ def disc_turn(
         return objective.schedule.noise(y, rng.randn_like(y), t), t
 
     with objective.turn("disc"):
-        real_t, t = noised(batch.x0)
+        x0 = data_of(batch)
+        real_t, t = noised(x0)
         step = (0.0 if cfg.r1 == "exact" else cfg.r1_std) if cfg.r1_weight else None
         real, penalty = real_side(objective, real_t, t, batch.cond, step)
         fake = objective.disc(*noised(x), batch.cond)
         logs = {"logit_real": real[0].mean(), "logit_fake": fake[0].mean()}
-        wrong = batch.x0.roll(1, 0)
+        wrong = x0.roll(1, 0)
         rows = different(batch.cond) if cfg.misaligned else None
         wrong_t, t = noised(wrong)  # drawn for every row, so that the draws do not depend on the data
         if rows is not None and rows.any():

@@ -3,6 +3,8 @@ the methods share whose grid falls into segments.
 """
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +15,7 @@ from fastgen.core.rng import Rng
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Schedule
 from fastgen.objectives.base import Objective, ObjectiveConfig
+from fastgen.objectives.requirements import Calls, DiscriminatorSpec, Requirements, passes
 
 
 def num_intervals(curriculum: str, first: int, last: int, done: float) -> int:
@@ -82,21 +85,18 @@ class OnSolverGrid(Objective):
     """A method with these settings."""
 
     @classmethod
-    def uses(cls, cfg):
-        return ("teacher", "target") if cfg.target_decay else ("teacher",)
+    def requirements(cls, cfg) -> Requirements:
+        moving = cfg.target_decay > 0
 
-    @classmethod
-    def grid_steps(cls, cfg):
-        return cfg.grid_steps
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            return {"student+grad": 1, ("target" if moving else "student"): 1, "teacher": passes(guidance)}
 
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.grid_steps, 1, num_steps, sampler)
-
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = {"student+grad": 1, ("target" if cfg.target_decay else "student"): 1}
-        return calls | {"teacher": 1 if guidance == 1 else 2}
+        return Requirements(
+            network_calls,
+            untrained=("teacher", "target") if moving else ("teacher",),
+            grid_steps=cfg.grid_steps,
+            why_not_sampled=partial(unfit_segments, cfg.grid_steps, 1),
+        )
 
 
 class SegmentedConfig(SolverGridConfig):
@@ -120,14 +120,18 @@ class Segmented(OnSolverGrid):
     """A method with these settings."""
 
     @classmethod
-    def player_parts(cls, cfg):
-        return {"student": ("student",)} | ({"disc": ("disc",)} if cfg.gan_weight else {})
+    def requirements(cls, cfg) -> Requirements:
+        needs = super().requirements(cfg)
+        needs = replace(needs, why_not_sampled=partial(unfit_segments, cfg.grid_steps, cfg.segments))
+        if not cfg.gan_weight:
+            return needs
 
-    @classmethod
-    def unsampled(cls, cfg, num_steps, sampler):
-        return unfit_segments(cfg.grid_steps, cfg.segments, num_steps, sampler)
+        def network_calls(guidance: float, num_steps: int) -> Calls:
+            return needs.network_calls(guidance, num_steps) | {"features+grad": 1, "features": 2}
 
-    @classmethod
-    def evaluations(cls, cfg, guidance, num_steps):
-        calls = super().evaluations(cfg, guidance, num_steps)
-        return calls | ({"features+grad": 1, "features": 2} if cfg.gan_weight else {})
+        return replace(
+            needs,
+            network_calls=network_calls,
+            players={"student": ("student",), "disc": ("disc",)},
+            auxiliaries={"disc": DiscriminatorSpec(taps=cfg.disc_taps)},
+        )
