@@ -160,7 +160,7 @@ def svg(graph: Graph) -> str:
     wide = max(map(len, rows))
     width = 2 * (MARGIN + SIDE) + wide * WIDTH + (wide - 1) * GAP_X
     height = 2 * MARGIN + (top + 1) * HEIGHT + top * GAP_Y
-    place = {}
+    place: dict[str, tuple[float, float]] = {}
     for n, row in enumerate(rows):
         left = (width - len(row) * WIDTH - (len(row) - 1) * GAP_X) / 2
         for i, room in enumerate(row):

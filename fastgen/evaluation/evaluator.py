@@ -1,6 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ class Requests:
     """What is asked of a generator: condition rows, and the attributes a measuring net should find."""
 
     def __init__(self, teacher, data):
-        codec, self.attributes = teacher.codec, {}
+        codec = teacher.codec
         self.codec, self.uncond, self.own = codec, data.uncond, None
+        self.attributes: dict[str, Tensor] = {}
         measure = (teacher.info or {}).get("measure")
         if hasattr(codec, "prompts") and measure == "tinted":
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
+            assert held.captions is not None and held.attributes is not None, "tinted images have both"
             unique = sorted(set(held.captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
@@ -118,7 +121,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
-    seen = {}
+    seen: dict[str, dict] = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -132,7 +135,9 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     speed_batch = min(20, cfg.eval.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
-    found = {n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order}
+    found: dict[str, dict] = {
+        n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
+    }
     steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
@@ -159,7 +164,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     from fastgen.evaluation.metrics.speed import interleaved
 
-    return interleaved({n: lambda n=n: evaluator.images(n, num, 0) for n in who}, num, repeats=3)
+    return interleaved({n: partial(evaluator.images, n, num, 0) for n in who}, num, repeats=3)
 
 
 def table(results: dict) -> str:
