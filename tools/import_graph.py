@@ -190,7 +190,7 @@ def _arrow(place: dict[str, tuple[float, float]], room: str, below: str) -> str:
     """From a box to the one a level lower, or around the boxes between them on the left-hand side."""
     (x1, y1), (x2, y2) = place[room], place[below]
     if y2 - y1 > HEIGHT + GAP_Y:
-        bend = min(x for x, _ in place.values()) - 2 * SIDE
+        bend = min(x for x, _ in place.values()) - 1.5 * SIDE
         start, end = y1 + HEIGHT / 2, y2 + HEIGHT / 2
         line = f"M{x1:g} {start:g} C{bend:g} {start:g} {bend:g} {end:g} {x2 - 1:g} {end:g}"
     else:
