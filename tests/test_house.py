@@ -1,83 +1,32 @@
-"""The house keeps its shape: rooms in their order, no circles, sizes, ASCII, a light import."""
+"""The house keeps its shape: rooms in their order, no cycles, sizes, ASCII, a light import."""
 
 import ast
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(p for d in ("fastgen", "eval", "benchmarks", "tests") for p in (ROOT / d).rglob("*.py"))
+from tools.import_graph import (
+    FIGURE,
+    PURPOSE,
+    ROOMS,
+    ROOT,
+    counts,
+    cycle,
+    imports,
+    module_graph,
+    name_of,
+    room_graph,
+    room_of,
+    svg,
+    upward,
+)
+
+FOLDERS = ("fastgen", "eval", "benchmarks", "tests", "tools")
+SOURCES = sorted(p for d in FOLDERS for p in (ROOT / d).rglob("*.py"))
 PACKAGE = [p for p in SOURCES if p.is_relative_to(ROOT / "fastgen")]
 METHODS = sorted(p for p in (ROOT / "fastgen/objectives").glob("*.py"))
-ROOMS = (
-    "core",
-    "diffusion",
-    "families",
-    "networks",
-    "data",
-    "roles",
-    "sampling",
-    "objectives",
-    "config",
-    "export",
-    "evaluation",
-    "training",
-    "cli",
-)
-"""from the lowest up: a room imports those before it and itself, never one behind it"""
-
-
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {name_of(p): p for p in PACKAGE}
-
-
-def imports(path: Path) -> set[str]:
-    """Dotted names of every import in a file, at any depth: the module where one is meant."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports are absolute"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else node.module)
-    return found
-
-
-def room_of(module: str) -> str:
-    return module.split(".")[1] if module.startswith("fastgen.") else ""
-
-
-def upward(path: Path) -> list[str]:
-    """Imports of a module that go to a higher room."""
-    own = ROOMS.index(room_of(name_of(path)))
-    rooms = {m: room_of(m) for m in imports(path) if room_of(m)}
-    return sorted(m for m, room in rooms.items() if ROOMS.index(room) > own)
-
-
-def circle(graph: dict[str, set[str]]) -> list[str]:
-    """One circle of a directed graph, or an empty list."""
-    done: set[str] = set()
-
-    def follow(node: str, path: list[str]) -> list[str]:
-        if node in path:
-            return [*path[path.index(node) :], node]
-        if node in done:
-            return []
-        for child in sorted(graph.get(node, ())):
-            if found := follow(child, [*path, node]):
-                return found
-        done.add(node)
-        return []
-
-    return next((found for node in sorted(graph) if (found := follow(node, []))), [])
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
@@ -85,19 +34,33 @@ def test_no_module_imports_a_higher_room(path):
     if path.parent == ROOT / "fastgen":
         assert name_of(path) == "fastgen", f"{path.name} stands in the hall: give it a room"
         return
-    assert upward(path) == []
+    assert upward(name_of(path), imports(path)) == []
 
 
-def test_no_circle_of_imports_lazy_ones_included():
-    assert circle({m: imports(p) & set(MODULES) - {m} for m, p in MODULES.items()}) == []
+def test_no_cycle_of_imports_lazy_ones_included():
+    assert cycle(module_graph()) == []
 
 
-def test_a_circle_and_an_upward_import_are_found(tmp_path, monkeypatch):
+def test_a_cycle_and_an_upward_import_are_found():
     """The negative: the two checks see what they are for."""
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    low = ROOT / "fastgen/core/errors.py"
-    monkeypatch.setitem(globals(), "imports", lambda path: {"fastgen.cli.train", "fastgen.core.rng"})
-    assert upward(low) == ["fastgen.cli.train"]
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert upward("fastgen.core.errors", {"fastgen.cli.train", "fastgen.core.rng"}) == ["fastgen.cli.train"]
+    found = room_graph({"fastgen.core.errors": {"fastgen.cli.train"}, "fastgen.cli.train": set()})
+    assert found["core"] == {"cli"} and not found["cli"]
+
+
+def test_the_house_stays_small():
+    found = counts()
+    assert found["rooms"] == len(ROOMS) <= 20
+    assert found["levels"] <= 10
+    assert found["upward imports"] == found["cycles"] == 0
+
+
+def test_the_picture_of_the_rooms_is_current():
+    """docs/architecture.md shows it."""
+    assert set(PURPOSE) == set(ROOMS)
+    drawn = svg(room_graph(module_graph()))
+    assert FIGURE.read_text() == drawn, "run python -m tools.import_graph --write"
 
 
 def test_every_room_says_what_it_holds():
@@ -123,7 +86,7 @@ def test_the_trainer_knows_no_method():
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_the_package_stands_alone(path):
     """It never imports what is not in the wheel."""
-    assert not {m.split(".")[0] for m in imports(path)} & {"eval", "tests", "benchmarks"}
+    assert not {m.split(".")[0] for m in imports(path)} & {"eval", "tests", "benchmarks", "tools"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

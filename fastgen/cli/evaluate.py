@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         elif bool(args.run) == bool(args.images):
             raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
         elif args.run:
-            from fastgen.evaluation.remeasure import remeasure
+            from fastgen.cli.remeasure import remeasure
 
             remeasure(Path(args.run), args.num_samples, args.device)
         else:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _card(args) -> None:
-    from fastgen.evaluation.remeasure import measure_teacher
+    from fastgen.cli.remeasure import measure_teacher
 
     if not args.teacher:
         raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
@@ -96,7 +96,7 @@ def measure_folder(args) -> dict:
         )
     if asked - {"clip", "hps"} and not args.against:
         raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
-    found: dict = {"num_images": len(image_files(args.images))}
+    found: dict[str, object] = {"num_images": len(image_files(args.images))}
     if asked & set(MINI):
         found |= _mini(args, asked, device)
     if asked & {"fid", "kid"}:
@@ -162,13 +162,15 @@ def _text(args, asked: set, weights: dict, device) -> dict:
     if args.clip not in clip.PRESETS:
         raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
     prompts = read_lines(args.prompts, len(image_files(args.images)))
-    images, found = read_all(args.images), {}
+    images = read_all(args.images)
+    found: dict[str, object] = {}
     if "clip" in asked:
-        preset = dict(clip.PRESETS[args.clip])
-        arch = preset.pop("arch")
-        file = local_file(weights, "clip", clip.WANTED.format(arch=arch))
-        model, tokenizer = clip.load_model(arch, file)
-        found["clip"] = clip.clip_score(model.to(device), tokenizer, images, prompts, **preset)
+        preset = clip.PRESETS[args.clip]
+        file = local_file(weights, "clip", clip.WANTED.format(arch=preset.arch))
+        model, tokenizer = clip.load_model(preset.arch, file)
+        found["clip"] = clip.clip_score(
+            model.to(device), tokenizer, images, prompts, preset.scale, preset.prefix, preset.pre_resize
+        )
         found |= {"clip_preset": args.clip, "clip_sha256": digest(file)}
     if "hps" in asked:
         file = local_file(weights, "hps", hps.WANTED)

@@ -1,7 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ class Requests:
 
     def __init__(self, teacher, data):
         codec = teacher.codec
-        self.attributes: dict[str, Tensor] = {}
         self.codec, self.uncond, self.own = codec, data.uncond, None
+        self.attributes: dict[str, Tensor] = {}
         measure = (teacher.info or {}).get("measure")
         if isinstance(codec, TextCodec) and measure == "tinted":
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
-            captions = held.captions or []
-            unique = sorted(set(captions))
+            assert held.captions is not None and held.attributes is not None, "tinted images have both"
+            unique = sorted(set(held.captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in captions])
-            self.attributes = held.attributes or {}
+            self.rows = torch.tensor([where[c] for c in held.captions])
+            self.attributes = held.attributes
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -124,7 +124,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     num = cfg.eval.num_samples
     counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
-    seen: dict[str, Any] = {}
+    seen: dict[str, dict] = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -138,7 +138,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
     speed_batch = min(20, cfg.eval.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
-    found: dict[str, Any] = {
+    found: dict[str, dict] = {
         n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
     }
     steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
@@ -167,7 +167,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     from fastgen.evaluation.metrics.speed import interleaved
 
-    return interleaved({n: lambda n=n: evaluator.images(n, num, 0) for n in who}, num, repeats=3)
+    return interleaved({n: partial(evaluator.images, n, num, 0) for n in who}, num, repeats=3)
 
 
 def table(results: dict) -> str:

@@ -5,24 +5,36 @@ names the combinations. Values of two presets are not comparable.
 """
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastgen.core.errors import UserError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Preset(NamedTuple):
+    """One published way to measure a CLIP score."""
+
+    arch: str
+    prefix: str = ""
+    scale: float = 100.0
+    pre_resize: int = 0
+
+
 PRESETS = {
-    "vit-b-32": {"arch": "ViT-B-32-quickgelu", "prefix": "", "scale": 100.0, "pre_resize": 0},
-    "vit-l-14": {"arch": "ViT-L-14-quickgelu", "prefix": "", "scale": 100.0, "pre_resize": 0},
-    "vit-g-14": {"arch": "ViT-g-14", "prefix": "", "scale": 100.0, "pre_resize": 0},
-    "dmd2": {"arch": "ViT-g-14", "prefix": "A photo depicts ", "scale": 1.0, "pre_resize": 256},
+    "vit-b-32": Preset("ViT-B-32-quickgelu"),
+    "vit-l-14": Preset("ViT-L-14-quickgelu"),
+    "vit-g-14": Preset("ViT-g-14"),
+    "dmd2": Preset("ViT-g-14", "A photo depicts ", 1.0, 256),
 }
 WANTED = "an open_clip checkpoint of {arch} (safetensors or a plain state dict)"
 
 
-def load_model(arch: str, path: Path, metric: str = "clip") -> tuple[nn.Module, object]:
+def load_model(arch: str, path: Path, metric: str = "clip") -> tuple[Any, Any]:
     """(open_clip model in eval mode, tokenizer) with weights from a local file that holds tensors only."""
     try:
         import open_clip
@@ -57,14 +69,14 @@ def prepare(images: Tensor, size: int, pre_resize: int = 0) -> Tensor:
     return torch.stack(out).float() / 255
 
 
-def _image_size(model: nn.Module) -> int:
+def _image_size(model: Any) -> int:
     size = model.visual.image_size
     return size[0] if isinstance(size, (tuple, list)) else size
 
 
 @torch.no_grad()
 def cosines(
-    model: nn.Module, tokenizer, images: Tensor, prompts: list[str], prefix="", pre_resize=0, batch_size=32
+    model: Any, tokenizer, images: Tensor, prompts: list[str], prefix="", pre_resize=0, batch_size=32
 ) -> Tensor:
     """cos of image i of uint8 [N, C, H, W] with prompt i, [N]."""
     assert len(images) == len(prompts), (len(images), len(prompts))

@@ -27,7 +27,7 @@ def _device(name: str) -> torch.device:
 
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
-    from fastgen.data.loader import load_data
+    from fastgen.data.loader import Data, load_data
     from fastgen.evaluation.evaluator import Evaluator, measure, table
     from fastgen.evaluation.report import write_report
 
@@ -41,6 +41,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     if num_samples:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
     cast = _cast(run, cfg, _device(device))
+    data: SimpleNamespace | Data
     if (cast.teacher.info or {}).get("measure"):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
