@@ -9,6 +9,7 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fastgen.config.data_sources import replaced
 from fastgen.core.errors import UserError, suggest
 from fastgen.objectives import REGISTRY
 
@@ -60,7 +61,7 @@ def read_files(files: list[str]) -> dict:
             raise UserError(
                 "--config", f"{name} holds a {type(values).__name__}", "expected a mapping of sections"
             )
-        merged = merge(merged, values)
+        merged = merge(replaced(merged, values), values)
     return merged
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from fastgen.config.data_sources import competing, replaced
 from fastgen.config.parse import complain, merge, model_in, overrides, read_files
 from fastgen.config.sections import (
     CriticConfig,
@@ -100,6 +101,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
             )
+        if clash := competing(self.data):
+            raise ValueError(clash)
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
@@ -212,4 +215,5 @@ def schema() -> str:
 
 def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:
     """Files, then flags; `switches` are the flags that are no keys, for suggestions."""
-    return validate(merge(read_files(files), overrides(argv, RunConfig, switches)))
+    base, over = read_files(files), overrides(argv, RunConfig, switches)
+    return validate(merge(replaced(base, over), over))

@@ -131,19 +131,23 @@ class DataConfig(Section):
     """Real images and the labels or prompts that go with them."""
 
     name: str = ""
-    """digits, fashion or tinted (bundled); empty with `images` or `prompts`"""
+    """digits, fashion or tinted (bundled); instead of `images` or `prompts`"""
     images: str = ""
-    """folder of images (clips for video: animated gif, webp, png, or mp4), captions in metadata.jsonl
-    (file_name, text) or .txt side-cars
+    """folder of images (clips for video: animated gif, webp, png, or mp4); captions in metadata.jsonl or .csv
+    (file_name, text) or .txt side-cars, classes in its `label` column or one folder a class
     """
     control: str = ""
-    """folder of control images (edges, depth), in the order of `images`, for teachers with a ControlNet"""
+    """folder of control images (edges, depth), named as `images` or in their order, for teachers with a
+    ControlNet
+    """
     prompts: str = ""
     """text file with one prompt a line, for methods that need no images"""
     limit: int = Field(0, ge=0)
     """use only the first N examples; 0 means all"""
     on_bad_image: Literal["skip", "error"] = "skip"
-    """an unreadable image is named, counted and skipped, or stops the run"""
+    """an unreadable image, or one without its caption or label, is named, counted and skipped, or stops the
+    run
+    """
     cache_dir: str = ""
     """where encoded latents and prompts are kept between runs; empty keeps them in memory"""
 
