@@ -114,8 +114,8 @@ class Samples:
 
     def chosen(self, index: list[int]) -> "Samples":
         """Some of them."""
-        parts = ([v[i] for i in index] for v in (self.files, self.captions, self.labels))
-        return Samples(self.listing, *parts, self.origin)  # type: ignore[arg-type]
+        files, captions = [self.files[i] for i in index], [self.captions[i] for i in index]
+        return Samples(self.listing, files, captions, [self.labels[i] for i in index], self.origin)
 
     def name(self, i: int) -> str:
         """File i as a message names it."""

@@ -7,6 +7,7 @@ iterator state exists.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ class Data:
         if not 0 < num < len(self):
             return self
         x0 = None if self.x0 is None else self.x0[:num]
-        own = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
-        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, *own)
+        own, null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
+        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
         return select(self.cond_table, self.rows[index]) | select(self.own, index)
@@ -168,7 +169,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
     goes with them.
     """
-    codec = teacher.codec
+    codec: Any = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if teacher.path.startswith("analytic:"):
         if cfg.images or cfg.prompts:
@@ -202,10 +203,13 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
 
 def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -> Data:
     """Data of a teacher that is asked by text, an image, or both."""
-    codec, captions, own = teacher.codec, found.captions, ()
+    codec: Any = teacher.codec
+    captions = found.captions
+    own: dict[str, Tensor] = {}
+    own_null: dict[str, Tensor] = {}
     if codec.family.needs_image:
-        own = _shown(cfg, codec, found, device)
-        num = len(next(iter(own[0].values())))
+        own, own_null = _shown(cfg, codec, found, device)
+        num = len(next(iter(own.values())))
     if not codec.family.takes_text:
         captions = [""] * num
     if captions is None:
@@ -216,9 +220,9 @@ def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -
         )
     table, rows, texts = _text_rows(codec, captions, device, cfg.cache_dir, teacher.path)
     if own:
-        table = {k: v for k, v in table.items() if k not in own[0]}
-        uncond = {k: v for k, v in uncond.items() if k not in own[1]}
-    return Data(x0, table, rows, uncond, codec.shape, texts, *own)
+        table = {k: v for k, v in table.items() if k not in own}
+        uncond = {k: v for k, v in uncond.items() if k not in own_null}
+    return Data(x0, table, rows, uncond, codec.shape, texts, own, own_null)
 
 
 def _label_table(codec) -> dict[str, Tensor]:

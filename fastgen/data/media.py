@@ -40,7 +40,9 @@ def read_files(
     for 0. The others are named in the listing's `skipped`, or fatal.
     """
     num = min(limit or len(samples.files), len(samples.files))
-    found, kept, bad = torch.empty(num, *size, dtype=torch.uint8), [], []
+    found = torch.empty(num, *size, dtype=torch.uint8)
+    kept: list[int] = []
+    bad: list[str] = []
     for i, path in enumerate(samples.files):
         if len(kept) == num:
             break

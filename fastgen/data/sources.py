@@ -1,5 +1,6 @@
 """The one source of a run's data: a bundled set, a folder of pictures or clips, or a file of prompts."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class Found:
     @property
     def num(self) -> int | None:
         """Samples, or None without any source."""
-        lists = (self.images, self.labels, self.captions, self.samples and self.samples.files)
+        files = None if self.samples is None else self.samples.files
+        lists: tuple[Sized | None, ...] = (self.images, self.labels, self.captions, files)
         return next((len(v) for v in lists if v is not None), None)
 
 
@@ -71,10 +73,14 @@ def _bundled(cfg, pixels: bool) -> Found:
     else:
         found = Found(None, *load_labels(cfg.name))
     found.total, end = found.num, cfg.limit or None
-    found.images, found.labels, found.captions = (
-        v if v is None else v[:end] for v in (found.images, found.labels, found.captions)
-    )
-    counts = {"images": found.images, "labels": found.labels, "captions": found.captions}
+    found.images = None if found.images is None else found.images[:end]
+    found.labels = None if found.labels is None else found.labels[:end]
+    found.captions = None if found.captions is None else found.captions[:end]
+    counts: dict[str, Sized | None] = {
+        "images": found.images,
+        "labels": found.labels,
+        "captions": found.captions,
+    }
     print(f"data: {cfg.name}, {', '.join(f'{len(v)} {k}' for k, v in counts.items() if v is not None)}")
     return found
 
