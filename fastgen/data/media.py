@@ -54,7 +54,9 @@ def read_files(
         found[len(kept)] = one
         kept.append(i)
     if bad and on_bad == "error":
-        mend = "repair or remove it" + ("; data.on_bad_image skip leaves it out" if key == "data.images" else "")
+        mend = "repair or remove it" + (
+            "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
+        )
         raise UserError(key, f"{len(bad)} unreadable: {bad[0]}", mend)
     if bad:
         print(f"warning: {key}: skipped {len(bad)} unreadable: {some(bad)}")

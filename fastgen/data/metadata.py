@@ -85,7 +85,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
             if not row:
                 continue
             if len(row) != len(header):
-                raise _mistake(file, reader.line_num, f"{len(row)} fields, {len(header)} in the header", wanted)
+                raise _mistake(
+                    file, reader.line_num, f"{len(row)} fields, {len(header)} in the header", wanted
+                )
             values: dict = dict(zip(header, row))
             if not values.get("label", "").strip():
                 values.pop("label", None)

@@ -56,8 +56,16 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
 def _check_wanted(cfg, codec) -> None:
     """Refuse what this teacher would take no notice of."""
     if cfg.prompts and not takes_text(codec):
-        kind = "an image" if hasattr(codec, "prompts") else "class labels" if codec.num_classes else "noise alone"
-        raise UserError("data.prompts", f"found {cfg.prompts} for a teacher that takes {kind}", "leave it out")
+        kind = (
+            "an image"
+            if hasattr(codec, "prompts")
+            else "class labels"
+            if codec.num_classes
+            else "noise alone"
+        )
+        raise UserError(
+            "data.prompts", f"found {cfg.prompts} for a teacher that takes {kind}", "leave it out"
+        )
     shown = hasattr(codec, "prompts") and codec.family.needs_image
     if cfg.control and (not shown or codec.family.temporal):
         what = "takes its first frames from data.images" if shown else "takes no control images"
@@ -146,7 +154,9 @@ def control_files(folder: Path, found: Found, what: str) -> Samples:
 def _unequal(what: str, num: int, found: Found, why: str) -> UserError:
     counts = f"{num} for {found.num} {'prompts' if found.samples is None else 'images'} ({why})"
     return UserError(
-        "data", f"{what} is asked by an image beside the text, {counts}", "set data.control, one for each image"
+        "data",
+        f"{what} is asked by an image beside the text, {counts}",
+        "set data.control, one for each image",
     )
 
 

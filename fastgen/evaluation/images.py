@@ -73,7 +73,9 @@ def read_prompts(file: str | Path, images: list[Path], key: str = "--prompts") -
     if drawn or (len(filled) < num and num % len(filled) == 0):
         warn(f"{key}: {len(filled)} lines for {num} images, gone round in turn as sample.py does")
         return [filled[i % len(filled)] for i in range(num)]
-    raise UserError(key, f"{len(lines)} lines in {file} for {num} images", "one line for each image, in their order")
+    raise UserError(
+        key, f"{len(lines)} lines in {file} for {num} images", "one line for each image, in their order"
+    )
 
 
 def local_file(weights: dict[str, str], name: str, wanted: str) -> Path:
