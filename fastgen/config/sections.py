@@ -240,3 +240,11 @@ class EvalConfig(Section):
     """first seed of the samples"""
     keep: Literal["last", "best"] = "last"
     """export the last weights, or those with the best cheap metric during training"""
+
+    @model_validator(mode="after")
+    def _check_counts(self):
+        """Distances between distributions need two samples; better refused now than after training."""
+        for name in ("num_samples", "teacher_samples", "validation_samples"):
+            if getattr(self, name) == 1 and not (name == "validation_samples" and self.grid > 1):
+                raise ValueError(f"{name}: found 1; a distance needs 2 or more samples, 0 is off")
+        return self

@@ -1,9 +1,9 @@
 """What a folder of pictures or clips holds: its files in their order, their captions and their classes.
 
-Hidden files and folders (.ipynb_checkpoints, ._x.jpg) and __MACOSX are no part of it. Captions and labels come
-from metadata.jsonl or metadata.csv (file_name, text, label), in the folder or beside the files of a sub-folder;
-a .txt file beside a picture fills in the caption that metadata does not give. Numbers in names count as
-numbers, so 2.png comes before 10.png.
+Hidden files and folders (.ipynb_checkpoints, ._x.jpg) and __MACOSX are no part of it. Captions and labels
+come from metadata.jsonl or metadata.csv (file_name, text, label), in the folder or beside the files of a
+sub-folder; a .txt file beside a picture fills in the caption that metadata does not give. Numbers in names
+count as numbers, so 2.png comes before 10.png.
 """
 
 import os

@@ -140,7 +140,7 @@ def _text_rows(
 
 
 def _prompt_name(codec, prompts: list[str], key: str) -> str:
-    """Under which name these prompts' encodings are kept: other prompts, sizes or encoders are another one."""
+    """Name of the cache of these prompts' encodings: other prompts, sizes or encoders have another one."""
     about = (key, codec.family.name, codec.max_length, codec.pixels, codec.guidance, prompts)
     every = codec.encoders.state_dict().values()  # a thousand numbers of each tell encoders apart
     some = (v.detach().flatten()[:: max(1, v.numel() // 1000)].float() for v in every)

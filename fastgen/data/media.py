@@ -53,11 +53,9 @@ def read_files(
             continue
         found[len(kept)] = one
         kept.append(i)
-    if bad and on_bad == "error":
-        mend = "repair or remove it" + (
-            "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
-        )
-        raise UserError(key, f"{len(bad)} unreadable: {bad[0]}", mend)
+    if on_bad == "error" and (every := [*samples.listing.skipped, *bad]):
+        way = "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
+        raise UserError(key, f"{len(every)} unreadable: {every[0]}", f"repair or remove it{way}")
     if bad:
         print(f"warning: {key}: skipped {len(bad)} unreadable: {some(bad)}")
     samples.listing.skipped += bad

@@ -1,8 +1,9 @@
 """The one reader of pictures: training images, control images, `sample.py --image` and evaluation folders.
 
-A picture is read as a viewer shows it: turned by its EXIF orientation, 16-bit depth scaled to 8, palettes, CMYK
-and other colour profiles converted to sRGB, transparency laid over BACKGROUND; of an animation the first frame.
-Every format that Pillow reads counts, apart from those that need another program (EPS) or hold no pixels.
+A picture is read as a viewer shows it: turned by its EXIF orientation, 16-bit depth scaled to 8, palettes,
+CMYK and other colour profiles converted to sRGB, transparency laid over BACKGROUND; of an animation the first
+frame. Every format that Pillow reads counts, apart from those that need another program (EPS) or hold no
+pixels.
 Whatever is wrong with a file's content is an OSError with a short reason.
 """
 

@@ -56,16 +56,10 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
 def _check_wanted(cfg, codec) -> None:
     """Refuse what this teacher would take no notice of."""
     if cfg.prompts and not takes_text(codec):
-        kind = (
-            "an image"
-            if hasattr(codec, "prompts")
-            else "class labels"
-            if codec.num_classes
-            else "noise alone"
-        )
-        raise UserError(
-            "data.prompts", f"found {cfg.prompts} for a teacher that takes {kind}", "leave it out"
-        )
+        kind = "class labels" if codec.num_classes else "noise alone"
+        kind = "an image" if hasattr(codec, "prompts") else kind
+        found = f"found {cfg.prompts} for a teacher that takes {kind}"
+        raise UserError("data.prompts", found, "leave it out")
     shown = hasattr(codec, "prompts") and codec.family.needs_image
     if cfg.control and (not shown or codec.family.temporal):
         what = "takes its first frames from data.images" if shown else "takes no control images"

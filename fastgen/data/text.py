@@ -1,7 +1,7 @@
 """Text files of users: UTF-8 with or without a byte-order mark, one entry a line.
 
-Only a newline ends a line (not U+2028, a form feed or a vertical tab), so an editor's idea of lines and ours are
-the same. What cannot be read is one line that names the file, the line and the byte.
+Only a newline ends a line (not U+2028, a form feed or a vertical tab), as in an editor. What cannot be read is
+one line that names the file, the line and the byte.
 """
 
 import stat
@@ -87,7 +87,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_lines(path: str | Path, key: str, instruction: str, keep_blank: bool = False) -> list[str]:
-    """The lines of a file; blank ones are left out unless their place counts. A file without any is an error."""
+    """The lines of a file; blank ones are left out unless their place counts. An empty file is an error."""
     lines = split_lines(read_text(path, key, instruction))
     if not any(lines):
         raise UserError(key, f"{path} is empty", instruction)
