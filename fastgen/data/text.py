@@ -1,7 +1,7 @@
 """Text files of users: UTF-8 with or without a byte-order mark, one entry a line.
 
-Only a newline ends a line (not U+2028, a form feed or a vertical tab), as in an editor. What cannot be read is
-one line that names the file, the line and the byte.
+Only a newline ends a line (not U+2028, a form feed or a vertical tab), as in an editor. What cannot be read
+is one line that names the file, the line and the byte.
 """
 
 import stat
@@ -25,17 +25,13 @@ def shorten(text: str, limit: int = MAX_QUOTED) -> str:
 
 def cut_prompts(codec, prompts: list[str], most: int = 5) -> Iterator[str]:
     """Name the first prompts that do not fit the tokenizer's length, in short, and count the others."""
-    num = 0
-    for text in prompts:
-        # no token stands for less than one ASCII character, so a short prompt needs no tokenizer
-        if text.isascii() and len(text) + 4 <= codec.max_length:
-            continue
-        lost = codec.cut(text)
-        num += bool(lost)
-        if lost and num <= most:
-            about = f"cut: {shorten(lost)} of {shorten(text)}"
-            yield f"prompt longer than {codec.max_length} tokens, {about}"
-    if num > most:
+    # no token stands for less than one ASCII character, so a short prompt needs no tokenizer
+    asked = [text for text in prompts if not text.isascii() or len(text) + 4 > codec.max_length]
+    long = codec.too_long(asked)
+    for text in long[:most]:
+        about = f"cut: {shorten(codec.cut(text))} of {shorten(text)}"
+        yield f"prompt longer than {codec.max_length} tokens, {about}"
+    if (num := len(long)) > most:
         yield f"{num - most} more prompts longer than {codec.max_length} tokens, cut"
 
 
