@@ -137,10 +137,9 @@ def _text_rows(
     name = _prompt_name(codec, unique, key) if cache_dir else ""
 
     def make() -> dict[str, Tensor]:
+        batches = (unique[i : i + 256] for i in range(0, len(unique), 256))
         with _no_inversion(codec.pipe):
-            return _joined(
-                len(unique), (codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256))
-            )
+            return _joined(len(unique), map(codec.prompts, batches))
 
     table = cache.kept(cache_dir, name, len(unique), make)
     return table, rows, unique
