@@ -197,7 +197,7 @@ def test_the_limit_reads_no_more_pictures_than_it_needs(tmp_path, monkeypatch):
     assert len(found.images) == 3 and seen == ["0.png", "1.png", "2.png", "3.png"]
 
 
-# -- what a teacher would take no notice of -------------------------------------------------------------------
+# -- what a teacher would take no notice of -----------------------------------------------------------------
 def test_sources_that_a_teacher_has_no_use_for(tmp_path):
     (tmp_path / "p.txt").write_text("a dress")
     for num, kind in ((3, "class labels"), (0, "noise alone")):
@@ -210,7 +210,7 @@ def test_sources_that_a_teacher_has_no_use_for(tmp_path):
         load_data(DataConfig(images=str(tmp_path)), exact)
 
 
-# -- control images -------------------------------------------------------------------------------------------
+# -- control images -----------------------------------------------------------------------------------------
 def shown(control, images=None, total=None):
     own = gather(scan(images)) if images else None
     found = Found(captions=["a"] * (total or 0), samples=own, total=total) if total else Found(samples=own)
