@@ -132,8 +132,7 @@ def _text_rows(
     unique = sorted(set(captions))
     for cut in cut_prompts(codec, unique):
         print(f"warning: {cut}")
-    where = {text: i for i, text in enumerate(unique)}
-    rows = torch.tensor([where[t] for t in captions])
+    rows = _rows_of(captions, unique)
     name = _prompt_name(codec, unique, key) if cache_dir else ""
 
     def make() -> dict[str, Tensor]:
@@ -143,6 +142,11 @@ def _text_rows(
 
     table = cache.kept(cache_dir, name, len(unique), make)
     return table, rows, unique
+
+
+def _rows_of(captions: list[str], unique: list[str]) -> Tensor:
+    where = {text: i for i, text in enumerate(unique)}
+    return torch.tensor([where[text] for text in captions])
 
 
 @contextmanager
