@@ -202,7 +202,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         if cfg.images or cfg.prompts:
             key = "data.images" if cfg.images else "data.prompts"
             raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
-        x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
+        exact: Any = teacher.backbone
+        x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     cache.check_folder(cfg.cache_dir)
     found = read_source(cfg, codec, device, pixels)
