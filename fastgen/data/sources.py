@@ -39,7 +39,8 @@ def takes_text(codec) -> bool:
 
 def read_source(cfg, codec, device, pixels: bool) -> Found:
     """What the data section names; with pixels=False no image is read, only what goes with them."""
-    _check_wanted(cfg, codec)
+    if not cfg.prompts:  # a file that is not there is named first
+        _check_wanted(cfg, codec)
     if cfg.name:
         return _bundled(cfg, pixels)
     if cfg.images:
@@ -48,6 +49,7 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
         wanted = "a text file with one prompt a line"
         # beside control images every line has its place
         lines = read_lines(cfg.prompts, "data.prompts", wanted, keep_blank=bool(cfg.control))
+        _check_wanted(cfg, codec)
         print(f"data: {len(lines)} prompts, {len(set(lines))} of them different")
         return Found(captions=lines[: cfg.limit or None], total=len(lines))
     return Found()
@@ -92,7 +94,8 @@ def _folder(cfg, codec, device, pixels: bool) -> Found:
     clips = len(size) == 4 if pixels else bool(codec.family is not None and codec.family.temporal)
     samples = gather(scan(Path(cfg.images), clips))
     total = len(samples.files)
-    if takes_text(codec) and any(text is not None for text in samples.captions):
+    needed = takes_text(codec) and any(text is not None for text in samples.captions)
+    if needed and not (pixels and cfg.on_bad_image == "error"):
         samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
     elif codec.num_classes and samples.origin:
         samples = drop_missing(samples.labels, samples, cfg.on_bad_image, "label")
@@ -102,6 +105,8 @@ def _folder(cfg, codec, device, pixels: bool) -> Found:
         images, samples = read_files(samples, size, cfg.on_bad_image, cfg.limit)
     elif cfg.limit:
         samples = samples.chosen(list(range(min(cfg.limit, len(samples.files)))))
+    if needed:  # where both are errors, a file that is no picture is named before its missing caption
+        samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
     captions = [text for text in samples.captions if text is not None]
     counts = {"images" if pixels else "files, of which no pixel is read": len(samples.files)}
     counts |= {"captions": len(captions)} if takes_text(codec) else {}
