@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from fastgen.core.errors import UserError, warn
+from fastgen.data.folders import named
 from fastgen.data.media import read_image
+from fastgen.data.text import cut_prompts, read_lines
 from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
 
@@ -27,11 +29,7 @@ def read_prompts(args) -> list[str]:
     """Prompts of both flags, in order."""
     texts = list(args.prompt)
     if args.prompts:
-        if not Path(args.prompts).is_file():
-            raise UserError(
-                "--prompts", f"{args.prompts} does not exist", "give a text file, one prompt a line"
-            )
-        texts += [line.strip() for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        texts += read_lines(args.prompts, "--prompts", "give a text file, one prompt a line")
     return texts
 
 
@@ -45,11 +43,17 @@ def read_images(args, codec: Codec, num: int):
         raise UserError(
             "--image", f"found {len(args.image)} for {num} prompts", "give one for all, or one each"
         )
-    try:
-        found = [read_image(Path(p), (3, *codec.pixels)).float() / 127.5 - 1 for p in args.image]
-    except OSError as error:
-        raise UserError("--image", f"cannot be read ({error})", "give png, jpg or webp files") from None
+    found = [_read_image(path, codec.pixels) for path in args.image]
     return torch.stack(found).expand(num, -1, -1, -1)
+
+
+def _read_image(path: str, pixels: tuple[int, int]) -> torch.Tensor:
+    """One file as [3, H, W] in [-1, 1]."""
+    try:
+        return read_image(Path(path).expanduser(), (3, *pixels)).float() / 127.5 - 1
+    except OSError as error:
+        found = f"{named(path)} cannot be read ({error})"
+        raise UserError("--image", found, "give a png, jpg, webp or other picture file") from None
 
 
 def conditions(args, codec: Codec) -> tuple[dict, list]:
@@ -66,9 +70,8 @@ def conditions(args, codec: Codec) -> tuple[dict, list]:
             )
         if not texts:
             raise UserError("--prompt", "none given", 'this model takes text: give --prompt "..."')
-        for text in texts:
-            if lost := codec.cut(text):
-                warn(f"prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
+        for cut in cut_prompts(codec, [*texts, args.negative_prompt]):
+            warn(cut)
         return codec.prompts(texts, read_images(args, codec, len(texts))), texts
     read_images(args, codec, 0)
     if texts:

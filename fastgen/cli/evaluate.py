@@ -109,7 +109,7 @@ def measure_folder(args) -> dict:
 def _mini(args, asked: set, device) -> dict:
     """Metrics of the bundled nets."""
     from fastgen.data.bundled import NAMES
-    from fastgen.evaluation.images import read_all, read_lines
+    from fastgen.evaluation.images import image_files, read_all, read_prompts
     from fastgen.evaluation.metrics.fd_mini import NOTE, Measurer, attributes_from, compare_features
 
     name = args.extractor or args.against
@@ -119,7 +119,7 @@ def _mini(args, asked: set, device) -> dict:
     mode = "L" if measurer.net.config["channels"] == 1 else "RGB"
     images = read_all(args.images, mode).float() / 255
     if args.against in NAMES:
-        asked_for = read_lines(args.prompts, len(images)) if args.prompts else []
+        asked_for = read_prompts(args.prompts, image_files(args.images)) if args.prompts else []
         scores = measurer.compare(images, attributes_from(name, asked_for))
     else:
         real = measurer.features(read_all(args.against, mode, "--against").float() / 255)
@@ -156,14 +156,13 @@ def _inception(args, asked: set, weights: dict, device) -> dict:
 
 def _text(args, asked: set, weights: dict, device) -> dict:
     """CLIP score and HPS."""
-    from fastgen.evaluation.images import digest, image_files, local_file, read_all, read_lines
+    from fastgen.evaluation.images import digest, image_files, local_file, read_all, read_prompts
     from fastgen.evaluation.metrics import clip, hps
 
     if args.clip not in clip.PRESETS:
         raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
-    prompts = read_lines(args.prompts, len(image_files(args.images)))
-    images = read_all(args.images)
-    found: dict[str, object] = {}
+    prompts = read_prompts(args.prompts, image_files(args.images))
+    images, found = read_all(args.images), {}
     if "clip" in asked:
         preset = clip.PRESETS[args.clip]
         file = local_file(weights, "clip", clip.WANTED.format(arch=preset.arch))

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fastgen.config.data_sources import replaced
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import config
 from fastgen.objectives import REGISTRY
@@ -55,7 +56,8 @@ def read_files(files: list[str]) -> dict:
     """
     merged: dict = {}
     for name in files:
-        merged = merge(merged, _read_over_bases(_locate(name, Path(), "--config"), ()))
+        values = _read_over_bases(_locate(name, Path(), "--config"), ())
+        merged = merge(replaced(merged, values), values)
     return merged
 
 

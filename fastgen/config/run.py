@@ -7,6 +7,7 @@ from typing import Annotated, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from fastgen.config.data_sources import competing, replaced
 from fastgen.config.parse import as_user_error, merge, model_in, overrides, read_files, run_folder
 from fastgen.config.sections import (
     CriticConfig,
@@ -101,6 +102,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
             )
+        if clash := competing(self.data):
+            raise ValueError(clash)
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
@@ -209,7 +212,8 @@ def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> R
     """Files, then flags; `switches` are the flags that are no keys, for suggestions. Where neither names an
     output_dir, it follows from the names of the files.
     """
-    values = merge(read_files(files), overrides(argv, RunConfig, switches))
+    base, over = read_files(files), overrides(argv, RunConfig, switches)
+    values = merge(replaced(base, over), over)
     if files:
         values.setdefault("output_dir", run_folder(files))
     return validate(values)

@@ -134,13 +134,14 @@ class DataConfig(Section):
     """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """bundled data set: digits, fashion or tinted; empty if data.images or data.prompts is set"""
+    """bundled data set: digits, fashion or tinted; instead of data.images and data.prompts"""
     images: str = ""
-    """folder of images (for video: animated gif, webp, png, or mp4); captions in metadata.jsonl (keys
-    file_name and text) or in a .txt file of the same name per image
+    """folder of images (for video: animated gif, webp, png, or mp4); captions in metadata.jsonl or
+    metadata.csv (file_name, text) or in a .txt file of the same name per image; classes in its column label,
+    or a folder per class
     """
     control: str = ""
-    """folder of control images (edges, depth), sorted like those of data.images, for teachers with a
+    """folder of control images (edges, depth), named like data.images or in their order, for teachers with a
     ControlNet
     """
     prompts: str = ""
@@ -148,7 +149,9 @@ class DataConfig(Section):
     limit: int = Field(default=0, ge=0)
     """use only this many examples, the first; 0 is all"""
     on_bad_image: Literal["skip", "error"] = "skip"
-    """at an unreadable image: skip it with a warning, or stop the run with an error"""
+    """at an image that cannot be read or lacks its caption or label: skip it with a warning, or stop with an
+    error
+    """
     cache_dir: str = ""
     """folder in which encoded latents and prompts are kept between runs; empty keeps them in memory"""
 
@@ -243,3 +246,11 @@ class EvalConfig(Section):
     """seed of the first sample; the next ones count up"""
     keep: Literal["last", "best"] = "last"
     """export the last weights, or those with the best validation metric during training"""
+
+    @model_validator(mode="after")
+    def _check_counts(self):
+        """Distances between distributions need two samples; better refused now than after training."""
+        for name in ("num_samples", "teacher_samples", "validation_samples"):
+            if getattr(self, name) == 1 and not (name == "validation_samples" and self.grid > 1):
+                raise ValueError(f"{name}: found 1; a distance needs 2 or more samples, 0 is off")
+        return self

@@ -108,8 +108,8 @@ def _tints(labels: np.ndarray, variants: int) -> tuple[dict[str, np.ndarray], li
 def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
     ids, captions = _tints(labels, variants)
     images = tint(np.tile(grey, (variants, 1, 1)), ids["colour"], ids["background"])
-    ids = {key: torch.from_numpy(value) for key, value in ids.items()}
-    return Images(torch.from_numpy(images), ids["garment"], 10, GARMENTS, captions, ids)
+    attributes = {key: torch.from_numpy(value) for key, value in ids.items()}
+    return Images(torch.from_numpy(images), attributes["garment"], 10, GARMENTS, captions, attributes)
 
 
 def caption(garment: int, colour: int, background: int) -> str:

@@ -5,24 +5,25 @@ The order of samples is a function of (seed, step), so a resumed run continues w
 iterator state exists.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen.core.batch import Batch, select
 from fastgen.core.errors import UserError
-from fastgen.core.files import write_tensors
+from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
-from fastgen.data.bundled import load_images, load_labels
-from fastgen.data.media import file_names, read_captions, read_folder
-from fastgen.networks.analytic import GaussianMixture
+from fastgen.data import cache
+from fastgen.data.labels import unlabelled_rows
+from fastgen.data.media import read_files
+from fastgen.data.sources import Found, control_files, read_source
+from fastgen.data.text import cut_prompts
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
-
-BUNDLED = ("digits", "fashion", "tinted")
 
 
 class Data:
@@ -54,8 +55,8 @@ class Data:
         if not 0 < num < len(self):
             return self
         x0 = None if self.x0 is None else self.x0[:num]
-        own = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
-        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, *own)
+        own, null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
+        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
         return select(self.cond_table, self.rows[index]) | select(self.own, index)
@@ -97,18 +98,31 @@ class Data:
 @torch.no_grad()
 def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
-    if not cache_dir:
-        batch = max(1, min(500, 1_536_000 // images[0].numel()))
-        return torch.cat([codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(batch)])
-    from safetensors.torch import load_file
 
-    digest = hashlib.sha256(f"{key}{tuple(images.shape)}".encode())
-    for tensor in (images, *codec.parameters()):  # another picture or autoencoder is another cache
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    file = Path(cache_dir) / f"latents-{digest.hexdigest()[:16]}.safetensors"
-    if not file.exists():
-        write_tensors(file, {"x0": encode_images(codec, images, "", device, key)})
-    return load_file(file)["x0"]
+    def make() -> dict[str, Tensor]:
+        size = max(1, min(500, 1_536_000 // images[0].numel()))
+        parts = (codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(size))
+        return {"x0": _joined(len(images), ({"x0": part} for part in parts))["x0"]}
+
+    if not cache_dir:
+        return make()["x0"]
+    net = codec if codec.vae is None else codec.vae
+    about = (key, tuple(images.shape), tuple(codec.shape), repr(getattr(net, "config", None)))
+    name = f"latents-{cache.fingerprint(about, (images, *net.state_dict().values()))}"
+    return cache.kept(cache_dir, name, len(images), make)["x0"]
+
+
+def _joined(num: int, parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tables of num rows filled batch by batch, so that none is held twice."""
+    table: dict[str, Tensor] = {}
+    first = 0
+    for part in parts:
+        for key, value in part.items():
+            if key not in table:
+                table[key] = torch.empty(num, *value.shape[1:], dtype=value.dtype)
+            table[key][first : first + len(value)] = value
+        first += len(next(iter(part.values())))
+    return table
 
 
 def _text_rows(
@@ -118,126 +132,131 @@ def _text_rows(
     captions by row.
     """
     unique = sorted(set(captions))
-    for text in unique:
-        lost = codec.cut(text)
-        if lost:
-            print(f"warning: prompt longer than {codec.max_length} tokens, cut: {lost!r} of {text!r}")
-    where = {text: i for i, text in enumerate(unique)}
-    rows = torch.tensor([where[t] for t in captions])
-    file = _prompt_file(codec, unique, cache_dir, key) if cache_dir else None
-    if file is not None and file.exists():
-        from safetensors.torch import load_file
+    for cut in cut_prompts(codec, unique):
+        print(f"warning: {cut}")
+    rows = _rows_of(captions, unique)
+    name = _prompt_name(codec, unique, key) if cache_dir else ""
 
-        return load_file(file), rows, unique
-    parts = [codec.prompts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
-    table = {k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}
-    if file is not None:
-        write_tensors(file, table)
+    def make() -> dict[str, Tensor]:
+        batches = (unique[i : i + 256] for i in range(0, len(unique), 256))
+        with _no_inversion(codec.pipe):
+            return _joined(len(unique), map(codec.prompts, batches))
+
+    table = cache.kept(cache_dir, name, len(unique), make)
     return table, rows, unique
 
 
-def _prompt_file(codec, prompts: list[str], cache_dir: str, key: str) -> Path:
-    """Where these prompts' encodings are kept: other prompts, sizes or encoders are another file."""
-    about = (key, codec.family.name, codec.max_length, codec.pixels, codec.guidance, prompts)
-    digest = hashlib.sha256(repr(about).encode())
-    for tensor in codec.encoders.parameters():  # a thousand numbers of each tell encoders apart
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1000)]
-        digest.update(some.float().cpu().numpy().tobytes())
-    return Path(cache_dir) / f"prompts-{digest.hexdigest()[:16]}.safetensors"
+def _rows_of(captions: list[str], unique: list[str]) -> Tensor:
+    where = {text: i for i, text in enumerate(unique)}
+    return torch.tensor([where[text] for text in captions])
 
 
-def _shown(cfg, codec, images: Tensor | None, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What an image-asked network is shown with each sample, and its null: the first frame of a clip, or the
-    file of the same place in data.control.
+@contextmanager
+def _no_inversion(pipe) -> Iterator[None]:
+    """Spare diffusers the search of every prompt for tokens of textual inversion where there are none: it
+    would cut each into tokens once more, a third of the time.
     """
+    parts = () if pipe is None else pipe.components.values()
+    added = [token for part in parts for token in getattr(part, "added_tokens_encoder", None) or ()]
+    idle = hasattr(pipe, "maybe_convert_prompt") and not any(token.endswith("_1") for token in added)
+    if idle:
+        pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt
+    try:
+        yield
+    finally:
+        if idle:
+            del pipe.maybe_convert_prompt
+
+
+def _prompt_name(codec, prompts: list[str], key: str) -> str:
+    """Name of the cache of these prompts' encodings: other prompts, sizes or encoders have another one."""
+    about = (key, codec.family.name, codec.max_length, codec.pixels, codec.guidance, prompts)
+    every = codec.encoders.state_dict().values()  # a thousand numbers of each tell encoders apart
+    some = (v.detach().flatten()[:: max(1, v.numel() // 1000)].float() for v in every)
+    return f"prompts-{cache.fingerprint(about, some)}"
+
+
+def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an image-asked network is shown with each sample, and its null: the first frame of a clip, or the
+    sample's file in data.control.
+    """
+    shown, name = None, codec.family.name
     if codec.family.temporal:
-        shown = None if images is None else images[:, :, 0]
-    else:
-        shown = read_folder(Path(cfg.control), (3, *codec.pixels), "error")[0] if cfg.control else None
-    if shown is None or (images is not None and len(shown) != len(images)):
-        found = "none are named" if shown is None else f"{len(shown)} for {len(images)} images"
-        allowed = "set data.images" if codec.family.temporal else "set data.control, one for each image"
-        raise UserError("data", f"{codec.family.name} is asked by an image beside the text, {found}", allowed)
+        shown = None if found.images is None else found.images[:, :, 0]
+    elif cfg.control:
+        files = control_files(Path(cfg.control), found, name)
+        shown = read_files(files, (3, *codec.pixels), "error", key="data.control")[0]
+    if shown is None:
+        where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
+        raise UserError("data", f"{name} is asked by an image beside the text, none are named", where)
     parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in shown.split(4)]
-    return tuple({k: torch.cat([p[i][k] for p in parts]).cpu() for k in parts[0][i]} for i in (0, 1))
+    cond, null = (_joined(len(shown), (p[i] for p in parts)) for i in (0, 1))
+    return cond, null
 
 
 def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
     goes with them.
     """
-    codec = teacher.codec
+    codec: Any = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
-    if isinstance(teacher.backbone, GaussianMixture):
-        x0, labels = teacher.backbone.sample(20_000, torch.Generator().manual_seed(1))
+    if is_analytic(teacher.path):
+        if cfg.images or cfg.prompts:
+            key = "data.images" if cfg.images else "data.prompts"
+            raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+        exact: Any = teacher.backbone
+        x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
-    images, labels, captions = _read(cfg, codec, device, pixels)
+    cache.check_folder(cfg.cache_dir)
+    found = read_source(cfg, codec, device, pixels)
     x0 = None
-    if images is not None:
-        _check_size(images, codec, device)
-        x0 = encode_images(codec, images, cfg.cache_dir, device, teacher.path)
-    num = next((len(v) for v in (images, labels, captions) if v is not None), 10_000)
-    own, texts = (), None
+    if found.images is not None:
+        _check_size(found.images, codec, device)
+        x0 = encode_images(codec, found.images, cfg.cache_dir, device, teacher.path)
+    num = 10_000 if found.num is None else found.num
     if isinstance(codec, TextCodec):
-        if codec.family.needs_image:
-            own = _shown(cfg, codec, images, device)
-            num = len(next(iter(own[0].values())))
-        if not codec.family.takes_text:
-            captions = [""] * num
-        if captions is None:
-            raise UserError(
-                "data",
-                "this text-to-image teacher needs captions and the set has none",
-                "metadata.jsonl with file_name and text, or .txt side-cars",
-            )
-        table, rows, texts = _text_rows(codec, list(captions), device, cfg.cache_dir, teacher.path)
-        if own:
-            table = {k: v for k, v in table.items() if k not in own[0]}
-            uncond = {k: v for k, v in uncond.items() if k not in own[1]}
-    elif codec.num_classes:
-        rows = torch.arange(num) % codec.num_classes if labels is None else labels
-        codec.labels(rows)
+        return _text_data(cfg, teacher, found, x0, uncond, num, device)
+    rows, table = torch.zeros(num).long(), {}
+    if codec.num_classes:
         table = _label_table(codec)
-    else:
-        table, rows = {}, torch.zeros(num).long()
-    return Data(x0, table, rows, uncond, codec.shape, texts, *own)
+        if found.labels is not None:
+            rows = found.labels
+            codec.labels(rows)
+        elif found.samples is None:  # no pictures, so there is nothing that a label could be wrong about
+            rows = torch.arange(num) % codec.num_classes
+        else:
+            rows = unlabelled_rows(num, codec, pixels)
+            null = codec.null(1) if codec.has_null else {}
+            table = {k: torch.cat([v, *(null[n] for n in [k] if n in null)]) for k, v in table.items()}
+    return Data(x0, table, rows, uncond, codec.shape)
 
 
-def _read(cfg, codec, device, pixels: bool) -> tuple:
-    """(images, labels, captions) of a set, None for what it has not or what is not asked for."""
-    images = labels = captions = None
-    if cfg.name in BUNDLED and not pixels:
-        labels, captions = load_labels(cfg.name)
-    elif cfg.name in BUNDLED:
-        found = load_images(cfg.name, "train")
-        images, labels, captions = found.images, found.labels, found.captions
-    elif cfg.images and not pixels:
-        captions = read_captions(Path(cfg.images), file_names(Path(cfg.images)))
-    elif cfg.images:
-        sample = codec.decode(torch.zeros(1, *codec.shape, device=device))
-        images, captions = read_folder(Path(cfg.images), tuple(sample.shape[1:]), cfg.on_bad_image)
-    elif cfg.prompts:
-        captions = _read_prompts(Path(cfg.prompts))
-    elif cfg.name:
-        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(BUNDLED)}")
-    if cfg.limit:
-        images, labels, captions = (
-            v[: cfg.limit] if v is not None else None for v in (images, labels, captions)
+def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -> Data:
+    """Data of a teacher that takes text, an image, or both."""
+    codec: Any = teacher.codec
+    captions = found.captions
+    own: dict[str, Tensor] = {}
+    own_null: dict[str, Tensor] = {}
+    if codec.family.needs_image:
+        own, own_null = _shown(cfg, codec, found, device)
+        num = len(next(iter(own.values())))
+    if not codec.family.takes_text:
+        captions = [""] * num
+    if captions is None:
+        raise UserError(
+            "data",
+            "this text-to-image teacher needs captions and the set has none",
+            "add metadata.jsonl with file_name and text, or a .txt file beside each image",
         )
-    return images, labels, captions
+    table, rows, texts = _text_rows(codec, captions, device, cfg.cache_dir, teacher.path)
+    if own:
+        table = {k: v for k, v in table.items() if k not in own}
+        uncond = {k: v for k, v in uncond.items() if k not in own_null}
+    return Data(x0, table, rows, uncond, codec.shape, texts, own, own_null)
 
 
 def _label_table(codec) -> dict[str, Tensor]:
     return codec.labels(torch.arange(codec.num_classes)) if codec.num_classes else {}
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError("data.prompts", f"{path} does not exist", "a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise UserError("data.prompts", f"{path} is empty", "one prompt a line")
-    return lines
 
 
 def _check_size(images: Tensor, codec, device) -> None:

@@ -1,116 +1,120 @@
 """Images and clips: folders read into tensors, fitted to the size a teacher takes, and samples written."""
 
-import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
+from fastgen.data.folders import CLIPS, Listing, Samples, gather, named, scan, some
+from fastgen.data.pictures import (
+    as_shown,
+    check_regular,
+    check_size,
+    decoding,
+    fit,
+    formats,
+    read_picture,
+)
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-CLIPS = (".gif", ".webp", ".png", ".mp4", ".mov", ".webm")
-
-
-def file_names(folder: Path, kinds: tuple[str, ...] = IMAGES) -> list[Path]:
-    """Files of these kinds in a folder, sorted."""
-    if not folder.is_dir():
-        raise UserError("data.images", f"{folder} is not a folder", "a folder of png, jpg or webp files")
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
-
-
-def read_captions(folder: Path, names: list[Path]) -> list[str] | None:
-    """The text that goes with each file, from metadata.jsonl or a .txt beside it; None if any has none."""
-    captions: dict[str, str] = {}
-    if (folder / "metadata.jsonl").exists():
-        lines = (folder / "metadata.jsonl").read_text().splitlines()
-        captions = {r["file_name"]: r["text"] for r in map(json.loads, filter(str.strip, lines))}
-    texts = []
-    for path in names:
-        side = path.with_suffix(".txt")
-        beside = side.read_text().strip() if side.exists() else None
-        texts.append(captions.get(str(path.relative_to(folder)), beside))
-    return texts if texts and all(t is not None for t in texts) else None
+CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
+"""animated pictures; every other kind of clip is a video file"""
 
 
 def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tensor, list[str] | None]:
-    """uint8 images [N, C, H, W] (clips [N, C, F, H, W] for a size of four) and captions of a folder; files
-    that cannot be read are named and skipped, or fatal.
+    """uint8 images [N, C, H, W] (clips [N, C, F, H, W] for a size of four) of a folder, and their captions,
+    None if any has none; files that cannot be read are named and skipped, or fatal.
     """
-    kinds = IMAGES if len(size) == 3 else CLIPS
-    found, kept, bad = [], [], []
-    for path in file_names(folder, kinds):
+    samples = gather(scan(folder, clips=len(size) == 4))
+    images, kept = read_files(samples, size, on_bad)
+    print(describe(samples.listing, {"images": len(kept.files)}))
+    return images, None if None in kept.captions else [c for c in kept.captions if c is not None]
+
+
+def read_files(
+    samples: Samples, size: tuple[int, ...], on_bad: str, limit: int = 0, key: str = "data.images"
+) -> tuple[Tensor, Samples]:
+    """Images (or clips) of the files in order, and which these are: the first `limit` that can be read, all
+    for 0. The others are named in the listing's `skipped`, or fatal.
+    """
+    num = min(limit or len(samples.files), len(samples.files))
+    found = torch.empty(num, *size, dtype=torch.uint8)
+    kept: list[int] = []
+    bad: list[str] = []
+    for i, path in enumerate(samples.files):
+        if len(kept) == num:
+            break
         try:
-            found.append(read_image(path, size) if len(size) == 3 else read_clip(path, size))
+            one = read_image(path, size) if len(size) == 3 else read_clip(path, size)
         except OSError as error:
-            bad.append(f"{path.name} ({error})")
+            bad.append(f"{samples.name(i)} ({error})")
             continue
-        kept.append(path)
-    if bad and on_bad == "error":
-        raise UserError(
-            "data.images", f"{len(bad)} unreadable: {bad[0]}", "mend it or set data.on_bad_image skip"
-        )
+        found[len(kept)] = one
+        kept.append(i)
+    if on_bad == "error" and (every := [*samples.listing.skipped, *bad]):
+        way = "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
+        raise UserError(key, f"{len(every)} unreadable: {every[0]}", f"repair or remove it{way}")
     if bad:
-        print(f"warning: data.images: skipped {len(bad)} unreadable: {', '.join(bad[:5])}")
-    if not found:
-        raise UserError("data.images", f"{folder} holds no readable image", f"{', '.join(kinds)} files")
-    return torch.stack(found), read_captions(folder, kept)
+        print(f"warning: {key}: skipped {len(bad)} unreadable: {some(bad)}")
+    samples.listing.skipped += bad
+    if not kept:
+        why = f" ({some(samples.listing.skipped)})" if samples.listing.skipped else ""
+        kinds = f"{', '.join(CLIPS)} files" if len(size) == 4 else "png, jpg, webp or other picture files"
+        raise UserError(key, f"{samples.listing.folder} holds no readable image{why}", kinds)
+    return found[: len(kept)], samples.chosen(kept)
 
 
-def read_image(path: Path, size: tuple[int, int, int]) -> Tensor:
-    """One image [C, H, W], scaled and cropped about its middle."""
-    from PIL import Image
+def describe(listing: Listing, counts: dict[str, int]) -> str:
+    """One line of what was found in a folder and what was left out."""
+    parts = [", ".join(f"{n} {what}" for what, n in counts.items())]
+    if listing.skipped:
+        parts.append(f"{len(listing.skipped)} skipped: {some(listing.skipped)}")
+    others = {s: n for s, n in sorted(listing.others.items()) if n}
+    if others:
+        kinds = some(named(s) for s in others)
+        parts.append(f"{sum(others.values())} files of other kinds left out ({kinds})")
+    return f"data: {'; '.join(parts)}"
 
-    with Image.open(path) as image:
-        return _fit(image, size)
+
+def read_image(path: Path, size: tuple[int, ...]) -> Tensor:
+    """One image [C, H, W] as a viewer shows it, scaled and cropped about its middle."""
+    return fit(read_picture(path, "L" if size[0] == 1 else "RGB"), size)
 
 
-def read_clip(path: Path, size: tuple[int, int, int, int]) -> Tensor:
+def read_clip(path: Path, size: tuple[int, ...]) -> Tensor:
     """The first frames [C, F, H, W] of an animated image or a video file."""
     channels, num, height, width = size
-    frames = _animated if path.suffix.lower() in (".gif", ".webp", ".png") else _video
-    found = frames(path, num, lambda image: _fit(image, (channels, height, width)))
+    mode = "L" if channels == 1 else "RGB"
+    frames = _animated if path.suffix.lower() in CODED else _video
+    found = frames(path, num, lambda image: fit(as_shown(image, mode), (channels, height, width)))
     if len(found) < num:
         raise OSError(f"{len(found)} frames of the {num} needed")
     return torch.stack(found, 1)
 
 
-def _animated(path: Path, num: int, fit: Callable) -> list[Tensor]:
+def _animated(path: Path, num: int, shown: Callable) -> list[Tensor]:
     from PIL import Image, ImageSequence
 
-    with Image.open(path) as image:
-        return [fit(frame) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
+    with decoding():
+        check_regular(path)
+        with Image.open(path, formats=sorted(set(formats().values()))) as image:
+            check_size(image)
+            return [shown(frame.copy()) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
 
 
-def _video(path: Path, num: int, fit: Callable) -> list[Tensor]:
+def _video(path: Path, num: int, shown: Callable) -> list[Tensor]:
     from PIL import Image
 
-    try:
-        import imageio.v3 as imageio
+    if not any(find_spec(name) for name in ("imageio_ffmpeg", "av")):
+        missing = f"{named(path.name)} needs imageio-ffmpeg, which is not installed"
+        raise UserError("data.images", missing, "pip install imageio-ffmpeg, or use animated images")
+    import imageio.v3 as imageio
 
-        return [fit(Image.fromarray(f)) for f, _ in zip(imageio.imiter(path), range(num))]
-    except (ImportError, ValueError) as error:  # imageio without its ffmpeg plug-in raises ValueError
-        told = f"{path.name} needs imageio and imageio-ffmpeg ({str(error).splitlines()[0]})"
-        raise UserError(
-            "data.images", told, "pip install imageio imageio-ffmpeg, or use animated images"
-        ) from None
-
-
-def _fit(image, size: tuple[int, int, int]) -> Tensor:
-    """Scaled to cover the size, then cropped about the middle."""
-    from PIL import Image
-
-    channels, height, width = size
-    fitted = image.convert("L" if channels == 1 else "RGB")
-    scale = max(height / fitted.height, width / fitted.width)
-    fitted = fitted.resize(
-        (round(fitted.width * scale), round(fitted.height * scale)), Image.Resampling.LANCZOS
-    )
-    left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
-    array = torch.from_numpy(np.array(fitted.crop((left, top, left + width, top + height))))
-    return array[None] if channels == 1 else array.permute(2, 0, 1)
+    with decoding():
+        check_regular(path)
+        return [shown(Image.fromarray(frame)) for frame, _ in zip(imageio.imiter(path), range(num))]
 
 
 def to_pil(image: Tensor):

@@ -1,4 +1,4 @@
-"""Images and prompts from disk for the measures: PNG, JPEG and WebP folders as uint8 tensors."""
+"""Images and prompts from disk for the measures: picture folders as uint8 tensors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,44 +6,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgen.core.errors import UserError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from fastgen.core.errors import UserError, warn
+from fastgen.data.folders import named, scan, some
+from fastgen.data.pictures import read_picture, to_tensor
+from fastgen.data.text import read_text, split_lines
 
 
 def image_files(folder: str | Path, key: str = "--images") -> list[Path]:
-    """Image files of a folder in name order; a contact sheet (grid*.png) is not one of its images."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(key, f"{folder} is not a folder", "a folder of png, jpg or webp images")
-    found = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.startswith("grid")]
+    """Image files of a folder in natural order (2.png before 10.png), sub-folders apart; a contact sheet
+    (grid*.png) is not one of its images.
+    """
+    listing = scan(Path(folder), key=key, deep=False)
+    found = [p for p in listing.files if not p.stem.startswith("grid")]
+    if listing.skipped:
+        warn(f"{key}: {len(listing.skipped)} skipped: {some(listing.skipped)}")
     if not found:
-        raise UserError(key, f"{folder} holds no images", "png, jpg or webp files")
-    return sorted(found)
+        raise UserError(key, f"{folder} holds no images", "png, jpg, webp or other picture files")
+    return found
 
 
 def batches(
     files: list[Path], batch_size: int = 64, mode: str = "RGB", key: str = "--images"
 ) -> Iterator[Tensor]:
     """uint8 [B, C, H, W] of files that all have one size."""
-    import numpy as np
-    from PIL import Image
-
-    size = None
+    size: torch.Size | None = None
     for first in range(0, len(files), batch_size):
         chunk = []
         for path in files[first : first + batch_size]:
             try:
-                with Image.open(path) as image:
-                    array = np.array(image.convert(mode))
+                image = to_tensor(read_picture(path, mode))
             except OSError as error:
-                raise UserError(key, f"{path.name} cannot be read ({error})", "mend or remove it") from None
-            size = size or array.shape
-            if array.shape != size:
-                raise UserError(
-                    key, f"{path.name} is {array.shape[:2]}, others {size[:2]}", "images of one size"
-                )
-            chunk.append(torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1))
+                found = f"{named(path.name)} cannot be read ({error})"
+                raise UserError(key, found, "repair or remove it") from None
+            size = size or image.shape
+            if image.shape != size:
+                found = f"{named(path.name)} is {tuple(image.shape[1:])}, others {tuple(size[1:])}"
+                raise UserError(key, found, "images of one size")
+            chunk.append(image)
         yield torch.stack(chunk)
 
 
@@ -52,14 +51,31 @@ def read_all(folder: str | Path, mode: str = "RGB", key: str = "--images") -> Te
     return torch.cat(list(batches(image_files(folder, key), mode=mode, key=key)))
 
 
-def read_lines(file: str | Path, num: int, key: str = "--prompts") -> list[str]:
-    """One line per image; fewer lines are repeated in turn, as sample.py asks them."""
-    if not Path(file).is_file():
-        raise UserError(key, f"{file} does not exist", "a text file with one prompt or label a line")
-    lines = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    if not lines:
+def read_prompts(file: str | Path, images: list[Path], key: str = "--prompts") -> list[str]:
+    """The line of each image: as many lines as images, blank ones in their places.
+
+    Fewer lines are repeated in turn where they divide the images, or where sample.py, which goes round its
+    prompts, wrote the folder; other counts are refused.
+    """
+    num = len(images)
+    text = read_text(file, key, "a text file with one prompt or label a line")
+    lines = split_lines(text)
+    filled = [line for line in lines if line]
+    if not filled:
         raise UserError(key, f"{file} is empty", "one prompt or label a line")
-    return [lines[i % len(lines)] for i in range(num)]
+    while lines[-1] == "" and len(lines) > num:
+        lines.pop()
+    if len(lines) == num:
+        return lines
+    if len(filled) == num:
+        return filled
+    drawn = (images[0].parent / "samples.json").is_file()
+    if drawn or (len(filled) < num and num % len(filled) == 0):
+        warn(f"{key}: {len(filled)} lines for {num} images, gone round in turn as sample.py does")
+        return [filled[i % len(filled)] for i in range(num)]
+    raise UserError(
+        key, f"{len(lines)} lines in {file} for {num} images", "one line for each image, in their order"
+    )
 
 
 def local_file(weights: dict[str, str], name: str, wanted: str) -> Path:

@@ -198,6 +198,17 @@ class TextCodec(Codec):
         self.encoders = None
         return freed
 
+    def too_long(self, prompts: list[str]) -> list[str]:
+        """Those prompts that do not fit the tokenizer's length."""
+        if not self.family.takes_text:
+            return []
+        tokenizer, found = getattr(self.pipe, self.family.tokenizer), []
+        room = self.max_length - tokenizer.num_special_tokens_to_add()
+        for first in range(0, len(prompts), 1000):  # together, which is ten times as fast as one by one
+            some = prompts[first : first + 1000]
+            found += [p for p, ids in zip(some, _token_ids(tokenizer, some)) if len(ids) > room]
+        return found
+
     def cut(self, prompt: str) -> str:
         """The tail of the prompt that does not fit the tokenizer's length, or an empty string."""
         if not self.family.takes_text:
@@ -206,6 +217,10 @@ class TextCodec(Codec):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         room = self.max_length - tokenizer.num_special_tokens_to_add()
         return tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+
+def _token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
+    return tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
 def spatial_factor(family: Family, pipe) -> int:

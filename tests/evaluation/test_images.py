@@ -58,6 +58,40 @@ def test_images_that_cannot_be_used(folder):
         images.read_all(folder)
 
 
+def test_pictures_and_prompts_are_paired_in_natural_order(tmp_path, capsys):
+    held = load_images("digits", "heldout")
+    for i in range(12):
+        Image.fromarray(held.images[i, 0].numpy()).save(tmp_path / f"{i}.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "p.txt").write_text("\ufeff" + "".join(f"{int(k)}\r\n" for k in held.labels[:12]), "utf-8")
+    argv = ["--images", str(tmp_path), "--against", "digits", "--metrics", "agreement"]
+    assert main([*argv, "--prompts", str(tmp_path / "p.txt")]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement"] > 0.9
+
+
+def test_counts_of_pictures_and_prompts(tmp_path, capsys):
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    file = tmp_path / "p.txt"
+
+    def read(text):
+        file.write_text(text)
+        return images.read_prompts(file, files)
+
+    assert read("a\n\nb\nc\nd\n\n") == ["a", "", "b", "c", "d", ""], "blank lines keep their places"
+    assert read("a\n\nb\nc\nd\ne\n\n\n") == ["a", "", "b", "c", "d", "e"]
+    assert read("a\n\nb\nc\n\nd\ne\nf\n") == list("abcdef")
+    assert capsys.readouterr().err == ""
+    assert read("a\nb\nc\n") == list("abcabc") and "gone round" in capsys.readouterr().err
+    for text, wanted in (("a\nb\nc\nd\n", "4 lines in"), ("a\n" * 7, "7 lines in"), ("\n", "is empty")):
+        with pytest.raises(UserError, match=wanted):
+            read(text)
+    (tmp_path / "samples.json").write_text("{}")
+    assert read("a\nb\nc\nd\n") == list("abcdab")
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="--prompts: .*p.txt line 1: byte 4"):
+        images.read_prompts(file, files)
+
+
 def test_weights_are_local_files_named_when_missing(folder, tmp_path, capsys):
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     for argv, said in (

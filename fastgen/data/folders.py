@@ -1,0 +1,140 @@
+"""What a folder of pictures or clips holds: its files in their order, their captions and their classes.
+
+Hidden files and folders (.ipynb_checkpoints, ._x.jpg) and __MACOSX are no part of it. Captions and labels
+come from metadata.jsonl or metadata.csv (file_name, text, label), in the folder or beside the files of a
+sub-folder; a .txt file beside a picture fills in the caption that metadata does not give. Numbers in names
+count as numbers, so 2.png comes before 10.png.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastgen.core.errors import UserError
+from fastgen.data.metadata import read_metadata
+from fastgen.data.pictures import check_regular, decoding, formats
+from fastgen.data.text import read_text
+
+CLIPS = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+METADATA = ("metadata.jsonl", "metadata.csv")
+QUIET = (".txt", ".json", ".jsonl", ".csv", ".md", ".ini", ".db", ".yaml")
+"""kinds of files beside pictures that need no mention"""
+
+
+@dataclass
+class Listing:
+    """Files of one folder; skipped names each file that is not a regular one, with the reason."""
+
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    texts: dict[Path, Path] = field(default_factory=dict)  # .txt files by path without suffix
+    metadata: list[Path] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)  # files of other kinds by suffix
+
+
+def natural(path: Path | str) -> tuple:
+    """Sorting key under which numbers in names count as numbers."""
+    name = str(path)
+    parts = re.split(r"([0-9]+)", name)
+    return tuple((1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts), name
+
+
+def named(path: Path | str) -> str:
+    """A file name as it may be printed: control and undecodable characters escaped, cut if long."""
+    name = str(path)
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= 100 else f"{name[:60]}...{name[-35:]}"
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few of many names."""
+    found = list(names)
+    rest = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + rest
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is one that file managers do not show."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool = True) -> Listing:
+    """The pictures (or clips) of a folder and, with deep, its sub-folders, in natural order."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise UserError(key, f"{folder} is not a folder", "a folder of png, jpg, webp or other picture files")
+    kinds, found = CLIPS if clips else formats(), Listing(folder)
+    failed: list[OSError] = []
+    for where, folders, files in os.walk(folder, onerror=failed.append):
+        linked = [n for n in folders if os.path.islink(os.path.join(where, n)) and not hidden(n)]
+        found.skipped += [f"{named(n)} (a link to a folder)" for n in linked]
+        folders[:] = sorted((n for n in folders if not hidden(n) and deep), key=natural)
+        for name in files:
+            if not hidden(name):
+                _sort_in(found, Path(where, name), kinds)
+    found.skipped += [f"{named(e.filename)} ({e.strerror})" for e in failed]
+    found.files.sort(key=lambda p: natural(p.relative_to(folder)))
+    return found
+
+
+def _sort_in(found: Listing, path: Path, kinds) -> None:
+    """Put one file where it belongs; what is no regular file is named and never opened."""
+    suffix = path.suffix.lower()
+    if suffix not in kinds and suffix != ".txt" and path.name not in METADATA:
+        found.others[suffix or "no suffix"] += suffix not in QUIET
+        return
+    try:
+        with decoding():
+            check_regular(path)
+    except OSError as error:
+        found.skipped.append(f"{named(path.name)} ({error})")
+        return
+    if path.name in METADATA:
+        found.metadata.append(path)
+    elif suffix == ".txt":
+        found.texts[path.with_suffix("")] = path
+    else:
+        found.files.append(path)
+
+
+@dataclass
+class Samples:
+    """Files of a set with what goes with them, in order: captions and labels are None where there is none."""
+
+    listing: Listing
+    files: list[Path]
+    captions: list[str | None]
+    labels: list[str | int | None]
+    origin: str = ""
+    """where the labels come from: a metadata file, "folders", or nothing"""
+
+    def chosen(self, index: list[int]) -> "Samples":
+        """Some of them."""
+        files, captions = [self.files[i] for i in index], [self.captions[i] for i in index]
+        return Samples(self.listing, files, captions, [self.labels[i] for i in index], self.origin)
+
+    def name(self, i: int) -> str:
+        """File i as a message names it."""
+        return named(self.files[i].relative_to(self.listing.folder))
+
+
+def gather(listing: Listing) -> Samples:
+    """Captions and labels of a folder's files: metadata first, then .txt files and class folders."""
+    entries = read_metadata(listing.metadata)
+    captions: list[str | None] = []
+    for path in listing.files:
+        text = entries[path].text if path in entries else None
+        side = listing.texts.get(path.with_suffix(""))
+        if text is None and side is not None:
+            text = read_text(side, "data.images", "a text file with the caption").strip()
+        captions.append(text)
+    labels: list[str | int | None] = [entries[p].label if p in entries else None for p in listing.files]
+    origin = ", ".join(p.name for p in listing.metadata) if any(v is not None for v in labels) else ""
+    inner = [p.relative_to(listing.folder).parts for p in listing.files]
+    if not origin and inner and all(len(parts) > 1 for parts in inner):
+        labels, origin = [parts[0] for parts in inner], "folders"
+    return Samples(listing, listing.files, captions, labels, origin)

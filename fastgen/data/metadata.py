@@ -1,0 +1,115 @@
+"""metadata.jsonl and metadata.csv (file_name, text, label), as Hugging Face's imagefolder has them.
+
+Every mistake is one line that names the file and the line.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgen.core.errors import UserError
+from fastgen.data.text import read_text, shorten
+
+KEY = "data.images"
+WANTED = 'each line like {"file_name": "0.png", "text": "a red dress"}, or with "label"'
+
+
+@dataclass
+class Entry:
+    """What metadata says of one file."""
+
+    text: str | None
+    label: str | int | None
+    line: int
+
+
+def read_metadata(files: list[Path]) -> dict[Path, Entry]:
+    """Entries by the path of the file they are about."""
+    folders: dict[Path, Path] = {}
+    found: dict[Path, Entry] = {}
+    for file in files:
+        if file.parent in folders:
+            both = f"{folders[file.parent].name} and {file.name} are both in {file.parent}"
+            raise UserError(KEY, both, "keep one of the two")
+        folders[file.parent] = file
+        rows = _csv_rows if file.suffix == ".csv" else _json_rows
+        for line, row in rows(file):
+            path, entry = _entry(file, line, row)
+            if path in found:
+                first = f"{shorten(row['file_name'])} was already on line {found[path].line}"
+                raise _mistake(file, line, first, "name each file once")
+            found[path] = entry
+    return found
+
+
+def _mistake(file: Path, line: int, found: str, wanted: str = WANTED) -> UserError:
+    return UserError(KEY, f"{file} line {line}: {found}", wanted)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Objects of a JSON-lines file with their line numbers."""
+
+    def once(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is given twice")
+        return dict(pairs)
+
+    for line, text in enumerate(read_text(file, KEY, WANTED).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text, object_pairs_hook=once)
+        except json.JSONDecodeError as error:
+            raise _mistake(file, line, f"not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise _mistake(file, line, f"not usable ({what[:80]})") from None
+        if not isinstance(row, dict):
+            raise _mistake(file, line, f"holds {shorten(text.strip(), 40)}, not an object")
+        yield line, row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Rows of a comma-separated file with a header; an empty text is a caption, an empty label is none."""
+    reader = csv.reader(io.StringIO(read_text(file, KEY, WANTED), newline=""), strict=True)
+    wanted = "a header line such as file_name,text and as many fields on every line"
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if "file_name" not in header or len(set(header)) < len(header):
+            raise _mistake(file, 1, f"header {shorten(','.join(header))}", wanted)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise _mistake(
+                    file, reader.line_num, f"{len(row)} fields, {len(header)} in the header", wanted
+                )
+            values: dict = dict(zip(header, row))
+            if not values.get("label", "").strip():
+                values.pop("label", None)
+            yield reader.line_num, values
+    except csv.Error as error:
+        raise _mistake(file, reader.line_num, f"not usable ({error})", wanted) from None
+
+
+def _entry(file: Path, line: int, row: dict) -> tuple[Path, Entry]:
+    """The file a row is about, which must be there, and what it says of it."""
+    name, text, label = row.get("file_name"), row.get("text"), row.get("label")
+    if not isinstance(name, str) or not name.strip():
+        raise _mistake(file, line, "no file_name")
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        raise _mistake(file, line, f"{shorten(name)} leaves the folder", "a path inside the folder")
+    path = Path(os.path.normpath(file.parent / name))
+    if not os.path.lexists(path):
+        raise _mistake(file, line, f"{shorten(name)} does not exist", "take the line out, or add the file")
+    if text is not None and not isinstance(text, str):
+        raise _mistake(file, line, f"text is {shorten(repr(text), 40)}", "a caption in quotes")
+    if isinstance(label, bool) or not isinstance(label, str | int | None):
+        raise _mistake(file, line, f"label is {shorten(repr(label), 40)}", "a class number or name")
+    if text is None and label is None:
+        raise _mistake(file, line, f"neither text nor label, but {shorten(', '.join(map(str, row)))}")
+    return path, Entry(text and text.strip(), label.strip() if isinstance(label, str) else label, line)

@@ -1,0 +1,164 @@
+"""The one source of a run's data: a bundled set, a folder of pictures or clips, or a file of prompts."""
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.core.errors import UserError
+from fastgen.data.bundled import NAMES, load_images, load_labels
+from fastgen.data.folders import Listing, Samples, gather, named, scan, some
+from fastgen.data.labels import class_rows, drop_missing
+from fastgen.data.media import describe, read_files
+from fastgen.data.text import read_lines
+from fastgen.networks.codecs import TextCodec
+
+
+@dataclass
+class Found:
+    """What a source holds, None for what it has not or what was not wanted."""
+
+    images: Tensor | None = None  # uint8 [N, C, H, W] or [N, C, F, H, W]
+    labels: Tensor | None = None  # long [N]
+    captions: list[str] | None = None
+    samples: Samples | None = None  # the files of a folder
+    total: int | None = None  # samples before data.limit
+
+    @property
+    def num(self) -> int | None:
+        """Samples, or None without any source."""
+        files = None if self.samples is None else self.samples.files
+        lists: tuple[Sized | None, ...] = (self.images, self.labels, self.captions, files)
+        return next((len(v) for v in lists if v is not None), None)
+
+
+def takes_text(codec) -> bool:
+    return isinstance(codec, TextCodec) and codec.family.takes_text
+
+
+def read_source(cfg, codec, device, pixels: bool) -> Found:
+    """What the data section names; with pixels=False no image is read, only what goes with them."""
+    if not cfg.prompts:  # a file that is not there is named first
+        _check_wanted(cfg, codec)
+    if cfg.name:
+        return _bundled(cfg, pixels)
+    if cfg.images:
+        return _folder(cfg, codec, device, pixels)
+    if cfg.prompts:
+        wanted = "a text file with one prompt a line"
+        # beside control images every line has its place
+        lines = read_lines(cfg.prompts, "data.prompts", wanted, keep_blank=bool(cfg.control))
+        _check_wanted(cfg, codec)
+        print(f"data: {len(lines)} prompts, {len(set(lines))} of them different")
+        return Found(captions=lines[: cfg.limit or None], total=len(lines))
+    return Found()
+
+
+def _check_wanted(cfg, codec) -> None:
+    """Refuse what this teacher would take no notice of."""
+    if cfg.prompts and not takes_text(codec):
+        kind = "class labels" if codec.num_classes else "noise alone"
+        kind = "an image" if isinstance(codec, TextCodec) else kind
+        found = f"found {cfg.prompts} for a teacher that takes {kind}"
+        raise UserError("data.prompts", found, "leave it out")
+    shown = isinstance(codec, TextCodec) and codec.family.needs_image
+    if cfg.control and (not shown or codec.family.temporal):
+        what = "takes its first frames from data.images" if shown else "takes no control images"
+        raise UserError("data.control", f"found {cfg.control} for a teacher that {what}", "leave it out")
+
+
+def _bundled(cfg, pixels: bool) -> Found:
+    if cfg.name not in NAMES:
+        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(NAMES)}")
+    if pixels:
+        whole = load_images(cfg.name, "train")
+        found = Found(whole.images, whole.labels, whole.captions)
+    else:
+        found = Found(None, *load_labels(cfg.name))
+    found.total, end = found.num, cfg.limit or None
+    found.images = None if found.images is None else found.images[:end]
+    found.labels = None if found.labels is None else found.labels[:end]
+    found.captions = None if found.captions is None else found.captions[:end]
+    counts: dict[str, Sized | None] = {
+        "images": found.images,
+        "labels": found.labels,
+        "captions": found.captions,
+    }
+    print(f"data: {cfg.name}, {', '.join(f'{len(v)} {k}' for k, v in counts.items() if v is not None)}")
+    return found
+
+
+def _folder(cfg, codec, device, pixels: bool) -> Found:
+    size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[1:]) if pixels else ()
+    clips = len(size) == 4 if pixels else bool(codec.family is not None and codec.family.temporal)
+    samples = gather(scan(Path(cfg.images), clips))
+    total = len(samples.files)
+    needed = takes_text(codec) and any(text is not None for text in samples.captions)
+    if needed and not (pixels and cfg.on_bad_image == "error"):
+        samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
+    elif codec.num_classes and samples.origin:
+        samples = drop_missing(samples.labels, samples, cfg.on_bad_image, "label")
+        samples.labels = class_rows(samples, codec).tolist()
+    images = None
+    if pixels or not samples.files:
+        images, samples = read_files(samples, size, cfg.on_bad_image, cfg.limit)
+    elif cfg.limit:
+        samples = samples.chosen(list(range(min(cfg.limit, len(samples.files)))))
+    if needed:  # where both are errors, a file that is no picture is named before its missing caption
+        samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
+    captions = [text for text in samples.captions if text is not None]
+    counts = {"images" if pixels else "files, of which no pixel is read": len(samples.files)}
+    counts |= {"captions": len(captions)} if takes_text(codec) else {}
+    labelled = codec.num_classes and samples.origin
+    counts |= {"labels": len(samples.files)} if labelled else {}
+    print(describe(samples.listing, counts))
+    return Found(
+        images,
+        torch.tensor(samples.labels).long() if labelled else None,
+        captions or None,
+        samples,
+        total,
+    )
+
+
+def control_files(folder: Path, found: Found, what: str) -> Samples:
+    """The control image of each sample: the one of the same name, or where no name is the same the one at the
+    same place in natural order, with equal counts. what: the teacher, as a message names it.
+    """
+    listing = scan(folder, key="data.control")
+    files = listing.files
+    if found.num is None:
+        return _without_text(listing, files)
+    own = found.samples
+    if own is not None:
+        there = {path.relative_to(listing.folder).with_suffix(""): path for path in files}
+        names = [path.relative_to(own.listing.folder).with_suffix("") for path in own.files]
+        missing = [named(name) for name in names if name not in there]
+        if not missing and len(there) == len(files):
+            return _without_text(listing, [there[name] for name in names])
+        if len(missing) < len(names):
+            why = f"none named {some(missing)}" if missing else "two of one name"
+            raise _unequal(what, len(files), found, why)
+    total = found.total if own is None else len(own.listing.files)
+    if len(files) != total:
+        raise _unequal(what, len(files), found, f"names differ, so one for each of {total} is needed")
+    if own is None:
+        return _without_text(listing, files[: found.num])
+    place = {path: i for i, path in enumerate(own.listing.files)}
+    print("data: control images go with the images by their order: no names are the same")
+    return _without_text(listing, [files[place[path]] for path in own.files])
+
+
+def _unequal(what: str, num: int, found: Found, why: str) -> UserError:
+    counts = f"{num} for {found.num} {'prompts' if found.samples is None else 'images'} ({why})"
+    return UserError(
+        "data",
+        f"{what} is asked by an image beside the text, {counts}",
+        "set data.control, one for each image",
+    )
+
+
+def _without_text(listing: Listing, files: list[Path]) -> Samples:
+    return Samples(listing, files, [None] * len(files), [None] * len(files))
