@@ -1,6 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,7 +168,8 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     from fastgen.evaluation.metrics.speed import interleaved
 
-    return interleaved({n: lambda n=n: evaluator.images(n, num, 0) for n in who}, num, repeats=3)
+    draws = {name: partial(evaluator.images, name, num, 0) for name in who}
+    return interleaved(draws, num, repeats=3)
 
 
 def table(results: dict) -> str:
