@@ -167,7 +167,8 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     from fastgen.evaluation.metrics.speed import interleaved
 
-    return interleaved({n: partial(evaluator.images, n, num, 0) for n in who}, num, repeats=3)
+    draws = {name: partial(evaluator.images, name, num, 0) for name in who}
+    return interleaved(draws, num, repeats=3)
 
 
 def table(results: dict) -> str:

@@ -134,8 +134,7 @@ class HunyuanVideo(VideoFamily):
         }
 
     def encode(self, codec, prompts: list[str]) -> Cond:
-        more = {"prompt_template": codec.template} if getattr(codec, "template", None) else {}
-        given = {"max_sequence_length": codec.max_length, "device": codec.device, **more}
+        given = {"max_sequence_length": codec.max_length, "device": codec.device}
         states, pooled, mask = codec.pipe.encode_prompt(prompts, **given)
         found = {"encoder_hidden_states": states, "pooled_projections": pooled}
         return {k: v.float() for k, v in found.items()} | {"encoder_attention_mask": mask.float()}

@@ -398,5 +398,5 @@ def test_labels_outside_the_range():
     from fastgen.core.errors import UserError
     from fastgen.networks.codecs import LabelCodec
 
-    with pytest.raises(UserError, match="labels: found 3 to 10; allowed are 0 to 9"):
+    with pytest.raises(UserError, match="labels: found 3 to 10; give labels from 0 to 9"):
         LabelCodec((1, 8, 8), num_classes=10).labels(torch.tensor([3, 10]))

@@ -12,7 +12,7 @@ from fastgen.core.errors import UserError
 from fastgen.data.folders import gather, scan
 from fastgen.data.loader import load_data
 from fastgen.data.sources import Found, control_files, read_source
-from fastgen.networks.codecs import LabelCodec
+from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
 SIZE = (1, 16, 16)
 
@@ -30,12 +30,19 @@ def teacher(num_classes=3, names=None, has_null=True):
     return SimpleNamespace(path="a teacher", codec=codec)
 
 
+class PlainText(TextCodec):
+    """A text codec without an autoencoder and encoders."""
+
+    def __init__(self, family, shape):
+        Codec.__init__(self, family, shape)
+
+    def decode(self, x0):
+        return x0
+
+
 def text_codec():
     """As much of a text codec as reading a folder needs."""
-    family = SimpleNamespace(takes_text=True, needs_image=False, temporal=0)
-    return SimpleNamespace(
-        prompts=None, family=family, num_classes=0, shape=SIZE, decode=lambda x: x, class_names=[]
-    )
+    return PlainText(SimpleNamespace(takes_text=True, needs_image=False, temporal=0), SIZE)
 
 
 def rows_of(folder, some_teacher, pixels=True):

@@ -108,7 +108,7 @@ def test_an_image_alone(tmp_path, built, capsys):
     asked = ["--model", str(built("svd")), "--steps", "2", "--image", str(tmp_path / "first.png")]
     assert sample.main([*asked, "--out", str(tmp_path / "o")]) == 0
     assert sample.main([*asked, "--prompt", "a dog", "--out", str(tmp_path / "p")]) == 2
-    assert "by an image alone" in capsys.readouterr().err
+    assert "takes an image alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key,value", [("num_frames", 8), ("height", 24)])

@@ -58,7 +58,7 @@ def test_guided_teacher_is_the_pipelines(world, name):
         pipe.scheduler = cls.from_config(pipe.scheduler.config, solver_order=1)
     call = {"num_inference_steps": 3, "output_type": "pt"}
     if name == "dit":
-        info = {"arguments": {}, "steps": 3}
+        info = {"timestep_arguments": {}, "steps": 3}
         theirs = dit_call(world, pipe, info, world.noise, guidance=W)
     else:
         document = json.loads((world.folder / "fastgen.json").read_text())

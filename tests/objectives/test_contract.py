@@ -131,7 +131,8 @@ def test_what_is_learned_may_be_guided_otherwise_than_the_teachers_samples(name,
         assert "real_guidance" in str(error) and not requirements_of(cfg).follows_guidance
         return
     guided, used = objective.teacher.guided, []
-    objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, w))[1]
+    spy = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, w))[1]  # noqa: E731
+    object.__setattr__(objective.teacher, "guided", spy)  # of this very role, which hosts share
     for k in range(3):
         play(objective, batch(cast), k)
     assert set(used) == {3.0}

@@ -179,7 +179,7 @@ def test_p4_lcm(tiny, tmp_path):
     objective = {"name": "lcm", "grid_steps": 50}
     found = replay_counts(tiny, tmp_path, objective, "LCMScheduler", other={"original_inference_steps": 10})
     assert found.info.scheduler["original_inference_steps"] == 50
-    assert found.role.grid == 50
+    assert found.role.spec.grid == 50
 
 
 def test_p4_lcm_of_a_flow(tiny, tmp_path):

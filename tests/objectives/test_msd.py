@@ -316,7 +316,7 @@ def test_students_of_separate_runs_are_joined(tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "joined/fastgen.json").read_text())["export"]["trained_students"] == [0, 1]
     capsys.readouterr()
     assert join([exports[0], "--out", str(tmp_path / "half")]) == 2
-    assert "nobody trained student 1" in capsys.readouterr().err
+    assert "student 1 was trained in none" in capsys.readouterr().err
     assert join([exports[0], exports[0], "--out", str(tmp_path / "twice")]) == 2
     shutil.rmtree(tmp_path / "joined")
 

@@ -169,7 +169,7 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
     assert done.returncode == 0, done.stderr
     plain = load_file(folder / "images.safetensors")
     loaded = load_export(folder)
-    assert loaded.info.times == [torch.pi / 2, 1.3]
+    assert loaded.info.times == (torch.pi / 2, 1.3)
     cond, null = loaded.codec.prompts(list(PROMPTS)), loaded.codec.null(1)
     for key, images in plain.items():
         w, steps = float(key.split()[0]), int(key.split()[1])
