@@ -49,7 +49,7 @@ SIMPLE = {
     "boot from half noise": (HALF_NOISE, ["student.timesteps", "not pure noise", "at 80"]),
     "tbcm on data": (
         ["--config", f"{RECIPES}/digits_tbcm.yaml", "--objective.scm.mode", "training"],
-        ["objective.scm.mode", "TBCM has no data"],
+        ["objective.scm.mode", "use distillation: TBCM reads no data"],
     ),
     "tcm below its boundary": (
         ["--config", f"{RECIPES}/digits_tcm.yaml", "--student.timesteps", "[0.1]"],
@@ -287,9 +287,7 @@ class BrokenConfig(ObjectiveConfig):
     name: Literal["broken"] = "broken"
 
 class Broken(Objective, config=BrokenConfig):
-    @classmethod
-    def requirements(cls, cfg):
-        return Requirements(lambda guidance, num_steps: {"student+grad": 1}, real_data=False)
+    requirements = classmethod(lambda cls, cfg: Requirements(lambda w, num: {}, real_data=False))
     def step(self, batch, k):
         with self.turn("student"):
             x = self.generate(batch)
