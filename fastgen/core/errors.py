@@ -15,6 +15,10 @@ class UserError(ValueError):
         super().__init__(f"{key}: {found}; {allowed}" if allowed else f"{key}: {found}")
 
 
+class NotFinite(RuntimeError):
+    """A loss, gradient, weight or sample became NaN or infinite; says which and when. Exit code 3."""
+
+
 def warn(text: str) -> None:
     """One line on stderr for what goes on, but not quite as asked."""
     print(f"warning: {text}", file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
-from fastgen.core.files import write_text
+from fastgen.core.files import to_json, write_json, write_text
 
 
 class _Players:
@@ -49,7 +49,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     before = json.loads(file.read_text()) if file.is_file() else {}
     results["protocol"]["weights"] = "export"
     results |= {k: before[k] for k in ("train", "curve") if k in before}
-    write_text(file, json.dumps(results, indent=2))
+    write_json(file, results)
     print(table(results))
     print(f"wrote {file} and {write_report(run)}")
     return results
@@ -81,7 +81,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     }
     card |= teacher_card(results)
     file = Path(resolve(path)) / "card.json"
-    write_text(file, json.dumps(card, indent=1) + "\n")
+    write_text(file, to_json(card, 1) + "\n")
     print(f"wrote {file}")
     return card
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgen import __version__
-from fastgen.core.files import write_text
+from fastgen.core.files import replace_folder, write_text
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
 from fastgen.export.load import Loaded, init_student, load_export, sample_command
@@ -61,15 +61,31 @@ def export_student(trainer, folder: Path, results: dict) -> Path:
         served = Serving(teacher.scheduler)
     info = describe(trainer, teacher, student, served, distilled)
     info["name"] = export_name(info, trainer.cfg.output_dir)
-    chosen = trainer.cfg.train.export_dtype
-    dtype = torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
+    dtype = export_dtype(trainer.cfg)
     told = results, read_command(Path(trainer.folder))
     if hasattr(student, "members"):
         _export_members(teacher, student, temporary, served, info, dtype, told)
     else:
         _export_one(teacher, student, temporary, served, info, dtype, told)
-    shutil.rmtree(folder, ignore_errors=True)
-    return temporary.rename(folder)
+    return replace_folder(temporary, folder)
+
+
+def export_dtype(cfg) -> torch.dtype:
+    """The precision a run exports in: its own choice, else float16 for teachers and float32 for students."""
+    chosen = cfg.train.export_dtype
+    distilled = REGISTRY[cfg.all_stages()[-1].objective.name].few_step
+    return torch.float16 if chosen == "no" and not distilled else DTYPES[chosen]
+
+
+def write_cards(trainer, folder: Path, results: dict) -> None:
+    """Write the cards of an export again, with the numbers that were measured since."""
+    teacher, _ = shipped(trainer.cast.teacher, trainer.cast.parts["student"])
+    command = read_command(Path(trainer.folder))
+    for file in (folder / "fastgen.json", *sorted(folder.glob("student*/fastgen.json"))):
+        info = json.loads(file.read_text())["export"]
+        if "students" not in info:  # the folder of several students has a card without numbers
+            files = {k: info[k] for k in ("lora", "kohya") if k in info}
+            write_text(file.parent / "README.md", model_card(info["name"], teacher, info, results, command, files))
 
 
 def _export_one(

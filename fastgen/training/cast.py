@@ -6,6 +6,7 @@ import copy
 import zlib
 from contextlib import nullcontext
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,11 @@ class Cast:
             for backbone in self.backbones():
                 if hasattr(backbone, "enable_gradient_checkpointing"):
                     backbone.enable_gradient_checkpointing()
+
+    @property
+    def student(self) -> Any:
+        """The student, or the several students of a run."""
+        return self.parts["student"]
 
     @property
     def critic_kind(self) -> str:
@@ -180,7 +186,7 @@ class Cast:
             base.requires_grad_(False)
         laid_out = torch.device("meta") if str(self.device) == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), laid_out:
-            torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
+            torch.manual_seed((self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if told else ()
             targets += (base.family.input_layer,) if two_times else ()
