@@ -7,6 +7,8 @@ import torch
 from fastgen.core.errors import UserError, warn
 from fastgen.data.media import read_image
 
+MOST_LABELS = 1_000_000
+
 
 def parse_labels(text: str) -> list[int]:
     """3 | 0-9 | 1,4,7 as a list."""
@@ -14,11 +16,16 @@ def parse_labels(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
-    except ValueError:
+            span = range(int(first), int(last or first) + 1)
+            if span.stop > MOST_LABELS:
+                raise UserError("--labels", f"found {part[:40]}", f"3, 0-9 or 1,4,7, below {MOST_LABELS:,}")
+            found += span
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         found = []
-    if not found:
-        raise UserError("--labels", f"found {text!r}", "3, 0-9 or 1,4,7")
+    if not found or len(found) > MOST_LABELS:
+        raise UserError("--labels", f"found {text[:40]!r}", "3, 0-9 or 1,4,7")
     return found
 
 

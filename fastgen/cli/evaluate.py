@@ -85,11 +85,10 @@ def _weights(pairs: list[str]) -> dict[str, str]:
 
 def measure_folder(args) -> dict:
     """Every metric asked for, with what it was measured with."""
-    import torch
-
     from fastgen.evaluation.images import image_files
+    from fastgen.networks.device import open_device
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(args.device)
     asked, weights = set(args.metrics), _weights(args.weights)
     if asked & {"clip", "hps"} and not args.prompts:
         raise UserError(

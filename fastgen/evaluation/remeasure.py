@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json, write_json, write_text
+from fastgen.networks.device import open_device
 
 
 class _Players:
@@ -17,11 +16,6 @@ class _Players:
 
     def __init__(self, teacher, parts: dict, device):
         self.teacher, self.parts, self.device = teacher, parts, device
-
-
-def _device(name: str) -> torch.device:
-    """The named device, else CUDA where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
@@ -39,7 +33,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         )
     if num_samples:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
-    cast = _cast(run, cfg, _device(device))
+    cast = _cast(run, cfg, open_device(device))
     if (cast.teacher.info or {}).get("measure"):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
@@ -68,7 +62,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
         "eval": {"num_samples": num_samples},
     }
     cfg = validate(values)
-    where = _device(device)
+    where = open_device(device)
     loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
         raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
