@@ -267,6 +267,7 @@ def _stopped(stop: interrupt.Stopped, gallery: Gallery) -> int:
     made, num = gallery.count, len(gallery.seeds)
     said = f"{stop}: stopped; {made} of {num} images are kept in {gallery.out}"
     if made < num:
-        said += f"; --seed {gallery.seeds[0] + made} --num_images {num - made} with another --out draws the rest"
+        rest = f"--seed {gallery.seeds[0] + made} --num_images {num - made}"
+        said += f"; {rest} with another --out draws the rest"
     print(said, file=sys.stderr)
     return interrupt.REQUEUE

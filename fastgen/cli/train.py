@@ -17,9 +17,9 @@ from fastgen.core.console import Flags, exit_code, not_finite, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
 from fastgen.core.files import disk_error
 
-EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that are
-not finite; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C with a checkpoint of the last
-step, so that the same command with --resume goes on (a scheduler may requeue it); 130 stopped at once by a
+EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that
+are not finite; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
+last step: the same command with --resume goes on (a scheduler may requeue it); 130 stopped at once by a
 second Ctrl-C."""
 
 

@@ -5,6 +5,10 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro.conf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST = 2**63 - 1
+"""largest whole number and seed"""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change, field docstrings are the help
@@ -25,6 +29,18 @@ class Section(BaseModel):
             for k, v in values.items()
         }
 
+    @model_validator(mode="after")
+    def _bounded(self):
+        """Whole numbers fit 64 bits, others the arithmetic of float32."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) > MOST:
+                    raise ValueError(f"{name}: found {number}; at most {MOST}, in 64 bits")
+                if isinstance(number, float) and abs(number) > 1e30:
+                    raise ValueError(f"{name}: found {number:g}; at most 1e30, far inside float32")
+        return self
+
 
 class TeacherConfig(Section):
     """The slow generator to distil."""
@@ -35,7 +51,7 @@ class TeacherConfig(Section):
     """
     guidance: float = Field(1.0, ge=0)
     """classifier-free guidance w of the teacher: D_uncond + w (D_cond - D_uncond); 1 is none"""
-    num_steps: int = Field(20, ge=1)
+    num_steps: int = Field(20, ge=1, le=100_000)
     """network steps the teacher is sampled with where it is compared"""
     prediction: Literal["auto", "eps", "v", "x0", "flow", "edm"] = "auto"
     """native prediction kind; auto reads it off the scheduler, anything else must agree with it"""
@@ -43,11 +59,11 @@ class TeacherConfig(Section):
     """let a hub id be fetched over the network"""
     dtype: Literal["bf16", "fp16"] | None = None
     """precision of frozen weights; null is float32. What is trained (copies, adapters) stays float32"""
-    height: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1, le=65_536)
     """pixels; null is the size the network was made for"""
-    width: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1, le=65_536)
     """pixels; null is the size the network was made for"""
-    num_frames: int | None = Field(None, ge=1)
+    num_frames: int | None = Field(None, ge=1, le=65_536)
     """frames of a video teacher; null is what it was made for"""
     embedded_guidance: float | None = Field(None, ge=0)
     """guidance that the network takes as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the family's"""
@@ -72,7 +88,7 @@ class TeacherConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapter of one role."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=65_536)
     """rank of the update"""
     lora_alpha: float = Field(16, gt=0)
     """scale numerator; the update is multiplied by lora_alpha / rank"""
@@ -153,7 +169,7 @@ class PlayerOptim(Section):
 
     lr: float = Field(1e-4, gt=0)
     """learning rate"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates"""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon"""
@@ -189,7 +205,7 @@ class TrainConfig(Section):
     """samples per process and micro-batch"""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """micro-batches per optimizer window"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MOST)
     """seed of everything random"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """autocast of network passes; losses and schedules stay in float32"""
@@ -197,7 +213,7 @@ class TrainConfig(Section):
     """recompute activations at backward: less memory, more time"""
     compile: bool = False
     """torch.compile the networks"""
-    ema_decay: tuple[float, ...] = (0.995,)
+    ema_decay: tuple[Decay, ...] = (0.995,)
     """averages of the student; the first is validated and exported; empty exports the raw weights"""
     log_steps: int = Field(10, ge=1)
     """steps between lines of metrics.jsonl"""
@@ -209,7 +225,7 @@ class TrainConfig(Section):
     """precision of exported weights; no is float32 for students, fp16 for teachers made by sft"""
     checkpoints_total_limit: int = Field(2, ge=1)
     """checkpoints kept"""
-    num_threads: int = Field(0, ge=0)
+    num_threads: int = Field(0, ge=0, le=4096)
     """CPU threads; 0 leaves torch's choice"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """trackers besides metrics.jsonl, each if installed"""
@@ -222,7 +238,7 @@ class EvalConfig(Section):
     """samples for the final table; 0 skips it"""
     teacher_samples: int = Field(0, ge=0)
     """samples of the teacher for the final table; 0 means as many as the student's"""
-    student_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    student_steps: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
     """step counts at which the student is measured besides its own; a denoiser trained by sft takes 1, 4,
     20, 50
     """
@@ -232,7 +248,7 @@ class EvalConfig(Section):
     """images in the validation grid"""
     batch_size: int = Field(100, ge=1)
     """images per sampling batch"""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, le=MOST)
     """first seed of the samples"""
     keep: Literal["last", "best"] = "last"
     """export the last weights, or those with the best cheap metric during training"""

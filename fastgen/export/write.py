@@ -85,7 +85,8 @@ def write_cards(trainer, folder: Path, results: dict) -> None:
         info = json.loads(file.read_text())["export"]
         if "students" not in info:  # the folder of several students has a card without numbers
             files = {k: info[k] for k in ("lora", "kohya") if k in info}
-            write_text(file.parent / "README.md", model_card(info["name"], teacher, info, results, command, files))
+            card = model_card(info["name"], teacher, info, results, command, files)
+            write_text(file.parent / "README.md", card)
 
 
 def _export_one(

@@ -181,9 +181,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError("--resume", f"{path} cannot be read ({error})", "delete it to use the one before")
 
 
-def check_same(
-    path: Path, now: dict[str, str], allowed: Iterable[str] = (), report: bool = True
-) -> None:
+def check_same(path: Path, now: dict[str, str], allowed: Iterable[str] = (), report: bool = True) -> None:
     """Refuse to resume a checkpoint under settings that would make another run of it."""
     fingerprint.check_same(path.name, read_meta(path)["fingerprint"], now, allowed, report)
 
@@ -242,6 +240,8 @@ def restore_optimizer(
             if full.startswith(f"{prefix}/"):
                 name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
                 if name not in index:
-                    raise UserError("--resume", f"an optimizer state of {name}", "this run has no such weight")
+                    raise UserError(
+                        "--resume", f"it optimizes {name}, unknown here", "start a new output_dir"
+                    )
                 state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

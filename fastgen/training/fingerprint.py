@@ -130,12 +130,14 @@ def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], repor
     report those that are allowed. A key newer than the checkpoint counts as null.
     """
     allowed = tuple(allowed)
-    known = {k for k in before if k in now or not k.startswith(FOUND) or any(n.startswith(FOUND) for n in now)}
-    changed = [k for k in sorted(known | set(now)) if before.get(k, "null") != now.get(k, "null")]
+    loaded = any(k.startswith(FOUND) for k in now)  # else only the settings are compared yet
+    known = now.keys() | {k for k in before if loaded or not k.startswith(FOUND)}
+    changed = [k for k in sorted(known) if before.get(k, "null") != now.get(k, "null")]
     free = [k for k in changed if _is_free(k) or _matches(k, allowed)]
     unknown = [a for a in allowed if not any(_matches(k, (a,)) for k in (*before, *now, *FOUND))]
     if unknown:
-        raise UserError("--allow_changed", f"no setting is named {unknown[0]!r}", "e.g. optim, data, world_size")
+        found = f"no setting is named {unknown[0]!r}"
+        raise UserError("--allow_changed", found, "e.g. optim, data, world_size")
     refused = [k for k in changed if k not in free]
     if refused:
         spelled = ", ".join(_change(k, before, now) for k in refused[:4])

@@ -85,4 +85,3 @@ def _times(cfg: RunConfig) -> dict[str, float]:
     ):
         found[key] = num / cfg.eval.batch_size * steps * PASS_SECONDS
     return found
-
