@@ -12,6 +12,7 @@ In a checkout `python -m eval` is the same and keeps the leaderboard too.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastgen.core.console import exit_code, quiet
 from fastgen.core.errors import UserError
@@ -168,9 +169,10 @@ def _text(args, asked: set, weights: dict, device) -> dict:
     if args.clip not in clip.PRESETS:
         raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
     prompts = read_lines(args.prompts, len(image_files(args.images)))
-    images, found = read_all(args.images), {}
+    images = read_all(args.images)
+    found: dict[str, float | str] = {}
     if "clip" in asked:
-        preset = dict(clip.PRESETS[args.clip])
+        preset: dict[str, Any] = dict(clip.PRESETS[args.clip])
         arch = preset.pop("arch")
         file = local_file(weights, "clip", clip.WANTED.format(arch=arch))
         model, tokenizer = clip.load_model(arch, file)

@@ -19,6 +19,15 @@ WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
 """weights up to WHOLE bytes are hashed in full; of larger ones BLOCKS evenly spaced blocks of each tensor"""
 FOUND = ("teacher.weights", "data.content", "world_size", "device", "version")
 """keys that are found while a run loads, beside those of its config"""
+TRAIN = (
+    "seed",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "ema_decay",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "compile",
+)
 FREE = ("lr", "gradient_checkpointing", "compile", "version")
 """last or first words of keys whose change is reported and never refused"""
 
@@ -26,10 +35,8 @@ FREE = ("lr", "gradient_checkpointing", "compile", "version")
 def of_config(cfg: RunConfig) -> dict[str, str]:
     """The settings that may not change between a run and its resumption, as JSON by dotted key."""
     values = cfg.model_dump(mode="json")
-    train = ("seed", "train_batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision")
-    train += ("gradient_checkpointing", "compile")
     kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
-    kept["train"] = {k: values["train"][k] for k in train}
+    kept["train"] = {k: values["train"][k] for k in TRAIN}
     kept["data"].pop("cache_dir")
     if cfg.stages:
         kept["stages"] = {str(i): s for i, s in enumerate(values["stages"])}
@@ -81,7 +88,7 @@ def weights_digest(teacher) -> str:
     for name, tensor in kept:
         digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for part in [tensor] if whole else _blocks(tensor):
-            digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -105,8 +112,8 @@ def data_digest(cfg: RunConfig) -> str:
     """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
     digest = hashlib.sha256()
     for source in (cfg.data.images, cfg.data.control, cfg.data.prompts):
-        root = Path(source).expanduser() if source else None
-        for path in sorted(_files(root)) if root else ():
+        root = Path(source).expanduser()
+        for path in sorted(_files(root)) if source else ():
             size = path.stat().st_size
             digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
             with open(path, "rb") as file:

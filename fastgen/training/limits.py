@@ -1,5 +1,8 @@
 """Refusal of runs that cannot work or would not end, by an estimate of memory and time, before they start."""
 
+import math
+from typing import Any
+
 import torch
 
 from fastgen.config.run import RunConfig
@@ -51,10 +54,8 @@ def _host_memory(cfg: RunConfig, cast: Cast) -> tuple[str, float]:
     """(key, bytes) of the largest set of images that is held at once; each as float32 pixels of what the
     teacher decodes, at least as many as its x0 has numbers.
     """
-    codec = cast.teacher.codec
-    numbers = 1
-    for n in codec.shape:
-        numbers *= n
+    codec: Any = cast.teacher.codec
+    numbers = math.prod(codec.shape)
     pixels = getattr(codec, "pixels", None)
     if pixels:
         numbers = max(numbers, 3 * pixels[0] * pixels[1])

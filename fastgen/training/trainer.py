@@ -287,7 +287,8 @@ class Trainer:
         """
         if not self.acc.is_main_process:
             return
-        tensors, rest = self._tensors(), {}
+        tensors = self._tensors()
+        rest: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
             tensors, rest = tensors | more, rest | other
@@ -322,9 +323,9 @@ class Trainer:
             raise NotFinite(f"step {self.step}: the last update left {name} not finite")
         index = torch.arange(min(2, len(self.data)))
         cond = {k: v.to(self.acc.device) for k, v in self.data.cond(index).items()}
-        shape = tuple(self.cast.teacher.codec.shape)
+        codec: Any = self.cast.teacher.codec
         with self.acc.autocast():
-            x = sample_student(self.student, index.tolist(), shape, cond, self.acc.device)
+            x = sample_student(self.student, index.tolist(), codec.shape, cond, self.acc.device)
         if not x.isfinite().all():
             raise NotFinite(f"step {self.step}: samples of the student are not finite after the last update")
 
