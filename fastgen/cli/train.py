@@ -171,7 +171,9 @@ def _train(cfg, trainer, last: Path | None) -> int:
     except interrupt.Stopped as stop:
         print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
         return interrupt.REQUEUE
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:
         if not disk_error(error):
             raise
         way = "free some space, then the same command with --resume goes on"

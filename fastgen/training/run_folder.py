@@ -95,11 +95,10 @@ def _check_overwrite(cfg: RunConfig, folder: Path) -> None:
         "data.images": cfg.data.images,
         "data.control": cfg.data.control,
         "data.prompts": cfg.data.prompts,
-        "data.cache_dir": cfg.data.cache_dir,
     }
     for key, value in inputs.items():
-        if value and Path(value).resolve().is_relative_to(real):
-            found = f"{value} lies in the output_dir that --overwrite would clear"
+        if value and any(Path(value).resolve().is_relative_to(real / name) for name in WRITTEN):
+            found = f"{value} lies in what --overwrite would clear"
             raise UserError(key, found, "move it, or choose another output_dir")
 
 
