@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastgen.core import interrupt
 from fastgen.core.console import Flags, exit_code, not_finite, quiet
-from fastgen.core.errors import NotFinite, UserError, warn
+from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
 
 EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that
@@ -130,8 +130,9 @@ def run(cfg, known) -> int:
     # nothing is written before everything was found in order
     if not main_process:
         accelerator.wait_for_everyone()
-        return _train(cfg, trainer, last)
-    with run_folder.opened(folder, known.resume, known.overwrite):
+        with interrupt.deferred():
+            return _train(cfg, trainer, last)
+    with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
         _open(cfg, folder, last, known.resume)
         accelerator.wait_for_everyone()
         return _train(cfg, trainer, last)
@@ -152,6 +153,8 @@ def _prepare(cfg, folder: Path, accelerator):
 
 def _train(cfg, trainer, last: Path | None) -> int:
     """Train, then export and measure; every way it can end, with what is safe."""
+    import torch
+
     from fastgen.training import checkpoint, validation
 
     accelerator, codec = trainer.acc, trainer.cast.teacher.codec
@@ -174,6 +177,10 @@ def _train(cfg, trainer, last: Path | None) -> int:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            found = f"{first_line(error)}; {_last_good(trainer.folder)}"
+            way = "lower it, or set train.gradient_checkpointing; --resume --allow_changed train goes on"
+            raise UserError("train.train_batch_size", found, way) from None
         if not disk_error(error):
             raise
         way = "free some space, then the same command with --resume goes on"

@@ -32,7 +32,7 @@ class StageConfig(Section):
     """optimizer windows of this stage"""
     optim: OptimConfig = OptimConfig()
     """optimizers of this stage"""
-    num_steps: int | None = None
+    num_steps: int | None = Field(None, ge=1, le=64)
     """student steps in this stage, from where student.timesteps starts; the run's own if not set"""
     limit: int = Field(0, ge=0)
     """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fastgen.config.run import RunConfig, dump
-from fastgen.core.errors import UserError
+from fastgen.config.run import RunConfig, StageConfig, dump
+from fastgen.core.errors import UserError, first_line
 from fastgen.core.rng import Rng
 from fastgen.roles.roles import Player, Role
 from fastgen.training import checkpoint
@@ -27,13 +27,25 @@ def rehearse(cfg: RunConfig, insist: bool = False, resume: Path | None = None) -
     writer = meta["stage"] if meta["k"] else meta["stage"] - 1  # the stage that saved the checkpoint
     decays = cfg.train.ema_decay
     for index, stage in enumerate(cfg.all_stages()):
-        cast.stage(stage, Rng(cfg.train.seed))
+        _make(cast, stage, cfg.train.seed)
         if resume and index == writer:
             _check_progress(resume, meta["k"], stage.max_train_steps)
             checkpoint.check_tensors(resume, _shapes(cast, decays), ("part/", "ema/"))
     if writer >= len(cfg.all_stages()):
         raise UserError("--resume", f"{resume} is of stage {writer}", "this run has fewer stages")
     check_limits(cfg, cast, insist)
+
+
+def _make(cast: Cast, stage: StageConfig, seed: int) -> None:
+    """A stage's objective; a count of its own that no memory holds is the user's mistake."""
+    try:
+        cast.stage(stage, Rng(seed))
+    except (MemoryError, OverflowError) as error:
+        raise UserError("objective", first_line(error), "lower its counts") from None
+    except RuntimeError as error:  # as torch reports memory that the system refuses
+        if "memory" not in str(error):
+            raise
+        raise UserError("objective", first_line(error), "lower its counts") from None
 
 
 def _shapes(cast: Cast, decays: tuple[float, ...]) -> dict[str, tuple[int, ...]]:
