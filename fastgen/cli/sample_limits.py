@@ -41,7 +41,8 @@ def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
         raise UserError("--batch_size", found, "lower it, or pass --insist")
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     disk = num * max(4096.0, 0.3 * numbers)  # a block of a disk, or a picture that packs well
-    if disk > shutil.disk_usage(place).free:
+    space = shutil.disk_usage(place)
+    if space.total and disk > space.free:
         found = f"{num:,} images take about {disk / 2**30:,.0f} GiB, more than is free at {place}"
         raise UserError("--num_images", found, "lower it, or pass --insist")
     seconds = sum(num / min(num, batch_size) * g.nfe * PASS_SECONDS + num * 1e-3 for g in generators)

@@ -17,6 +17,7 @@ from fastgen.config.sections import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    check_numbers,
 )
 from fastgen.objectives import REGISTRY
 
@@ -88,6 +89,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self):
+        check_numbers(self)
         if not self.stages and self.objective is None:
             raise ValueError(f"objective: none given; name one of {', '.join(REGISTRY)}, or write stages")
         flat = {"objective": self.objective is not None, "optim": self.optim != OptimConfig()}

@@ -29,17 +29,21 @@ class Section(BaseModel):
             for k, v in values.items()
         }
 
-    @model_validator(mode="after")
-    def _bounded(self):
-        """Whole numbers fit 64 bits, others the arithmetic of float32."""
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and abs(number) > MOST:
-                    raise ValueError(f"{name}: found {number}; at most {MOST}, in 64 bits")
-                if isinstance(number, float) and abs(number) > 1e30:
-                    raise ValueError(f"{name}: found {number:g}; at most 1e30, far inside float32")
-        return self
+
+def check_numbers(section: BaseModel, prefix: str = "") -> None:
+    """Raises a ValueError naming the first number, anywhere in a section, that no computation can use: whole
+    ones beyond 64 bits, others outside the arithmetic of float32.
+    """
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        key = f"{prefix}{name}"
+        for i, item in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            if isinstance(item, BaseModel):
+                check_numbers(item, f"{key}." if i is None else f"{key}.{i}.")
+            elif isinstance(item, int) and abs(item) > MOST:
+                raise ValueError(f"{key}: found {item}; at most {MOST}, in 64 bits")
+            elif isinstance(item, float) and not abs(item) <= 1e30:  # also not a number
+                raise ValueError(f"{key}: found {item:g}; at most 1e30, well inside float32")
 
 
 class TeacherConfig(Section):

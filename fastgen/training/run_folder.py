@@ -46,6 +46,8 @@ def check_folder(cfg: RunConfig, resume: bool, overwrite: bool) -> Path:
         raise UserError("--resume", "found with --overwrite", "give one of them")
     if not cfg.output_dir.strip():
         raise UserError("output_dir", "found an empty name", "name a folder, e.g. runs/first")
+    if "\0" in cfg.output_dir:
+        raise UserError("output_dir", f"found {cfg.output_dir!r}", "a name without a null character")
     folder = Path(cfg.output_dir)
     try:
         _check_usable(cfg, folder, resume, overwrite)

@@ -13,6 +13,7 @@ from fastgen.core.files import finite, to_json
 from tests.cli.test_bad_input import TOY, say
 from tests.cli.test_run_folder import refused
 from tests.cli.test_sample import call, exports, pictures  # noqa: F401
+from tests.training.test_stopping import not_ignored  # noqa: F401
 
 BIG = 10**9
 OUT = {
@@ -30,6 +31,7 @@ OUT = {
     "weight decay": (["--optim.critic.weight_decay", "1e200"], ["optim.critic.weight_decay"]),
     "steps": (["--train.max_train_steps", str(2**70)], ["train.max_train_steps"]),
     "objective's number": (["--objective.student_every", str(2**70)], ["student_every"]),
+    "objective's nan": (["--objective.disc_weight", "nan"], ["objective.disc_weight", "nan"]),
     "teacher's steps": (["--teacher.num_steps", str(BIG)], ["teacher.num_steps"]),
     "steps measured": (["--eval.student_steps", str(BIG)], ["eval.student_steps"]),
     "many images": (["--eval.num_samples", str(100 * BIG)], ["eval.num_samples", "GiB", "--insist"]),

@@ -29,6 +29,16 @@ def kill_at(monkeypatch, step, *numbers):
     monkeypatch.setattr(Trainer, "write_metrics", write_metrics)
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """A test session in the background ignores some signals, and so would what it starts."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in SIGNALS if n != signal.SIGINT}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def argv(tmp_path):
     return [*write(tmp_path, RUNS["dmd2 with GAN"]), str(tmp_path / "run")]
