@@ -6,7 +6,6 @@ import copy
 import zlib
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ class Cast:
             locate(cfg.student.fuse, "student.fuse")  # a wrong path is told now, not at the end
         names = {_base(p) for s in cfg.all_stages() for p in _wanted(s)}
         self.num_students = _num_students(cfg)
-        self.parts: dict[str, Any] = {"teacher": Role(self.teacher.backbone)}
+        self.parts: dict[str, Role | nn.Module] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         own = cfg.student.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
@@ -70,11 +69,6 @@ class Cast:
                     backbone.enable_gradient_checkpointing()
 
     @property
-    def student(self) -> Any:
-        """The student, or the several students of a run."""
-        return self.parts["student"]
-
-    @property
     def critic_kind(self) -> str:
         return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
 
@@ -88,7 +82,7 @@ class Cast:
         """The teacher's schedule, or the one whose few steps a student of another form takes."""
         return Flow(angles=True) if self.cfg.student.sprint else self.teacher.schedule
 
-    def backbones(self) -> list[Any]:
+    def backbones(self) -> list[nn.Module]:
         """Distinct networks, teacher first."""
         roles = [r for p in self.parts.values() for r in getattr(p, "members", [p]) if isinstance(r, Role)]
         return list({id(r.backbone): r.backbone for r in roles}.values())
@@ -105,7 +99,7 @@ class Cast:
         if not self.num_students:
             self.parts[name] = self._role(name, name, kind, alone)
             return
-        members: list[Any] = [self._role(name, f"{name}{j}", kind, False) for j in range(self.num_students)]
+        members = [self._role(name, f"{name}{j}", kind, False) for j in range(self.num_students)]
         if name == "student":
             router = Router.for_codec(self.teacher.codec, self.num_students)
             self.parts[name] = Students(members, router)
@@ -119,7 +113,7 @@ class Cast:
         ]
         told = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
         two_times, adapter = as_student and self.two_times, adapter_name if kind == "lora" else None
-        base: Any = self._network(name, alone) if adapter is None else self.teacher.backbone
+        base = self._network(name, alone) if adapter is None else self.teacher.backbone
         if adapter and not hasattr(base, "add_adapter"):
             found = "lora on an analytic teacher, which has no weights to adapt"
             raise UserError(f"{name}.kind", found, "use full")
@@ -152,9 +146,9 @@ class Cast:
             init_student(role, chosen.init)
         return role
 
-    def _network(self, name: str, alone: bool) -> Any:
+    def _network(self, name: str, alone: bool) -> nn.Module:
         """The network of a player with weights of its own; the teacher's where nobody else needs it."""
-        base: Any = self.teacher.backbone
+        base = self.teacher.backbone
         if hasattr(base, "trainable_copy"):
             return base.trainable_copy()
         if self.cfg.student.net and name == "student":
@@ -163,8 +157,7 @@ class Cast:
 
     def _other_net(self) -> nn.Module:
         """An untrained network of the teacher's class with some of its config changed."""
-        base: Any = self.teacher.backbone
-        changes = self.cfg.student.net or {}
+        base, changes = self.teacher.backbone, self.cfg.student.net
         config = dict(base.net.config)
         unknown = [k for k in changes if k not in config]
         if unknown:

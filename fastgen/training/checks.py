@@ -1,7 +1,5 @@
 """Whether what a config asks fits the teacher it names: told before anything is built."""
 
-from typing import Any
-
 from fastgen.config.run import RunConfig, StageConfig
 from fastgen.core.errors import UserError
 from fastgen.networks.teacher import Teacher
@@ -12,7 +10,7 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
     CLIP loss its text, or an input for w a pipeline that fills it.
     """
     _check_told(cfg, teacher)
-    codec: Any = teacher.codec
+    codec = teacher.codec
     conditional, family = bool(codec.null(1)), getattr(teacher.backbone, "family", None)
     if cfg.teacher.guidance != 1 and family is not None and not family.guidable:
         told = f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"

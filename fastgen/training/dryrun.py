@@ -52,7 +52,7 @@ def _shapes(cast: Cast, decays: tuple[float, ...]) -> dict[str, tuple[int, ...]]
     """Shapes of what a checkpoint of this stage holds: trained parts and averages of the student."""
     parts = Player("all", {n: p for n, p in cast.parts.items() if n != "teacher"})
     found = {f"part/{n}": tuple(p.shape) for n, p in parts.trainable().items()}
-    student = cast.student.trainable().items()
+    student = cast.parts["student"].trainable().items()
     return found | {f"ema/{d}/{n}": tuple(p.shape) for d in decays for n, p in student}
 
 

@@ -7,7 +7,6 @@ python -m fastgen.training.memory --write    into docs/memory.md (a test holds i
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +54,7 @@ class Memory:
 
 def estimate(cfg: RunConfig, cast: Cast) -> Memory:
     """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
-    codec: Any = cast.teacher.codec
+    codec = cast.teacher.codec
     vae, whole = _bytes(getattr(codec, "vae", None)), _bytes(codec)
     trained = sum(
         sum(p.numel() for p in r.trainable().values())
@@ -113,8 +112,7 @@ class _Kept:
     """Distinct storages that autograd holds, those of parameters left out."""
 
     def __init__(self, own: set[int]):
-        self.own = own
-        self.tensors: dict[int, Tensor] = {}
+        self.own, self.tensors = own, {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         self.tensors[tensor.untyped_storage()._cdata] = tensor
@@ -131,8 +129,7 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
     With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
     recomputed.
     """
-    codec: Any = cast.teacher.codec
-    student, device = cast.student, cast.device
+    codec, student, device = cast.teacher.codec, cast.parts["student"], cast.device
     for p in student.trainable().values():
         p.requires_grad_(True)
     own = {p.untyped_storage()._cdata for b in cast.backbones() for p in b.parameters()}
@@ -187,8 +184,7 @@ def row(name: str) -> str:
         cfg = validate(asked)
         cast = Cast(cfg, "meta")
         found[kind] = estimate(cfg, cast)
-    codec: Any = cast.teacher.codec
-    times = cast.student.times
+    codec, times = cast.teacher.codec, cast.parts["student"].times
     guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
     num = sum(p.numel() for p in cast.teacher.backbone.parameters())
     text = (

@@ -325,7 +325,7 @@ class Trainer:
         cond = {k: v.to(self.acc.device) for k, v in self.data.cond(index).items()}
         codec: Any = self.cast.teacher.codec
         with self.acc.autocast():
-            x = sample_student(self.student, index.tolist(), codec.shape, cond, self.acc.device)
+            x = sample_student(self.cast.parts["student"], index.tolist(), codec.shape, cond, self.acc.device)
         if not x.isfinite().all():
             raise NotFinite(f"step {self.step}: samples of the student are not finite after the last update")
 
