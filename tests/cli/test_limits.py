@@ -176,3 +176,19 @@ def test_nan_samples_end_a_run_with_3_and_no_export(tiny, tmp_path, capsys, monk
     assert main(flow(tiny, tmp_path)) == 3
     assert "samples of the student are not finite" in capsys.readouterr().err
     assert not (tmp_path / "run/export").exists() and not (tmp_path / "run/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "metric,least", [("fid", "two or more"), ("kid", "two or more"), ("recall", "4 or more")]
+)
+def test_too_few_images_for_a_metric(metric, least, tmp_path, capsys):
+    """Before any weights are looked for."""
+    from fastgen.cli.evaluate import main as evaluate
+
+    (tmp_path / "one").mkdir()
+    for i in range(3 if metric == "recall" else 1):
+        Image.new("L", (8, 8)).save(tmp_path / f"one/{i}.png")
+    argv = ["--images", str(tmp_path / "one"), "--against", str(tmp_path / "one"), "--metrics", metric]
+    assert evaluate([*argv, "--extractor", "digits"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --images") and least in err and err.count("\n") == 1
