@@ -10,6 +10,8 @@ from fastgen.data.media import read_image
 from fastgen.data.text import cut_prompts, read_lines
 from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
+MOST_LABELS = 1_000_000
+
 
 def parse_labels(text: str) -> list[int]:
     """3 | 0-9 | 1,4,7 as a list."""
@@ -17,11 +19,18 @@ def parse_labels(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
-    except ValueError:
+            span = range(int(first), int(last or first) + 1)
+            if span.stop > MOST_LABELS:
+                raise UserError(
+                    "--labels", f"found {part[:40]}", f"give them as 3, 0-9 or 1,4,7, below {MOST_LABELS:,}"
+                )
+            found += span
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         found = []
-    if not found:
-        raise UserError("--labels", f"found {text!r}", "give them as 3, 0-9 or 1,4,7")
+    if not found or len(found) > MOST_LABELS:
+        raise UserError("--labels", f"found {text[:40]!r}", "give them as 3, 0-9 or 1,4,7")
     return found
 
 

@@ -10,12 +10,12 @@ In a checkout `python -m eval` is the same and keeps the leaderboard too.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from fastgen.core.console import fail, quiet
+from fastgen.core.console import exit_code, quiet
 from fastgen.core.errors import UserError
+from fastgen.core.files import to_json
 
 MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
 COMMANDS = ("measure", "card")
@@ -47,22 +47,23 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of fastgen-eval; 0, or 2 for a user's mistake."""
+    """Entry point of fastgen-eval; 0, or 2 for a user's mistake, 3 for samples that are not finite."""
     args = _flags().parse_args(argv)
     quiet()
-    try:
-        if args.command == "card":
-            _card(args)
-        elif bool(args.run) == bool(args.images):
-            raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
-        elif args.run:
-            from fastgen.cli.remeasure import remeasure
+    return exit_code(lambda: _run(args))
 
-            remeasure(Path(args.run), args.num_samples, args.device)
-        else:
-            print(json.dumps(measure_folder(args), indent=2))
-    except UserError as error:
-        return fail(error)
+
+def _run(args) -> int:
+    if args.command == "card":
+        _card(args)
+    elif bool(args.run) == bool(args.images):
+        raise UserError("--run", "give either --run DIR or --images DIR", "see --help")
+    elif args.run:
+        from fastgen.cli.remeasure import remeasure
+
+        remeasure(Path(args.run), args.num_samples, args.device)
+    else:
+        print(to_json(measure_folder(args), 2))
     return 0
 
 
@@ -84,11 +85,10 @@ def _weights(pairs: list[str]) -> dict[str, str]:
 
 def measure_folder(args) -> dict:
     """Every metric asked for, with what it was measured with."""
-    import torch
-
     from fastgen.evaluation.images import image_files
+    from fastgen.networks.device import open_device
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(args.device)
     asked, weights = set(args.metrics), _weights(args.weights)
     if asked & {"clip", "hps"} and not args.prompts:
         raise UserError(
@@ -124,6 +124,9 @@ def _mini(args, asked: set, device) -> dict:
     else:
         real = measurer.features(read_all(args.against, mode, "--against").float() / 255)
         scores = compare_features(measurer.features(images), real)
+    if asked & {"precision", "recall"} and len(images) < Measurer.least:
+        found = f"{args.images} holds {len(images)} images"
+        raise UserError("--images", found, f"precision and recall need {Measurer.least} or more")
     scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
     if missing := [m for m in asked & set(MINI) if m not in scores]:
         raise UserError(
@@ -143,6 +146,9 @@ def _inception(args, asked: set, weights: dict, device) -> dict:
     from fastgen.evaluation.images import batches, digest, image_files, local_file
     from fastgen.evaluation.metrics import fid
 
+    for key, folder in (("--images", args.images), ("--against", args.against)):
+        if folder not in NAMES and len(image_files(folder, key)) < 2:
+            raise UserError(key, f"{folder} holds one image", "fid and kid need two or more")
     file = local_file(weights, "inception", fid.WANTED)
     net = fid.load_inception(file)
     fake = fid.features(net, batches(image_files(args.images)), device)

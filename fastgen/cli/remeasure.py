@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
-from fastgen.core.files import write_text
+from fastgen.core.files import to_json, write_json, write_text
 from fastgen.core.paths import is_analytic
+from fastgen.networks.device import open_device
 
 
 class _Players:
@@ -20,14 +19,9 @@ class _Players:
         self.teacher, self.parts, self.device = teacher, parts, device
 
 
-def _device(name: str) -> torch.device:
-    """The named device, else CUDA where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
-    from fastgen.data.loader import Data, load_data
+    from fastgen.data.loader import load_data
     from fastgen.evaluation.evaluator import Evaluator, measure, table
     from fastgen.evaluation.report import write_report
 
@@ -40,8 +34,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         )
     if num_samples:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
-    cast = _cast(run, cfg, _device(device))
-    data: SimpleNamespace | Data
+    cast = _cast(run, cfg, open_device(device))
     if (cast.teacher.info or {}).get("measure"):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
@@ -51,7 +44,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     before = json.loads(file.read_text()) if file.is_file() else {}
     results["protocol"]["weights"] = "export"
     results |= {k: before[k] for k in ("train", "curve") if k in before}
-    write_text(file, json.dumps(results, indent=2))
+    write_json(file, results)
     print(table(results))
     print(f"wrote {file} and {write_report(run)}")
     return results
@@ -70,7 +63,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
         "eval": {"num_samples": num_samples},
     }
     cfg = validate(values)
-    where = _device(device)
+    where = open_device(device)
     loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
         raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
@@ -83,7 +76,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     }
     card |= teacher_card(results)
     file = Path(resolve(path)) / "card.json"
-    write_text(file, json.dumps(card, indent=1) + "\n")
+    write_text(file, to_json(card, 1) + "\n")
     print(f"wrote {file}")
     return card
 

@@ -5,12 +5,17 @@ noise from seed + i, so neither the batch size nor the number of images changes 
 """
 
 import argparse
-import json
+import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastgen.core.errors import UserError, warn
+from fastgen.cli.pictures import Gallery, open_folder
+from fastgen.cli.sample_limits import check_numbers, check_size
+from fastgen.core import interrupt
+from fastgen.core.console import exit_code, quiet
+from fastgen.core.errors import NotFinite, UserError, warn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -42,6 +47,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch_size", type=int, default=50)
     add("--out", default="samples", help="folder of PNGs, grid.png and samples.json")
+    add("--insist", action="store_true", help="draw more than the disk, memory or a sane time allow")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
     add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below")
     add("--teacher_steps", type=int, default=0, help="default: what the run compared with")
@@ -52,16 +58,20 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of sample.py; 0, or 2 for a user's mistake."""
-    from fastgen.core.console import fail, quiet
-
+    """Entry point of sample.py; 0, 2 for a user's mistake, 3 for samples that are not finite, 75 where a
+    signal stopped it and the pictures made so far are kept.
+    """
     args = _flags().parse_args(argv)
     quiet()
-    try:
-        run(args)
-    except UserError as error:
-        return fail(error)
-    return 0
+    with interrupt.handled():
+        try:
+            return exit_code(lambda: run(args))
+        except interrupt.Stopped as stop:
+            print(f"{stop}: stopped before the first image", file=sys.stderr)
+            return interrupt.REQUEUE
+        except KeyboardInterrupt:
+            print("stopped at once; the images written so far are kept", file=sys.stderr)
+            return 130
 
 
 class Generator:
@@ -69,13 +79,13 @@ class Generator:
 
     def __init__(self, loaded, steps: int, guidance: float, null: dict, nasa_scale: float = 0.0):
         """nasa_scale: subtract the attention to `null`, a student's negative prompt (negative_prompts.py)."""
-        self.nasa_scale = nasa_scale
         from fastgen.roles.roles import Student
 
+        self.nasa_scale = nasa_scale
         self.role, self.codec, self.null = loaded.role, loaded.codec, null
         self.guidance, self.is_student = guidance, isinstance(self.role, Student)
         if isinstance(self.role, Student):
-            self.role = _as_asked(self.role, steps, guidance)
+            self.role = _with_flags(self.role, steps, guidance)
             self.steps = len(self.role.times)
         else:
             self.steps = steps or 20
@@ -95,11 +105,19 @@ class Generator:
 
         if self.is_student:
             with self._negative():
-                return self.codec.decode(sample_student(self.role, seeds, self.codec.shape, cond, device))
+                return self._decoded(sample_student(self.role, seeds, self.codec.shape, cond, device))
         noise = ImageNoise(seeds, self.codec.shape, device).first
         uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
         w = self.guidance if self.null else 1.0
-        return self.codec.decode(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
+        return self._decoded(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
+
+    def _decoded(self, x0):
+        """Pictures of denoised samples; NotFinite instead of black ones."""
+        from fastgen.sampling.solvers import check_finite
+
+        images = self.codec.decode(x0)
+        check_finite(f"samples of the {self.name}", x0, images)
+        return images
 
     @contextmanager
     def _negative(self):
@@ -117,7 +135,7 @@ class Generator:
                 negative_prompts.remove(net)
 
 
-def _as_asked(student, steps: int, guidance: float):
+def _with_flags(student, steps: int, guidance: float):
     """The student in `steps` steps (0: its own), at this scale where it takes one; warns outside what it was
     trained for.
     """
@@ -134,8 +152,10 @@ def _as_asked(student, steps: int, guidance: float):
     return student
 
 
-def draw(generator: Generator, cond: dict, seeds: list[int], batch_size: int, device="cpu"):
-    """(images, the i-th under condition i modulo their number; seconds per image without the warm-up)."""
+def batches(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: int, device="cpu"):
+    """Yields (number of the first, images, seconds) a batch, the i-th image under condition i modulo their
+    number; the first image comes alone and once more in its batch, to warm up and to be seen early.
+    """
     import torch
     from tqdm.auto import tqdm
 
@@ -143,19 +163,26 @@ def draw(generator: Generator, cond: dict, seeds: list[int], batch_size: int, de
 
     num_rows = len(next(iter(cond.values()))) if cond else 1
 
-    def batch(index):
-        rows = {k: v.to(device) for k, v in select(cond, index % num_rows).items()}
-        return generator(rows, [seeds[i] for i in index.tolist()], device).cpu()
-
-    images = []
-    with torch.no_grad():
-        batch(torch.arange(1))
+    @torch.no_grad()
+    def batch(first: int, last: int):
+        rows = {k: v.to(device) for k, v in select(cond, torch.arange(first, last) % num_rows).items()}
         start = time.perf_counter()
-        with tqdm(total=len(seeds), desc=generator.name, unit="image", leave=False) as bar:
-            for index in torch.arange(len(seeds)).split(batch_size):
-                images.append(batch(index))
-                bar.update(len(index))
-    return torch.cat(images), (time.perf_counter() - start) / len(seeds)
+        images = generator(rows, list(seeds[first:last]), device).cpu()
+        return first, images, time.perf_counter() - start
+
+    yield *batch(0, 1)[:2], 0.0
+    with tqdm(total=len(seeds), desc=generator.name, unit="image", leave=False) as bar:
+        for first in range(0, len(seeds), batch_size):
+            yield batch(first, min(first + batch_size, len(seeds)))
+            bar.update(min(batch_size, len(seeds) - first))
+
+
+def draw(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: int, device="cpu"):
+    """(all images at once, seconds per image without the warm-up)."""
+    import torch
+
+    found = list(batches(generator, cond, seeds, batch_size, device))[1:]
+    return torch.cat([images for _, images, _ in found]), sum(s for *_, s in found) / len(seeds)
 
 
 def contenders(args, loaded, device) -> list[Generator]:
@@ -203,104 +230,63 @@ def _nasa_scale(args, loaded) -> float:
     return own if args.nasa_scale is None else args.nasa_scale
 
 
-def run(args) -> dict:
-    """Load, draw, write; the record that samples.json holds."""
-    import torch
-
+def run(args) -> int:
+    """Load, draw and write; the exit code."""
     from fastgen.cli.conditions import conditions
     from fastgen.export.load import load_export
+    from fastgen.networks.device import open_device
 
-    for name in ("num_images", "steps", "teacher_steps", "seed"):
-        if vars(args)[name] < 0:
-            raise UserError(f"--{name}", f"found {vars(args)[name]}", "give 0 or more")
-    if args.batch_size < 1:
-        raise UserError("--batch_size", f"found {args.batch_size}", "give 1 or more")
+    check_numbers(args)
     out = open_folder(Path(args.out), args.overwrite)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = open_device(args.device)
     loaded = load_export(args.model, args.base or None)
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     loaded.teacher.to(device)
     cond, names = conditions(args, loaded.codec)
     generators = contenders(args, loaded, device)
-    seeds = [args.seed + i for i in range(args.num_images or len(names))]
-    images, record = [], {"arguments": vars(args), "guidance": generators[-1].guidance, "contenders": []}
-    for generator in generators:
-        found, seconds = draw(generator, cond, seeds, args.batch_size, device)
-        images.append(found)
-        record["contenders"].append(
-            {"name": generator.name, "nfe": generator.nfe, "seconds_per_image": seconds}
-        )
-        print(
-            f"{generator.name:<20} {len(seeds)} images, "
-            f"{seconds:.4g} s and {generator.nfe} network calls each"
-        )
+    seeds = range(args.seed, args.seed + (args.num_images or len(names)))
+    if not args.insist:
+        check_size(out, len(seeds), args.batch_size, loaded.codec.shape, generators)
+    record: dict = {"arguments": vars(args), "guidance": generators[-1].guidance, "contenders": []}
+    gallery = Gallery(out, seeds, names)
+    try:
+        for generator in generators:
+            record["contenders"].append(_draw_into(gallery, generator, cond, args.batch_size, device))
+    except (interrupt.Stopped, NotFinite, OSError) as error:
+        with interrupt.deferred(), suppress(OSError):  # what was made is kept, with its record
+            gallery.close(record)
+        if isinstance(error, interrupt.Stopped):
+            return _stopped(error, gallery)
+        raise
+    with interrupt.deferred():
+        gallery.close(record)
     if len(generators) == 2:
         ratio = record["contenders"][1]["seconds_per_image"] / record["contenders"][0]["seconds_per_image"]
         print(f"{'':<20} the student is {ratio:.1f} times as fast")
-    record["images"] = [
-        {"file": f"{i:05d}_{seed}.png", "seed": seed, "condition": names[i % len(names)]}
-        for i, seed in enumerate(seeds)
-    ]
-    write(out, images, [p.name for p in generators], record)
     print(f"wrote {len(seeds)} images and grid.png to {out}")
-    return record
+    return 0
 
 
-def open_folder(out: Path, overwrite: bool) -> Path:
-    """The output folder; one with files is refused, or with `overwrite` cleared of samples."""
-    if out.exists() and not out.is_dir():
-        raise UserError("--out", f"{out} is a file", "give a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError("--out", f"{out} is not empty", "give another folder, or --overwrite")
-        if not (out / "samples.json").is_file():
-            found = f"{out} was not written by sample.py"
-            raise UserError("--out", found, "give another folder: --overwrite replaces samples only")
-        for image in json.loads((out / "samples.json").read_text()).get("images", []):
-            (out / Path(image["file"]).name).unlink(missing_ok=True)
-    return out
+def _draw_into(gallery: Gallery, generator: Generator, cond: dict, batch_size: int, device) -> dict:
+    """Draw every sample of one contender, written as it comes; what samples.json says of it."""
+    seconds, num = 0.0, len(gallery.seeds)
+    gallery.contender(generator.name)
+    for first, images, spent in batches(generator, cond, gallery.seeds, batch_size, device):
+        with interrupt.deferred():
+            gallery.add(first, images)
+        interrupt.check()
+        seconds += spent / num
+    print(f"{generator.name:<20} {num} images, {seconds:.4g} s and {generator.nfe} network calls each")
+    return {"name": generator.name, "nfe": generator.nfe, "seconds_per_image": seconds}
 
 
-def write(out: Path, images: list, titles: list[str], record: dict) -> None:
-    """A PNG (of a clip a gif) per sample of the first contender, the grid of all, samples.json."""
-    from fastgen.core.files import write_text
-    from fastgen.data.media import filmstrip, save_clip, to_pil
-
-    out.mkdir(parents=True, exist_ok=True)
-    for image, entry in zip(images[0], record["images"]):
-        if image.ndim == 4:
-            entry["file"] = str(Path(entry["file"]).with_suffix(".gif"))
-            save_clip([to_pil(frame) for frame in image.unbind(1)], out / entry["file"])
-        else:
-            to_pil(image).save(out / entry["file"])
-    if images[0].ndim == 5:
-        images = [filmstrip(clips) for clips in images]
-    grid(images, titles).save(out / "grid.png")
-    write_text(out / "samples.json", json.dumps(record, indent=2))
-
-
-def grid(images: list, titles: list[str], columns: int = 10, most: int = 100):
-    """Up to `most` images, each contender's row above the next one's, titled where there are several."""
-    from PIL import Image, ImageDraw
-
-    from fastgen.data.media import to_pil
-
-    num = min(len(images[0]), most)
-    filmstrips = images[0].shape[-1] >= 6 * images[0].shape[-2]  # which stand alone
-    columns = 1 if filmstrips else min(num, columns)
-    scale = max(1, 64 // images[0].shape[-1])
-    height, width = images[0].shape[-2] * scale + 2, images[0].shape[-1] * scale + 2
-    left = 110 if len(images) > 1 else 0
-    rows = -(-num // columns)
-    canvas = Image.new("RGB", (left + columns * width, rows * len(images) * height), "white")
-    pen = ImageDraw.Draw(canvas)
-    for k, (found, title) in enumerate(zip(images, titles)):
-        for i in range(num):
-            row, column = divmod(i, columns)
-            tile = to_pil(found[i]).convert("RGB").resize((width - 2, height - 2), Image.Resampling.NEAREST)
-            top = (row * len(images) + k) * height
-            canvas.paste(tile, (left + column * width, top))
-            if left and not column:
-                pen.text((4, top + height // 2 - 6), title, fill="black")
-    return canvas
+def _stopped(stop: interrupt.Stopped, gallery: Gallery) -> int:
+    """Say what is kept after a signal, and how to draw the rest."""
+    made, num = gallery.count, len(gallery.seeds)
+    said = f"{stop}: stopped; {made} of {num} images are kept in {gallery.out}"
+    if made < num:
+        rest = f"--seed {gallery.seeds[0] + made} --num_images {num - made}"
+        said += f"; {rest} with another --out draws the rest"
+    print(said, file=sys.stderr)
+    return interrupt.REQUEUE

@@ -4,49 +4,54 @@ python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
 """
 
 import argparse
-import errno
 import importlib
 import importlib.util
-import json
+import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from fastgen.core.console import Flags, fail, quiet
-from fastgen.core.errors import UserError
+from fastgen.core import interrupt
+from fastgen.core.console import Flags, exit_code, not_finite, quiet
+from fastgen.core.errors import NotFinite, UserError, first_line, warn
+from fastgen.core.files import disk_error
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that
+are not finite; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
+last step: the same command with --resume goes on (a scheduler may requeue it); 130 stopped at once by a
+second Ctrl-C."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of train.py; 0, or 2 for a user's mistake, 3 for a run stopped by a number that is not
-    finite.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    flags = _flags()
-    try:
-        known, rest = flags.parse_known_args(argv)
-        for module in known.plugin:
-            _import_plugin(module)
-        from fastgen.config.run import help_text, load
-        from fastgen.core.paths import config
+    """Entry point of train.py; its exit codes are in the text of --help."""
+    with interrupt.handled():
+        try:
+            return exit_code(lambda: _main(sys.argv[1:] if argv is None else argv))
+        except interrupt.Stopped as stop:
+            said = "stopped before training began, nothing is lost; the same command starts it again"
+            print(f"{stop}: {said}", file=sys.stderr)
+            return interrupt.REQUEUE
+        except KeyboardInterrupt:
+            said = "stopped at once; the same command with --resume goes on from the last checkpoint"
+            print(said, file=sys.stderr)
+            return 130
 
-        switches = tuple(n.lstrip("-") for a in flags._actions for n in a.option_strings)
-        cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest, switches)
-        if known.help:
-            print(flags.format_help() + "\n" + help_text(cfg))
-            return 0
-        return run(cfg, known)
-    except UserError as error:
-        return fail(error)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        return fail(UserError("output_dir", error, "free some space or choose a folder that can be written"))
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+
+def _main(argv: list[str]) -> int:
+    flags = _flags()
+    known, rest = flags.parse_known_args(argv)
+    for module in known.plugin:
+        _import_plugin(module)
+    from fastgen.config.run import help_text, load
+    from fastgen.core.paths import config
+
+    switches = tuple(n.lstrip("-") for a in flags._actions for n in a.option_strings)
+    cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest, switches)
+    if known.help:
+        print(flags.format_help() + "\n" + help_text(cfg))
+        return 0
+    return run(cfg, known)
 
 
 def _import_plugin(module: str) -> None:
@@ -71,6 +76,7 @@ def _flags() -> argparse.ArgumentParser:
         description="Train one run: load the config, build the cast, train, measure, export. "
         "Keys of the config are flags too; "
         "the list below shows those of the objective and values chosen so far.",
+        epilog=EXIT_CODES,
     )
     flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
     flags.add_argument(
@@ -82,6 +88,16 @@ def _flags() -> argparse.ArgumentParser:
     )
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
     flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
+    flags.add_argument(
+        "--allow_changed",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="with --resume: go on although these settings changed, e.g. optim data world_size",
+    )
+    flags.add_argument(
+        "--insist", action="store_true", help="start a run that needs more memory or time than seems sane"
+    )
     flags.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing"
     )
@@ -95,46 +111,110 @@ def run(cfg, known) -> int:
     """Train one validated config."""
     import torch
 
-    from fastgen.data.loader import load_data
-    from fastgen.networks.codecs import TextCodec
-    from fastgen.training import checkpoint, validation
-    from fastgen.training.cast import Cast
+    from fastgen.training import checkpoint, fingerprint, run_folder
     from fastgen.training.dryrun import describe, rehearse
-    from fastgen.training.trainer import NotFinite, Trainer
 
     quiet()
     _check_libraries(cfg)
     if known.dry_run:
         print(describe(cfg))
         return 0
-    folder = checkpoint.check_run(cfg.output_dir, known.resume, known.overwrite)
-    last = checkpoint.latest(folder) if known.resume else None
+    main_process = os.environ.get("RANK", "0") == "0"
+    folder = Path(cfg.output_dir)
+    if main_process:
+        run_folder.check_folder(cfg, known.resume, known.overwrite)
+    last = checkpoint.newest_good(folder, main_process) if known.resume else None
     if last:
-        checkpoint.check_same(last, checkpoint.fingerprint(cfg))
+        checkpoint.check_same(last, fingerprint.of_config(cfg), known.allow_changed, report=False)
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
-    rehearse(cfg)
+    rehearse(cfg, known.insist, last)
     accelerator = _accelerator(cfg)
+    trainer = _prepare(cfg, folder, accelerator)
+    if last:
+        checkpoint.check_same(last, trainer.fingerprint, known.allow_changed, report=main_process)
+    # nothing is written before everything was found in order
+    if not main_process:
+        accelerator.wait_for_everyone()
+        with interrupt.deferred():
+            return _train(cfg, trainer, last)
+    with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
+        _open(cfg, folder, last, known.resume)
+        accelerator.wait_for_everyone()
+        return _train(cfg, trainer, last)
+
+
+def _prepare(cfg, folder: Path, accelerator):
+    """The trainer of a run, with everything loaded."""
+    from fastgen.data.loader import load_data
+    from fastgen.training.cast import Cast
+    from fastgen.training.trainer import Trainer
+    from fastgen.training.validation import Validator
+
     cast = Cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device, pixels=cfg.reads_data())
-    validator = validation.Validator(cfg, cast, data, folder)
-    # nothing is written before everything was found in order
-    _open(cfg, folder, known.overwrite, accelerator)
-    if isinstance(cast.teacher.codec, TextCodec):
-        freed = cast.teacher.codec.free() / 2**20
+    validator = Validator(cfg, cast, data, folder)
+    return Trainer(cfg, cast, data, folder, accelerator, validator)
+
+
+def _train(cfg, trainer, last: Path | None) -> int:
+    """Train, then export and measure; every way it can end, with what is safe."""
+    import torch
+
+    from fastgen.networks.codecs import TextCodec
+    from fastgen.training import checkpoint, validation
+
+    accelerator, codec = trainer.acc, trainer.cast.teacher.codec
+    if cfg.train.report_to:
+        accelerator.init_trackers("fastgen")
+    if isinstance(codec, TextCodec):
+        freed = codec.free() / 2**20
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
-    trainer = Trainer(cfg, cast, data, folder, accelerator, validator)
     try:
         trainer.fit(last)
+        if accelerator.is_main_process:
+            validation.finish(trainer, trainer.validate.evaluator)
     except NotFinite as error:
-        good = checkpoint.latest(folder)
-        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was made yet"
-        print(f"error: {error}; {kept}", file=sys.stderr)
-        return 3
-    if accelerator.is_main_process:
-        validation.finish(trainer, validator.evaluator)
+        if trainer.unchanged and accelerator.is_main_process:  # the weights of that checkpoint led here
+            checkpoint.set_aside(trainer.folder, trainer.step - 1, "not-finite")
+        return not_finite(error, _last_good(trainer.folder))
+    except interrupt.Stopped as stop:
+        print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
+        return interrupt.REQUEUE
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            found = f"{first_line(error)}; {_last_good(trainer.folder)}"
+            way = "lower it, or set train.gradient_checkpointing; --resume --allow_changed train goes on"
+            raise UserError("train.train_batch_size", found, way) from None
+        if not disk_error(error):
+            raise
+        way = "free some space, then the same command with --resume goes on"
+        raise UserError("output_dir", f"{error}; {_last_good(trainer.folder)}", way) from None
     accelerator.end_training()
     return 0
+
+
+def _last_good(folder: Path) -> str:
+    from fastgen.training import checkpoint
+
+    good = checkpoint.latest(folder)
+    return f"the last good checkpoint is {good}" if good else "no good checkpoint was made yet"
+
+
+def _stopped(trainer) -> str:
+    """What is safe after a signal, and how to go on."""
+    from fastgen.training import checkpoint
+
+    last, way = checkpoint.latest(trainer.folder), "the same command with --resume"
+    if trainer.exported:
+        return f"stopped while measuring; the export is whole: {trainer.exported}; {way} measures it"
+    if last is None:
+        return f"stopped before the first step; {way} starts it"
+    if trainer.step >= trainer.total:
+        return f"stopped after the last step; {last} is saved; {way} exports and measures"
+    return f"stopped after step {trainer.step} of {trainer.total}; {last} is saved; {way} goes on from it"
 
 
 def _accelerator(cfg):
@@ -150,19 +230,19 @@ def _accelerator(cfg):
     )
 
 
-def _open(cfg, folder: Path, overwrite: bool, accelerator) -> None:
-    """Write what a run folder starts with, and start the trackers."""
+def _open(cfg, folder: Path, last: Path | None, resume: bool) -> None:
+    """Write what a run folder starts with; a resumed run's newer, damaged checkpoints go aside."""
     from fastgen.config.run import dump
-    from fastgen.core.files import write_text
+    from fastgen.core.files import write_json, write_text
     from fastgen.training import checkpoint
 
-    if accelerator.is_main_process:
-        checkpoint.open_run(folder, overwrite)
-        write_text(folder / "config.yaml", dump(cfg))
-        write_text(folder / "environment.json", json.dumps(environment(), indent=2))
-    accelerator.wait_for_everyone()
-    if cfg.train.report_to:
-        accelerator.init_trackers("fastgen")
+    if last:
+        checkpoint.set_aside(folder, int(last.name.removeprefix("checkpoint-")), "damaged")
+    elif resume:
+        warn(f"--resume: {folder} has no checkpoint yet; starting from the beginning")
+        checkpoint.rewind_metrics(folder, -1)
+    write_text(folder / "config.yaml", dump(cfg))
+    write_json(folder / "environment.json", environment())
 
 
 def _check_libraries(cfg) -> None:

@@ -18,6 +18,7 @@ from fastgen.config.sections import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    check_numbers,
 )
 from fastgen.core.paths import is_analytic
 from fastgen.objectives import REGISTRY, requirements_of
@@ -34,7 +35,7 @@ class StageConfig(Section):
     """optimizer windows of this stage"""
     optim: OptimConfig = OptimConfig()
     """optimizers of this stage"""
-    num_steps: int | None = None
+    num_steps: int | None = Field(None, ge=1, le=64)
     """student steps in this stage, from where student.timesteps starts; the run's own if not set"""
     limit: int = Field(0, ge=0)
     """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""
@@ -90,6 +91,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self):
+        check_numbers(self)
         if not self.stages and self.objective is None:
             raise ValueError(f"objective: none given; name one of {', '.join(REGISTRY)}, or write stages")
         flat = {"objective": self.objective is not None, "optim": self.optim != OptimConfig()}

@@ -5,6 +5,10 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro.conf
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST = 2**63 - 1
+"""largest whole number and seed"""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, and values cannot be changed."""
@@ -24,6 +28,22 @@ class Section(BaseModel):
         }
 
 
+def check_numbers(section: BaseModel, prefix: str = "") -> None:
+    """Raises a ValueError naming the first number, anywhere in a section, that no computation can use: whole
+    ones beyond 64 bits, others outside the arithmetic of float32.
+    """
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        key = f"{prefix}{name}"
+        for i, item in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            if isinstance(item, BaseModel):
+                check_numbers(item, f"{key}." if i is None else f"{key}.{i}.")
+            elif isinstance(item, int) and abs(item) > MOST:
+                raise ValueError(f"{key}: found {item}; at most {MOST}, in 64 bits")
+            elif isinstance(item, float) and not abs(item) <= 1e30:  # also not a number
+                raise ValueError(f"{key}: found {item:g}; at most 1e30, well inside float32")
+
+
 class TeacherConfig(Section):
     """The teacher: the diffusion model that is distilled."""
 
@@ -33,7 +53,7 @@ class TeacherConfig(Section):
     """
     guidance: float = Field(default=1.0, ge=0)
     """classifier-free guidance scale w of the teacher, D_uncond + w (D_cond - D_uncond); 1 is no guidance"""
-    num_steps: int = Field(default=20, ge=1)
+    num_steps: int = Field(default=20, ge=1, le=100_000)
     """sampling steps of the teacher when it is compared with the student"""
     prediction: Literal["auto", "eps", "v", "x0", "flow", "edm"] = "auto"
     """what the network predicts; auto is as in the scheduler's config, with which other values must agree"""
@@ -41,11 +61,11 @@ class TeacherConfig(Section):
     """allow the download of a model given by hub id; false uses the local cache only"""
     dtype: Literal["bf16", "fp16"] | None = None
     """precision of the frozen weights; null is float32. Trained weights (copies, adapters) are float32"""
-    height: int | None = Field(default=None, ge=1)
+    height: int | None = Field(default=None, ge=1, le=65_536)
     """image height in pixels; null is the size that the network was trained for"""
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=65_536)
     """image width in pixels; null is the size that the network was trained for"""
-    num_frames: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1, le=65_536)
     """number of frames of a video teacher; null is what it was trained for"""
     embedded_guidance: float | None = Field(default=None, ge=0)
     """guidance scale for networks that take it as an input (FLUX.1-dev, SANA-Sprint, LCM); null is the
@@ -72,7 +92,7 @@ class TeacherConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapter (LoRA) of the student or the critic."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """rank of the weight update"""
     lora_alpha: float = Field(default=16, gt=0)
     """the update is multiplied by lora_alpha / rank"""
@@ -161,7 +181,7 @@ class PlayerOptim(Section):
 
     lr: float = Field(default=1e-4, gt=0)
     """learning rate"""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """decay rates of Adam's moments"""
     eps: float = Field(default=1e-8, gt=0)
     """epsilon of Adam"""
@@ -197,7 +217,7 @@ class TrainConfig(Section):
     """samples per micro-batch and process"""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """micro-batches per training step"""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST)
     """seed of all random numbers in training"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """precision of the networks' computations (autocast); losses and noise schedules are in float32"""
@@ -205,7 +225,7 @@ class TrainConfig(Section):
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
     """compile the networks with torch.compile"""
-    ema_decay: tuple[float, ...] = (0.995,)
+    ema_decay: tuple[Decay, ...] = (0.995,)
     """decay rates of moving averages of the student's weights; the first average is validated and exported;
     an empty list exports the trained weights themselves
     """
@@ -219,7 +239,7 @@ class TrainConfig(Section):
     """precision of exported weights; no is float32 for students, and fp16 for teachers trained by sft"""
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """number of checkpoints that are kept, the latest"""
-    num_threads: int = Field(default=0, ge=0)
+    num_threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 is its own default"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """experiment trackers besides metrics.jsonl; each needs its package"""
@@ -232,7 +252,7 @@ class EvalConfig(Section):
     """student samples of the final evaluation; 0 skips it"""
     teacher_samples: int = Field(default=0, ge=0)
     """teacher samples of the final evaluation; 0 is as many as the student's"""
-    student_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    student_steps: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
     """further step counts with which the student is evaluated; empty is none, or 1, 4, 20 and 50 for a
     denoiser trained by sft
     """
@@ -242,7 +262,7 @@ class EvalConfig(Section):
     """images in the sample grid"""
     batch_size: int = Field(default=100, ge=1)
     """images per batch when sampling"""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=MOST)
     """seed of the first sample; the next ones count up"""
     keep: Literal["last", "best"] = "last"
     """export the last weights, or those with the best validation metric during training"""

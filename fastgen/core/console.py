@@ -3,9 +3,11 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
-from fastgen.core.errors import UserError
+from fastgen.core.errors import NotFinite, UserError
+from fastgen.core.files import disk_error
 
 
 class Flags(argparse.ArgumentParser):
@@ -19,6 +21,28 @@ def fail(error: UserError) -> int:
     """Print a user's mistake as one line on stderr; returns the exit code 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def not_finite(error: NotFinite, more: str = "") -> int:
+    """Print a number that became NaN or infinite as one line; the exit code."""
+    print(f"error: {' '.join(str(error).split())}{more and '; ' + more}", file=sys.stderr)
+    return 3
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command: its own exit code, 2 for a user's mistake or a disk that refuses, 3 for numbers that are
+    not finite, each with one line on stderr.
+    """
+    try:
+        return command()
+    except UserError as error:
+        return fail(error)
+    except NotFinite as error:
+        return not_finite(error)
+    except Exception as error:
+        if not disk_error(error):
+            raise
+        return fail(UserError("disk", error, "free some space, or choose a folder that can be written"))
 
 
 def quiet() -> None:

@@ -17,6 +17,10 @@ class UserError(ValueError):
         super().__init__(f"{key}: {found}; {instruction}" if instruction else f"{key}: {found}")
 
 
+class NotFinite(RuntimeError):
+    """A loss, gradient, weight or sample became NaN or infinite; says which and when. Exit code 3."""
+
+
 def warn(text: str) -> None:
     """One line on stderr: the run continues, but differs from what was requested."""
     print(f"warning: {text}", file=sys.stderr)

@@ -90,7 +90,7 @@ class Data:
         """Sample at a position of the endless stream: a fresh permutation every epoch."""
         epoch, offset = divmod(position, len(self))
         if getattr(self, "_order_key", None) != (epoch, seed):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             self._order, self._order_key = torch.randperm(len(self), generator=generator), (epoch, seed)
         return int(self._order[offset])
 

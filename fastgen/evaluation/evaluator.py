@@ -6,12 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastgen.core import interrupt
 from fastgen.core.batch import select
+from fastgen.core.errors import UserError
 from fastgen.evaluation.diagnostics import look
 from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
-from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
+from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
 
 class Requests:
@@ -69,12 +71,15 @@ class Evaluator:
         self.measurer = (
             ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)
         )
+        if self.measurer is not None:
+            check_counts(cfg, self.measurer.primary, self.measurer.least)
 
     @torch.no_grad()
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
         """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
 
         steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
+        Raises NotFinite for samples that are not; a signal that waits is obeyed between two batches.
         """
         cfg, codec, device = self.cfg, self.cast.teacher.codec, self.cast.device
         chunks = []
@@ -84,7 +89,10 @@ class Evaluator:
             uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
             seeds = [seed + int(i) for i in index]
             x0 = self._sample(who, seeds, cond, uncond, steps)
-            chunks.append((codec.decode(x0) if len(codec.shape) > 1 else x0).cpu())
+            images = codec.decode(x0) if len(codec.shape) > 1 else x0
+            check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
+            chunks.append(images.cpu())
+            interrupt.check()
         return torch.cat(chunks)
 
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
@@ -113,6 +121,19 @@ class Evaluator:
         if who == "teacher" or not self.few_step:
             return nfe(steps or self.cfg.teacher.num_steps, self.cfg.teacher.guidance)
         return steps or len(self.cast.parts["student"].times)
+
+
+def check_counts(cfg, primary: str, least: int) -> None:
+    """Refuse, before anything is trained, sample counts that a run's metrics cannot be computed from."""
+    counts = {"eval.num_samples": cfg.eval.num_samples}
+    if cfg.eval.num_samples:
+        counts["eval.teacher_samples"] = cfg.eval.teacher_samples
+    if cfg.train.validation_steps and cfg.eval.validation_samples:
+        counts["eval.validation_samples"] = max(cfg.eval.validation_samples, cfg.eval.grid)
+    for key, num in counts.items():
+        if 0 < num < least:
+            found = f"found {num}; {primary} and its companions need {least} samples or more"
+            raise UserError(key, found, "raise it, or set it to 0 to measure nothing")
 
 
 def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:

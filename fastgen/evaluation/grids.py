@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgen.core.files import placed
 from fastgen.data.media import filmstrip, save_clip
 
 
@@ -29,11 +30,13 @@ def save_grid(images: Tensor, path: Path) -> None:
     columns = 10
     if images.ndim == 5:
         moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
-        save_clip([Image.fromarray(f) for f in moving], path.with_suffix(".gif"))
+        with placed(path.with_suffix(".gif")) as file:
+            save_clip([Image.fromarray(f) for f in moving], file)
         images, columns = filmstrip(images), 1
     scale = max(1, 64 // images.shape[-1])
     shown = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    Image.fromarray(to_grid(shown, columns).numpy()).save(path)
+    with placed(path) as file:
+        Image.fromarray(to_grid(shown, columns).numpy()).save(file)
 
 
 def _scatter(points: Tensor, path: Path) -> None:
@@ -42,4 +45,5 @@ def _scatter(points: Tensor, path: Path) -> None:
     figure = Figure(figsize=(3, 3))
     axes = figure.add_subplot()
     axes.scatter(points[:, 0], points[:, 1 % points.shape[1]], s=4)
-    figure.savefig(path)
+    with placed(path) as file:
+        figure.savefig(file)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastgen import __version__
-from fastgen.core.files import write_text
+from fastgen.core.files import replace_folder, write_text
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
 from fastgen.export.info import FILE, ExportInfo
@@ -82,8 +82,7 @@ def export_student(trained: Trained, folder: Path, results: dict) -> Path:
         _export_members(trained, student, temporary, setup, info, results)
     else:
         _export_one(trained, student, temporary, setup, info, results)
-    shutil.rmtree(folder, ignore_errors=True)
-    return temporary.rename(folder)
+    return replace_folder(temporary, folder)
 
 
 def _export_one(

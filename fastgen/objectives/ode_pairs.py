@@ -66,7 +66,7 @@ class Pairs:
     def _solve(self, batch: Batch, todo: list[int], numbers: list[int], teacher: Role) -> Tensor:
         """The guided teacher's ODE for some rows of the batch, from the noises of their numbers."""
         obj, like = self.obj, batch.noise
-        seeds = [obj.rng.seed * 1_000_003 + n for n in numbers]
+        seeds = [(obj.rng.seed * 1_000_003 + n) % 2**63 for n in numbers]
         drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
         cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
         noise = torch.stack(drawn).to(like)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.batch import Cond
+from fastgen.core.errors import NotFinite
 from fastgen.diffusion.schedules import Schedule, expand
 from fastgen.roles.roles import Role, Student
 
@@ -80,6 +81,17 @@ def sample_teacher(
             return D(x, t)
         x = solver_step(schedule, D, x, t, torch.full_like(t, times[i + 1]), solver)
     raise AssertionError("num_steps must be at least 1")
+
+
+def check_finite(what: str, x0: Tensor, images: Tensor) -> None:
+    """Raise NotFinite, naming what was drawn, where the denoised samples or their decoded pictures hold a
+    NaN or an infinity: as pictures they would be black, and no metric means anything.
+    """
+    for tensor, where in ((x0, "from the denoiser"), (images, "from the autoencoder")):
+        bad = int((~tensor.isfinite().flatten(1).all(1)).sum())
+        if bad:
+            remedy = "in half precision, try bf16 or float32"
+            raise NotFinite(f"{what} are not finite: {bad} of {len(tensor)} as they come {where}; {remedy}")
 
 
 class ImageNoise:

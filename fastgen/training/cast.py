@@ -183,7 +183,7 @@ class Cast:
             base.requires_grad_(False)
         where = torch.device("meta") if str(self.device) == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), where:
-            torch.manual_seed(self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode()))
+            torch.manual_seed((self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if guided else ()
             targets += (base.family.input_layer,) if two_times else ()

@@ -1,81 +1,87 @@
-"""Run folder and checkpoints: safetensors and JSON only, written beside and renamed, so that a kill
-leaves the last good one.
+"""Checkpoints: safetensors and JSON only, with a checksum of each file, written beside their place and
+renamed into it, so that a kill or a full disk leaves the last good one.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastgen.config.run import RunConfig
-from fastgen.core.errors import UserError
-from fastgen.core.files import write_text
+from fastgen.core.errors import UserError, warn
+from fastgen.core.files import disk_error, sha256, sync_folder, to_json, write_text
+from fastgen.training import fingerprint
+
+TENSORS, STATE, SUMS = "state.safetensors", "state.json", "checksums.json"
+META: dict[str, tuple[type, ...]] = {
+    "stage": (int,),
+    "k": (int,),
+    "step": (int,),
+    "seconds": (int, float),
+    "rest": (dict,),
+    "best": (dict,),
+    "fingerprint": (dict,),
+    "logs": (dict,),
+    "scaler": (dict, type(None)),
+    "validated": (bool,),
+}
+"""what state.json holds, by type"""
 
 
-def check_run(output_dir: str, resume: bool, overwrite: bool) -> Path:
-    """The run folder if it may be used as asked; refuses a used one otherwise. Touches nothing."""
-    folder = Path(output_dir)
-    if resume and overwrite:
-        raise UserError("--resume", "found with --overwrite", "give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise UserError("output_dir", f"{folder} is a file", "give a folder")
-    used = folder.is_dir() and any(folder.iterdir())
-    if resume and latest(folder) is None:
-        raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")
-    if used and not (resume or overwrite):
-        raise UserError(
-            "output_dir",
-            f"{folder} is not empty",
-            "pass --resume to continue it or --overwrite to start over",
-        )
-    if used and overwrite and not (folder / "config.yaml").exists():
-        raise UserError(
-            "output_dir", f"{folder} was not written by fastgen", "--overwrite clears run folders only"
-        )
-    return folder
-
-
-def open_run(folder: Path, overwrite: bool) -> None:
-    """Make (or clear) a run folder that `check_run` let pass."""
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def check_same(path: Path, now: dict[str, str]) -> None:
-    """Refuse to resume a checkpoint under settings that would make another run of it; says which and how."""
-    before = read_meta(path)["fingerprint"]
-    # a key that came after the checkpoint was written counts as null
-    changed = [k for k in sorted(before | now) if before.get(k, "null") != now.get(k, "null")]
-    if changed:
-        told = ", ".join(f"{k} ({before.get(k, 'unset')} -> {now.get(k, 'unset')})" for k in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            "--resume", f"changed since {path.name}: {told}{more}", "keep them, or start a new output_dir"
-        )
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; says what is wrong with it."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Checkpoints by step, oldest first, damaged ones included."""
     number = lambda p: p.name.removeprefix("checkpoint-")  # noqa: E731
-    found = [
-        p
-        for p in (folder / "checkpoints").glob("checkpoint-*")
-        if number(p).isdigit() and (p / "state.json").exists()
-    ]
+    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if number(p).isdecimal()]
     return sorted(found, key=lambda p: int(number(p)))
 
 
 def latest(folder: Path) -> Path | None:
+    """The newest checkpoint."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int) -> Path:
-    """Write checkpoint-<step>; older ones beyond `keep` go only after it is complete."""
+def newest_good(folder: Path, report: bool = True) -> Path | None:
+    """The newest checkpoint that is whole; each damaged one after it is reported in a line. None where a run
+    has no checkpoint yet; an error where all it has are damaged.
+    """
+    why = ""
+    for path in reversed(checkpoints(folder)):
+        try:
+            _verify(path)
+            return path
+        except Damaged as error:
+            why = why or f"{path.name} is damaged ({error})"
+            if report:
+                warn(f"--resume: {path} is damaged ({error}); looking for the one before")
+    if why:
+        way = "restore a copy of one, or start again with --overwrite"
+        raise UserError("--resume", f"{folder} has no undamaged checkpoint: {why}", way)
+    return None
+
+
+def set_aside(folder: Path, after: int, why: str) -> list[Path]:
+    """Rename the checkpoints after a step, so that nothing resumes or counts them; what they are called
+    now.
+    """
+    moved = []
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("checkpoint-")) > after:
+            aside = path.with_name(f"{path.name}.{why}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> Path:
+    """Write checkpoint-<step> whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -84,27 +90,72 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors"
-        )
-        (temporary / "state.json").write_text(json.dumps(meta))
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+        (temporary / STATE).write_text(to_json(meta))
+        sums = {name: sha256(temporary / name) for name in (TENSORS, STATE)}
+        (temporary / SUMS).write_text(to_json(sums, 1))
+        sync_folder(temporary)
+        if final.is_dir():
+            shutil.rmtree(final)
         os.replace(temporary, final)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # safetensors reports a full disk as its own error
+        sync_folder(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            "checkpoint", f"step {step} could not be saved ({error})", "the last good checkpoint is kept"
-        ) from None
+        if not (disk_error(error) or isinstance(error, (OSError, SafetensorError))):
+            raise
+        good = latest(folder)
+        kept = f"the last good checkpoint is kept: {good}" if good else "no checkpoint was made before"
+        found = f"step {step} could not be saved ({error}); {kept}"
+        way = "free some space, then the same command with --resume goes on"
+        raise UserError("checkpoint", found, way) from None
+    return final
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def _verify(path: Path) -> None:
+    """Raises Damaged unless a checkpoint holds exactly what was saved."""
+    try:
+        for name in (SUMS, STATE, TENSORS):
+            if not (path / name).is_file():
+                raise Damaged(f"it has no {name}")
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+        for name in (STATE, TENSORS):
+            if not isinstance(sums, dict) or sums.get(name) != sha256(path / name):
+                raise Damaged(f"{name} is not what was saved: its checksum differs")
+        meta = json.loads((path / STATE).read_text(encoding="utf-8"))
+        _check_meta(meta)
+        if f"checkpoint-{meta['step']}" != path.name:
+            raise Damaged(f"it holds step {meta['step']}")
+        shapes(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(" ".join(str(error).split())) from None
+
+
+def _check_meta(meta: object) -> None:
+    if not isinstance(meta, dict):
+        raise Damaged(f"{STATE} holds no mapping")
+    for key, kinds in META.items():
+        value = meta.get(key, Damaged)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise Damaged(f"{STATE} has no valid {key}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise Damaged(f"{STATE} has no valid {key}")
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint, from its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / TENSORS, "pt") as file:
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{TENSORS} cannot be read: {error}") from None
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -113,7 +164,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path / "state.safetensors"), read_meta(path)
+        return load_file(path / TENSORS), read_meta(path)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
 
@@ -121,26 +172,43 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 def read_meta(path: Path) -> dict:
     """state.json of a checkpoint."""
     try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        "--resume", f"{path} cannot be read ({error})", "delete it to fall back to the one before"
-    )
+    return UserError("--resume", f"{path} cannot be read ({error})", "delete it to use the one before")
+
+
+def check_same(path: Path, now: dict[str, str], allowed: Iterable[str] = (), report: bool = True) -> None:
+    """Refuse to resume a checkpoint under settings that would make another run of it."""
+    fingerprint.check_same(path.name, read_meta(path)["fingerprint"], now, allowed, report)
+
+
+def check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], kinds: tuple[str, ...]) -> None:
+    """Refuse a checkpoint that lacks tensors of these kinds (part/, ema/, objective/), has others, or has
+    them in other shapes.
+    """
+    found = {k: v for k, v in shapes(path).items() if k.startswith(kinds)}
+    wanted = {k: tuple(v) for k, v in wanted.items() if k.startswith(kinds)}
+    differing = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if differing:
+        key = differing[0]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        spelled = f"{key} is {found.get(key, 'missing')}, this run has {wanted.get(key, 'none')}{more}"
+        raise UserError("--resume", f"{path.name} does not fit: {spelled}", "start a new output_dir")
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that a stopped run wrote after the checkpoint it resumes from."""
     path = folder / "metrics.jsonl"
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] > step:
                 continue
-        except ValueError:  # cut off by a kill
+        except (ValueError, TypeError, KeyError):  # cut off by a kill
             continue
         kept.append(line + "\n")
     if path.exists():
@@ -171,30 +239,9 @@ def restore_optimizer(
         for full, value in source.items():
             if full.startswith(f"{prefix}/"):
                 name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
+                if name not in index:
+                    raise UserError(
+                        "--resume", f"it optimizes {name}, unknown here", "start a new output_dir"
+                    )
                 state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def fingerprint(cfg: RunConfig) -> dict[str, str]:
-    """What may not change between a run and its resumption, as JSON by dotted key."""
-    values = cfg.model_dump(mode="json")
-    train = ("seed", "train_batch_size", "gradient_accumulation_steps", "ema_decay", "mixed_precision")
-    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
-    kept["train"] = {k: values["train"][k] for k in train}
-    kept["data"].pop("cache_dir")
-    if cfg.stages:
-        kept["stages"] = {
-            str(i): {k: v for k, v in s.items() if k != "optim"} for i, s in enumerate(values["stages"])
-        }
-    else:
-        kept["objective"] = values["objective"]
-        kept["train"]["max_train_steps"] = values["train"]["max_train_steps"]
-    return dict(_leaves(kept, ""))
-
-
-def _leaves(tree: dict, prefix: str):
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)

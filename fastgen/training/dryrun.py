@@ -1,9 +1,14 @@
 """`--dry_run`: what a config would do, without starting anything."""
 
-from fastgen.config.run import RunConfig, dump
+from pathlib import Path
+
+from fastgen.config.run import RunConfig, StageConfig, dump
+from fastgen.core.errors import UserError, first_line
 from fastgen.core.rng import Rng
-from fastgen.roles.roles import Role
+from fastgen.roles.roles import Player, Role
+from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
+from fastgen.training.limits import check_limits
 from fastgen.training.memory import estimate, network_calls
 
 
@@ -13,13 +18,48 @@ def weightless(cfg: RunConfig) -> Cast:
     return Cast(silent, "meta")
 
 
-def rehearse(cfg: RunConfig) -> None:
-    """Make every stage's objective once on parts without weights: what a config gets wrong is refused here,
-    before a run folder is touched.
+def rehearse(cfg: RunConfig, insist: bool = False, resume: Path | None = None) -> None:
+    """Make every stage's objective once on parts without weights: what a config gets wrong, a checkpoint that
+    does not fit, and a run far too large are refused here, before a run folder is touched.
     """
     cast = weightless(cfg)
-    for stage in cfg.all_stages():
-        cast.stage(stage, Rng(cfg.train.seed))
+    meta = checkpoint.read_meta(resume) if resume else {"stage": 0, "k": 0}
+    writer = meta["stage"] if meta["k"] else meta["stage"] - 1  # the stage that saved the checkpoint
+    decays = cfg.train.ema_decay
+    for index, stage in enumerate(cfg.all_stages()):
+        _make(cast, stage, cfg.train.seed)
+        if resume and index == writer:
+            _check_progress(resume, meta["k"], stage.max_train_steps)
+            checkpoint.check_tensors(resume, _shapes(cast, decays), ("part/", "ema/"))
+    if writer >= len(cfg.all_stages()):
+        raise UserError("--resume", f"{resume} is of stage {writer}", "this run has fewer stages")
+    check_limits(cfg, cast, insist)
+
+
+def _make(cast: Cast, stage: StageConfig, seed: int) -> None:
+    """A stage's objective; a count of its own that no memory holds is the user's mistake."""
+    try:
+        cast.stage(stage, Rng(seed))
+    except (MemoryError, OverflowError) as error:
+        raise UserError("objective", first_line(error), "lower its counts") from None
+    except RuntimeError as error:  # as torch reports memory that the system refuses
+        if "memory" not in str(error):
+            raise
+        raise UserError("objective", first_line(error), "lower its counts") from None
+
+
+def _shapes(cast: Cast, decays: tuple[float, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a checkpoint of this stage holds: trained parts and averages of the student."""
+    parts = Player("all", {n: p for n, p in cast.parts.items() if n != "teacher"})
+    found = {f"part/{n}": tuple(p.shape) for n, p in parts.trainable().items()}
+    student = cast.parts["student"].trainable().items()
+    return found | {f"ema/{d}/{n}": tuple(p.shape) for d in decays for n, p in student}
+
+
+def _check_progress(path: Path, k: int, total: int) -> None:
+    if k > total:
+        found = f"{path.name} is {k} steps into a stage of {total}"
+        raise UserError("--resume", found, "raise max_train_steps, or start a new output_dir")
 
 
 def describe(cfg: RunConfig) -> str:

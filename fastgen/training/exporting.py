@@ -4,11 +4,21 @@ from pathlib import Path
 
 import torch
 
-from fastgen.export.model_card import read_command
+from fastgen.core.files import write_text
+from fastgen.export.info import FILE, read_info
+from fastgen.export.model_card import model_card, read_command
 from fastgen.export.write import Trained, export_student
 from fastgen.objectives import requirements_of
+from fastgen.roles.sana_sprint import as_exported
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_dtype(cfg) -> torch.dtype:
+    """The precision a run exports in: its own choice, else float16 for teachers and float32 for students."""
+    chosen = cfg.train.export_dtype
+    few_step = requirements_of(cfg.all_stages()[-1].objective).few_step
+    return torch.float16 if chosen == "no" and not few_step else DTYPES[chosen]
 
 
 def trained(trainer) -> Trained:
@@ -16,8 +26,6 @@ def trained(trainer) -> Trained:
     cfg = trainer.cfg
     last = cfg.all_stages()[-1].objective
     needs, student = requirements_of(last), trainer.cast.student
-    chosen = cfg.train.export_dtype
-    half = chosen == "no" and not needs.few_step  # a teacher's weights, as they are published
     return Trained(
         teacher=trainer.cast.teacher,
         student=student,
@@ -31,10 +39,20 @@ def trained(trainer) -> Trained:
         training_steps=trainer.step,
         run_name=Path(cfg.output_dir).name,
         command=read_command(Path(trainer.folder)),
-        dtype=torch.float16 if half else DTYPES[chosen],
+        dtype=export_dtype(cfg),
     )
 
 
 def export_run(trainer, folder: Path, results: dict) -> Path:
     """Write the student of a run (call inside the EMA swap); `results` go on its card."""
     return export_student(trained(trainer), folder, results)
+
+
+def write_cards(trainer, folder: Path, results: dict) -> None:
+    """Write the cards of an export again, with the numbers that were measured since."""
+    teacher, _ = as_exported(trainer.cast.teacher, trainer.cast.student)
+    command = read_command(Path(trainer.folder))
+    for file in (folder / FILE, *sorted(folder.glob(f"student*/{FILE}"))):
+        info = read_info(file.parent, "export")
+        if info is not None and not info.num_students:  # the folder of several has a card without numbers
+            write_text(file.parent / "README.md", model_card(teacher, info, results, command))

@@ -1,10 +1,11 @@
 """The training loop. It knows players, optimizers and cadence, and nothing about any method."""
 
-import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,17 +15,17 @@ from tqdm.auto import tqdm
 
 from fastgen.config.run import RunConfig, StageConfig
 from fastgen.config.sections import PlayerOptim
+from fastgen.core import interrupt
 from fastgen.core.ema import EMA
-from fastgen.core.errors import UserError
+from fastgen.core.errors import NotFinite, UserError
+from fastgen.core.files import append_line, to_json
 from fastgen.core.rng import Rng
 from fastgen.data.loader import Data
 from fastgen.roles.roles import Player
-from fastgen.training import checkpoint
+from fastgen.training import checkpoint, fingerprint
 from fastgen.training.cast import Cast
 
-
-class NotFinite(RuntimeError):
-    """A loss or gradient became NaN or infinite; names player, term and step."""
+__all__ = ["NotFinite", "Trainer", "average_gradients", "lr_factor", "make_optimizer"]
 
 
 def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Optimizer:
@@ -51,7 +52,7 @@ def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
     return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[cfg.schedule]
 
 
-def average_gradients(parameters: list[Tensor]) -> None:
+def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Mean of the gradients over processes, in flat buckets of about 100 MB. A parameter that some process
     had no use for this time (an expert none of its samples needed) counts as zero there.
     """
@@ -82,7 +83,13 @@ class Trainer:
     """Runs the stages of a config over a cast and its data; calls `validate(trainer)` at its cadence."""
 
     def __init__(
-        self, cfg: RunConfig, cast: Cast, data: Data, folder: Path, accelerator: Accelerator, validate=None
+        self,
+        cfg: RunConfig,
+        cast: Cast,
+        data: Data,
+        folder: Path,
+        accelerator: Accelerator,
+        validate: Callable[["Trainer"], None] | None = None,
     ):
         self.cfg, self.cast, self.data, self.folder, self.acc = cfg, cast, data, folder, accelerator
         self.validate = validate
@@ -93,14 +100,23 @@ class Trainer:
         self.seconds = 0.0
         self.total = sum(s.max_train_steps for s in cfg.all_stages())
         cast.divide(data)
-        self.student = cast.parts["student"]
+        self.fingerprint = fingerprint.of_run(
+            cfg, cast.teacher, data, accelerator.num_processes, accelerator.device
+        )
+        self.student: Any = cast.parts["student"]
         self.ema = EMA(self.student.trainable(), cfg.train.ema_decay)
-        self.logs: dict[str, list[float]] = defaultdict(list)
+        self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
         self.best: dict = {}
+        self.validated = True  # False where a signal cut this step's validation short
+        self.unproven = False  # whether a checkpoint was saved that no step has started from yet
+        self.unchanged = False  # True within a step until it changes the first weight
+        self.exported: Path | None = None
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:
-        """Train every stage, from a checkpoint if given."""
+        """Train every stage, from a checkpoint if given. A signal raises interrupt.Stopped after the
+        checkpoint of the step it came in.
+        """
         tensors, meta = checkpoint.load(resume) if resume else ({}, {"stage": 0, "k": 0})
         start = time.monotonic()
         bar = tqdm(total=self.total, disable=not self.acc.is_main_process, desc="train", mininterval=1.0)
@@ -108,12 +124,20 @@ class Trainer:
             stages = self.cfg.all_stages()
             for index, stage in enumerate(stages):
                 self._begin(stage)
-                if resume and index == min(meta["stage"], len(stages) - 1):
+                resumed = resume is not None and index == min(meta["stage"], len(stages) - 1)
+                if resumed:
                     self._restore(tensors, meta)
                     bar.update(self.step)
+                if index < meta["stage"] and not resumed:
+                    continue
+                with interrupt.at_once():
+                    self.objective.prepare()
+                if resumed:
+                    self._restore_objective(tensors, meta)
                 if index >= meta["stage"]:
                     k0 = meta["k"] if index == meta["stage"] else 0
-                    self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
+                    with interrupt.deferred():
+                        self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
         finally:
             bar.close()
 
@@ -133,17 +157,20 @@ class Trainer:
 
     def _stage(self, index: int, stage: StageConfig, k0: int, bar: tqdm, started: float) -> None:
         train = self.cfg.train
-        self.objective.prepare()
-        if self.validate and train.validation_steps and not self.step:
+        if self.validate and train.validation_steps and (not self.step or not self.validated):
             self.validate(self)
+            self._stop()
         windows = self.data.first(stage.limit).batches(
             train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device
         )
         for k, window in zip(range(k0, stage.max_train_steps), windows):
+            self.unchanged = True
             for micro, batch in enumerate(window):
                 self._micro_step(batch, k, micro, stage.max_train_steps)
+            self.unchanged = False
             if self.ema.averages:
                 self.ema.update(self.objective.learned("student"), self.step)
+            self._rotate()  # the checkpoint this step started from is proven good
             self.step += 1
             self.seconds = time.monotonic() - started
             self._log(stage, k, bar)
@@ -154,9 +181,26 @@ class Trainer:
                 and (self.step % train.validation_steps == 0 or self.step == self.total)
             ):
                 self.validate(self)
-            if last or (train.checkpointing_steps and self.step % train.checkpointing_steps == 0):
-                following = (index + 1, 0) if last else (index, k + 1)
+            stopping = self._stopping()
+            if last or stopping or (train.checkpointing_steps and self.step % train.checkpointing_steps == 0):
+                following = (index + 1, 0) if last and self.validated else (index, k + 1)
                 self.save(*following)
+            if self.step == self.total:
+                self._rotate()
+            self._stop(stopping)
+
+    def _stopping(self) -> str:
+        """The signal that asked this process, or any other of the run, to stop."""
+        name = interrupt.requested()
+        if torch.distributed.is_initialized():
+            some = torch.tensor([int(bool(name))], device=self.acc.device)
+            torch.distributed.all_reduce(some, torch.distributed.ReduceOp.MAX)
+            name = name or ("a signal to another process" if int(some) else "")
+        return name
+
+    def _stop(self, stopping: str | None = None) -> None:
+        if stopping := self._stopping() if stopping is None else stopping:
+            raise interrupt.Stopped(stopping)
 
     def _micro_step(self, batch, k: int, micro: int, total: int) -> None:
         """One micro-batch: every turn the objective takes, each with its own backward and optimizer step."""
@@ -171,6 +215,7 @@ class Trainer:
                     break
                 loss, logs = item
                 player = self.objective.active
+                assert player is not None, "a loss outside a turn"
                 self._check_finite(loss, logs, player)
                 self.acc.backward(loss)
                 if self.acc.sync_gradients:
@@ -187,6 +232,7 @@ class Trainer:
         lr = cfg.lr * lr_factor(cfg, k, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        self.unchanged = False
         optimizer.step()
         optimizer.zero_grad()
         self._note(player, {"grad_norm": norm, "lr": lr})
@@ -215,30 +261,38 @@ class Trainer:
         bar.set_postfix({n.split("/")[0]: f"{v:.4g}" for n, v in means.items() if n.endswith("/loss")})
 
     def write_metrics(self, record: dict) -> None:
-        """Append one line to metrics.jsonl and hand it to the trackers."""
+        """Append one line to metrics.jsonl and hand it to the trackers; numbers that are not finite (a
+        spread over a batch of one) are left out.
+        """
         if not self.acc.is_main_process:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        numbers = {n: v for n, v in record.items() if isinstance(v, (int, float))}
+        append_line(self.folder / "metrics.jsonl", to_json(record))
+        numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self.acc.log(numbers, step=self.step)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
+    def _weights(self) -> dict[str, Tensor]:
+        """What is trained, and its averages, by name."""
+        parts = Player("all", {n: p for n, p in self.cast.parts.items() if n != "teacher"})
+        found: dict[str, Tensor] = {f"part/{n}": p for n, p in parts.trainable().items()}
+        return found | {f"ema/{n}": p for n, p in self.ema.state_dict().items()}
+
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor a resumed run needs, by name (optimizers apart)."""
-        parts = Player("all", {n: p for n, p in self.cast.parts.items() if n != "teacher"})
-        found = {f"part/{n}": p for n, p in parts.trainable().items()}
-        found |= {f"ema/{n}": p for n, p in self.ema.state_dict().items()}
-        return found | {f"objective/{n}": p for n, p in self.objective.state().items()}
+        return self._weights() | {f"objective/{n}": p for n, p in self.objective.state().items()}
 
     def save(self, stage: int, k: int) -> None:
-        """Checkpoint the state from which step k of a stage starts."""
+        """Checkpoint the state from which step k of a stage starts; NotFinite instead where a weight, or a
+        sample made with the weights, is not finite.
+        """
         if not self.acc.is_main_process:
             return
-        tensors, rest = self._tensors(), {}
+        tensors = self._tensors()
+        rest: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
             tensors, rest = tensors | more, rest | other
+        self._check_good(tensors)
         meta = {
             "stage": stage,
             "k": k,
@@ -246,28 +300,66 @@ class Trainer:
             "seconds": self.seconds,
             "rest": rest,
             "best": self.best,
-            "fingerprint": checkpoint.fingerprint(self.cfg),
+            "validated": self.validated,
+            "fingerprint": self.fingerprint,
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
-        checkpoint.save(self.folder, self.step, tensors, meta, self.cfg.train.checkpoints_total_limit)
+        checkpoint.save(self.folder, self.step, tensors, meta)
+        self.unproven = True
+
+    @torch.no_grad()
+    def _check_good(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise NotFinite unless these weights are finite and give finite samples: a checkpoint that could
+        not go on is never written.
+        """
+        from fastgen.sampling.solvers import sample_student
+
+        kinds = ("part/", "ema/", "optim/")
+        floats = {n: t for n, t in tensors.items() if n.startswith(kinds) and t.is_floating_point()}
+        good = torch.stack([t.isfinite().all().cpu() for t in floats.values()]) if floats else torch.ones(1)
+        if not good.all():
+            name = next(n for n, fine in zip(floats, good.tolist()) if not fine)
+            raise NotFinite(f"step {self.step}: the last update left {name} not finite")
+        index = torch.arange(min(2, len(self.data)))
+        cond = {k: v.to(self.acc.device) for k, v in self.data.cond(index).items()}
+        codec: Any = self.cast.teacher.codec
+        with self.acc.autocast():
+            x = sample_student(self.cast.parts["student"], index.tolist(), codec.shape, cond, self.acc.device)
+        if not x.isfinite().all():
+            raise NotFinite(f"step {self.step}: samples of the student are not finite after the last update")
+
+    def _rotate(self) -> None:
+        """Delete old checkpoints, once the newest one has proven good."""
+        if self.unproven:
+            checkpoint.rotate(self.folder, self.cfg.train.checkpoints_total_limit)
+            self.unproven = False
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """Put a checkpoint into the current stage; parts of a finished stage are taken over, its
         optimizers are not.
         """
-        for name, parameter in self._tensors().items():
-            if name in tensors:
-                parameter.copy_(tensors[name])
+        for name, value in self._weights().items():
+            if name in tensors:  # a part that this stage brings in is not
+                value.copy_(tensors[name])
         if meta["k"]:
             for name, optimizer in self.optimizers.items():
                 checkpoint.restore_optimizer(
                     optimizer, list(self.params[name]), f"optim/{name}", tensors, meta["rest"]
                 )
         self.step, self.seconds, self.best = meta["step"], meta["seconds"], meta["best"]
-        self.logs.update(meta["logs"])
+        self.validated = meta["validated"]
+        for key, values in meta["logs"].items():
+            self.logs[key] = [math.nan if v is None else v for v in values]
         if self.acc.scaler and meta["scaler"]:
             self.acc.scaler.load_state_dict(meta["scaler"])
         if self.acc.is_main_process:
             checkpoint.rewind_metrics(self.folder, self.step)
+
+    @torch.no_grad()
+    def _restore_objective(self, tensors: dict[str, Tensor], meta: dict) -> None:
+        """What an objective keeps beside its players, made by its prepare(); of the stage that saved it."""
+        if meta["k"] or meta["stage"] == len(self.cfg.all_stages()):
+            for name, value in self.objective.state().items():
+                value.copy_(tensors[f"objective/{name}"])

@@ -1,14 +1,16 @@
-"""Validation during a run, and what follows it: the final table, results.json, export and report."""
+"""Validation during a run, and what follows it: export, the final table, results.json and report."""
 
-import json
-from contextlib import nullcontext
+import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastgen.core import interrupt
 from fastgen.core.ema import swapped
-from fastgen.core.files import write_tensors, write_text
+from fastgen.core.errors import NotFinite, UserError
+from fastgen.core.files import disk_error, write_json, write_tensors
 from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
 from fastgen.evaluation.grids import save_grid
 
@@ -26,8 +28,13 @@ class Validator:
         self.cfg, self.folder, self.evaluator = cfg, folder, Evaluator(cfg, cast, data)
 
     def __call__(self, trainer) -> None:
+        """A signal cuts it short between two batches of samples; a resumed run validates this step again."""
+        trainer.validated = True
         if trainer.acc.is_main_process:
-            self._validate(trainer)
+            try:
+                self._validate(trainer)
+            except interrupt.Stopped:
+                trainer.validated = False
         trainer.acc.wait_for_everyone()
 
     def _validate(self, trainer) -> None:
@@ -53,41 +60,31 @@ class Validator:
 
 
 def finish(trainer, evaluator: Evaluator) -> dict:
-    """Measure, export, report; prints one short table and where everything is."""
+    """Export, measure, report; prints one short table and where everything is. The export is whole before
+    anything is measured; its card is written again with the numbers.
+    """
     from fastgen.evaluation.diagnostics import warnings
     from fastgen.evaluation.report import read_metrics, write_report
-    from fastgen.export.load import fuse, sample_command
-    from fastgen.training.exporting import export_run
+    from fastgen.export.load import sample_command
 
     folder, cfg = trainer.folder, trainer.cfg
-    kept = folder / "best.safetensors"
-    best = cfg.eval.keep == "best" and kept.exists()
-    if best:
-        _load_best(trainer, kept)
-    if cfg.student.fuse:
-        weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
-        fuse(_kept(trainer), cfg.student.fuse, weight)
-
-    def show(who: str, steps: int, images: Tensor) -> None:
-        """The first of the measured images, of all contenders and every step count asked for."""
-        if steps in (0, *cfg.eval.student_steps):
-            name = who.removesuffix("_student") + (f"_{steps}_steps" if steps else "")
-            save_grid(images[: cfg.eval.grid], folder / "samples" / f"{name}.png")
-
+    best = _choose_weights(trainer)
     metrics = read_metrics(folder / "metrics.jsonl")
     with averaged(trainer):
-        results = measure(cfg, evaluator, show)
-        decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
-        results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
-        results["curve"] = _curve(metrics, evaluator)
-        results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
-        write_text(folder / "results.json", json.dumps(results, indent=2))
-        exported = None
-        if not trainer.cast.teacher.is_analytic:
-            exported = export_run(trainer, folder / "export", results)
-    if exported is not None and not evaluator.few_step:
-        write_text(exported / "card.json", json.dumps(teacher_card(results), indent=2))
-    report = write_report(folder)
+        _check_finite(trainer, evaluator)
+        with interrupt.deferred():
+            exported = trainer.exported = _export(trainer)
+        with interrupt.at_once(), _room(exported):
+            results = measure(cfg, evaluator, _show(folder, cfg.eval))
+    decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
+    results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
+    results["curve"] = _curve(metrics, evaluator)
+    results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
+    with interrupt.deferred(), _room(exported):
+        write_json(folder / "results.json", results)
+        if exported is not None:
+            _write_cards(trainer, exported, results, evaluator.few_step)
+        report = write_report(folder)
     print(table(results))
     for seen, cure in warnings(metrics, results):
         print(f"warning: {seen}; try {cure}")
@@ -97,6 +94,84 @@ def finish(trainer, evaluator: Evaluator) -> dict:
     else:
         print(f"export  {exported}\nsample  {sample_command(exported)}")
     return results
+
+
+def _choose_weights(trainer) -> bool:
+    """Load the best weights where they are wanted, average with another student; whether they were."""
+    from fastgen.export.load import fuse
+
+    cfg, kept = trainer.cfg, trainer.folder / "best.safetensors"
+    best = cfg.eval.keep == "best" and kept.exists()
+    if best:
+        _load_best(trainer, kept)
+    if cfg.student.fuse:
+        weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
+        fuse(_kept(trainer), cfg.student.fuse, weight)
+    return best
+
+
+def _show(folder: Path, cfg):
+    """Saves the first of the measured images, of all contenders and every step count measured."""
+
+    def show(who: str, steps: int, images: Tensor) -> None:
+        if steps in (0, *cfg.student_steps):
+            name = who.removesuffix("_student") + (f"_{steps}_steps" if steps else "")
+            save_grid(images[: cfg.grid], folder / "samples" / f"{name}.png")
+
+    return show
+
+
+@torch.no_grad()
+def _check_finite(trainer, evaluator: Evaluator) -> None:
+    """Raise NotFinite unless the weights are finite in the precision they are exported in and give finite
+    pictures: nothing else is exported.
+    """
+    from fastgen.training.exporting import export_dtype
+
+    dtype = export_dtype(trainer.cfg)
+    for name, value in trainer.student.trainable().items():
+        if not value.to(dtype).isfinite().all():
+            raise NotFinite(f"step {trainer.step}: {name} is not finite in {str(dtype).split('.')[1]}")
+    evaluator.images("student", 2, trainer.cfg.eval.seed)
+
+
+def _export(trainer) -> Path | None:
+    """The export in its place; one made before stays until the new one is whole."""
+    from fastgen.training.exporting import export_run
+
+    if trainer.cast.teacher.is_analytic:
+        return None
+    folder = trainer.folder / "export"
+    try:
+        return export_run(trainer, folder, {})
+    except Exception as error:
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+        if not disk_error(error):
+            raise
+        found = f"could not be written ({error}); the trained weights are safe in the last checkpoint"
+        way = "free some space, then the same command with --resume exports and measures"
+        raise UserError("export", found, way) from None
+
+
+@contextmanager
+def _room(exported: Path | None):
+    """A full disk while measuring is one line that says what is safe."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_error(error):
+            raise
+        safe = f"the export is whole: {exported}" if exported else "the last checkpoint is whole"
+        way = "free some space, then the same command with --resume measures again"
+        raise UserError("results", f"could not be written ({error}); {safe}", way) from None
+
+
+def _write_cards(trainer, exported: Path, results: dict, few_step: bool) -> None:
+    from fastgen.training.exporting import write_cards
+
+    write_cards(trainer, exported, results)
+    if not few_step:
+        write_json(exported / "card.json", teacher_card(results))
 
 
 def _curve(metrics: list[dict], evaluator: Evaluator) -> dict[str, float]:

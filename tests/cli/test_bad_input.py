@@ -242,9 +242,10 @@ def test_used_run_folder_is_left_alone(tmp_path, capsys, no_finish):
 def test_a_mistake_under_overwrite_leaves_the_old_run(tmp_path, capsys):
     """Also one that only the objective can find, with the teacher's schedule before it."""
     (tmp_path / "config.yaml").write_text("train: {}")
+    (tmp_path / "run.lock").write_text('{"fastgen_run": true}')
     code, err = say(capsys, [*HALF_NOISE, "--output_dir", tmp_path, "--overwrite"])
     assert code == 2 and "not pure noise" in err
-    assert (tmp_path / "config.yaml").read_text() == "train: {}" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "config.yaml").read_text() == "train: {}" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_overwrite_clears_run_folders_only(tmp_path, capsys):

@@ -37,6 +37,8 @@ class Measurer:
     """Judge of one bundled image set."""
 
     primary = "fd_mini"
+    least = 4
+    """samples that every score is defined for: precision and recall look at the third neighbour"""
 
     def __init__(self, name: str, device="cpu"):
         if name not in NAMES:

@@ -73,6 +73,8 @@ class ToyMeasurer:
     """Measures students of an analytic teacher; same interface as `fd_mini.Measurer`."""
 
     name, primary = "analytic", "energy_distance"
+    least = 2
+    """samples that every score is defined for"""
 
     def __init__(self, mixture, num_reference: int = 4000):
         self.mixture = mixture

@@ -1,0 +1,51 @@
+"""Refusal of sample.py's numbers that no call can use, before anything is loaded or drawn."""
+
+import math
+import shutil
+from pathlib import Path
+
+from fastgen.core.errors import UserError
+
+MOST_STEPS, MOST_SEED = 100_000, 2**63 - 1
+DAYS, PASS_SECONDS, NETWORK = 100, 2e-3, 16
+"""NETWORK: what a network holds of a sample, in multiples of its pixels, where it is smallest"""
+
+
+def check_numbers(args) -> None:
+    """Bounds of every number on the command line."""
+    bounds = {
+        "num_images": (0, MOST_SEED),
+        "steps": (0, MOST_STEPS),
+        "teacher_steps": (0, MOST_STEPS),
+        "seed": (0, MOST_SEED),
+        "batch_size": (1, MOST_SEED),
+        "guidance": (-1e6, 1e6),
+        "nasa_scale": (0, 1e6),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            raise UserError(f"--{name}", f"found {value}", f"{low:g} or more, up to {high:g}")
+    if args.seed + args.num_images > MOST_SEED:
+        raise UserError("--seed", f"found {args.seed}", f"the last image's seed is at most {MOST_SEED}")
+
+
+def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
+    """Refuse a call that needs far more memory, disk or time than there is; --insist draws all the same."""
+    import psutil
+
+    numbers = math.prod(shape)
+    batch = 4.0 * numbers * NETWORK * min(num, batch_size)
+    if batch > 2 * psutil.virtual_memory().total:
+        found = f"found {batch_size}, about {batch / 2**30:,.0f} GiB of memory"
+        raise UserError("--batch_size", found, "lower it, or pass --insist")
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    disk = num * max(4096.0, 0.3 * numbers)  # a block of a disk, or a picture that packs well
+    space = shutil.disk_usage(place)
+    if space.total and disk > space.free:
+        found = f"{num:,} images take about {disk / 2**30:,.0f} GiB, more than is free at {place}"
+        raise UserError("--num_images", found, "lower it, or pass --insist")
+    seconds = sum(num / min(num, batch_size) * g.nfe * PASS_SECONDS + num * 1e-3 for g in generators)
+    if seconds > DAYS * 86_400:
+        found = f"{num:,} images take about {seconds / 86_400:,.0f} days or more"
+        raise UserError("--num_images", found, "lower it, or pass --insist")
