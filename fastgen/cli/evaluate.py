@@ -168,7 +168,8 @@ def _text(args, asked: set, weights: dict, device) -> dict:
     if args.clip not in clip.PRESETS:
         raise UserError("--clip", f"found {args.clip!r}", f"allowed: {', '.join(clip.PRESETS)}")
     prompts = read_prompts(args.prompts, image_files(args.images))
-    images, found = read_all(args.images), {}
+    images = read_all(args.images)
+    found: dict[str, float | str] = {}
     if "clip" in asked:
         preset = clip.PRESETS[args.clip]
         file = local_file(weights, "clip", clip.WANTED.format(arch=preset.arch))

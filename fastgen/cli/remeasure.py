@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
@@ -35,6 +36,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     if num_samples:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
     cast = _cast(run, cfg, open_device(device))
+    data: Any
     if (cast.teacher.info or {}).get("measure"):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests

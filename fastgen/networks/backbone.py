@@ -34,6 +34,9 @@ class Backbone(Denoiser):
     Karras et al. (arXiv 2206.00364, table 1).
     """
 
+    family: Family
+    net: DiffusersModel
+
     def __init__(self, net: DiffusersModel, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction

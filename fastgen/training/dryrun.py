@@ -52,7 +52,7 @@ def _shapes(cast: Cast, decays: tuple[float, ...]) -> dict[str, tuple[int, ...]]
     """Shapes of what a checkpoint of this stage holds: trained parts and averages of the student."""
     parts = Player("all", {n: p for n, p in cast.parts.items() if n != "teacher"})
     found = {f"part/{n}": tuple(p.shape) for n, p in parts.trainable().items()}
-    student = cast.parts["student"].trainable().items()
+    student = cast.student.trainable().items()
     return found | {f"ema/{d}/{n}": tuple(p.shape) for d in decays for n, p in student}
 
 
@@ -72,7 +72,7 @@ def describe(cfg: RunConfig) -> str:
 
 def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
     objective = cast.stage(stage, Rng(cfg.train.seed))
-    teacher = cast.parts["teacher"].backbone
+    teacher = cast.teacher.backbone
     lines = [f"  stage {stage.name}: {stage.objective.name}, {stage.max_train_steps} steps"]
     lines.append(f"    {'teacher':<10} {_count(teacher, base_only=True):>12,} frozen")
     for name, player in objective.players.items():
@@ -81,7 +81,7 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         frozen = _count(teacher, base_only=True) if shared else 0
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
-    student = cast.parts["student"]
+    student = cast.student
     spelled = ", ".join(f"{n} {v:g}" for n, v in network_calls(cfg, stage, len(student.times)).items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")

@@ -64,7 +64,7 @@ def estimate(cfg: RunConfig, cast: Cast) -> Memory:
     )
     heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, nn.Module) for p in m.parameters())
     size, passes = _activations(cfg, cast)
-    batch, student = cfg.train.train_batch_size, cast.parts["student"]
+    batch, student = cfg.train.train_batch_size, cast.student
     half = 0.5 if cfg.train.mixed_precision != "no" and _dtype(student) == torch.float32 else 1.0
     averaged = sum(p.numel() for p in student.trainable().values())
     rows = {
@@ -113,7 +113,8 @@ class _Kept:
     """Distinct storages that autograd holds, those of parameters left out."""
 
     def __init__(self, own: set[int]):
-        self.own, self.tensors = own, {}
+        self.own = own
+        self.tensors: dict[int, Tensor] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         self.tensors[tensor.untyped_storage()._cdata] = tensor
@@ -130,7 +131,7 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
     With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
     recomputed.
     """
-    codec, student, device = cast.teacher.codec, cast.parts["student"], cast.device
+    codec, student, device = cast.teacher.codec, cast.student, cast.device
     for p in student.trainable().values():
         p.requires_grad_(True)
     own = {p.untyped_storage()._cdata for b in cast.backbones() for p in b.parameters()}
@@ -184,7 +185,7 @@ def row(name: str) -> str:
         cfg = validate(asked)
         cast = Cast(cfg, "meta")
         found[kind] = estimate(cfg, cast)
-    codec, times = cast.teacher.codec, cast.parts["student"].times
+    codec, times = cast.teacher.codec, cast.student.times
     guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
     num = sum(p.numel() for p in cast.teacher.backbone.parameters())
     text = (

@@ -103,7 +103,7 @@ class Trainer:
         self.fingerprint = fingerprint.of_run(
             cfg, cast.teacher, data, accelerator.num_processes, accelerator.device
         )
-        self.student: Any = cast.parts["student"]
+        self.student = cast.student
         self.ema = EMA(self.student.trainable(), cfg.train.ema_decay)
         self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
         self.best: dict = {}
@@ -325,7 +325,7 @@ class Trainer:
         cond = {k: v.to(self.acc.device) for k, v in self.data.cond(index).items()}
         codec: Any = self.cast.teacher.codec
         with self.acc.autocast():
-            x = sample_student(self.cast.parts["student"], index.tolist(), codec.shape, cond, self.acc.device)
+            x = sample_student(self.cast.student, index.tolist(), codec.shape, cond, self.acc.device)
         if not x.isfinite().all():
             raise NotFinite(f"step {self.step}: samples of the student are not finite after the last update")
 
