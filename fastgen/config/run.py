@@ -2,7 +2,7 @@
 apart in one line when wrong.
 """
 
-from typing import Annotated, Union
+from typing import TYPE_CHECKING, Annotated, Union
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -21,7 +21,13 @@ from fastgen.config.sections import (
     check_numbers,
 )
 from fastgen.core.paths import is_analytic
-from fastgen.objectives import REGISTRY, requirements_of
+from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
+
+if TYPE_CHECKING:
+    Method = ObjectiveConfig
+else:  # made of what is registered, plugins included
+    _METHODS = tuple(cls.config for cls in REGISTRY.values())
+    Method = Annotated[Union[_METHODS], Field(discriminator="name")]  # noqa: UP007
 
 
 class StageConfig(Section):
@@ -29,7 +35,7 @@ class StageConfig(Section):
 
     name: str
     """label in logs and checkpoints"""
-    objective: Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")]  # noqa: UP007
+    objective: Method
     """the method"""
     max_train_steps: int = Field(100, ge=1)
     """optimizer windows of this stage"""
@@ -52,9 +58,7 @@ class RunConfig(Section):
     """the few-step generator to be"""
     critic: CriticConfig = CriticConfig()
     """the fake-score network"""
-    objective: (
-        Annotated[Union[tuple(c.config for c in REGISTRY.values())], Field(discriminator="name")] | None  # noqa: UP007
-    ) = None
+    objective: Method | None = None
     """the method (of a single-stage run)"""
     data: DataConfig = DataConfig(name="fashion")
     """real images, labels, prompts"""
@@ -78,6 +82,7 @@ class RunConfig(Section):
         """The stages, with the flat form written out."""
         if self.stages:
             return self.stages
+        assert self.objective is not None, "checked in _cross_checks"
         steps = self.train.max_train_steps
         return (
             StageConfig(
@@ -152,7 +157,11 @@ class RunConfig(Section):
             raise ValueError(f"{key}: found {list(span)}; allowed: [low, high] {around}")
         for one in (s.objective for s in self.all_stages()):
             if not requirements_of(one).guidance_embedding:
-                able = (n for n, cls in REGISTRY.items() if requirements_of(cls.config()).guidance_embedding)
+                able = (
+                    n
+                    for n, cls in REGISTRY.items()
+                    if requirements_of(cls.config.model_validate({})).guidance_embedding
+                )
                 raise ValueError(
                     f"{key}: {one.name} trains teacher.guidance alone; leave it out, or use {', '.join(able)}"
                 )
@@ -199,8 +208,8 @@ def _unset_sections(section: BaseModel, prefix: str):
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _unset_sections(value, f"{prefix}{name}.")
-        elif value is None and model_in(field.annotation):
-            keys = ", ".join(model_in(field.annotation).model_fields)
+        elif value is None and (model := model_in(field.annotation)):
+            keys = ", ".join(model.model_fields)
             yield f"  {prefix}{name} {{{keys}}}"
             yield f"        {field.description} (default: null)"
 

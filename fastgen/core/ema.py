@@ -1,11 +1,13 @@
 """Exponential moving averages of a player's trainable parameters, several decays at once."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
-def ema_update(average: dict[str, Tensor], current: dict[str, Tensor], decay: float) -> None:
+def ema_update(average: Mapping[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
     """average <- decay average + (1 - decay) current, in place; tensors are matched by their order."""
     assert len(average) == len(current)
     torch._foreach_lerp_(list(average.values()), [p.detach() for p in current.values()], 1 - decay)
@@ -16,11 +18,11 @@ class EMA:
     short runs do not lag behind.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decays: tuple[float, ...]):
+    def __init__(self, parameters: Mapping[str, Tensor], decays: tuple[float, ...]):
         self.decays = decays
         self.averages = {d: {n: p.detach().clone() for n, p in parameters.items()} for d in decays}
 
-    def update(self, parameters: dict[str, Tensor], k: int) -> None:
+    def update(self, parameters: Mapping[str, Tensor], k: int) -> None:
         for decay, average in self.averages.items():
             ema_update(average, parameters, min(decay, (1 + k) / (10 + k)))
 

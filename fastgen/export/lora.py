@@ -5,6 +5,7 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def collect(net: nn.Module, adapter: str) -> Layers:
     return found
 
 
-def read_parts(file: Path, parts: dict[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
+def read_parts(file: Path, parts: Mapping[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
     """The layers of every adapted network of a denoiser, by component folder; `file` is the first one's."""
     first = next(iter(parts))
     files = {p: file if p == first else file.with_name(part_name(file.name, p)) for p in parts}

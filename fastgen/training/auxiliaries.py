@@ -2,6 +2,8 @@
 its method (`fastgen/objectives/requirements.py`).
 """
 
+from typing import Any
+
 import torch
 
 from fastgen.core.errors import UserError
@@ -68,7 +70,7 @@ def _perceptual(cast) -> Perceptual:
 
 def _disc(cast, spec: DiscriminatorSpec, member: int = 0) -> Discriminator:
     """Heads on the features of critic or teacher, of student `member` where there are several."""
-    role = cast.parts[spec.features]
+    role: Any = cast.parts[spec.features]
     role = role.members[member] if isinstance(role, (Members, Students)) else role
     codec, schedule = cast.teacher.codec, cast.teacher.schedule
     taps = spec.taps or (-1,)

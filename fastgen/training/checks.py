@@ -18,7 +18,7 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
     if cfg.teacher.guidance != 1 and family is not None and not family.supports_guidance:
         found = f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
         raise UserError("teacher.guidance", found, "use 1, and set teacher.embedded_guidance")
-    scales = {"teacher.guidance": cfg.teacher.guidance}
+    scales: dict[str, float | None] = {"teacher.guidance": cfg.teacher.guidance}
     for stage in cfg.all_stages():
         needs = requirements_of(stage.objective)
         scales |= {f"objective.{key}": w for key, w in needs.guidance_settings.items()}

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,7 +22,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], num_images: int, repeats: int = 3
+    calls: Mapping[str, Callable[[], object]], num_images: int, repeats: int = 3
 ) -> dict[str, float]:
     """Median seconds per image of calls that make num_images each; the first round only warms up."""
     for call in calls.values():
