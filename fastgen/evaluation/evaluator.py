@@ -188,7 +188,7 @@ def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     from fastgen.evaluation.metrics.speed import interleaved
 
-    draws = {name: partial(evaluator.images, name, num, 0) for name in who}
+    draws: dict[str, Callable[[], object]] = {name: partial(evaluator.images, name, num, 0) for name in who}
     return interleaved(draws, num, repeats=3)
 
 
