@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgen.data.bundled import load_images
 
-LR, BATCH_SIZE, STEPS, SEED = 1e-3, 64, 3000, 21
+LR, BATCH_SIZE, STEPS, SEED = 1e-3, 128, 3000, 21
 MEAN = STD = 0.5
 
 
