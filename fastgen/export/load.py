@@ -10,6 +10,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import PACKAGE, is_analytic, resolve
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
+from fastgen.families.parts import cast_network
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import Codec
 from fastgen.networks.denoiser import Denoiser
@@ -54,7 +55,7 @@ class Loaded:
         for role in self.role.members:
             role.backbone.to(device)
             if dtype != torch.float32 and isinstance(role.backbone, Backbone):
-                torch.nn.Module.to(role.backbone.net, dtype)
+                cast_network(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":

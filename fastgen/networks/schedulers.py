@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastgen.core.errors import UserError
+from fastgen.core.errors import UserError, warn
 from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
@@ -53,6 +53,27 @@ def _read(scheduler: Any, shift: float | None) -> tuple[Schedule, str]:
         if kind not in PREDICTIONS:
             instruction = f"correct scheduler_config.json to one of {', '.join(PREDICTIONS)}"
             raise UserError("scheduler.prediction_type", f"found {kind!r}", instruction)
+        if kind == "epsilon":
+            _check_terminal_snr(scheduler)
         return VP(scheduler.alphas_cumprod), PREDICTIONS[kind]
     instruction = "use a model with a DDPM-, flow-matching-, EDM- or SCM-type scheduler"
     raise UserError("scheduler", f"fastgen does not know the noise schedule of {name}", instruction)
+
+
+def _check_terminal_snr(scheduler: Any) -> None:
+    """Refuse a noise prediction at a time without signal: x0 = (x_t - sigma eps) / alpha has
+    no value at alpha = 0. Warn where alpha is so small that it magnifies the network's errors a thousandfold.
+    """
+    last = float(scheduler.alphas_cumprod[-1])
+    if scheduler.config.get("rescale_betas_zero_snr") or last < 1e-12:
+        found = "found epsilon with a terminal signal-to-noise ratio of zero, where noise says nothing of x0"
+        instruction = (
+            "use a v_prediction or sample model; if this one was trained with noise prediction, set "
+            "rescale_betas_zero_snr to false in scheduler_config.json"
+        )
+        raise UserError("scheduler.prediction_type", found, instruction)
+    if last < 1e-6:
+        warn(
+            f"scheduler: at its last time alpha is {last**0.5:.1e} and the model predicts noise: x0 there is "
+            "the network's error divided by it (terminal SNR nearly zero)"
+        )
