@@ -24,6 +24,7 @@ from fastgen.families.parts import part_name
 from fastgen.networks import negative_prompts
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.files import hub_folder
+from fastgen.networks.load import RECORDED
 from fastgen.networks.teacher import Teacher
 from fastgen.roles.roles import Student, Students
 from fastgen.roles.sana_sprint import as_exported
@@ -159,6 +160,7 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         nasa_scale=trained.nasa_scale,
         teacher_steps=trained.teacher_steps,
         teacher_scheduler=_config_of(teacher.scheduler),
+        teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},
     )
 
 

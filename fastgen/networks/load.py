@@ -24,6 +24,9 @@ from fastgen.networks.teacher import Teacher
 NOT_IN_CODEC = ("scheduler", "safety_checker")
 """components of a pipeline that a codec does not need"""
 
+RECORDED = ("height", "width", "num_frames", "embedded_guidance", "family")
+"""settings that an export repeats, so that its base is loaded as it was trained"""
+
 
 @dataclass
 class TeacherOptions:
@@ -249,12 +252,10 @@ def _fill_in_size(options: TeacherOptions, info: dict) -> dict:
     """Set the sizes that are not configured to those in info (fastgen.json); returns the settings that an
     export records.
     """
-    for key in ("height", "width", "num_frames", "embedded_guidance"):
+    for key in RECORDED:
         if getattr(options, key) is None:
             setattr(options, key, info.get(key))
-    recorded = {
-        k: getattr(options, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")
-    }
+    recorded = {k: getattr(options, k) for k in RECORDED}
     return {k: v for k, v in recorded.items() if v is not None}
 
 
