@@ -6,6 +6,7 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
-from fastgen.families.parts import part_name
+from fastgen.families.parts import DiffusersModel, part_name
 
 COMPONENTS = {"unet", "transformer", "transformer_2", "prior", "controlnet", "diffusion_model"}
 """folders of denoisers, by which diffusers prefixes the keys of a LoRA file"""
@@ -37,7 +38,7 @@ def collect(net: nn.Module, adapter: str) -> Layers:
     return found
 
 
-def read_parts(file: Path, parts: dict[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
+def read_parts(file: Path, parts: Mapping[str, nn.Module], key: str = "lora") -> dict[str, Layers]:
     """The layers of every adapted network of a denoiser, by component folder; `file` is the first one's."""
     first = next(iter(parts))
     files = {p: file if p == first else file.with_name(part_name(file.name, p)) for p in parts}
@@ -161,7 +162,7 @@ def _json(text: str, file: Path, key: str) -> dict[str, Any]:
 
 def _scale(layers: Layers, config: dict[str, Any], key: str) -> None:
     """Multiply into B the strength that PEFT gives each layer; ours have it folded in already."""
-    from peft.utils import get_pattern_key
+    from peft.utils.other import get_pattern_key
 
     unlike = next((k for k in ("use_dora", "lora_bias") if config.get(k)), None)
     initial = str(config.get("init_lora_weights") or "").lower()
@@ -259,7 +260,7 @@ def merge(net: nn.Module, layers: Layers) -> None:
         weight.copy_(weight.float() + delta(a, b).to(weight.device))
 
 
-def without_adapters(net: Any) -> nn.Module:
+def without_adapters(net: Any) -> DiffusersModel:
     """A fresh network holding the frozen base alone."""
     fresh = type(net).from_config(net.config)
     state = {k.replace(".base_layer.", "."): v for k, v in net.state_dict().items() if ".lora_" not in k}

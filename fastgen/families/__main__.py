@@ -36,7 +36,8 @@ def verdict(cases: list[dict], checks: tuple[str, ...], notes: list[str]) -> str
 
 def table() -> str:
     """Markdown: one row per family, and the notes."""
-    record, notes = json.loads(RECORD.read_text()), []
+    record = json.loads(RECORD.read_text())
+    notes: list[str] = []
     heads = ["family", "network", "pipelines", *COLUMNS, "kohya", "LoRA loader", "served by"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for family in sorted(FAMILIES.values(), key=lambda f: f.name):

@@ -34,6 +34,8 @@ class Backbone(Denoiser):
     Karras et al. (arXiv 2206.00364, table 1).
     """
 
+    family: Family
+
     def __init__(self, net: DiffusersModel, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
         self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.families.base import Family
+from fastgen.families.parts import DiffusersModel
 
 
 class Codec(nn.Module):
@@ -98,7 +99,9 @@ class TextCodec(Codec):
 
     family: Family
 
-    def __init__(self, family: Family, net: nn.Module, pipe, shape: tuple[int, ...], max_length: int = 0):
+    def __init__(
+        self, family: Family, net: DiffusersModel, pipe, shape: tuple[int, ...], max_length: int = 0
+    ):
         super().__init__(family, shape)
         self.pipe, self.max_length, self.has_null = pipe, max_length, True
         self.guidance = family.default_guidance if family.guidance_embedded(net) else None

@@ -110,8 +110,8 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         raise UserError("teacher.path", str(error), "choose one of the folders in assets/teachers") from None
     if folder.is_dir():
         return folder
-    if (error := single_file(folder)) is not None:
-        raise error
+    if (refusal := single_file(folder)) is not None:
+        raise refusal
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))
     if not looks_like_id:
         raise UserError(
