@@ -174,7 +174,7 @@ def _scale(layers: Layers, config: dict[str, Any], key: str) -> None:
     pattern = config.get("alpha_pattern") or {}
     for name, (a, b) in layers.items():
         rank = a.shape[0]
-        alpha = pattern.get(get_pattern_key(pattern.keys(), name), config.get("lora_alpha", rank))
+        alpha = pattern.get(get_pattern_key(list(pattern), name), config.get("lora_alpha", rank))
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise UserError(key, f"the file's lora_alpha is {alpha!r}", "correct the file's metadata")
         layers[name] = (a, b * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
