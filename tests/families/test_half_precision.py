@@ -25,7 +25,7 @@ CLOSE = {"bf16": 0.1, "fp16": 0.03}
 OPEN = {
     "test_denoiser[autocast-fp16-sana]": "SANA's linear attention divides by a sum of float16 under autocast",
     "test_checkpointing[autocast-fp16-sana]": "SANA's linear attention, as above",
-    "test_tangent[fp16-flux2]": "the derivative of the tiny FLUX.2 network in float16 is beyond its tolerance",
+    "test_tangent[fp16-flux2]": "the derivative of the tiny FLUX.2 network in float16: not looked into",
 }
 """checks that fail, and what is known of it"""
 _TEACHERS: dict[tuple[str, str], object] = {}
