@@ -1,7 +1,7 @@
 """What an export says about itself: one typed record in fastgen.json, and in the header of a LoRA file."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class ExportInfo:
     """of negative prompts by attention (NASA); 0: none"""
     teacher_steps: int
     teacher_scheduler: dict[str, Any]
+    teacher_settings: dict[str, Any] = field(default_factory=dict)
+    """settings of the run's teacher section that its base is loaded with again: height, width, num_frames,
+    embedded_guidance, family
+    """
     lora: str = ""
     """file name of the adapter in PEFT layout"""
     kohya: str = ""

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,10 +11,11 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import PACKAGE, is_analytic, resolve
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
+from fastgen.families.parts import cast_network
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import Codec
 from fastgen.networks.denoiser import Denoiser
-from fastgen.networks.load import load_teacher
+from fastgen.networks.load import RECORDED, load_teacher
 from fastgen.networks.teacher import Teacher
 from fastgen.roles.roles import Role, Student, Students, StudentSpec
 from fastgen.roles.router import Router
@@ -54,7 +56,7 @@ class Loaded:
         for role in self.role.members:
             role.backbone.to(device)
             if dtype != torch.float32 and isinstance(role.backbone, Backbone):
-                torch.nn.Module.to(role.backbone.net, dtype)
+                cast_network(role.backbone.net, dtype)
         return self
 
     def reference(self) -> "Loaded":
@@ -65,7 +67,17 @@ class Loaded:
         if not base:
             found = f"{self.path} does not name a teacher"
             raise UserError("--compare_teacher", found, "leave it out; only exports of fastgen name one")
-        return Loaded(*_as_role(load_teacher(base)), self.info, base)
+        return Loaded(*_as_role(load_teacher(base, **_settings(self.info, self.teacher))), self.info, base)
+
+
+def _settings(info: ExportInfo | None, teacher: Teacher | None = None) -> dict[str, Any]:
+    """The settings that an export records of its teacher: sizes, embedded guidance, a declared family."""
+    found = dict(info.teacher_settings if info else {})
+    found = found or {k: v for k, v in ((teacher.info or {}) if teacher else {}).items() if k in RECORDED}
+    wrong = next((k for k in found if k not in RECORDED), None)
+    if wrong is not None:
+        raise UserError("--model", f"the export's teacher_settings has {wrong!r}", "export the run again")
+    return found
 
 
 def _as_role(teacher: Teacher) -> tuple[Role, Teacher]:
@@ -156,7 +168,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     if info is None:
         found = f"{file} was not written by fastgen: its header does not say how many steps to take"
         raise UserError(key, found, "use diffusers' load_lora_weights")
-    role, teacher = _as_role(load_teacher(base))
+    role, teacher = _as_role(load_teacher(base, **_settings(info)))
     if teacher.is_analytic:
         raise UserError("--base", f"{base} has no weights to adapt", "give a diffusers folder")
     network = teacher.network
@@ -187,6 +199,7 @@ def init_student(student: Role, path: str) -> None:
         )
     info = None if found.is_file() else read_info(found, key)
     file = found / info.lora if info and info.lora else found
+    file = (lora.find_lora(found) or file) if info is None and found.is_dir() else file
     network = student.backbone
     if not isinstance(network, Backbone):
         raise UserError(key, f"found {path} for the student of an exact teacher", "leave it empty")

@@ -5,6 +5,7 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
-from fastgen.families.parts import part_name
+from fastgen.families.parts import DiffusersModel, part_name
 
+COMPONENTS = {"unet", "transformer", "transformer_2", "prior", "controlnet", "diffusion_model"}
+"""folders of denoisers, by which diffusers prefixes the keys of a LoRA file"""
+PEFT_PREFIX = "base_model.model."
+"""of the keys of a file that PEFT itself saved"""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva_residual")
+"""initialisations of PEFT that also change the weights of the base"""
 Layers = dict[str, tuple[Tensor, Tensor]]  # module path -> (A [rank, in, ...], B [out, rank, ...])
 
 
@@ -90,7 +97,11 @@ def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str],
 
 
 def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
-    """(layers, our header) of a LoRA file in the layout of `write_peft`."""
+    """(layers, our header) of a LoRA file in PEFT's names, with or without a component's prefix.
+
+    The strength follows PEFT's rules: alpha / rank, or with use_rslora alpha / sqrt(rank), where alpha comes
+    from the file's metadata or from an adapter_config.json beside it; without either alpha is the rank.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -99,27 +110,80 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
             tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(key, f"{file} cannot be read ({error})", "is it a whole .safetensors file?") from None
+    prefix, tensors = _without_prefix(tensors, file, key)
     ending = ".lora_A.weight"
-    names = {k.partition(".")[2].removesuffix(ending) for k in tensors if k.endswith(ending)}
-    prefixes = {k.partition(".")[0] for k in tensors if ".lora_" in k}
-    if not names or len(prefixes) != 1 or len(tensors) != 2 * len(names):
-        raise UserError(
-            key,
-            f"{file} is not a LoRA in PEFT layout",
-            "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, the file without -kohya)",
-        )
-    prefix = prefixes.pop()
-    layers = {n: tuple(tensors[f"{prefix}.{n}.lora_{m}.weight"].float() for m in "AB") for n in sorted(names)}
-    _scale_by_metadata(layers, prefix, json.loads(metadata.get("lora_adapter_metadata", "{}")))
-    return layers, json.loads(metadata.get("fastgen", "{}"))
+    names = sorted(k.removesuffix(ending) for k in tensors if k.endswith(ending))
+    expected = {f"{n}.lora_{m}.weight" for n in names for m in "AB"}
+    if not names or set(tensors) != expected:
+        more = sorted(set(tensors) - expected)
+        found = f"{file} is not a LoRA in PEFT layout" + (f" (it has {more[0]!r})" if names and more else "")
+        keys = "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, the file without -kohya)"
+        raise UserError(key, found, keys)
+    layers = {
+        n: (tensors[f"{n}.lora_A.weight"].float(), tensors[f"{n}.lora_B.weight"].float()) for n in names
+    }
+    _scale(layers, _peft_config(file, prefix, metadata, key), key)
+    return layers, _json(metadata.get("fastgen", "{}"), file, key)
 
 
-def _scale_by_metadata(layers: Layers, prefix: str, packed: dict) -> None:
-    """Honour alpha != rank in files that others wrote; ours have it folded in already."""
-    config = {k.removeprefix(f"{prefix}."): v for k, v in packed.items() if k.startswith(f"{prefix}.")}
+def _without_prefix(tensors: dict[str, Tensor], file: Path, key: str) -> tuple[str, dict[str, Tensor]]:
+    """(component that prefixes the keys, tensors without it); PEFT's own prefix is removed too."""
+    prefixes = {k.partition(".")[0] for k in tensors}
+    if any(p.startswith("text_encoder") for p in prefixes):
+        found = f"{file} also adapts a text encoder, which fastgen does not train"
+        raise UserError(key, found, "remove its text_encoder keys")
+    prefix = next(iter(prefixes)) if len(prefixes) == 1 and prefixes <= COMPONENTS else ""
+    start = f"{prefix}." if prefix else ""
+    if all(k.startswith(PEFT_PREFIX) for k in tensors):
+        start = PEFT_PREFIX
+    return prefix, {k.removeprefix(start): v for k, v in tensors.items()}
+
+
+def _peft_config(file: Path, prefix: str, metadata: dict[str, str], key: str) -> dict[str, Any]:
+    """The LoraConfig that a file's metadata, or an adapter_config.json beside it, holds; {} without one."""
+    packed = _json(metadata.get("lora_adapter_metadata", "{}"), file, key)
+    start = f"{prefix}." if prefix else ""
+    if packed:
+        return {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
+    beside = file.with_name("adapter_config.json")
+    return _json(beside.read_text(), beside, key) if beside.is_file() else {}
+
+
+def _json(text: str, file: Path, key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        wrong = f"the metadata of {file} is not valid JSON ({error})"
+        raise UserError(key, wrong, "copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(key, f"the metadata of {file} is no JSON object", "copy the file again")
+    return found
+
+
+def _scale(layers: Layers, config: dict[str, Any], key: str) -> None:
+    """Multiply into B the strength that PEFT gives each layer; ours have it folded in already."""
+    from peft.utils.other import get_pattern_key
+
+    unlike = next((k for k in ("use_dora", "lora_bias") if config.get(k)), None)
+    initial = str(config.get("init_lora_weights") or "").lower()
+    if initial.startswith(CHANGES_BASE):
+        unlike = f"init_lora_weights {initial}"
+    if unlike:
+        found = f"the file's adapter has {unlike}, which is more than B A added to the base"
+        raise UserError(key, found, "merge it into its base with PEFT and give that folder")
+    pattern = config.get("alpha_pattern") or {}
     for name, (a, b) in layers.items():
-        alpha = (config.get("alpha_pattern") or {}).get(name, config.get("lora_alpha", a.shape[0]))
-        layers[name] = (a, b * (alpha / a.shape[0]))
+        rank = a.shape[0]
+        alpha = pattern.get(get_pattern_key(list(pattern), name), config.get("lora_alpha", rank))
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise UserError(key, f"the file's lora_alpha is {alpha!r}", "correct the file's metadata")
+        layers[name] = (a, b * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)))
+
+
+def find_lora(folder: Path) -> Path | None:
+    """The LoRA file of a folder that PEFT or diffusers saved; None if it holds none."""
+    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+    return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
 def check_keys(net: nn.Module, layers: Layers, key: str = "lora") -> None:
@@ -193,10 +257,10 @@ def merge(net: nn.Module, layers: Layers) -> None:
     modules = dict(net.named_modules())
     for name, (a, b) in layers.items():
         weight = modules[name].weight
-        weight += delta(a, b).to(weight)
+        weight.copy_(weight.float() + delta(a, b).to(weight.device))
 
 
-def without_adapters(net: Any) -> nn.Module:
+def without_adapters(net: Any) -> DiffusersModel:
     """A fresh network holding the frozen base alone."""
     fresh = type(net).from_config(net.config)
     state = {k.replace(".base_layer.", "."): v for k, v in net.state_dict().items() if ".lora_" not in k}

@@ -20,11 +20,13 @@ from fastgen.export.info import FILE, ExportInfo
 from fastgen.export.model_card import members_card, model_card
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
 from fastgen.families.base import Family
-from fastgen.families.parts import part_name
+from fastgen.families.parts import DiffusersModel, cast_network, part_name
 from fastgen.networks import negative_prompts
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.files import hub_folder
+from fastgen.networks.load import RECORDED
 from fastgen.networks.teacher import Teacher
+from fastgen.networks.weight_files import drop_variant
 from fastgen.roles.roles import Student, Students
 from fastgen.roles.sana_sprint import as_exported
 
@@ -158,6 +160,7 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         nasa_scale=trained.nasa_scale,
         teacher_steps=trained.teacher_steps,
         teacher_scheduler=_config_of(teacher.scheduler),
+        teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},
     )
 
 
@@ -202,7 +205,7 @@ def _document(teacher: Teacher, info: ExportInfo) -> dict[str, Any]:
 
 
 def export_folder(
-    teacher: Teacher, net: nn.Module, folder: Path, scheduler, document: dict, dtype=torch.float32
+    teacher: Teacher, net: DiffusersModel, folder: Path, scheduler, document: dict, dtype=torch.float32
 ) -> Path:
     """Write `net`, a scheduler, the teacher's other parts and `document`, its fastgen.json, as a folder."""
     family = teacher.family
@@ -227,6 +230,7 @@ def export_folder(
             if (source / part).resolve() != (folder / part).resolve():
                 pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
                 shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
+                drop_variant(folder / part)
             if part not in index:
                 index[part] = _library_class(source / part, part)
     index |= family.index_extra
@@ -249,7 +253,7 @@ def _save_net(net: Any, folder: Path, dtype) -> None:
     else:
         copied = type(net).from_config(net.config)
         copied.load_state_dict(net.state_dict())
-        nn.Module.to(copied, dtype).save_pretrained(folder, safe_serialization=True)
+        cast_network(copied, dtype).save_pretrained(folder, safe_serialization=True)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner only
 

@@ -18,8 +18,10 @@ from fastgen.core.errors import UserError
 from fastgen.families.parts import (
     DiffusersModel,
     Parts,
+    channel_statistics,
     dynamic_shift,
     fold_tokens,
+    has_channel_statistics,
     one_channel_wider,
     part_name,
     patch_of,
@@ -88,6 +90,10 @@ class Family:
     default_grid: tuple[int, ...] = ()
     """latent (h, w) or (f, h, w) if neither the user nor the network's config states it"""
 
+    latent_statistics: Literal["none", "shift", "channels"] = "shift"
+    """what the pipeline applies of its autoencoder's config besides scaling_factor: nothing, shift_factor, or
+    latents_mean and latents_std where both are set
+    """
     decoder: str = "vae"
     """name of the pipeline's component that decodes latents"""
     views: bool = False
@@ -226,11 +232,20 @@ class Family:
 
     def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         """Autoencoder latents to x0."""
-        return (z - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        if self.latent_statistics == "channels" and has_channel_statistics(vae):
+            mean, std = channel_statistics(vae, z)
+            return (z - mean) * vae.config.get("scaling_factor", 1.0) / std
+        return (z - self._shift(vae)) * vae.config.scaling_factor
 
     def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
         """x0 to autoencoder latents; inverse of `normalise`."""
-        return x0 / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        if self.latent_statistics == "channels" and has_channel_statistics(vae):
+            mean, std = channel_statistics(vae, x0)
+            return x0 * std / vae.config.get("scaling_factor", 1.0) + mean
+        return x0 / vae.config.scaling_factor + self._shift(vae)
+
+    def _shift(self, vae: DiffusersModel) -> float:
+        return (vae.config.get("shift_factor") or 0.0) if self.latent_statistics == "shift" else 0.0
 
     def decode(self, vae: DiffusersModel, z: Tensor) -> Tensor:
         """Images in [-1, 1] of autoencoder latents."""

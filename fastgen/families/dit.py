@@ -23,7 +23,7 @@ class DiT(Family):
 
     name, net_class, pipelines = "dit", "DiTTransformer2DModel", ("DiTPipeline",)
     keys, kind, label_key, divisor = ("class_labels",), "labels", "class_labels", 2
-    schedules = ("VP",)
+    schedules, latent_statistics = ("VP",), "none"
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out_1", "proj_out_2", "*norm1.*", "pos_embed.*")
     lora_loader, square = False, True
@@ -61,7 +61,7 @@ class PixArt(Masked):
     """PixArtTransformer2DModel of PixArt-sigma: VP, T5 states with a mask; the variance is not used."""
 
     name, net_class, pipelines = "pixart-sigma", "PixArtTransformer2DModel", ("PixArtSigmaPipeline",)
-    divisor, max_length, schedules = 2, 300, ("VP",)
+    divisor, max_length, schedules, latent_statistics = 2, 300, ("VP",), "none"
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("proj_out", "adaln_single.*", "caption_projection.*", "pos_embed.*")
     lora_loader = False
@@ -99,7 +99,7 @@ class Sana(Masked):
     """
 
     name, net_class, pipelines = "sana", "SanaTransformer2DModel", ("SanaPipeline",)
-    keys, factor, max_length = (*MASKED, "guidance"), 32, 300
+    keys, factor, max_length, latent_statistics = (*MASKED, "guidance"), 32, 300, "none"
     lora_targets = (*ATTENTION, "conv_inverted", "conv_point")
     final_layers = ("proj_out", "time_embed.*", "caption_projection.*", "patch_embed.*")
     time_layers = ("time_embed.emb.time_proj", "time_embed.emb.timestep_embedder")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
 from fastgen.families.dit import pad_rows
-from fastgen.families.parts import DiffusersModel, fold_tokens
+from fastgen.families.parts import DiffusersModel, channel_statistics, fold_tokens
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LAST_TEXT = ("attn.add_q_proj.", "attn.norm_added_q.")
@@ -238,11 +238,11 @@ class QwenImage(Family):
         return F.interpolate(F.pixel_unshuffle(out, 2).norm(dim=1, keepdim=True), scale_factor=2)
 
     def normalise(self, vae: DiffusersModel, z: Tensor) -> Tensor:
-        mean, std = channel_stats(vae, z)
+        mean, std = channel_statistics(vae, z)
         return ((z - mean) / std)[:, :, 0]
 
     def denormalise(self, vae: DiffusersModel, x0: Tensor) -> Tensor:
-        mean, std = channel_stats(vae, x0[:, :, None])
+        mean, std = channel_statistics(vae, x0[:, :, None])
         return x0[:, :, None] * std + mean
 
     def decode(self, vae: DiffusersModel, z: Tensor) -> Tensor:
@@ -269,16 +269,6 @@ def grid_ids(time: int, h: int, w: int, device) -> Tensor:
     """Position ids (time, row, column) of h w tokens, row by row."""
     axes = [torch.arange(n, device=device) for n in (h, w)]
     return F.pad(torch.cartesian_prod(*axes).float(), (1, 0), value=float(time))
-
-
-def channel_stats(vae: DiffusersModel, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents per channel, shaped for z [B, C, ...]."""
-    shape = (1, -1, *[1] * (z.ndim - 2))
-    mean, std = (
-        torch.tensor(values, device=z.device, dtype=z.dtype).reshape(shape)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
 
 
 FAMILIES = (SD3(), Flux(), Flux2(), QwenImage())

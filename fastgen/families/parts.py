@@ -42,6 +42,38 @@ class Parts(DiffusersModel):
             getattr(self, name).enable_gradient_checkpointing(function)
 
 
+def compute_dtype(net: nn.Module) -> torch.dtype:
+    """The floating dtype that a network takes its inputs in.
+
+    Of half-precision networks, diffusers keeps the modules that their class names in float32
+    (`_keep_in_fp32_modules`), and adapters are trained in float32: neither counts. float32 where nothing else
+    is left.
+    """
+    first = getattr(net, net.names[0]) if isinstance(net, Parts) else net
+    kept = _kept_in_float32(first)
+    for name, parameter in first.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name and not any(k in name for k in kept):
+            return parameter.dtype
+    return torch.float32
+
+
+@torch.no_grad()
+def cast_network(net: nn.Module, dtype: torch.dtype) -> Any:
+    """The same network with its floating parameters and buffers in `dtype`, but for those that its class
+    keeps in float32 (which stay as they are).
+    """
+    for part in [getattr(net, n) for n in net.names] if isinstance(net, Parts) else [net]:
+        kept = _kept_in_float32(part)
+        for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+            if tensor.is_floating_point() and not any(k in name.split(".") for k in kept):
+                tensor.data = tensor.data.to(dtype)
+    return net
+
+
+def _kept_in_float32(net: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(net, "_keep_in_fp32_modules", None) or ())
+
+
 def part_name(file: str, part: str) -> str:
     """Name of the adapter file of a further network of a denoiser, given that of the first one."""
     return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
@@ -57,7 +89,7 @@ def rebuilt(net: DiffusersModel, rename: tuple[str, str] = ("", ""), **changes) 
     """The network of a changed config with the same weights, `rename`d; new layers have random weights."""
     changed = _of_changed_config(net, **changes)
     changed.load_state_dict({k.replace(*rename): v for k, v in net.state_dict().items()}, strict=False)
-    return changed
+    return cast_network(changed, compute_dtype(net))
 
 
 @torch.no_grad()
@@ -74,7 +106,21 @@ def one_channel_wider(net: DiffusersModel, input_layer: str) -> DiffusersModel |
     state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
     if layer.weight.device.type != "meta":
         wider.load_state_dict(state)
-    return wider
+    return cast_network(wider, compute_dtype(net))
+
+
+def has_channel_statistics(vae: DiffusersModel) -> bool:
+    """Whether an autoencoder's config has the mean and the standard deviation of its latents per channel."""
+    return all(vae.config.get(f"latents_{k}") is not None for k in ("mean", "std"))
+
+
+def channel_statistics(vae: DiffusersModel, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents per channel, from the autoencoder's config, shaped for z
+    [B, C, ...].
+    """
+    shape = (1, -1, *[1] * (z.ndim - 2))
+    mean, std = (torch.tensor(vae.config[f"latents_{k}"]).to(z).view(shape) for k in ("mean", "std"))
+    return mean, std
 
 
 def patch_of(net: DiffusersModel) -> int:

@@ -1,7 +1,7 @@
 """UNet families: UNet2DModel (class labels or unconditional), and the text-conditioned Stable Diffusion."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class SD(UNet):
     lora_targets = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", *RESNET)
     kohya_prefix = "lora_unet"
     keys = ("encoder_hidden_states", "timestep_cond")
+    latent_statistics: Literal["none", "shift", "channels"] = "none"
     guidance_layers = ("time_embedding.cond_proj",)
     index_extra = {
         "safety_checker": [None, None],
@@ -127,6 +128,7 @@ class SDXL(SD):
 
     name, pipelines = "sdxl", ("StableDiffusionXLPipeline",)
     index_extra: dict[str, Any] = {}
+    latent_statistics = "channels"
 
     def matches(self, index: dict, config: dict) -> bool:
         return config.get("addition_embed_type") == "text_time"

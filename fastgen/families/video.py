@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
-from fastgen.families.frames import VideoFamily
 from fastgen.families.parts import DiffusersModel
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FRAME_RATE = 25.0  # frames per second, the default of LTXPipeline
 
 
-class CogVideoX(VideoFamily):
+class CogVideoX(Family):
     """CogVideoXTransformer3DModel: VP with zero terminal SNR, v; frames before channels; rotary positions
     are computed outside the network, by the pipeline's own code.
     """
@@ -22,6 +21,7 @@ class CogVideoX(VideoFamily):
     name, net_class, pipelines = "cogvideox", "CogVideoXTransformer3DModel", ("CogVideoXPipeline",)
     schedules = ("VP",)
     temporal, divisor, max_length = 4, 2, 226
+    latent_statistics = "none"
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
     final_layers = ("time_embedding.*", "ofs_embedding.*", "patch_embed.*", "norm_out.*", "proj_out")
 
@@ -97,7 +97,7 @@ def rotary(net: DiffusersModel, x: Tensor) -> tuple[Tensor, Tensor]:
     return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, *size, x.device)
 
 
-class HunyuanVideo(VideoFamily):
+class HunyuanVideo(Family):
     """HunyuanVideoTransformer3DModel: Llama states with a mask, the pooled state of CLIP, and the guidance
     scale as the input 1000 w.
     """
@@ -105,6 +105,7 @@ class HunyuanVideo(VideoFamily):
     name, net_class, pipelines = "hunyuan-video", "HunyuanVideoTransformer3DModel", ("HunyuanVideoPipeline",)
     keys = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
     temporal, divisor, max_length = 4, 2, 256
+    latent_statistics = "none"
     default_grid = (33, 90, 160)  # 129 frames of 720 x 1280
     default_guidance, default_sigmas = 6.0, True
     lora_targets = (
@@ -140,7 +141,7 @@ class HunyuanVideo(VideoFamily):
         return {k: v.float() for k, v in found.items()} | {"encoder_attention_mask": mask.float()}
 
 
-class LTX(VideoFamily):
+class LTX(Family):
     """LTXVideoTransformer3DModel: packed tokens, T5 states with a mask, rotary positions in pixels and
     seconds.
     """

@@ -5,17 +5,18 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
-from fastgen.families.frames import VideoFamily, per_frame
+from fastgen.families.frames import per_frame
 from fastgen.families.parts import DiffusersModel
 from fastgen.families.wan import pictures
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-class VideoUNet(VideoFamily):
+class VideoUNet(Family):
     """Base of the video UNets: an image autoencoder encodes every frame."""
 
     component, sample_key, temporal = "unet", "sample", 1
+    latent_statistics = "none"
     final_layers = ("time_embedding.*", "add_embedding.*", "conv_in", "conv_out")
 
     def taps(self, net: DiffusersModel) -> list[nn.Module]:

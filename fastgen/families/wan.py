@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.families.base import Family
-from fastgen.families.frames import VideoFamily
 from fastgen.families.parts import DiffusersModel, Parts
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -35,7 +34,7 @@ class Experts(Parts):
         return {n: r for n, r in found.items() if len(r)}
 
 
-class Wan(VideoFamily):
+class Wan(Family):
     """WanTransformer3DModel with text: Wan 2.1, and the two experts of Wan 2.2."""
 
     name, net_class, pipelines = "wan", "WanTransformer3DModel", ("WanPipeline",)
@@ -43,6 +42,7 @@ class Wan(VideoFamily):
     lora_parts = ("transformer", "transformer_2")
     keys: tuple[str, ...] = ("encoder_hidden_states", "encoder_hidden_states_image")
     temporal, divisor, max_length = 4, 2, 512
+    latent_statistics = "channels"
     default_grid = (21, 60, 104)  # 81 frames of 480 x 832
     lora_targets = (*ATTENTION, "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
     final_layers = ("condition_embedder.*", "patch_embedding", "proj_out")

@@ -15,7 +15,7 @@ from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
-from fastgen.families.parts import FLOW_TIMES, DiffusersModel
+from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks.attention import kernel
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.lora_targets import adapter_layers
@@ -66,7 +66,7 @@ class Backbone(Denoiser):
         """Native prediction of the network, [B, C, ...] float32. cond["net_t"] [B], if present, replaces t as
         the time that the network gets.
         """
-        dtype = next(self.net.parameters()).dtype
+        dtype = compute_dtype(self.net)
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
         time, x = self.net_time(cond.get("net_t", t)), x_t

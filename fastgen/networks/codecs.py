@@ -5,6 +5,7 @@ prompts into the `cond` dict the network takes. Nothing else in fastgen knows ab
 or label rows.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -245,13 +246,23 @@ def temporal_factor(family: Family, pipe) -> int:
 @torch.no_grad()
 def encode_latents(family: Family, vae, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]."""
-    return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
+    with _no_overflow(vae):
+        return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
 
 
 def decode_latents(family: Family, vae, x0: Tensor) -> Tensor:
     """Images in [0, 1] of x0."""
-    latents = family.denormalise(vae, x0).to(vae.dtype)
-    return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
+    with _no_overflow(vae):
+        latents = family.denormalise(vae, x0).to(vae.dtype)
+        return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
+
+
+def _no_overflow(vae) -> AbstractContextManager[Any]:
+    """Without autocast where that is to float16 and the autoencoder's config says force_upcast."""
+    config, device = getattr(vae, "config", None), vae.device.type
+    upcast = config is not None and getattr(config, "force_upcast", False)
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return torch.autocast(device, enabled=False) if upcast and half else nullcontext()
 
 
 def switch_vae(vae, teacher) -> None:

@@ -6,10 +6,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import resolve
+from fastgen.families.parts import cast_network
+from fastgen.networks.weight_files import (
+    PICKLES,
+    WEIGHTS,
+    check_quantised,
+    check_shards,
+    choose_variant,
+    component_dtype,
+    single_file,
+)
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,25 +37,37 @@ def read_json(path: Path, key: str) -> dict:
 
 
 def load_part(
-    folder: Path, key: str, cls: Any, weights: bool = True, dtype: torch.dtype = torch.float32
+    folder: Path,
+    key: str,
+    cls: Any,
+    weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+    denoiser: bool = False,
 ) -> Any:
     """`from_pretrained` of one subfolder, safetensors files only; UserError if it cannot be read.
 
-    With weights=False the network is built on the meta device, and only the headers of its weight files are
-    read.
+    Full weights are preferred to variants (*.fp16.safetensors), and an autoencoder that says force_upcast
+    stays in float32 where `dtype` is float16. With weights=False the network is built on the meta device, and
+    only the headers of its weight files are read.
     """
     from safetensors import SafetensorError
 
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
-    if not any(f.endswith(".safetensors") for f in files):
-        pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if not any(f.endswith(WEIGHTS) for f in files):
+        pickles = [f for f in files if f.endswith(PICKLES)]
         found = f"{folder} has only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
         raise UserError(key, found, "give a folder with .safetensors files, the only format that is read")
+    config = read_json(folder / "config.json", key)
+    check_quantised(folder, config, key, denoiser)
+    variant = choose_variant(folder, dtype, key)
+    check_shards(folder, variant, key)
+    dtype = component_dtype(config, cls, dtype)
     try:
         if not weights:
-            return nn.Module.to(_build_on_meta(folder, cls), dtype)
-        return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+            return cast_network(_build_on_meta(folder, cls), dtype)
+        chosen = {"variant": variant, "use_safetensors": True, "local_files_only": True}
+        return cls.from_pretrained(folder, torch_dtype=dtype, **chosen)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
         raise UserError(
             key, f"{folder} cannot be read ({first_line(error)})", "copy or download the folder again"
         ) from None
@@ -89,6 +110,8 @@ def hub_folder(path: str, allow_network: bool) -> Path:
         raise UserError("teacher.path", str(error), "choose one of the folders in assets/teachers") from None
     if folder.is_dir():
         return folder
+    if (refusal := single_file(folder)) is not None:
+        raise refusal
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "assets:"))
     if not looks_like_id:
         raise UserError(

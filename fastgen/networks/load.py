@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
 from fastgen.families.base import Family
-from fastgen.families.parts import DiffusersModel
+from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
 from fastgen.networks.backbone import Backbone
@@ -24,6 +23,9 @@ from fastgen.networks.teacher import Teacher
 
 NOT_IN_CODEC = ("scheduler", "safety_checker")
 """components of a pipeline that a codec does not need"""
+
+RECORDED = ("height", "width", "num_frames", "embedded_guidance", "family")
+"""settings that an export repeats, so that its base is loaded as it was trained"""
 
 
 @dataclass
@@ -75,11 +77,20 @@ def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) 
         return load_tokenizer(folder / name)
     library, cls = declared or ("transformers", "AutoImageProcessor")
     where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
-    if (folder / name / "config.json").is_file():
+    if (folder / name / "config.json").is_file() or _has_weights(folder / name):
         own = where != library  # a class that only this pipeline has
         cls = getattr(importlib.import_module(where), cls) if own else component_class(folder / name)
         return load_part(folder / name, "teacher.path", cls, options.weights, DTYPES[options.dtype])
-    return getattr(importlib.import_module(where), cls).from_pretrained(folder / name, local_files_only=True)
+    try:
+        found = getattr(importlib.import_module(where), cls)
+        return found.from_pretrained(folder / name, local_files_only=True)
+    except Exception as error:  # processors raise errors of many types
+        unread = f"{folder / name} cannot be read ({first_line(error)})"
+        raise UserError("teacher.path", unread, "copy or download the folder again") from None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(f.suffix == ".safetensors" for f in folder.iterdir())
 
 
 def _incomplete(folder: Path, name: str) -> UserError:
@@ -159,6 +170,8 @@ def _label_codec(folder: Path | None, found: DenoiserParts, options: TeacherOpti
     codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
     codec.has_null = family.has_null(net, classes)
     codec.family = family
+    if folder is not None and found.model_index.get("vae", [None])[0] and not (folder / "vae").is_dir():
+        raise _incomplete(folder, "vae")
     if folder is not None and (folder / "vae").is_dir():
         cls = component_class(folder / "vae")
         vae = load_part(folder / "vae", "teacher.path", cls, options.weights, DTYPES[options.dtype])
@@ -198,7 +211,7 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
     try:
         with torch.device("cpu" if options.weights else "meta"):
             parts = {k: getattr(diffusers, c["_class_name"]).from_config(c) for k, c in configs.items()}
-        parts = {k: nn.Module.to(p, DTYPES[options.dtype]) for k, p in parts.items()}
+        parts = {k: cast_network(p, DTYPES[options.dtype]) for k, p in parts.items()}
     except Exception as error:  # constructors raise errors of many types
         found = f"{family.net_class} cannot be built from it ({first_line(error)})"
         raise UserError("teacher.blueprint.net", found, "correct the setting that it names") from None
@@ -230,7 +243,8 @@ def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
     for name in names:
         config = read_json(folder / name / "config.json", "teacher.path")
         cls = getattr(diffusers, config["_class_name"])
-        parts[name] = load_part(folder / name, "teacher.path", cls, options.weights, DTYPES[options.dtype])
+        given = (options.weights, DTYPES[options.dtype])
+        parts[name] = load_part(folder / name, "teacher.path", cls, *given, denoiser=True)
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 
 
@@ -238,12 +252,10 @@ def _fill_in_size(options: TeacherOptions, info: dict) -> dict:
     """Set the sizes that are not configured to those in info (fastgen.json); returns the settings that an
     export records.
     """
-    for key in ("height", "width", "num_frames", "embedded_guidance"):
+    for key in RECORDED:
         if getattr(options, key) is None:
             setattr(options, key, info.get(key))
-    recorded = {
-        k: getattr(options, k) for k in ("height", "width", "num_frames", "embedded_guidance", "family")
-    }
+    recorded = {k: getattr(options, k) for k in RECORDED}
     return {k: v for k, v in recorded.items() if v is not None}
 
 

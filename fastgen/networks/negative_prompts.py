@@ -102,10 +102,10 @@ def attach(net, states, scale, mask=None) -> int:
             module.processor = Joint(module.processor, shared)
         net.forward = _twice(net.forward, states, shared)
         return len(joint)
-    states = states.to(next(net.parameters()))
     for name in ("caption_projection", "caption_norm"):  # SANA, PixArt
         if getattr(net, name, None) is not None:
-            states = getattr(net, name)(states)
+            layer = getattr(net, name)
+            states = layer(states.to(next(layer.parameters())))
     bias = None if mask is None else (1 - mask.float())[:, None] * -10000.0
     for module in cross.values():
         module.processor = Cross(module.processor, states, bias, scale)

@@ -7,6 +7,7 @@ slow functions of time only, and then frozen: training would bring the high freq
 hundred steps. Nothing else changes, so that the export has the same class.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ def time_modules(net: nn.Module, family: Family) -> tuple[Any, Any]:
 def embedded(net: nn.Module, family: Family, times: Tensor) -> Tensor:
     """The time embedding [N, C] at times [N] of the network, float64."""
     waves, mlp = time_modules(net, family)
-    return mlp(waves(times)).double()
+    return copy.deepcopy(mlp).float()(waves(times)).double()
 
 
 @torch.no_grad()
@@ -41,10 +42,11 @@ def solve_embedder(
     The first layer is set to random ramps of the one sinusoid that increases slowly over all times, the
     second is the least-squares solution.
     """
-    waves, mlp = time_modules(net, family)
-    device = next(mlp.parameters()).device
+    waves, own = time_modules(net, family)
+    device = next(own.parameters()).device
     if device.type == "meta":
         return
+    mlp = copy.deepcopy(own).float()  # solved in float32 for half-precision networks too
     found = waves(times)
     z = (times - times.min()) / (times.max() - times.min())
     rising = found - found[z.argmin()]
@@ -65,6 +67,7 @@ def solve_embedder(
     solution = torch.linalg.solve(hidden.T @ hidden + 1e-6 * len(times) * eye, hidden.T @ target)
     mlp.linear_2.weight.copy_(solution[:-1].T)
     mlp.linear_2.bias.copy_(solution[-1])
+    own.load_state_dict(mlp.state_dict())
 
 
 def smooth_time_embedding(backbone: Denoiser) -> None:

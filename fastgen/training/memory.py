@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fastgen.config.parse import merge, read_files
 from fastgen.config.run import RunConfig, validate
 from fastgen.core.paths import config
+from fastgen.families.parts import compute_dtype
 from fastgen.networks.backbone import Backbone
 from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
@@ -85,7 +86,7 @@ def _bytes(module: nn.Module | None) -> int:
 
 def _dtype(role: Role):
     """Precision a role's network computes in."""
-    return next(role.backbone.parameters()).dtype
+    return compute_dtype(getattr(role.backbone, "net", role.backbone))
 
 
 class _Fused(torch.autograd.Function):

@@ -36,12 +36,19 @@ NAMES = [
 ]
 
 
-def make_run(folder: Path, kind: str = "full", out: Path = Path("out"), moved: bool = True, **student):
+def make_run(
+    folder: Path,
+    kind: str = "full",
+    out: Path = Path("out"),
+    moved: bool = True,
+    teacher: dict | None = None,
+    **student,
+):
     """A trainer as the exporter sees it: a cast whose student was moved well away from its teacher."""
     cfg = validate(
         {
             "output_dir": str(out),
-            "teacher": {"path": str(folder), "num_steps": 6},
+            "teacher": {"path": str(folder), "num_steps": 6, **(teacher or {})},
             "objective": {"name": "dmd2", "gan_weight": 0.0},
             "data": {"name": ""},
             "student": {"kind": kind, "lora": {"rank": RANK, "lora_alpha": ALPHA}, **student},

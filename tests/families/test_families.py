@@ -18,7 +18,6 @@ from fastgen.training.exporting import export_run
 from tests.families.cases import CASES
 from tests.families.world import (
     SHORT,
-    World,
     draws,
     label_loop,
     network_of,
@@ -29,14 +28,6 @@ from tests.families.world import (
 )
 
 each = pytest.mark.parametrize("name", sorted(CASES))
-_WORLDS: dict[str, World] = {}
-
-
-@pytest.fixture
-def world(name, tmp_path_factory):
-    if name not in _WORLDS:
-        _WORLDS[name] = World(name, tmp_path_factory.mktemp(name) / "teacher")
-    return _WORLDS[name]
 
 
 def excuse(world, check: str) -> None:

@@ -158,7 +158,7 @@ def pipeline_class(folder):
 
 
 def open_pipeline(folder, **parts):
-    pipe = pipeline_class(folder).from_pretrained(folder, torch_dtype=torch.float32, **parts)
+    pipe = pipeline_class(folder).from_pretrained(folder, **{"torch_dtype": torch.float32, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
