@@ -168,9 +168,11 @@ def _train(cfg, trainer, last: Path | None) -> int:
         if accelerator.is_main_process:
             validation.finish(trainer, trainer.validate.evaluator)
     except NotFinite as error:
-        if trainer.unchanged and accelerator.is_main_process:  # the weights of that checkpoint led here
-            checkpoint.set_aside(trainer.folder, trainer.step - 1, "not-finite")
-        return not_finite(error, _last_good(trainer.folder))
+        aside = []
+        if trainer.unchanged and accelerator.is_main_process:  # a step from that checkpoint leads here again
+            aside = checkpoint.set_aside(trainer.folder, trainer.step - 1, "not-finite")
+        led = "".join(f"; the one that led to this is kept as {path.name}" for path in aside)
+        return not_finite(error, _last_good(trainer.folder) + led)
     except interrupt.Stopped as stop:
         print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
         return interrupt.REQUEUE
