@@ -58,7 +58,7 @@ def _negative(args) -> int:
     from eval.negative import record
 
     if not args.run:
-        raise UserError("--run", "none given", "a run, or the export, of a student asked by text")
+        raise UserError("--run", "none given", "a run, or the export, of a text-to-image student")
     file = record(args.run, results_folder() / "benchmarks")
     print(file.read_text() + f"wrote {file}")
     return 0

@@ -26,7 +26,7 @@ def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repea
 
     loaded = load_export(model, key="--model")
     if not loaded.is_student or not isinstance(loaded.codec, TextCodec):
-        raise UserError("--model", f"{model} is no student asked by text", "an export of such a student")
+        raise UserError("--model", f"{model} is no text-to-image student", "give an export of one")
     captions = all_captions() * repeats
     ids = {k: torch.tensor([attributes_of(c)[k] for c in captions]) for k in VOCABULARY}
     net, found = Measurer("tinted").net, {}
@@ -41,8 +41,8 @@ def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repea
                     [images, _draw(loaded, [captions[i] for i in rows], word, scale, rows, seed)]
                 )
                 order.append(rows)
-            asked = {k: v[torch.cat(order)] for k, v in ids.items()}
-            shares = agreement(measure(net, images)["logits"], asked)
+            wanted = {k: v[torch.cat(order)] for k, v in ids.items()}
+            shares = agreement(measure(net, images)["logits"], wanted)
             others = [shares[f"agreement_{k}"] for k in VOCABULARY if k != name]
             found[name][f"{scale:g}"] = {
                 "still_there": shares[f"agreement_{name}"],

@@ -4,7 +4,7 @@ configs/claims.yaml lists the claims. One holds when the better side's mean is a
 spread of the two (a claim of no difference allows a share, `within`); with a smaller lead it is "within the
 spread", and where a side has but one seed the lead is said to be of "one seed".
 
-What is compared is a metric (`metric`, fd_mini unless told) at a step count (`steps`), or something of the
+What is compared is a metric (`metric`, fd_mini unless given) at a step count (`steps`), or something of the
 curve of fd_mini that a validating run keeps: the training steps to a quality (`reach`), its largest rise
 (`steadier`). Where the two sides were measured on different numbers of samples, which a Frechet distance
 depends on, each is divided by its teacher's at as many.
@@ -38,7 +38,7 @@ def values(
     documents: list[dict], recipe: str, steps: int | None, metric: str, relative: bool = False
 ) -> list[float]:
     """The metric of a recipe's student at a step count (its own without one), one value per seed; relative
-    to its teacher's at as many samples where asked.
+    to its teacher's at as many samples where it says so.
     """
     found = []
     for document in (d for d in documents if d["recipe"] == recipe):

@@ -84,29 +84,29 @@ def _weights(pairs: list[str]) -> dict[str, str]:
 
 
 def measure_folder(args) -> dict:
-    """Every metric asked for, with what it was measured with."""
+    """Every requested metric, with what it was measured with."""
     from fastgen.evaluation.images import image_files
     from fastgen.networks.device import open_device
 
     device = open_device(args.device)
-    asked, weights = set(args.metrics), _weights(args.weights)
-    if asked & {"clip", "hps"} and not args.prompts:
+    metrics, weights = set(args.metrics), _weights(args.weights)
+    if metrics & {"clip", "hps"} and not args.prompts:
         raise UserError(
-            "--prompts", "none given", f"{' and '.join(sorted(asked & {'clip', 'hps'}))} need the prompts"
+            "--prompts", "none given", f"{' and '.join(sorted(metrics & {'clip', 'hps'}))} need the prompts"
         )
-    if asked - {"clip", "hps"} and not args.against:
+    if metrics - {"clip", "hps"} and not args.against:
         raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
     found: dict[str, object] = {"num_images": len(image_files(args.images))}
-    if asked & set(MINI):
-        found |= _mini(args, asked, device)
-    if asked & {"fid", "kid"}:
-        found |= _inception(args, asked, weights, device)
-    if asked & {"clip", "hps"}:
-        found |= _text(args, asked, weights, device)
+    if metrics & set(MINI):
+        found |= _mini(args, metrics, device)
+    if metrics & {"fid", "kid"}:
+        found |= _inception(args, metrics, weights, device)
+    if metrics & {"clip", "hps"}:
+        found |= _text(args, metrics, weights, device)
     return found
 
 
-def _mini(args, asked: set, device) -> dict:
+def _mini(args, metrics: set, device) -> dict:
     """Metrics of the bundled nets."""
     from fastgen.data.bundled import NAMES
     from fastgen.evaluation.images import image_files, read_all, read_prompts
@@ -119,28 +119,28 @@ def _mini(args, asked: set, device) -> dict:
     mode = "L" if measurer.net.config["channels"] == 1 else "RGB"
     images = read_all(args.images, mode).float() / 255
     if args.against in NAMES:
-        asked_for = read_prompts(args.prompts, image_files(args.images)) if args.prompts else []
-        scores = measurer.compare(images, attributes_from(name, asked_for))
+        requested = read_prompts(args.prompts, image_files(args.images)) if args.prompts else []
+        scores = measurer.compare(images, attributes_from(name, requested))
     else:
         real = measurer.features(read_all(args.against, mode, "--against").float() / 255)
         scores = compare_features(measurer.features(images), real)
-    if asked & {"precision", "recall"} and len(images) < Measurer.least:
+    if metrics & {"precision", "recall"} and len(images) < Measurer.least:
         found = f"{args.images} holds {len(images)} images"
         raise UserError("--images", found, f"precision and recall need {Measurer.least} or more")
     scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
-    if missing := [m for m in asked & set(MINI) if m not in scores]:
+    if missing := [m for m in metrics & set(MINI) if m not in scores]:
         raise UserError(
             "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
         )
     kept = {
         k: v
         for k, v in scores.items()
-        if k.split("_")[0] == "agreement" and "agreement" in asked or k in asked
+        if k.split("_")[0] == "agreement" and "agreement" in metrics or k in metrics
     }
     return {**kept, "extractor": measurer.describe()["extractor"], "note": NOTE}
 
 
-def _inception(args, asked: set, weights: dict, device) -> dict:
+def _inception(args, metrics: set, weights: dict, device) -> dict:
     """FID and KID; a bundled set is named to compare with its held-out images."""
     from fastgen.data.bundled import NAMES, load_images
     from fastgen.evaluation.images import batches, digest, image_files, local_file
@@ -156,11 +156,11 @@ def _inception(args, asked: set, weights: dict, device) -> dict:
         real = fid.features(net, load_images(args.against, "heldout").images.split(64), device)
     else:
         real = fid.features(net, batches(image_files(args.against, "--against"), key="--against"), device)
-    scores = fid.compare(fake, real, tuple(asked & {"fid", "kid"}))
+    scores = fid.compare(fake, real, tuple(metrics & {"fid", "kid"}))
     return {**scores, "num_real": len(real), "inception_sha256": digest(file)}
 
 
-def _text(args, asked: set, weights: dict, device) -> dict:
+def _text(args, metrics: set, weights: dict, device) -> dict:
     """CLIP score and HPS."""
     from fastgen.evaluation.images import digest, image_files, local_file, read_all, read_prompts
     from fastgen.evaluation.metrics import clip, hps
@@ -170,7 +170,7 @@ def _text(args, asked: set, weights: dict, device) -> dict:
     prompts = read_prompts(args.prompts, image_files(args.images))
     images = read_all(args.images)
     found: dict[str, float | str] = {}
-    if "clip" in asked:
+    if "clip" in metrics:
         preset = clip.PRESETS[args.clip]
         file = local_file(weights, "clip", clip.WANTED.format(arch=preset.arch))
         model, tokenizer = clip.load_model(preset.arch, file)
@@ -178,7 +178,7 @@ def _text(args, asked: set, weights: dict, device) -> dict:
             model.to(device), tokenizer, images, prompts, preset.scale, preset.prefix, preset.pre_resize
         )
         found |= {"clip_preset": args.clip, "clip_sha256": digest(file)}
-    if "hps" in asked:
+    if "hps" in metrics:
         file = local_file(weights, "hps", hps.WANTED)
         model, tokenizer = hps.load_hps(file)
         found |= {"hps": hps.hps_score(model.to(device), tokenizer, images, prompts), "hps_file": file.name}

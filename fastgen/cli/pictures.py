@@ -96,8 +96,8 @@ class Gallery:
         """samples.json, an image a line: with a million of them no list is held."""
         yield to_json(record, 2).removesuffix("\n}") + ',\n  "images": ['
         for i in range(self.count):
-            asked = self.names[i % len(self.names)]
-            entry = {"file": self.file(i), "seed": self.seeds[i], "asked": asked}
+            condition = self.names[i % len(self.names)]
+            entry = {"file": self.file(i), "seed": self.seeds[i], "condition": condition}
             yield ("," if i else "") + "\n    " + to_json(entry)
         yield "\n  ]\n}\n"
 

@@ -63,8 +63,8 @@ def _import_plugin(module: str) -> None:
     try:
         importlib.import_module(name)
     except Exception as error:  # whatever somebody's module raises
-        told = f"{module} cannot be imported ({type(error).__name__}: {error})"
-        raise UserError("--plugin", told, "a module on the Python path, or a .py file") from None
+        found = f"{module} cannot be imported ({type(error).__name__}: {error})"
+        raise UserError("--plugin", found, "give a module on the Python path, or a .py file") from None
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -175,9 +175,11 @@ def _train(cfg, trainer, last: Path | None) -> int:
         if accelerator.is_main_process:
             validation.finish(trainer, trainer.validate.evaluator)
     except NotFinite as error:
-        if trainer.unchanged and accelerator.is_main_process:  # the weights of that checkpoint led here
-            checkpoint.set_aside(trainer.folder, trainer.step - 1, "not-finite")
-        return not_finite(error, _last_good(trainer.folder))
+        aside = []
+        if trainer.unchanged and accelerator.is_main_process:  # a step from that checkpoint leads here again
+            aside = checkpoint.set_aside(trainer.folder, trainer.step - 1, "not-finite")
+        led = "".join(f"; the one that led to this is kept as {path.name}" for path in aside)
+        return not_finite(error, _last_good(trainer.folder) + led)
     except interrupt.Stopped as stop:
         print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
         return interrupt.REQUEUE

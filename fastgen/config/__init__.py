@@ -1,1 +1,1 @@
-"""Settings: every section with its help text, YAML and flags merged, mistakes told in one line."""
+"""Settings: every section with its help text, YAML and flags merged, mistakes reported in one line."""

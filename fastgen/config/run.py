@@ -1,5 +1,5 @@
-"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags, told
-apart in one line when wrong.
+"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags; what is wrong
+is one line that names the key.
 """
 
 from typing import TYPE_CHECKING, Annotated, Union
@@ -75,7 +75,7 @@ class RunConfig(Section):
 
     @property
     def student_guidance(self) -> float:
-        """w that a student with an input for it is told in samples."""
+        """The guidance scale that a student with an input for it gets when it is sampled."""
         return self.teacher.guidance if self.student.guidance is None else self.student.guidance
 
     def all_stages(self) -> tuple[StageConfig, ...]:
@@ -145,7 +145,7 @@ class RunConfig(Section):
         return self
 
     def _check_guidance(self) -> None:
-        """Whether every stage trains the range of guidance that the student is to be told."""
+        """Whether every stage trains the range of guidance scales that the student gets as an input."""
         key, span, w = "student.guidance_embedding", self.student.guidance_embedding, self.student_guidance
         if span is None:
             if self.student.guidance is not None:

@@ -177,7 +177,7 @@ def _prompt_name(codec, prompts: list[str], key: str) -> str:
 
 
 def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What an image-asked network is shown with each sample, and its null: the first frame of a clip, or the
+    """The image that a network takes as a condition of each sample, and its null: the first frame of a clip, or the
     sample's file in data.control.
     """
     shown, name = None, codec.family.name
@@ -188,7 +188,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         shown = read_files(files, (3, *codec.pixels), "error", key="data.control")[0]
     if shown is None:
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
-        raise UserError("data", f"{name} is asked by an image beside the text, none are named", where)
+        raise UserError("data", f"{name} takes an image beside the text, and none are given", where)
     parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in shown.split(4)]
     cond, null = (_joined(len(shown), (p[i] for p in parts)) for i in (0, 1))
     return cond, null

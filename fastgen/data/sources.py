@@ -155,7 +155,7 @@ def _unequal(what: str, num: int, found: Found, why: str) -> UserError:
     counts = f"{num} for {found.num} {'prompts' if found.samples is None else 'images'} ({why})"
     return UserError(
         "data",
-        f"{what} is asked by an image beside the text, {counts}",
+        f"{what} takes an image beside the text, {counts}",
         "set data.control, one for each image",
     )
 

@@ -26,8 +26,8 @@ def shorten(text: str, limit: int = MAX_QUOTED) -> str:
 def cut_prompts(codec, prompts: list[str], most: int = 5) -> Iterator[str]:
     """Name the first prompts that do not fit the tokenizer's length, in short, and count the others."""
     # no token stands for less than one ASCII character, so a short prompt needs no tokenizer
-    asked = [text for text in prompts if not text.isascii() or len(text) + 4 > codec.max_length]
-    long = codec.too_long(asked)
+    unsure = [text for text in prompts if not text.isascii() or len(text) + 4 > codec.max_length]
+    long = codec.too_long(unsure)
     for text in long[:most]:
         about = f"cut: {shorten(codec.cut(text))} of {shorten(text)}"
         yield f"prompt longer than {codec.max_length} tokens, {about}"

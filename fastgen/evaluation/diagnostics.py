@@ -43,12 +43,17 @@ def _samples(seen: dict) -> Warnings:
     teacher, student = seen.get("teacher", {}), seen.get("student", {})
     if "spread" in teacher and "spread" in student and student["spread"] < COLLAPSE * teacher["spread"]:
         ratio = student["spread"] / teacher["spread"]
-        told = f"student collapsed: images of one request differ {ratio:.2f} times as much as the teacher's"
-        yield told, "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term"
+        symptom = (
+            f"student collapsed: images of one request differ {ratio:.2f} times as much as the teacher's"
+        )
+        yield (
+            symptom,
+            "more critic updates (student_every), a lower optim.student.lr, a GAN or regression term",
+        )
     if teacher and student and student["contrast"] > SATURATION * teacher["contrast"]:
         ratio = student["contrast"] / teacher["contrast"]
-        told = f"student oversaturated: its images have {ratio:.2f} times the teacher's contrast"
-        yield told, "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
+        symptom = f"student oversaturated: its images have {ratio:.2f} times the teacher's contrast"
+        yield symptom, "a lower teacher.guidance, a regression term (objective dmd), fewer steps of training"
 
 
 def _quality(results: dict) -> Warnings:
@@ -57,10 +62,10 @@ def _quality(results: dict) -> Warnings:
     if len(curve) > 2:
         best, last = min(curve, key=curve.get), list(curve)[-1]
         if curve[last] > FALL * curve[best]:
-            told = f"student drifts: its distance rose from {curve[best]:.3g} at step {best}"
-            told += f" to {curve[last]:.3g} at step {last}"
+            symptom = f"student drifts: its distance rose from {curve[best]:.3g} at step {best}"
+            symptom += f" to {curve[last]:.3g} at step {last}"
             keep = "" if weights.endswith(f"step {best}") else ", or eval.keep best"
-            yield told, f"a lower optim.student.lr, a critic (disc) that learns faster{keep}"
+            yield symptom, f"a lower optim.student.lr, a critic (disc) that learns faster{keep}"
 
 
 def fifths(metrics: list[dict], key: str) -> list[float]:
@@ -75,8 +80,8 @@ def fifths(metrics: list[dict], key: str) -> list[float]:
 def _student(metrics: list[dict], student: str) -> Warnings:
     spread = fifths(metrics, f"{student}/x_spread")
     if spread and spread[-1] < COLLAPSE * max(spread):
-        told = f"{student} collapsed: its samples' spread fell from {max(spread):.3g} to {spread[-1]:.3g}"
-        yield told, "more critic updates (student_every), a lower optim.student.lr, or the GAN term"
+        symptom = f"{student} collapsed: its samples' spread fell from {max(spread):.3g} to {spread[-1]:.3g}"
+        yield symptom, "more critic updates (student_every), a lower optim.student.lr, or the GAN term"
 
 
 def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:
@@ -85,12 +90,14 @@ def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:
     if gap and gap[-1] > RISE * min(gap):
         yield f"{critic} behind: mean |D_real - D_fake| rose from {min(gap):.3g} to {gap[-1]:.3g}", cure
     elif gap and error and error[-1] > max(LAG * gap[-1], 0.15 * fifths(metrics, f"{student}/x_std")[-1]):
-        told = f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}"
-        yield told, cure
+        symptom = (
+            f"{critic} behind: it is {error[-1]:.3g} off the student's exact score, D_real {gap[-1]:.3g}"
+        )
+        yield symptom, cure
 
 
 def _heads(metrics: list[dict], player: str) -> Warnings:
     real, fake = fifths(metrics, f"{player}/logit_real"), fifths(metrics, f"{player}/logit_fake")
     if real and fake and real[-1] - fake[-1] > LOGITS:
-        told = f"discriminator too strong: its logits stand {real[-1] - fake[-1]:.1f} apart"
-        yield told, "r1_weight, a lower disc_weight or optim.disc.lr, or noisier gan_time (gan.disc_time)"
+        symptom = f"discriminator too strong: its logits stand {real[-1] - fake[-1]:.1f} apart"
+        yield symptom, "r1_weight, a lower disc_weight or optim.disc.lr, or noisier gan_time (gan.disc_time)"

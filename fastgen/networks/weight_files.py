@@ -50,8 +50,8 @@ def choose_variant(folder: Path, dtype: torch.dtype, key: str) -> str | None:
     known = variants([f.name for f in folder.iterdir()])
     if None in known or not known:
         return None
-    asked = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
-    for variant in (asked, "fp16", "bf16"):
+    preferred = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    for variant in (preferred, "fp16", "bf16"):
         if variant in known:
             return variant
     if len(known) > 1:

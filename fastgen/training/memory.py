@@ -182,8 +182,10 @@ def row(name: str) -> str:
     found = {}
     for kind in ("lora", "full"):
         ours = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": "any"}}
-        asked = merge(read_files([str(config(f"teachers/{name}.yaml"))]), {**ours, "student": {"kind": kind}})
-        cfg = validate(asked)
+        values = merge(
+            read_files([str(config(f"teachers/{name}.yaml"))]), {**ours, "student": {"kind": kind}}
+        )
+        cfg = validate(values)
         cast = Cast(cfg, "meta")
         found[kind] = estimate(cfg, cast)
     codec, times = cast.teacher.codec, cast.student.times

@@ -55,7 +55,7 @@ def test_insisting_starts_what_the_estimate_refuses(tmp_path, capsys, monkeypatc
     from fastgen.training import limits
 
     monkeypatch.setattr(limits, "memory", lambda device: 1000.0)
-    toy = [*TOY, "--output_dir", tmp_path / "run"]
+    toy = [*TOY, "--eval.grid", "1000", "--output_dir", tmp_path / "run"]
     refused(capsys, toy, "GiB of memory", "--insist")
     assert say(capsys, [*toy, "--insist"])[0] == 0
 

@@ -176,7 +176,7 @@ def test_control_images_go_with_their_pictures(folder, tmp_path):
     assert torch.equal(data.null(torch.tensor([2]))["control"], data.cond(torch.tensor([2]))["control"])
     assert len(data.first(2).own["control"]) == 2
     with pytest.raises(
-        UserError, match="asked by an image beside the text, none are named; set data.control"
+        UserError, match="takes an image beside the text, and none are given; set data.control"
     ):
         load_data(DataConfig(images=str(tmp_path / "images")), teacher)
     (tmp_path / "control/2.png").unlink()

@@ -268,7 +268,7 @@ def test_a_checkpoint_that_leads_to_nan_is_not_the_last_good_one(
     monkeypatch.setattr(Trainer, "_check_finite", check)
     assert main(argv) == 3
     good = "checkpoint-4" if after else "checkpoint-3"
-    assert f"last good checkpoint is {tmp_path}/run/checkpoints/{good}\n" in capfd.readouterr().err
+    assert f"last good checkpoint is {tmp_path}/run/checkpoints/{good}" in capfd.readouterr().err
     assert checkpoint.latest(tmp_path / "run").name == good
     assert (tmp_path / "run/checkpoints/checkpoint-4.not-finite").is_dir() != after
 

@@ -64,7 +64,7 @@ class Measurer:
         return measure(self.net, images)["features"]
 
     def compare(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
-        """Scores of images [N, C, H, W] in [0, 1]; attributes: what each was asked to show, -1 if nothing."""
+        """Scores of images [N, C, H, W] in [0, 1]; attributes: what each should show, -1 if unspecified."""
         self._check(images)
         _, real, (mean, cov) = _reference(self.name, self.device)
         seen = measure(self.net, images)
@@ -134,7 +134,7 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
 
 
 def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, float]:
-    """Share of images that show everything asked for, and with several attributes the share for each."""
+    """Share of images that show every requested attribute, and with several attributes the share for each."""
     right = {}
     for key, wanted in attributes.items():
         if key in logits:

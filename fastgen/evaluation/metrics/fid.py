@@ -18,7 +18,7 @@ WANTED = "weights-inception-2015-12-05-6726825d.pth (torch-fidelity's Inception)
 
 
 class _Pool3(nn.Module):
-    """torch-fidelity returns a tuple of the features asked for; this is the one."""
+    """torch-fidelity returns a tuple of the requested features; this is the one."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
