@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
+from fastgen.core.reading import parse_json, readable
 from fastgen.families.parts import part_name
 
 Layers = dict[str, tuple[Tensor, Tensor]]  # module path -> (A [rank, in, ...], B [out, rank, ...])
@@ -109,9 +110,16 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
             "keys unet.<module>.lora_A.weight and .lora_B.weight (of an export, the file without -kohya)",
         )
     prefix = prefixes.pop()
+    if lost := [n for n in names if f"{prefix}.{n}.lora_B.weight" not in tensors]:
+        raise UserError(key, f"{file} has no lora_B for {lost[0]}", "copy or download the file again")
     layers = {n: tuple(tensors[f"{prefix}.{n}.lora_{m}.weight"].float() for m in "AB") for n in sorted(names)}
-    _scale_by_metadata(layers, prefix, json.loads(metadata.get("lora_adapter_metadata", "{}")))
-    return layers, json.loads(metadata.get("fastgen", "{}"))
+    packed, info = (
+        parse_json(metadata.get(name, "{}"), f"{name} in the header of {file}", key)
+        for name in ("lora_adapter_metadata", "fastgen")
+    )
+    with readable(key, file):
+        _scale_by_metadata(layers, prefix, packed)
+    return layers, info
 
 
 def _scale_by_metadata(layers: Layers, prefix: str, packed: dict) -> None:
