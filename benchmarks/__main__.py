@@ -7,6 +7,8 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
+  python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
+    to docs/reliability.md
 
 Add --write to keep the result in assets/results/benchmarks/<name>.json with the command that made it.
 """
@@ -19,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.faults import faults
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
@@ -239,13 +242,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=("overhead", "memory", "sampling", "jvp", "methods", "startup"))
+    parser.add_argument(
+        "name", choices=("overhead", "memory", "sampling", "jvp", "methods", "startup", "faults")
+    )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
     args = parser.parse_args()
     if args.child:
         return _memory_child(args.child)
-    result = globals()[args.name]()
+    result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
         "command": f"python -m benchmarks {args.name}",
         **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},

@@ -13,9 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastgen.core.console import exit_code, quiet
+from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json
+from fastgen.core.paths import expand
 
 MINI = ("fd_mini", "mmd", "precision", "recall", "agreement", "clip_mini")
 COMMANDS = ("measure", "card")
@@ -23,7 +24,7 @@ METRICS = (*MINI, "fid", "kid", "clip", "hps")
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
+    flags = CommandFlags(
         "fastgen-eval",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,17 +32,34 @@ def _flags() -> argparse.ArgumentParser:
     )
     add = flags.add_argument
     add("command", nargs="?", default="measure", choices=COMMANDS)
-    add("--run", default="", metavar="DIR", help="run folder")
+    add("--run", default="", type=expand, metavar="DIR", help="run folder")
     add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
-    add("--images", default="", metavar="DIR", help="generated images; grid*.png are left out")
-    add("--against", default="", help="folder of real images, or digits, fashion, tinted (held-out images)")
+    add("--images", default="", type=expand, metavar="DIR", help="generated images; grid*.png are left out")
+    add(
+        "--against",
+        default="",
+        type=expand,
+        help="folder of real images, or digits, fashion, tinted (held-out images)",
+    )
     add("--metrics", nargs="+", default=["fd_mini"], choices=METRICS, metavar="NAME", help=", ".join(METRICS))
     add("--extractor", default="", help="digits, fashion or tinted: whose net measures two folders")
     add("--weights", nargs="+", default=[], metavar="NAME=FILE", help="local files for inception, clip, hps")
-    add("--prompts", default="", metavar="FILE", help="the prompts or labels of the images, one a line")
+    add(
+        "--prompts",
+        default="",
+        type=expand,
+        metavar="FILE",
+        help="the prompts or labels of the images, one a line",
+    )
     add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
     add("--device", default="", help="default: cuda if there is one")
-    add("--teacher", default="", metavar="PATH", help="card: the teacher to measure at 1, 4, 20 and 50 steps")
+    add(
+        "--teacher",
+        default="",
+        type=expand,
+        metavar="PATH",
+        help="card: the teacher to measure at 1, 4, 20 and 50 steps",
+    )
     add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
     return flags
 
@@ -80,7 +98,7 @@ def _weights(pairs: list[str]) -> dict[str, str]:
     bad = [k for k in found if k not in ("inception", "clip", "hps") or not found[k]]
     if bad:
         raise UserError("--weights", f"found {bad[0]!r}", "inception=FILE, clip=FILE, hps=FILE")
-    return found
+    return {name: expand(file) for name, file in found.items()}
 
 
 def measure_folder(args) -> dict:

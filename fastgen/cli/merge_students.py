@@ -3,16 +3,16 @@
 python -m fastgen.cli.merge_students runs/a/export runs/b/export --out joined
 """
 
-import argparse
 import json
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fastgen.core.errors import UserError
+from fastgen.core.copying import copy_inside
+from fastgen.core.errors import UserError, warn
 from fastgen.core.files import write_text
-from fastgen.core.paths import resolve
+from fastgen.core.paths import expand, resolve
 from fastgen.export.info import FILE as INFO_FILE
 from fastgen.export.info import ExportInfo, read_document, read_info
 from fastgen.roles.router import FILE
@@ -44,13 +44,15 @@ def join(exports: list[str], out: str) -> Path:
             f"student {missing[0]} was trained in none",
             "add the run that trained it (objective.only)",
         )
-    target = Path(out)
+    target = Path(expand(out))
     if target.exists():
         raise UserError("--out", f"{target} exists", "give another folder")
-    shutil.copytree(folders[0], target)
-    for j, folder in owner.items():
-        shutil.rmtree(target / f"student{j}")
-        shutil.copytree(folder / f"student{j}", target / f"student{j}")
+    copies = [(folders[0], target)]
+    copies += [(folder / f"student{j}", target / f"student{j}") for j, folder in owner.items()]
+    for source, place in copies:
+        shutil.rmtree(place, ignore_errors=True)
+        for name in copy_inside(source, place, source):
+            warn(f"not copied: {name}")
     joined = replace(_info(target), trained_students=tuple(sorted(owner)))
     document = read_document(target, "--exports") | {"export": joined.to_json()}
     write_text(target / INFO_FILE, json.dumps(document, indent=2))
@@ -58,17 +60,21 @@ def join(exports: list[str], out: str) -> Path:
 
 
 def _info(folder: Path) -> ExportInfo:
+    """What an export of several students says of itself."""
     info = read_info(folder, "--exports")
     if info is None:
         raise UserError("--exports", f"{folder} holds no {INFO_FILE}", "copy the whole export folder")
+    if not info.num_students or not set(info.trained_students) <= set(range(info.num_students)):
+        found = f"{folder / INFO_FILE} names no students"
+        raise UserError("--exports", found, "give exports of runs with objective msd")
     return info
 
 
 def main(argv: list[str] | None = None) -> int:
-    from fastgen.core.console import fail
+    from fastgen.core.console import CommandFlags, fail
 
     program = "python -m fastgen.cli.merge_students"
-    flags = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
+    flags = CommandFlags(program, description=__doc__, allow_abbrev=False)
     flags.add_argument("exports", nargs="+", help="export folders")
     flags.add_argument("--out", required=True, help="folder to write")
     args = flags.parse_args(argv)

@@ -1,6 +1,5 @@
 """Measure a finished run again from its export, and write results.json and the report anew."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json, write_json, write_text
 from fastgen.core.paths import is_analytic
+from fastgen.core.reading import read_json
 from fastgen.networks.device import open_device
 
 
@@ -43,7 +43,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         data = load_data(cfg.data, cast.teacher, cast.device)
     results = measure(cfg, Evaluator(cfg, cast, data))
     file = run / "results.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = read_json(file, "--run") if file.is_file() else {}
     results["protocol"]["weights"] = "export"
     results |= {k: before[k] for k in ("train", "curve") if k in before}
     write_json(file, results)

@@ -14,28 +14,35 @@ from pathlib import Path
 from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import check_numbers, check_size
 from fastgen.core import interrupt
-from fastgen.core.console import exit_code, quiet
+from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
+from fastgen.core.paths import expand
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
+    flags = CommandFlags(
         "sample.py",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = flags.add_argument
-    add("--model", required=True, help="export folder, LoRA file, run folder, or a teacher's folder")
-    add("--base", default="", help="base of a LoRA file, if not the one its header names")
+    add(
+        "--model",
+        required=True,
+        type=expand,
+        help="export folder, LoRA file, run folder, or a teacher's folder",
+    )
+    add("--base", default="", type=expand, help="base of a LoRA file, if not the one its header names")
     add("--prompt", action="append", default=[], help="what to draw; may be repeated")
-    add("--prompts", default="", metavar="FILE", help="text file, one prompt a line")
+    add("--prompts", default="", type=expand, metavar="FILE", help="text file, one prompt a line")
     add(
         "--image",
         action="append",
         default=[],
+        type=expand,
         metavar="FILE",
         help="first frame or control image; one for all, or one each",
     )
@@ -46,7 +53,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--steps", type=int, default=0, help="default: what the model was trained for")
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch_size", type=int, default=50)
-    add("--out", default="samples", help="folder of PNGs, grid.png and samples.json")
+    add("--out", default="samples", type=expand, help="folder of PNGs, grid.png and samples.json")
     add("--insist", action="store_true", help="draw more than the disk, memory or a sane time allow")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
     add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below")

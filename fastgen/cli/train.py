@@ -16,6 +16,7 @@ from fastgen.core import interrupt
 from fastgen.core.console import Flags, exit_code, not_finite, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
+from fastgen.core.paths import expand
 
 EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that
 are not finite; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
@@ -56,7 +57,7 @@ def _main(argv: list[str]) -> int:
 
 def _import_plugin(module: str) -> None:
     """Import a module by dotted name, or a .py file by path, so that its objectives join the registry."""
-    path = Path(module)
+    path = Path(expand(module))
     folder, name = (path.resolve().parent, path.stem) if module.endswith(".py") else (Path.cwd(), module)
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -82,6 +83,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--config",
         nargs="+",
+        action="extend",
         default=[],
         metavar="YAML",
         help="files, merged left to right; configs:NAME is bundled",
@@ -102,7 +104,12 @@ def _flags() -> argparse.ArgumentParser:
         "--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing"
     )
     flags.add_argument(
-        "--plugin", nargs="+", default=[], metavar="MODULE", help="import objectives from elsewhere first"
+        "--plugin",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE",
+        help="import objectives from elsewhere first",
     )
     return flags
 

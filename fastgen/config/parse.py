@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastgen.config.data_sources import replaced
+from fastgen.config.yaml_text import parse_yaml, read_yaml
 from fastgen.core.errors import UserError, suggest
-from fastgen.core.paths import config
+from fastgen.core.paths import config, expand
 from fastgen.objectives import REGISTRY
 
 BUNDLED = "configs:"
@@ -66,11 +66,12 @@ def _read_over_bases(file: Path, above: tuple[Path, ...]) -> dict:
     if file.resolve() in above:
         circle = " -> ".join(p.name for p in (*above, file))
         raise UserError("base", f"{circle} is a circle", "remove one of these base keys")
-    values = _read(file, "base" if above else "--config")
+    values = read_yaml(file, "base" if above else "--config")
     found = values.pop("base", [])
     names = [found] if isinstance(found, str) else found
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise UserError("base", f"{file} has {found!r}", "give the path of one YAML file, or a list of paths")
+        wanted = "give the path of one YAML file, or a list of paths"
+        raise UserError("base", f"{file} has {repr(found)[:80]}", wanted)
     merged: dict = {}
     for name in names:
         base = _locate(name, file.parent, "base", f" (the base of {file})")
@@ -83,8 +84,8 @@ def _read_over_bases(file: Path, above: tuple[Path, ...]) -> dict:
 def _locate(name: str, folder: Path, key: str, where: str = "") -> Path:
     """The file of a name: a path (relative to `folder`), or configs:NAME inside the bundled configs."""
     if not name.startswith(BUNDLED):
-        path = folder / Path(name).expanduser()
-        if not path.is_file():
+        path = folder / expand(name)
+        if not path.exists():
             raise UserError(key, f"{path}{where} does not exist", "give the path of a YAML file")
         return path
     root = config("").resolve()
@@ -97,17 +98,6 @@ def _locate(name: str, folder: Path, key: str, where: str = "") -> Path:
             f"name a file of {root} as {BUNDLED}FOLDER/NAME.yaml",
         )
     return path
-
-
-def _read(file: Path, key: str) -> dict:
-    """One YAML file as it stands."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(key, f"{file} is not valid YAML ({' '.join(str(error).split())})", "") from None
-    if not isinstance(values, dict):
-        raise UserError(key, f"{file} holds a {type(values).__name__}", "expected a mapping of sections")
-    return values
 
 
 def run_folder(files: list[str]) -> str:
@@ -144,6 +134,8 @@ def _set(nested: dict, path: list[str], value: object, flag: str) -> None:
             raise UserError(
                 flag, f"{part} is already set as a whole", "set the section or its keys, not both"
             )
+    if path[-1] in nested:
+        raise UserError(flag, "given twice", "give each flag once")
     nested[path[-1]] = value
 
 
@@ -163,11 +155,9 @@ def _value(flag: str, text: str) -> object:
     """Lists, mappings and null are parsed as YAML; everything else stays text, which the schema converts."""
     if text.startswith(("[", "{")):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(
-                flag, f"found {text!r}", "write a list as [1, 2], or its values one by one"
-            ) from None
+            return parse_yaml(text, repr(text[:80]), flag)
+        except UserError as error:
+            raise UserError(flag, error.found, "write a list as [1, 2], or its values one by one") from None
     return None if text in ("null", "None") else text
 
 

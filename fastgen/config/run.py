@@ -1,10 +1,9 @@
-"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags; what is wrong
-is one line that names the key.
+"""The run configuration: typed, merged from YAML files left to right, overridden by dotted flags; what is
+wrong is one line that names the key.
 """
 
 from typing import TYPE_CHECKING, Annotated, Union
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastgen.config.data_sources import competing, replaced
@@ -18,8 +17,10 @@ from fastgen.config.sections import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
+    UserPath,
     check_numbers,
 )
+from fastgen.config.yaml_text import dump_yaml
 from fastgen.core.paths import is_analytic
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
 
@@ -50,7 +51,7 @@ class StageConfig(Section):
 class RunConfig(Section):
     """Everything one run needs. `fastgen-train --help` shows each key."""
 
-    output_dir: str = "runs/unnamed"
+    output_dir: UserPath = "runs/unnamed"
     """run folder; where not given, runs/ and the names of the --config files joined by +"""
     teacher: TeacherConfig = TeacherConfig()
     """the slow generator"""
@@ -216,7 +217,7 @@ def _unset_sections(section: BaseModel, prefix: str):
 
 def dump(cfg: RunConfig) -> str:
     """YAML that loads back to the same config."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
+    return dump_yaml(cfg.model_dump(mode="json"))
 
 
 def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> RunConfig:

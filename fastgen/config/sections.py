@@ -3,7 +3,12 @@
 from typing import Annotated, Any, Literal, get_origin
 
 import tyro.conf
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from fastgen.core.paths import expand
+
+UserPath = Annotated[str, AfterValidator(expand)]
+"""a path whose leading ~ is the home folder"""
 
 MOST = 2**63 - 1
 """largest whole number and seed"""
@@ -22,9 +27,11 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
+        texts = {n for n, f in cls.model_fields.items() if f.annotation is str}
+        whole = {k: str(v) for k, v in values.items() if k in texts and type(v) is int}
         return {
             k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v
-            for k, v in values.items()
+            for k, v in (values | whole).items()
         }
 
 
@@ -47,7 +54,7 @@ def check_numbers(section: BaseModel, prefix: str = "") -> None:
 class TeacherConfig(Section):
     """The teacher: the diffusion model that is distilled."""
 
-    path: str = "assets:teachers/fashion"
+    path: UserPath = "assets:teachers/fashion"
     """folder of a diffusers model, bundled model (assets:teachers/NAME), analytic teacher with a
     closed form (such as analytic:gmm2d-flow) or hub id (OWNER/NAME)
     """
@@ -129,9 +136,9 @@ class StudentConfig(Section):
     """refit the time embedding of a full student without high frequencies, for continuous-time methods"""
     sprint: bool = False
     """convert a SANA student to the inputs of SanaSprintPipeline: times in [0, 1] and the guidance scale"""
-    init: str = ""
+    init: UserPath = ""
     """export folder or LoRA file of a student to start from; empty starts from the teacher"""
-    fuse: str = ""
+    fuse: UserPath = ""
     """export of another student of this teacher, to be averaged with this one at the end of the run"""
     fuse_weight: float | None = Field(default=None, ge=0, le=1)
     """weight of this student in that average; null is 0.5"""
@@ -155,16 +162,16 @@ class DataConfig(Section):
 
     name: str = ""
     """bundled data set: digits, fashion or tinted; instead of data.images and data.prompts"""
-    images: str = ""
+    images: UserPath = ""
     """folder of images (for video: animated gif, webp, png, or mp4); captions in metadata.jsonl or
     metadata.csv (file_name, text) or in a .txt file of the same name per image; classes in its column label,
     or a folder per class
     """
-    control: str = ""
+    control: UserPath = ""
     """folder of control images (edges, depth), named like data.images or in their order, for teachers with a
     ControlNet
     """
-    prompts: str = ""
+    prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""
     limit: int = Field(default=0, ge=0)
     """use only this many examples, the first; 0 is all"""
@@ -172,7 +179,7 @@ class DataConfig(Section):
     """at an image that cannot be read or lacks its caption or label: skip it with a warning, or stop with an
     error
     """
-    cache_dir: str = ""
+    cache_dir: UserPath = ""
     """folder in which encoded latents and prompts are kept between runs; empty keeps them in memory"""
 
 

@@ -16,6 +16,25 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError("command line", message, "run the command with --help for its flags")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but a flag that takes one value may be given only once."""
+        words = list(sys.argv[1:] if args is None else args)
+        if broken := next((w for w in words if any("\ud800" <= c <= "\udfff" for c in w)), None):
+            self.error(f"{broken.encode('ascii', 'backslashreplace').decode()[:80]} is not UTF-8 text")
+        once = {o for a in self._actions if type(a).__name__ == "_StoreAction" for o in a.option_strings}
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        for name in sorted(once.intersection(names)):
+            if names.count(name) > 1:
+                self.error(f"{name} is given twice")
+        return super().parse_known_args(words, namespace)
+
+
+class CommandFlags(Flags):
+    """Flags of a command without keys of a config: a complaint is one line and exit code 2."""
+
+    def error(self, message: str):
+        sys.exit(fail(UserError("command line", message, "see --help")))
+
 
 def fail(error: UserError) -> int:
     """Print a user's mistake as one line on stderr; returns the exit code 2."""

@@ -177,8 +177,8 @@ def _prompt_name(codec, prompts: list[str], key: str) -> str:
 
 
 def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The image that a network takes as a condition of each sample, and its null: the first frame of a clip, or the
-    sample's file in data.control.
+    """The image that a network takes as a condition of each sample, and its null: the first frame of a clip,
+    or the sample's file in data.control.
     """
     shown, name = None, codec.family.name
     if codec.family.temporal:

@@ -5,11 +5,12 @@ import io
 import json
 from pathlib import Path
 
-import yaml
-
+from fastgen.config.yaml_text import parse_yaml
 from fastgen.core.files import write_text
 from fastgen.core.paths import asset
+from fastgen.core.reading import read_json, read_text
 from fastgen.evaluation.diagnostics import warnings
+from fastgen.export.markdown import shown_lines
 
 BLUE, FAINT, ORANGE, GREEN = "#1f5fa8", "#b9cfe6", "#c2571a", "#3b7d3b"
 TITLES = {
@@ -34,12 +35,13 @@ def write_report(folder: Path) -> Path:
     """Render report/index.html of a run folder from what it holds; missing parts are left out."""
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True).from_string(asset("report.html.j2").read_text())
+    page = Environment(autoescape=True, trim_blocks=True, finalize=_without_hidden)
+    template = page.from_string(asset("report.html.j2").read_text())
     metrics = read_metrics(folder / "metrics.jsonl")
     results, config = _json(folder / "results.json"), _text(folder / "config.yaml")
-    page = template.render(
+    text = template.render(
         title=folder.resolve().name,
-        summary=_summary(yaml.safe_load(config) or {}, results),
+        summary=_summary(parse_yaml(config, "config.yaml", "report") or {}, results),
         results=results,
         table=_table(results),
         warnings=warnings(metrics, results),
@@ -49,8 +51,13 @@ def write_report(folder: Path) -> Path:
         environment=_json(folder / "environment.json"),
     )
     target = folder / "report" / "index.html"
-    write_text(target, page)
+    write_text(target, text)
     return target
+
+
+def _without_hidden(value: object) -> object:
+    """A value of the page without the characters that hide or reorder others; lines stay."""
+    return shown_lines(value) if type(value) is str else value
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -59,17 +66,18 @@ def read_metrics(path: Path) -> list[dict]:
     for line in _text(path).splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-    return sorted((r for r in records if "step" in r), key=lambda r: r["step"])
+    numbered = (r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int))
+    return sorted(numbered, key=lambda r: r["step"])
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return read_text(path, "report", "repair or delete it", 2**30) if path.exists() else ""
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, "report", "repair or delete it") if path.exists() else {}
 
 
 def _summary(config: dict, results: dict) -> str:

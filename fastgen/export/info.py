@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fastgen.core.errors import UserError
+from fastgen.core.reading import read_json
 
 FILE = "fastgen.json"
 FORMAT = 1
@@ -124,17 +125,7 @@ def read_document(folder: Path, key: str) -> dict[str, Any]:
     file = folder / FILE
     if not file.is_file():
         return {}
-    try:
-        document = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        found = f"{file} is not valid JSON ({error})"
-        raise UserError(key, found, "copy the export again; the file may be damaged") from None
-    if not isinstance(document, dict):
-        found = f"{file} holds {_kind(document)}"
-        raise UserError(
-            key, found, "copy the export again; the file holds a JSON object with an entry export"
-        )
-    return document
+    return read_json(file, key, "copy the export again; the file may be damaged")
 
 
 def read_info(folder: Path, key: str) -> ExportInfo | None:

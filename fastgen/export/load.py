@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastgen.core.errors import UserError
-from fastgen.core.paths import PACKAGE, is_analytic, resolve
+from fastgen.core.paths import PACKAGE, inside, is_analytic, resolve
+from fastgen.core.reading import reads_model
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
 from fastgen.families.parts import cast_network
@@ -109,6 +110,7 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
     return found
 
 
+@reads_model("--model")
 def load_export(path: str | Path, base: str | None = None, key: str = "--model") -> Loaded:
     """A student (or teacher) from an export folder, LoRA file, run folder, or any teacher path.
 
@@ -123,7 +125,7 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     if info and info.num_students:
         return _load_members(found, info, base, key)
     if info and info.lora:
-        return _load_lora(found / info.lora, base, key)
+        return _load_lora(inside(found, info.lora, key), base, key)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
         pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
         what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
@@ -141,7 +143,10 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
 def _load_members(found: Path, info: ExportInfo, base: str | None, key: str) -> Loaded:
     """Several students and their router."""
     router = Router.load(found, key)
-    loaded = [load_export(found / f"student{j}", base, key) for j in range(info.num_students)]
+    num = info.num_students
+    if num != router.num:
+        raise UserError(key, f"{found} names {num} students, its router {router.num}", "export the run again")
+    loaded = [load_export(inside(found, f"student{j}", key), base, key) for j in range(num)]
     return Loaded(Students([one.student for one in loaded], router), loaded[0].teacher, info, str(found))
 
 
@@ -188,6 +193,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     return Loaded(role, teacher, info, str(file))
 
 
+@reads_model("student.init")
 @torch.no_grad()
 def init_student(student: Role, path: str) -> None:
     """Start a student from an export: a folder's weights, or a LoRA (into an adapter, or merged)."""
@@ -198,7 +204,7 @@ def init_student(student: Role, path: str) -> None:
             key, f"{path!r} is not an export on this disk", "give an export folder or a LoRA file"
         )
     info = None if found.is_file() else read_info(found, key)
-    file = found / info.lora if info and info.lora else found
+    file = inside(found, info.lora, key) if info and info.lora else found
     file = (lora.find_lora(found) or file) if info is None and found.is_dir() else file
     network = student.backbone
     if not isinstance(network, Backbone):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
+from fastgen.core.reading import parse_json, read_json
 from fastgen.families.parts import DiffusersModel, part_name
 
 COMPONENTS = {"unet", "transformer", "transformer_2", "prior", "controlnet", "diffusion_model"}
@@ -123,7 +124,7 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
         n: (tensors[f"{n}.lora_A.weight"].float(), tensors[f"{n}.lora_B.weight"].float()) for n in names
     }
     _scale(layers, _peft_config(file, prefix, metadata, key), key)
-    return layers, _json(metadata.get("fastgen", "{}"), file, key)
+    return layers, parse_json(metadata.get("fastgen", "{}"), f"fastgen in the header of {file}", key)
 
 
 def _without_prefix(tensors: dict[str, Tensor], file: Path, key: str) -> tuple[str, dict[str, Tensor]]:
@@ -141,23 +142,13 @@ def _without_prefix(tensors: dict[str, Tensor], file: Path, key: str) -> tuple[s
 
 def _peft_config(file: Path, prefix: str, metadata: dict[str, str], key: str) -> dict[str, Any]:
     """The LoraConfig that a file's metadata, or an adapter_config.json beside it, holds; {} without one."""
-    packed = _json(metadata.get("lora_adapter_metadata", "{}"), file, key)
+    text = metadata.get("lora_adapter_metadata", "{}")
+    packed = parse_json(text, f"lora_adapter_metadata in the header of {file}", key)
     start = f"{prefix}." if prefix else ""
     if packed:
         return {k.removeprefix(start): v for k, v in packed.items() if k.startswith(start)}
     beside = file.with_name("adapter_config.json")
-    return _json(beside.read_text(), beside, key) if beside.is_file() else {}
-
-
-def _json(text: str, file: Path, key: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        wrong = f"the metadata of {file} is not valid JSON ({error})"
-        raise UserError(key, wrong, "copy the file again") from None
-    if not isinstance(found, dict):
-        raise UserError(key, f"the metadata of {file} is no JSON object", "copy the file again")
-    return found
+    return read_json(beside, key) if beside.is_file() else {}
 
 
 def _scale(layers: Layers, config: dict[str, Any], key: str) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.core.paths import resolve
+from fastgen.core.reading import COPY, MAX_JSON_BYTES, read_bytes, read_json
 from fastgen.export.info import ExportInfo
+from fastgen.export.markdown import code, escape, fenced, visible
 from fastgen.export.snippet import keywords, shown_path, usage
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
@@ -18,10 +20,11 @@ ROWS = (("teacher", "teacher"), ("untrained_student", "untrained student"), ("st
 def license_of(base: str) -> str:
     """The licence the teacher's own card names; an export inherits it."""
     card = resolve(base) / "README.md" if base else None
-    if card is not None and card.is_file() and card.read_text().startswith("---"):
-        for line in card.read_text().split("---")[1].splitlines():
+    if card is not None and card.is_file():
+        text = read_bytes(card, "teacher.path", COPY, MAX_JSON_BYTES).decode("utf-8", "replace")
+        for line in text.split("---")[1].splitlines() if text.startswith("---") else ():
             if line.startswith("license:"):
-                return line.partition(":")[2].strip()
+                return visible(line.partition(":")[2])[:100]
     return "other"
 
 
@@ -33,16 +36,16 @@ def _numbers(results: dict) -> list[str]:
     columns = list(dict.fromkeys(k for _, row in rows for k, v in row.items() if isinstance(v, (int, float))))
     if not columns:
         return ["Not measured."]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(escape, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for title, row in rows:
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), (int, float)) else "" for c in columns]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {escape(title)} | " + " | ".join(cells) + " |")
     protocol = {k: v for k, v in (results.get("protocol") or {}).items() if not isinstance(v, dict)}
     note = protocol.pop("note", "fd_mini is measured on a small net; not comparable with published FIDs")
     if protocol:
-        lines += ["", f"Measured with: {', '.join(f'{k} {v}' for k, v in protocol.items())}."]
+        lines += ["", f"Measured with: {', '.join(escape(f'{k} {v}') for k, v in protocol.items())}."]
     if "fd_mini" in columns:
-        lines += ["", f"{note.removesuffix('.')}."]
+        lines += ["", f"{escape(note).removesuffix('.')}."]
     return lines
 
 
@@ -58,15 +61,22 @@ def _task(teacher: Teacher) -> str:
 def _front_matter(info: ExportInfo, what: dict, teacher: Teacher) -> str:
     from huggingface_hub import ModelCardData
 
-    tags = ["diffusers", "fastgen", info.objective]
+    tags = ["diffusers", "fastgen", visible(info.objective)]
     tags += ["distillation", "few-step"] if info.is_student else []
     tags += ["lora"] if info.lora else []
     tags += [_task(teacher)]
     base = info.base and shown_path(info.base)
     base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
-    licence = what.get("license") or license_of(info.base)
-    data = ModelCardData(base_model=base or None, library_name="diffusers", license=licence, tags=tags)
+    licence = visible(what.get("license") or license_of(info.base))
+    data = ModelCardData(
+        base_model=visible(base) or None, library_name="diffusers", license=licence, tags=tags
+    )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def quoted(name: str) -> str:
+    """A file name as Python writes it, in double quotes where they do."""
+    return json.dumps(name) if name.isascii() and name.isprintable() else repr(name)
 
 
 def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
@@ -74,18 +84,18 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     lora, notes = info.lora, []
     if info.is_student and info.timestep_arguments:
         given = keywords(info.timestep_arguments)[2:]
-        notes.append(f"The scheduler's plain grid is another one: pass `{given}` as below.")
+        notes.append(f"The scheduler's plain grid is another one: pass {code(given)} as below.")
     elif len(info.times or ()) > 1 and not info.grid:
         notes.append(f"The scheduler is set for exactly {info.steps} steps: a plain call is right.")
     for num, change in info.other_step_counts.items():
-        set_to = "".join(f", `{k}={v!r}`" for k, v in change["scheduler"].items())
+        set_to = "".join(f", {code(f'{k}={v!r}')}" for k, v in change["scheduler"].items())
         given = keywords(change["arguments"])[2:] or f"num_inference_steps={num}"
         loaded = f" with the scheduler loaded with {set_to[2:]}" if set_to else ""
-        notes.append(f"In {num} step{'s' * (num != '1')}: pass `{given}`{loaded}.")
+        notes.append(f"In {num} step{'s' * (num != '1')}: pass {code(given)}{loaded}.")
     if lora:
-        notes.append(f"`{lora}`: adapter in PEFT layout, alpha equal to rank.")
+        notes.append(f"{code(lora)}: adapter in PEFT layout, alpha equal to rank.")
     if info.kohya:
-        notes.append(f"`{info.kohya}`: the same adapter under kohya's names.")
+        notes.append(f"{code(info.kohya)}: the same adapter under kohya's names.")
     if info.nasa_scale:
         notes.append(
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
@@ -107,10 +117,11 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
             "`merged/` holds the network for plain diffusers, whose LoRA loader cannot add the layer for w."
         )
     elif lora and not teacher.family.lora_loader:
+        call = code(f"fastgen.export.lora.load_lora_into(net, {quoted(lora)})")
         notes.append(
             f"diffusers has no LoRA loader for {teacher.family.net_class}: `merged/` holds the "
             "merged network for it; "
-            f'`fastgen.export.lora.load_lora_into(net, "{lora}")` puts the file itself into a base network.'
+            f"{call} puts the file itself into a base network."
         )
     return notes
 
@@ -134,26 +145,24 @@ def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[
         }
     else:
         settings["guidance"] = f"{info.guidance:g}"
-    settings["scheduler"] = f"{info.scheduler_class}, as configured in `scheduler/`"
+    settings["scheduler"] = f"{info.scheduler_class}, as configured in scheduler/"
     notes = _notes(info, teacher)
     first = "A few-step student distilled" if info.is_student else "A generator trained"
     lines = [
         _front_matter(info, what, teacher),
         "",
-        f"# {info.name}",
+        f"# {escape(info.name)}",
         "",
         f"{first} with fastgen {info.fastgen_version}.",
         "",
         "| setting | value |",
         "|---|---|",
-        *(f"| {k} | {v} |" for k, v in settings.items()),
+        *(f"| {k} | {escape(v)} |" for k, v in settings.items()),
         "",
         *(f"{n}\n" for n in notes),
         "## Use",
         "",
-        "```python",
-        usage(what, teacher, info, info.lora),
-        "```",
+        *fenced("python", usage(what, teacher, info, info.lora)),
         "",
         "## Numbers",
         "",
@@ -161,9 +170,7 @@ def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[
         "",
         "## Training",
         "",
-        "```sh",
-        shlex.join(command),
-        "```",
+        *fenced("sh", shlex.join(command)),
         "",
         "`config.yaml` of the run folder holds every setting. The licence of the base model applies.",
         "",
@@ -173,7 +180,7 @@ def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[
 
 def members_card(info: ExportInfo, router: Router) -> str:
     """README.md over the folders of several students."""
-    lines = [f"# {info.name}, {info.num_students} students", ""]
+    lines = [f"# {escape(info.name)}, {info.num_students} students", ""]
     if router.tensors and "table" in router.tensors:
         table = router.tensors["table"][:-1].tolist()
         lines += ["| class | folder |", "|---|---|"]
@@ -199,5 +206,5 @@ def members_card(info: ExportInfo, router: Router) -> str:
 def read_command(folder: Path) -> list[str]:
     """The command that made a run folder."""
     file = folder / "environment.json"
-    found = json.loads(file.read_text()).get("command") if file.is_file() else None
+    found = read_json(file, "output_dir").get("command") if file.is_file() else None
     return ["python", *found] if found else ["python", "train.py", "--config", "config.yaml"]

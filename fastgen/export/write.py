@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from fastgen import __version__
+from fastgen.core.copying import copy_inside, files_inside
+from fastgen.core.errors import UserError, warn
 from fastgen.core.files import replace_folder, write_text
+from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
 from fastgen.export.info import FILE, ExportInfo
@@ -30,6 +33,8 @@ from fastgen.networks.weight_files import drop_variant
 from fastgen.roles.roles import Student, Students
 from fastgen.roles.sana_sprint import as_exported
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py")
+"""files that a copied component leaves out: fastgen reads no pickles and publishes no code of others"""
 COPIED = (
     "vae",
     "text_encoder",
@@ -216,7 +221,8 @@ def export_folder(
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
     index = _index(teacher)
-    others = [k for k, v in index.items() if isinstance(v, list) and k not in (*parts, "scheduler")]
+    others = [k for k, v in index.items() if _is_part(k, v) and k not in (*parts, "scheduler")]
+    index = {k: v for k, v in index.items() if not isinstance(v, list) or k in others}
     index |= {
         "_class_name": index["_class_name"]
         if index.get("_class_name") in family.pipelines
@@ -228,8 +234,8 @@ def export_folder(
     for part in dict.fromkeys((*others, *COPIED)):
         if source is not None and (source / part).is_dir():
             if (source / part).resolve() != (folder / part).resolve():
-                pickles = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt")
-                shutil.copytree(source / part, folder / part, dirs_exist_ok=True, ignore=pickles)
+                for left_out in copy_inside(source / part, folder / part, source, PICKLES):
+                    warn(f"export: not copied: {left_out}")
                 drop_variant(folder / part)
             if part not in index:
                 index[part] = _library_class(source / part, part)
@@ -242,7 +248,26 @@ def export_folder(
 def _index(teacher: Teacher) -> dict:
     """The model_index.json of the teacher's folder, if it has one."""
     file = hub_folder(teacher.path, False) / "model_index.json" if teacher.path else None
-    return json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    return read_json(file, "teacher.path") if file is not None and file.is_file() else {}
+
+
+def _is_part(name: str, entry: object) -> bool:
+    """Whether an entry of a model_index.json names a folder beside it: never a path that leads elsewhere."""
+    return name.isidentifier() and isinstance(entry, list)
+
+
+def check_copied(teacher: Teacher) -> None:
+    """Refuse, before anything is trained, a teacher with parts that an export could not copy whole."""
+    source = hub_folder(teacher.path, False) if teacher.path else None
+    family = teacher.family
+    named = [k for k, v in _index(teacher).items() if _is_part(k, v)]
+    for part in dict.fromkeys((*named, *COPIED)):
+        if source is None or part in (family.component, *family.extra) or not (source / part).is_dir():
+            continue
+        for path, why in files_inside(source / part, source):
+            if why:
+                found = f"{path} is {why}, and an export copies what is inside of the folder only"
+                raise UserError("teacher.path", found, "put the file itself in its place")
 
 
 def _save_net(net: Any, folder: Path, dtype) -> None:
@@ -327,8 +352,9 @@ def _header(family: Family, info: ExportInfo, layers: lora.Layers) -> dict[str, 
 def _library_class(folder: Path, part: str) -> list[str]:
     """[library, class] of a component as model_index.json wants it."""
     if part.startswith("tokenizer"):
-        return ["transformers", json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]]
-    config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "tokenizer_config.json", "teacher.path")
+        return ["transformers", config["tokenizer_class"]]
+    config = read_json(folder / "config.json", "teacher.path")
     if "architectures" in config:
         return ["transformers", config["architectures"][0]]
     return ["diffusers", config["_class_name"]]

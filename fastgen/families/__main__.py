@@ -2,8 +2,14 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from fastgen.core.console import fail
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
+from fastgen.core.paths import resolve
+from fastgen.core.reading import read_text
 from fastgen.families.registry import FAMILIES
 
 RECORD = Path(__file__).with_name("contract.json")
@@ -57,8 +63,11 @@ def table() -> str:
 
 def written(text: str) -> str:
     """A document with its block of the table renewed."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in tail or END in head + tail:
+        found = f"found no single block from {BEGIN} to {END}"
+        raise UserError("--write", found, "put both marks into the file, once and in this order")
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
 
 
@@ -69,8 +78,13 @@ def main() -> None:
     if not args.write:
         print(table())
         return
-    file = Path(args.write)
-    file.write_text(written(file.read_text()))
+    file = resolve(args.write)
+    try:
+        write_text(file, written(read_text(file, "--write", "give a Markdown file")))
+    except UserError as error:
+        sys.exit(fail(error))
+    except OSError as error:
+        sys.exit(fail(UserError("--write", error, "give a file that can be written")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Image-text similarity: the cosine of a CLIP model's embeddings of an image and a caption."""
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import resolve
+from fastgen.core.reading import read_json, reads_model
 
 
 class ImageText(nn.Module):
@@ -19,6 +19,7 @@ class ImageText(nn.Module):
     image_mean: Tensor
     image_std: Tensor
 
+    @reads_model("clip")
     def __init__(self, path: str, key: str = "clip"):
         super().__init__()
         from transformers import AutoTokenizer, CLIPModel
@@ -28,8 +29,10 @@ class ImageText(nn.Module):
         try:
             folder = resolve(path)
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            processor = json.loads((folder / "processor_config.json").read_text())
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            processor = read_json(folder / "processor_config.json", key)
         except (OSError, ValueError, FileNotFoundError) as error:
             found = f"{path} cannot be read ({first_line(error)})"
             needed = "give a folder with a CLIPModel, its tokenizer and its processor_config.json"

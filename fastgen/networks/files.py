@@ -1,6 +1,7 @@
 """Reading the files of a diffusers folder; errors are UserErrors of one line."""
 
-import json
+import contextlib
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 
 from fastgen.core.errors import UserError, first_line
-from fastgen.core.paths import resolve
+from fastgen.core.paths import inside, resolve
+from fastgen.core.reading import read_json
 from fastgen.families.parts import cast_network
 from fastgen.networks.weight_files import (
     PICKLES,
@@ -21,19 +23,6 @@ from fastgen.networks.weight_files import (
 )
 
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def read_json(path: Path, key: str) -> dict:
-    """The object in a JSON file; `key` is the setting that an error names."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(key, f"{path} does not exist", "give a complete diffusers folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(key, f"{path} is not valid JSON ({error})", "copy the file again") from None
-    if not isinstance(found, dict):
-        raise UserError(key, f"{path} contains no JSON object", "copy the file again")
-    return found
 
 
 def load_part(
@@ -57,6 +46,7 @@ def load_part(
         pickles = [f for f in files if f.endswith(PICKLES)]
         found = f"{folder} has only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
         raise UserError(key, found, "give a folder with .safetensors files, the only format that is read")
+    check_weight_files(folder, key)
     config = read_json(folder / "config.json", key)
     check_quantised(folder, config, key, denoiser)
     variant = choose_variant(folder, dtype, key)
@@ -71,6 +61,16 @@ def load_part(
         raise UserError(
             key, f"{folder} cannot be read ({first_line(error)})", "copy or download the folder again"
         ) from None
+
+
+def check_weight_files(folder: Path, key: str) -> None:
+    """Refuse a folder in which an index of weights names a file outside of it."""
+    for index in folder.glob("*.index.json"):
+        shards = read_json(index, key).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(key, f"{index} has no weight_map", "copy or download the folder again")
+        for name in sorted({str(name) for name in shards.values()}):
+            inside(folder, name, key)
 
 
 def _build_on_meta(folder: Path, cls: Any) -> Any:
@@ -93,13 +93,50 @@ def component_class(folder: Path) -> type:
 
     config = read_json(folder / "config.json", "teacher.path")
     library: ModuleType = diffusers
-    name = config.get("_class_name", "")
+    name: object = config.get("_class_name", "")
+    kind: type = diffusers.ModelMixin
     if config.get("architectures"):
-        library, name = transformers, config["architectures"][0]
-    if not hasattr(library, name) or not name:
-        found = f"{folder / 'config.json'} names the class {name!r}, which {library.__name__} does not have"
+        library, name, kind = transformers, config["architectures"][0], transformers.PreTrainedModel
+    cls = library_class(library, name, kind)
+    if cls is None:
+        short = str(name)[:80]
+        found = f"{folder / 'config.json'} names the class {short!r}, which is no model of {library.__name__}"
         raise UserError("teacher.path", found, f"correct the name, or install another {library.__name__}")
-    return getattr(library, name)
+    return cls
+
+
+def library_class(library: ModuleType, name: object, *kinds: type) -> Any:
+    """The class that a file names, or None if the library has none of these kinds by that name: nothing else
+    of a library is ever called by name.
+    """
+    found = getattr(library, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, kinds) else None
+
+
+def named_class(folder: Path, part: str, library: object, name: object) -> Any:
+    """The model or processor that a model_index.json names for a component, in a library or in the module of
+    one of diffusers' pipelines.
+    """
+    import diffusers
+    import transformers
+
+    cls = None
+    if isinstance(library, str) and library.isidentifier():
+        where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+        processors = (
+            transformers.AutoImageProcessor,
+            transformers.image_processing_base.ImageProcessingMixin,
+            transformers.ProcessorMixin,
+            transformers.FeatureExtractionMixin,
+        )
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(where)
+            models = (diffusers.ModelMixin, transformers.PreTrainedModel)
+            cls = library_class(module, name, *models, *processors)
+    if cls is None:
+        found = f"{folder} names {str(name)[:80]!r} of {str(library)[:80]!r} as its component {part!r}"
+        raise UserError("teacher.path", found, "name a model or processor of diffusers or transformers")
+    return cls
 
 
 def hub_folder(path: str, allow_network: bool) -> Path:
@@ -138,7 +175,9 @@ def load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers raise errors of many types
         found = f"{folder} cannot be read ({first_line(error)})"
         raise UserError("teacher.path", found, "copy or download the folder again") from None

@@ -1,6 +1,5 @@
 """`load_teacher`: the denoiser and codec of a model folder, a hub id or a blueprint."""
 
-import importlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,40 @@ import torch
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
+from fastgen.core.reading import COPY, check_types, read_json, reads_model
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import LabelCodec, TextCodec, spatial_factor, temporal_factor
-from fastgen.networks.files import DTYPES, component_class, hub_folder, load_part, load_tokenizer, read_json
+from fastgen.networks.files import (
+    DTYPES,
+    component_class,
+    hub_folder,
+    load_part,
+    load_tokenizer,
+    named_class,
+)
 from fastgen.networks.meta_layout import build_on_meta
 from fastgen.networks.schedulers import load_scheduler, schedule_of
 from fastgen.networks.teacher import Teacher
 
+INFO: dict[str, type | tuple[type, ...]] = {
+    "patch": int,
+    "num_classes": int,
+    "class_names": list,
+    "measure": str,
+    "license": str,
+    "max_sequence_length": int,
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "embedded_guidance": (int, float),
+    "family": dict,
+    "export": dict,
+}
+"""types of what fastgen.json says of a model"""
 NOT_IN_CODEC = ("scheduler", "safety_checker")
 """components of a pipeline that a codec does not need"""
 
@@ -69,6 +91,8 @@ class DenoiserParts(NamedTuple):
 
 def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) -> Any:
     """A component of a pipeline other than the denoiser; None if the index does not have it."""
+    if declared is not None and not (isinstance(declared, list) and len(declared) == 2):
+        raise UserError("teacher.path", f"model_index.json of {folder} has {name}: {declared!r}"[:200], COPY)
     if declared == [None, None] or not (declared or (folder / name).is_dir()):
         return None
     if not (folder / name).is_dir():
@@ -76,14 +100,13 @@ def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) 
     if "tokenizer" in name:
         return load_tokenizer(folder / name)
     library, cls = declared or ("transformers", "AutoImageProcessor")
-    where = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     if (folder / name / "config.json").is_file() or _has_weights(folder / name):
-        own = where != library  # a class that only this pipeline has
-        cls = getattr(importlib.import_module(where), cls) if own else component_class(folder / name)
-        return load_part(folder / name, "teacher.path", cls, options.weights, DTYPES[options.dtype])
+        own = library not in ("diffusers", "transformers")  # a class that only this pipeline has
+        model = named_class(folder, name, library, cls) if own else component_class(folder / name)
+        return load_part(folder / name, "teacher.path", model, options.weights, DTYPES[options.dtype])
+    processor = named_class(folder, name, library, cls)
     try:
-        found = getattr(importlib.import_module(where), cls)
-        return found.from_pretrained(folder / name, local_files_only=True)
+        return processor.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # processors raise errors of many types
         unread = f"{folder / name} cannot be read ({first_line(error)})"
         raise UserError("teacher.path", unread, "copy or download the folder again") from None
@@ -221,9 +244,8 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
 
 def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
     """The denoiser of a diffusers folder."""
-    import diffusers
-
     info = read_json(folder / "fastgen.json", "teacher.path") if (folder / "fastgen.json").exists() else {}
+    check_types(info, INFO, folder / "fastgen.json", "teacher.path")
     export = info.get("export")  # how it noises stands beside a student's scheduler of a few steps
     noised_by = export.get("teacher_scheduler") if isinstance(export, dict) else None
     scheduler = load_scheduler(
@@ -241,9 +263,7 @@ def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
     names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
     parts = {}
     for name in names:
-        config = read_json(folder / name / "config.json", "teacher.path")
-        cls = getattr(diffusers, config["_class_name"])
-        given = (options.weights, DTYPES[options.dtype])
+        cls, given = component_class(folder / name), (options.weights, DTYPES[options.dtype])
         parts[name] = load_part(folder / name, "teacher.path", cls, *given, denoiser=True)
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 
@@ -274,6 +294,7 @@ def _locate(options: TeacherOptions) -> tuple[Path | None, dict]:
         return None, options.layout.get("codec", {})
 
 
+@reads_model("teacher.path")
 def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> Teacher:
     """A teacher from a diffusers folder, a bundled asset ("assets:teachers/fashion") or a hub id.
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastgen.core.errors import UserError, warn
 from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
+from fastgen.networks.files import library_class
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
@@ -17,7 +18,7 @@ def load_scheduler(config: dict) -> Any:
     """
     import diffusers
 
-    cls = getattr(diffusers, config.get("_class_name", ""), None)
+    cls = library_class(diffusers, config.get("_class_name", ""), diffusers.SchedulerMixin)
     if cls is None:
         found = f"found {config.get('_class_name')!r}, which is not a scheduler of diffusers"
         raise UserError("scheduler._class_name", found, "correct scheduler_config.json")

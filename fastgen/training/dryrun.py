@@ -5,6 +5,8 @@ from pathlib import Path
 from fastgen.config.run import RunConfig, StageConfig, dump
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.rng import Rng
+from fastgen.export.write import check_copied
+from fastgen.networks.backbone import Backbone
 from fastgen.roles.roles import Player, Role
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
@@ -23,6 +25,9 @@ def rehearse(cfg: RunConfig, insist: bool = False, resume: Path | None = None) -
     does not fit, and a run far too large are refused here, before a run folder is touched.
     """
     cast = weightless(cfg)
+    network = cast.teacher.backbone
+    if isinstance(network, Backbone) and (cfg.student.kind == "full" or not network.family.lora_loader):
+        check_copied(cast.teacher)
     meta = checkpoint.read_meta(resume) if resume else {"stage": 0, "k": 0}
     writer = meta["stage"] if meta["k"] else meta["stage"] - 1  # the stage that saved the checkpoint
     decays = cfg.train.ema_decay

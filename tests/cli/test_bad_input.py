@@ -389,8 +389,7 @@ def test_long_prompt_is_warned_with_what_was_cut(tiny, capsys):
 
     codec = load_teacher(str(tiny("sd"))).codec
     _text_rows(codec, ["short", "a" * 200], torch.device("cpu"))
-    out = capsys.readouterr().out
-    assert "longer than 77 tokens" in out and out.count("warning") == 1
+    assert "longer than 77 tokens" in (out := capsys.readouterr().out) and out.count("warning") == 1
 
 
 def test_labels_outside_the_range():
