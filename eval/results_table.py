@@ -9,9 +9,9 @@ images. It orders generators of one image set among each other and is not compar
 same run, or where that measured its teacher on fewer, of another run of the same teacher and protocol; a "~"
 says that there is none, so that the ratio flatters the student. With several seeds: mean +- standard
 deviation. "teacher (NFE)" names the network calls of one teacher sample. Agreement: the share of samples in
-which the measuring net finds everything the prompt names, "of" the teacher's share; of 500 samples it is known
-to about 1.2 points on either side. Guidance lifts a teacher's share above that of real images, which a method
-that learns from data alone goes towards."""
+which the measuring net finds everything the prompt names, "of" the teacher's share; of 500 samples it is
+known to about 1.2 points on either side. Guidance lifts a teacher's share above that of real images, which
+a method that learns from data alone goes towards."""
 
 
 def numbers(documents: list[dict], *path: str) -> list[float]:
