@@ -38,10 +38,16 @@ WRITTEN = (
     "checkpoints",
     "export",
 )
-WRITTEN += ("results.json", "report")
-"""what a run writes: a path that begins with one of these is in no checkout"""
-EXAMPLES = ("my",)
+WRITTEN += ("results.json", "report", "state.json", "state.safetensors", "checksums.json", "dist", "_data")
+"""what a run or a build writes: a path that begins with one of these is in no checkout"""
+EXAMPLES = ("my", "..", "run.yaml", "metadata.jsonl")
 """what a reader's own files may be called: a path that begins with one of these is only an example"""
+HUB_IDS = {
+    found[1]
+    for file in (ROOT / "configs/teachers").glob("*.yaml")
+    if (found := re.search(r"path: ([\w.-]+/[\w.-]+)", file.read_text()))
+}
+"""released models, which look like paths"""
 HISTORY = "CHANGELOG.md"  # may name what is gone
 
 
@@ -67,6 +73,8 @@ def path_like(word: str) -> str | None:
     if not re.fullmatch(r"[\w.{},*+-]+(/[\w.{},*+-]+)*/?", word) or word.startswith(("-", "*")):
         return None
     first = word.split("/")[0]
+    if word in HUB_IDS:
+        return None
     if first in WRITTEN + EXAMPLES or not ("/" in word or Path(word).suffix in SUFFIXES):
         return None
     if "/" in word and not Path(word).suffix and not re.fullmatch(r"[a-z_.]+", first):
