@@ -279,5 +279,5 @@ class EvalConfig(Section):
         """Distances between distributions need two samples; better refused now than after training."""
         for name in ("num_samples", "teacher_samples", "validation_samples"):
             if getattr(self, name) == 1 and not (name == "validation_samples" and self.grid > 1):
-                raise ValueError(f"{name}: found 1; a distance needs 2 or more samples, 0 is off")
+                raise ValueError(f"{name}: found 1; a distance needs 2 samples or more; 0 turns it off")
         return self

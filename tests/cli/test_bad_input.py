@@ -13,13 +13,12 @@ import torch
 import yaml
 
 from fastgen.cli.train import main
+from tests.support.flags import last_of_each
 
 TOY = [
     *("--teacher.path", "analytic:gmm2d-flow", "--train.max_train_steps", "2"),
     *("--train.validation_steps", "0", "--eval.num_samples", "0", "--objective.gan_weight", "0"),
 ]
-
-
 BASE = str(Path(__file__).parents[1] / "support/flat.yaml")
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
 HALF_NOISE = ["--config", f"{RECIPES}/digits_boot.yaml", "--student.timesteps", "[0.8]"]
@@ -27,7 +26,7 @@ HALF_NOISE = ["--config", f"{RECIPES}/digits_boot.yaml", "--student.timesteps", 
 
 def started(argv):
     """Arguments over a flat one-stage config, unless they name their own."""
-    return [*map(str, argv), *([] if "--config" in argv else ["--config", BASE])]
+    return last_of_each([*argv, *([] if "--config" in argv else ["--config", BASE])])
 
 
 def say(capsys, argv):

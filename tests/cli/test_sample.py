@@ -11,6 +11,7 @@ from fastgen.cli.conditions import parse_labels
 from fastgen.cli.sample import main
 from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
+from tests.support.flags import last_of_each
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def exports(tiny, tmp_path_factory):
 
 def call(capsys, *argv):
     """(exit code, stdout, stderr)."""
-    code = main([str(a) for a in argv])
+    code = main(last_of_each(argv))
     said = capsys.readouterr()
     return code, said.out, said.err
 
