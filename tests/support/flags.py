@@ -1,4 +1,4 @@
-"""Command lines of tests: what a test adds replaces what its base sets, since a flag may be given only once."""
+"""Command lines of tests: what a test adds replaces what its base sets, as a flag may be given only once."""
 
 
 def last_of_each(argv: list) -> list[str]:
