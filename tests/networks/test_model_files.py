@@ -102,10 +102,11 @@ def test_an_index_must_name_files_of_its_own_folder(folder):
     index = file.with_name("diffusion_pytorch_model.safetensors.index.json")
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     load_teacher(str(path))
-    for name in ("../" + shard, "diffusion_pytorch_model-00002-of-00002.safetensors"):
+    gone = "diffusion_pytorch_model-00002-of-00002.safetensors"
+    for name, said in (("../" + shard, "is not inside of it"), (gone, "has no file")):
         index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weight_map, name)}))
         for weights in (True, False):
-            with pytest.raises(UserError, match="has no file"):
+            with pytest.raises(UserError, match=said):
                 load_teacher(str(path), weights=weights)
 
 

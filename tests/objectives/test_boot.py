@@ -67,7 +67,7 @@ def test_p1_signal_form_is_the_ddim_step(S, monkeypatch):
     eps, y, f = torch.randn(3, 40, 2, dtype=torch.float64)
     i = torch.arange(40) % 60 + 3
     t, s = S.from_unit(i / 64), S.from_unit((i - 1) / 64)
-    objective.teacher.guided = lambda x, *_: torch.cat([f, f])[: len(x)]
+    object.__setattr__(objective.teacher, "guided", lambda x, *_: torch.cat([f, f])[: len(x)])
     found = target_of(objective, eps, i, y, monkeypatch)
     x_s = S.ode_step(f, S.noise(y, eps, t), t, s)
     expected = (x_s - expand(S.sigma(s), eps) * eps) / expand(S.alpha(s), eps)

@@ -207,7 +207,7 @@ def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypat
     from PIL import Image
 
     from fastgen.cli.train import main
-    from fastgen.data import bundled, loader
+    from fastgen.data import bundled, sources
 
     for i in range(4):
         Image.new("L", (16, 16), 60 * i).save(tmp_path / f"{i}.png")
@@ -218,7 +218,7 @@ def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypat
     read = bundled._member
     only_labels = lambda name, split, part: read(name, split, part) if part == "labels" else refuse()  # noqa: E731
     monkeypatch.setattr(bundled, "_member", only_labels)
-    monkeypatch.setattr(loader, "load_images", refuse)
+    monkeypatch.setattr(sources, "load_images", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     values = {
         "teacher": {"path": str(tiny("flow")), **TEACHER[name]},

@@ -125,7 +125,8 @@ def make(cfg, schedule=None, student=None, steps=1):
 def test_p1_the_real_score_may_have_its_own_guidance():
     objective, used = make({"gan_weight": 0.0, "student_every": 1, "real_guidance": 3.0}), []
     guided = objective.teacher.guided
-    objective.teacher.guided = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, 1.0))[1]
+    spy = lambda x, t, c, u, w: (used.append(w), guided(x, t, c, u, 1.0))[1]  # noqa: E731
+    object.__setattr__(objective.teacher, "guided", spy)
     next(objective.step(batch_of(torch.randn(8, 1)), 0))
     assert used == [3.0] and requirements_of(DMD2Config()).learned_guidance(2.0) == 2.0
     cfg = DMD2Config(real_guidance=1.0, gan_weight=0.0, student_every=1)

@@ -288,5 +288,5 @@ def test_removal_is_measured_of_students_asked_by_text_only(tiny):
     from eval.negative import removal
     from fastgen.core.errors import UserError
 
-    with pytest.raises(UserError, match="asked by text"):
+    with pytest.raises(UserError, match="no text-to-image student"):
         removal(str(tiny("flow")))

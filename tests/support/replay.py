@@ -34,9 +34,10 @@ images = (torch.nn.functional.pixel_shuffle(x, 2) / 2 + 0.5).clamp(0, 1)
 def train(tiny, tmp_path, objective, teacher=None, family="flow", **more):
     """A few real steps on pictures, from a tiny teacher; the export folder."""
     (tmp_path / "set").mkdir()
-    for i in range(10):
-        Image.new("L", (16, 16), 25 * i).save(tmp_path / f"set/{i}.png")
-        (tmp_path / f"set/{i}.txt").write_text(PROMPTS[i % 2])
+    rows = [{"file_name": f"{i}.png", "text": PROMPTS[i % 2], "label": i} for i in range(10)]
+    for i, row in enumerate(rows):
+        Image.new("L", (16, 16), 25 * i).save(tmp_path / "set" / row["file_name"])
+    (tmp_path / "set/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     values = {
         "teacher": {"path": str(tiny(family)), **(teacher or {})},
         "data": {"images": str(tmp_path / "set")},

@@ -40,7 +40,7 @@ def test_the_whole_page_is_current(name):
 def test_a_released_model_s_config_is_whole(name):
     """It validates with an objective, names a hub id, a size and the class of every part."""
     values = read_files([str(ROOT / f"configs/teachers/{name}.yaml")])
-    cfg = validate({**values, "objective": {"name": "sft"}, "data": {"prompts": "any", "name": "tinted"}})
+    cfg = validate({**values, "objective": {"name": "sft"}, "data": {"name": "tinted"}})
     layout = cfg.teacher.layout
     assert cfg.teacher.path.count("/") == 1 and cfg.teacher.height and cfg.teacher.width and cfg.teacher.dtype
     parts = [layout["net"], layout["scheduler"], layout["index"], *layout["codec"].values()]
