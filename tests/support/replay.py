@@ -1,5 +1,7 @@
 """The P4 rung: a method trained briefly, exported, and drawn by plain diffusers with the same images."""
 
+import json
+
 import numpy as np
 import torch
 import yaml
