@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError, warn
+from fastgen.core.files import sha256
 from fastgen.data.folders import named, scan, some
 from fastgen.data.pictures import read_picture, to_tensor
 from fastgen.data.text import read_text, split_lines
@@ -90,7 +91,4 @@ def local_file(weights: dict[str, str], name: str, wanted: str) -> Path:
 
 def digest(path: Path) -> str:
     """First 12 hex digits of a file's sha256, to be quoted next to numbers made with it."""
-    import hashlib
-
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return sha256(path)[:12]

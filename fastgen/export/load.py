@@ -18,11 +18,10 @@ from fastgen.networks.codecs import Codec
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import RECORDED, load_teacher
 from fastgen.networks.teacher import Teacher
+from fastgen.networks.weight_files import PICKLES
 from fastgen.roles.roles import Role, Student, Students, StudentSpec
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import is_sprint, make_sprint
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass
