@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import CommandFlags, exit_code, program, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json
 from fastgen.core.paths import expand
@@ -25,7 +25,7 @@ METRICS = (*MINI, "fid", "kid", "clip", "hps")
 
 def _flags() -> argparse.ArgumentParser:
     flags = CommandFlags(
-        "fastgen-eval",
+        program("fastgen-eval"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

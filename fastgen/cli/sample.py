@@ -14,7 +14,7 @@ from pathlib import Path
 from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import check_numbers, check_size
 from fastgen.core import interrupt
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import CommandFlags, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
 from fastgen.core.paths import expand
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def _flags() -> argparse.ArgumentParser:
     flags = CommandFlags(
-        "sample.py",
+        program("sample.py"),
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

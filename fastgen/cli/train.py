@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastgen.core import interrupt
-from fastgen.core.console import Flags, exit_code, not_finite, quiet
+from fastgen.core.console import Flags, exit_code, not_finite, program, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
 from fastgen.core.paths import expand
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     flags = _flags()
     known, rest = flags.parse_known_args(argv)
+    script = Path(sys.argv[0]).name == "train.py"
+    known.command = [*(["train.py"] if script else ["fastgen", "train"]), *argv]
     for module in known.plugin:
         _import_plugin(module)
     from fastgen.config.run import help_text, load
@@ -69,11 +71,12 @@ def _import_plugin(module: str) -> None:
 
 
 def _flags() -> argparse.ArgumentParser:
+    name = program("train.py")
     flags = Flags(
-        "train.py",
+        name,
         add_help=False,
         allow_abbrev=False,
-        usage="train.py [--config YAML ...] [flags] [--section.key VALUE ...]",
+        usage=f"{name} [--config YAML ...] [flags] [--section.key VALUE ...]",
         description="Train one run: load the config, build the cast, train, measure, export. "
         "Keys of the config are flags too; "
         "the list below shows those of the objective and values chosen so far.",
@@ -146,7 +149,7 @@ def run(cfg, known) -> int:
         with interrupt.deferred():
             return _train(cfg, trainer, last)
     with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
-        _open(cfg, folder, last, known.resume)
+        _open(cfg, folder, last, known.resume, known.command)
         accelerator.wait_for_everyone()
         return _train(cfg, trainer, last)
 
@@ -239,7 +242,7 @@ def _accelerator(cfg):
     )
 
 
-def _open(cfg, folder: Path, last: Path | None, resume: bool) -> None:
+def _open(cfg, folder: Path, last: Path | None, resume: bool, command: list[str]) -> None:
     """Write what a run folder starts with; a resumed run's newer, damaged checkpoints go aside."""
     from fastgen.config.run import dump
     from fastgen.core.files import write_json, write_text
@@ -251,7 +254,7 @@ def _open(cfg, folder: Path, last: Path | None, resume: bool) -> None:
         warn(f"--resume: {folder} has no checkpoint yet; starting from the beginning")
         checkpoint.rewind_metrics(folder, -1)
     write_text(folder / "config.yaml", dump(cfg))
-    write_json(folder / "environment.json", environment())
+    write_json(folder / "environment.json", environment(command))
 
 
 def _check_libraries(cfg) -> None:
@@ -272,7 +275,7 @@ def _check_libraries(cfg) -> None:
         raise UserError("train.mixed_precision", "found 'fp16' without a GPU", "allowed on a CPU: no, bf16")
 
 
-def environment() -> dict:
+def environment(command: list[str]) -> dict:
     """What a run ran on: versions, command, platform."""
     libraries = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "fastgen-distill")
     found = {}
@@ -282,7 +285,7 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return {
-        "command": ["train.py", *sys.argv[1:]],
+        "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **found,

@@ -1,6 +1,7 @@
 """Exports read back: for sample.py, for measuring, and to start the next run from."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,11 @@ def _init_full(network: Backbone, guided: bool, path: str, key: str) -> None:
 
 
 @torch.no_grad()
-def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
+def fuse(own: Mapping[str, torch.Tensor], path: str, weight: float | None = None) -> None:
     """own <- weight own + (1 - weight) other, by name; other is the student at path, its LoRA merged
-    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4).
+    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4). None is equal weights.
     """
-    key = "student.fuse"
+    key, weight = "student.fuse", 0.5 if weight is None else weight
     other = load_export(path, key=key)
     if not isinstance(other.role.backbone, Backbone):
         raise UserError(key, f"found {path}, an exact teacher", "give a student of this teacher")

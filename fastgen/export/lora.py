@@ -56,7 +56,7 @@ def delta(a: Tensor, b: Tensor) -> Tensor:
     return (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 
 
-def _rank(layers: Layers) -> int:
+def highest_rank(layers: Layers) -> int:
     return max(a.shape[0] for a, _ in layers.values())
 
 
@@ -65,7 +65,7 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
     from peft import LoraConfig
 
     ranks = {name: a.shape[0] for name, (a, _) in layers.items()}
-    rank = _rank(layers)
+    rank = highest_rank(layers)
     pattern = {n: r for n, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
@@ -82,19 +82,6 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
         tensors[f"{prefix}.{name}.lora_B.weight"] = b.to(dtype)
     described = json.dumps(packed, sort_keys=True, default=str)
     return write_tensors(file, tensors, {"format": "pt", "lora_adapter_metadata": described, **header})
-
-
-def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str], dtype=torch.float32) -> Path:
-    """The same adapter under kohya's names, for tools that read only those; alpha equals the rank."""
-    tensors = {}
-    for name, (a, b) in layers.items():
-        key = f"{prefix}_{name.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = a.to(dtype)
-        tensors[f"{key}.lora_up.weight"] = b.to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
-    rank = str(_rank(layers))
-    kohya = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return write_tensors(file, tensors, {**kohya, **header})
 
 
 def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
@@ -211,7 +198,7 @@ def inject(net: nn.Module, layers: Layers, adapter: str) -> None:
 
     check_keys(net, layers)
     ranks = {n: a.shape[0] for n, (a, _) in layers.items()}
-    rank = _rank(layers)
+    rank = highest_rank(layers)
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=sorted(layers), rank_pattern=ranks, alpha_pattern=dict(ranks)
     )

@@ -207,4 +207,5 @@ def read_command(folder: Path) -> list[str]:
     """The command that made a run folder."""
     file = folder / "environment.json"
     found = read_json(file, "output_dir").get("command") if file.is_file() else None
-    return ["python", *found] if found else ["python", "train.py", "--config", "config.yaml"]
+    found = found or ["train.py", "--config", "config.yaml"]
+    return ["python", *found] if found[0].endswith(".py") else found

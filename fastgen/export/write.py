@@ -20,6 +20,7 @@ from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
 from fastgen.export.info import FILE, ExportInfo
+from fastgen.export.kohya import write_kohya
 from fastgen.export.model_card import members_card, model_card
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
 from fastgen.families.base import Family
@@ -303,7 +304,7 @@ def _export_lora(
         lora.write_peft(file, layers, family.component, header, dtype)
         if not i and family.reads_kohya(layers) and not extra_input:
             twin = folder / f"{name}-lora-kohya.safetensors"
-            lora.write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
+            write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
             info = replace(info, kohya=twin.name)
         base[part] = lora.without_adapters(adapted)
         _verify(base[part], file, layers, dtype)
@@ -311,10 +312,17 @@ def _export_lora(
             lora.merge(base[part], layers)
     setup.scheduler.save_pretrained(folder / "scheduler")
     if not loads:
-        whole = family.assemble(base, _index(teacher))
-        document = _document(teacher, described)
-        export_folder(teacher, whole, folder / "merged", setup.scheduler, document, dtype)
+        export_parts(teacher, base, folder / "merged", setup.scheduler, described, dtype)
     return info
+
+
+def export_parts(
+    teacher: Teacher, parts: dict, folder: Path, scheduler, info: ExportInfo | None, dtype=torch.float32
+) -> Path:
+    """Write networks by component folder, adapters merged, as the denoiser of a whole folder."""
+    document = _document(teacher, info) if info else dict(teacher.info or {})
+    whole = teacher.family.assemble(parts, _index(teacher))
+    return export_folder(teacher, whole, folder, scheduler, document, dtype)
 
 
 def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:

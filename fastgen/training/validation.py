@@ -105,8 +105,7 @@ def _choose_weights(trainer) -> bool:
     if best:
         _load_best(trainer, kept)
     if cfg.student.fuse:
-        weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
-        fuse(_kept(trainer), cfg.student.fuse, weight)
+        fuse(_kept(trainer), cfg.student.fuse, cfg.student.fuse_weight)
     return best
 
 
