@@ -32,6 +32,7 @@ WRITTEN = (
     "runs",
     "out",
     "config.yaml",
+    "recipe.yaml",
     "environment.json",
     "metrics.jsonl",
     "samples",

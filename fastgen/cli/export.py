@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 def write(args: argparse.Namespace) -> Path:
     """The export of a checkpoint in its place."""
+    from fastgen.cli.restore import choose, restore
     from fastgen.core import interrupt
     from fastgen.core.reading import read_json
     from fastgen.export.load import sample_command
     from fastgen.networks.device import open_device
-    from fastgen.training.checkpoint_export import choose, restore
     from fastgen.training.exporting import export_run, write_cards
 
     source = Path(args.run)

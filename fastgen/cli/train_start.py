@@ -59,9 +59,9 @@ def _recommended(known: argparse.Namespace, rest: list[str], switches: tuple[str
 
 def _check_data(known: argparse.Namespace, values: dict[str, Any]) -> None:
     """Say which data are missing, and which methods need none, before the config says it in its own words."""
+    from fastgen.cli.pairs import working
     from fastgen.core.paths import is_analytic
     from fastgen.objectives import REGISTRY, requirements_of
-    from fastgen.training.pairs import working
 
     data, objective = values.get("data") or {}, values.get("objective")
     if data.get("name") or data.get("images") or objective is None or is_analytic(values["teacher"]["path"]):
@@ -80,7 +80,7 @@ def _check_data(known: argparse.Namespace, values: dict[str, Any]) -> None:
 
 def refused(error: UserError, known: argparse.Namespace) -> UserError:
     """A refusal of the config as one of the pair of --method and --teacher: why, and which methods can."""
-    from fastgen.training.pairs import working
+    from fastgen.cli.pairs import working
 
     about = error.key.partition(".")[0] in ("teacher", "student", "critic", "objective", "config")
     if not known.method or not about:

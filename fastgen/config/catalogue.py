@@ -4,8 +4,8 @@ import importlib
 import re
 from pathlib import Path
 
-from fastgen.config.yaml_text import read_yaml
 from fastgen.core.paths import config
+from fastgen.core.yaml_text import read_yaml
 from fastgen.objectives import REGISTRY
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from fastgen.config.catalogue import bundled, methods, teacher_path, teachers
 from fastgen.config.parse import BUNDLED, merge, read_files
-from fastgen.config.yaml_text import dump_yaml, read_yaml
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import config, is_analytic
 from fastgen.core.reading import read_json
+from fastgen.core.yaml_text import dump_yaml, read_yaml
 from fastgen.diffusion.schedules import VP
 from fastgen.families.registry import detect
 from fastgen.networks.files import hub_folder
@@ -56,8 +56,8 @@ def recommend(method: str, teacher: str, shapes: Teacher | None = None) -> Recom
     that teacher without its weights, where it has been loaded already.
     """
     if method not in REGISTRY:
-        found = f"found {method[:40]!r}{suggest(method, REGISTRY)}"
-        raise UserError("--method", found, f"allowed: {', '.join(methods())}")
+        unknown = f"found {method[:40]!r}{suggest(method, REGISTRY)}"
+        raise UserError("--method", unknown, f"allowed: {', '.join(methods())}")
     path, file = find_teacher(teacher)
     if path.startswith("assets:"):
         found = _recipe_of(method, file.stem if file else "", path)

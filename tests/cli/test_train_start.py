@@ -5,13 +5,13 @@ import argparse
 import pytest
 import yaml
 
+from fastgen.cli.pairs import working
 from fastgen.cli.train import main
 from fastgen.cli.train_start import refused
 from fastgen.config import recommended
 from fastgen.config.recommended import find_teacher, recommend
 from fastgen.config.run import load, shortened, validate
 from fastgen.core.errors import UserError
-from fastgen.training.pairs import working
 from tests.cli.test_train import FLAT, load_flat
 
 
@@ -116,7 +116,7 @@ def test_the_written_recipe_is_the_run(tiny, tmp_path):
 def test_why_a_method_cannot_and_which_can(tiny, monkeypatch):
     """A teacher without guidance of its own cannot be followed at a random scale."""
     names = ["dmd2", "snoopi", "lcm"]
-    monkeypatch.setattr("fastgen.training.pairs.REGISTRY", {n: recommended.REGISTRY[n] for n in names})
+    monkeypatch.setattr("fastgen.cli.pairs.REGISTRY", {n: recommended.REGISTRY[n] for n in names})
     able = working(str(tiny("sd")))
     assert able == ["dmd2", "lcm", "snoopi"]
     known = argparse.Namespace(method="snoopi", teacher=str(tiny("sd")))
@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(argv, said, capsys):
 
 def test_images_that_are_missing_are_asked_for(tiny, capsys, monkeypatch):
     names = ["dmd2", "tdm", "lcm"]
-    monkeypatch.setattr("fastgen.training.pairs.REGISTRY", {n: recommended.REGISTRY[n] for n in names})
+    monkeypatch.setattr("fastgen.cli.pairs.REGISTRY", {n: recommended.REGISTRY[n] for n in names})
     assert main(["--method", "dmd2", "--teacher", str(tiny("sd")), "--data.prompts", "x.txt"]) == 2
     err = capsys.readouterr().err
     assert "give --data.images FOLDER, or --objective.gan_weight 0" in err and "without any: tdm" in err

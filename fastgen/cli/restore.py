@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from fastgen.config.parse import read_files
-from fastgen.config.run import RunConfig, validate
+from fastgen.config.run import validate
+from fastgen.config.sections import TrainConfig
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.data.loader import load_data
 from fastgen.export.load import fuse
 from fastgen.roles.roles import Students
 from fastgen.training import checkpoint
+from fastgen.training.assembly import make_cast
 from fastgen.training.cast import Cast
 
 
@@ -24,9 +26,9 @@ from fastgen.training.cast import Cast
 class Restored:
     """What an exporter reads of a run."""
 
-    cfg: RunConfig
-    """with the stages up to the one that wrote the checkpoint"""
     cast: Cast
+    """with the stages up to the one that wrote the checkpoint"""
+    train_cfg: TrainConfig
     step: int
     folder: Path
     finished: bool
@@ -64,7 +66,7 @@ def restore(run: Path, step: int | None = None, raw: bool = False, device="cpu")
     cfg = validate(read_files([str(run / "config.yaml")]))
     stages = cfg.all_stages()
     writer = min(meta["stage"] if meta["k"] else meta["stage"] - 1, len(stages) - 1)
-    cast = Cast(cfg, device)
+    cast = make_cast(cfg, device)
     if isinstance(cast.student, Students):
         cast.divide(load_data(cfg.data, cast.teacher, device, pixels=False))
     for stage in stages[: writer + 1]:
@@ -82,9 +84,8 @@ def restore(run: Path, step: int | None = None, raw: bool = False, device="cpu")
             weights = f"best, {weights}"
         if cfg.student.fuse:
             fuse(student, cfg.student.fuse, cfg.student.fuse_weight)
-    if cfg.stages:
-        cfg = cfg.model_copy(update={"stages": stages[: writer + 1]})
-    return Restored(cfg, cast, meta["step"], run, finished, weights)
+    cast.stages = stages[: writer + 1]
+    return Restored(cast, cfg.train, meta["step"], run, finished, weights)
 
 
 def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str, source: Path) -> None:

@@ -6,7 +6,7 @@ from fastgen.config.recommended import load_shapes, recommend
 from fastgen.config.run import RunConfig, validate, with_flags
 from fastgen.core.errors import UserError
 from fastgen.networks.teacher import Teacher
-from fastgen.objectives import REGISTRY, requirements_of
+from fastgen.objectives import REGISTRY
 from fastgen.training.checks import check_fits
 
 PLACEHOLDER = {"images": "images"}
@@ -21,21 +21,13 @@ def working(teacher: str, without_images: bool = False) -> list[str]:
         try:
             if shapes is None:
                 shapes = load_shapes(recommend(method, teacher).values)
-            check_fits(_config(recommend(method, teacher, shapes).values), shapes)
+            cfg = _config(recommend(method, teacher, shapes).values)
+            check_fits(shapes, cfg.teacher, cfg.student, cfg.all_stages())
         except UserError:
             continue
-        objective = REGISTRY[method].config.model_validate(
-            _objective(recommend(method, teacher, shapes).values)
-        )
-        if not (without_images and requirements_of(objective).real_data):
+        if not (without_images and cfg.reads_data()):
             found.append(method)
     return found
-
-
-def _objective(values: dict[str, Any]) -> dict:
-    """The objective of the last stage."""
-    stages = values.get("stages")
-    return stages[-1]["objective"] if stages else values["objective"]
 
 
 def _config(values: dict[str, Any]) -> RunConfig:
