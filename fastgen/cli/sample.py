@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.sample_limits import check_numbers, check_size
+from fastgen.cli.sample_limits import asked_size, check_numbers, check_size, load_sized
 from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
@@ -50,6 +50,9 @@ def _flags() -> argparse.ArgumentParser:
     add("--nasa_scale", type=float, default=None, help="negative prompt of a student; default: its export's")
     add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
     add("--num_images", type=int, default=0, help="in all, going round prompts or labels; default one each")
+    add("--height", type=int, default=0, help="in pixels, where the model is free in it; default: its own")
+    add("--width", type=int, default=0, help="in pixels, where the model is free in it; default: its own")
+    add("--num_frames", type=int, default=0, help="of a video; default: the model's own")
     add("--steps", type=int, default=0, help="default: what the model was trained for")
     add("--seed", type=int, default=0, help="of the first image")
     add("--batch_size", type=int, default=50)
@@ -240,13 +243,12 @@ def _nasa_scale(args, loaded) -> float:
 def run(args) -> int:
     """Load, draw and write; the exit code."""
     from fastgen.cli.conditions import conditions
-    from fastgen.export.load import load_export
     from fastgen.networks.device import open_device
 
     check_numbers(args)
     out = open_folder(Path(args.out), args.overwrite)
     device = open_device(args.device)
-    loaded = load_export(args.model, args.base or None)
+    loaded = load_sized(args.model, args.base, asked_size(args))
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     loaded.teacher.to(device)
