@@ -219,7 +219,7 @@ def test_every_dependency_is_used():
     for extra, requirements in PROJECT["optional-dependencies"].items():
         if extra not in CONTRIBUTORS:
             assert unused(requirements) == [], extra
-    assert unused(["gradio>=1", "torch"]) == ["gradio"]
+    assert unused(["streamlit>=1", "torch"]) == ["streamlit"]
 
 
 def lowest_versions():

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": Command("fastgen.cli.evaluate", "measure a run, a teacher or a folder of pictures"),
     "export": Command("fastgen.cli.export", "write an export from a checkpoint of a run; publish one"),
     "adapters": Command("fastgen.cli.adapters", "look into LoRA files, merge and convert them"),
+    "demo": Command("fastgen.cli.demo", "a page in the browser to try an export in"),
     "doctor": Command("fastgen.cli.doctor", "what this machine and this installation can do"),
     "list": Command("fastgen.cli.listing", "methods, teachers and recipes, a line each"),
 }

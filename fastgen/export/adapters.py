@@ -153,7 +153,7 @@ def merge(file: Path, base: str, out: Path, dtype=torch.float32) -> Path:
     export_parts(teacher, parts, temporary, scheduler, info, dtype)
     if info is not None:
         command = ["fastgen", "adapters", "merge", file.name]
-        write_text(temporary / "README.md", model_card(teacher, info, {}, command))
+        write_text(temporary / "README.md", model_card(teacher, info, {}, command, out))
     return replace_folder(temporary, out)
 
 

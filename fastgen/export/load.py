@@ -35,7 +35,7 @@ class Loaded:
     info: ExportInfo | None = None
     """the export's description; None for a folder that fastgen did not write"""
     path: str = ""
-    size: dict[str, int] = field(default_factory=dict)
+    size: dict[str, Any] = field(default_factory=dict)
     """height, width and num_frames that were asked for in place of its own"""
 
     @property
@@ -115,7 +115,7 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
 
 @reads_model("--model")
 def load_export(
-    path: str | Path, base: str | None = None, key: str = "--model", size: dict[str, int] | None = None
+    path: str | Path, base: str | None = None, key: str = "--model", size: dict[str, Any] | None = None
 ) -> Loaded:
     """A student (or teacher) from an export folder, LoRA file, run folder, or any teacher path.
 
@@ -127,7 +127,7 @@ def load_export(
     return loaded
 
 
-def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, int]) -> Loaded:
+def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     found = locate(path, key)
     if found is None:
         return Loaded(*_as_role(load_teacher(str(path), **size)), None, str(path))
@@ -152,7 +152,7 @@ def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, i
     return Loaded(role, teacher, info, str(path))
 
 
-def _load_members(found: Path, info: ExportInfo, base: str | None, key: str, size: dict[str, int]) -> Loaded:
+def _load_members(found: Path, info: ExportInfo, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     """Several students and their router."""
     router = Router.load(found, key)
     num = info.num_students
@@ -176,7 +176,7 @@ def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str
     return Student(backbone, adapter, spec)
 
 
-def _load_lora(file: Path, base: str | None, key: str, size: dict[str, int]) -> Loaded:
+def _load_lora(file: Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     header = lora.read_lora(file, key)[1]
     info = ExportInfo.from_json(header, file, key) if header else None
     base = base or (info.base if info else "")

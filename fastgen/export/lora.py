@@ -6,7 +6,8 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
 from fastgen.core.reading import parse_json, read_json
 from fastgen.families.parts import DiffusersModel, part_name
+from fastgen.roles.roles import Role
 
 COMPONENTS = {"unet", "transformer", "transformer_2", "prior", "controlnet", "diffusion_model"}
 """folders of denoisers, by which diffusers prefixes the keys of a LoRA file"""
@@ -226,6 +228,22 @@ def put(net: nn.Module, layers: Layers, adapter: str, key: str = "lora") -> None
             raise UserError(key, f"the file has rank {a.shape[0]}", allowed)
         a_to[: a.shape[0]] = a.to(a_to)
         b_to[:, : b.shape[1]] = (b / module.scaling[adapter]).to(b_to)
+
+
+@contextmanager
+def strength(role: Role, weight: float) -> Iterator[None]:
+    """A role's adapter at `weight` times its strength inside the block; nothing happens without one."""
+    name, own = role.adapter, []
+    if name is not None and weight != 1:
+        layers: list[Any] = [m for m in role.backbone.modules() if name in getattr(m, "lora_A", {})]
+        own = [(layer.scaling, layer.scaling[name]) for layer in layers]
+    try:
+        for scaling, trained in own:
+            scaling[name] = weight * trained
+        yield
+    finally:
+        for scaling, trained in own:
+            scaling[name] = trained
 
 
 @torch.no_grad()
