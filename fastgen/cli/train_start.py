@@ -24,6 +24,12 @@ def starting_config(known: argparse.Namespace, rest: list[str], switches: tuple[
         cfg = _recommended(known, rest, switches)
     else:
         cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest, switches)
+        cfg = _smoke(known, cfg)
+    return cfg
+
+
+def _smoke(known: argparse.Namespace, cfg: RunConfig) -> RunConfig:
+    """The config of a smoke run, where --max_steps asks for one."""
     if known.max_steps is not None:
         if known.max_steps < 1:
             raise UserError("--max_steps", f"found {known.max_steps}", "give 1 or more")
@@ -36,13 +42,20 @@ def starting_config(known: argparse.Namespace, rest: list[str], switches: tuple[
 def _recommended(known: argparse.Namespace, rest: list[str], switches: tuple[str, ...]) -> RunConfig:
     """The recommended settings for --method on --teacher, under the flags."""
     from fastgen.config.parse import overrides
-    from fastgen.config.recommended import recommend
 
     if known.config:
         raise UserError("--method", "found with --config", "give either; a file says the method itself")
     if not known.method:
         raise UserError("--teacher", "found without --method", "add --method NAME, or use --teacher.path")
-    over = overrides(rest, RunConfig, switches)
+    return recommended_config(known, overrides(rest, RunConfig, switches))
+
+
+def recommended_config(known: argparse.Namespace, over: dict[str, Any]) -> RunConfig:
+    """The recommended settings for `known.method` on `known.teacher`, under the nested values `over`;
+    `known.recipe` becomes their short YAML.
+    """
+    from fastgen.config.recommended import recommend
+
     if known.teacher and "path" in (over.get("teacher") or {}):
         raise UserError("--teacher", "found with --teacher.path", "give one of them")
     known.teacher = known.teacher or "assets:teachers/fashion"
@@ -50,7 +63,7 @@ def _recommended(known: argparse.Namespace, rest: list[str], switches: tuple[str
     name = re.sub(r"[^\w.+-]+", "-", Path(found.path.replace(":", "/")).name) or "teacher"
     values = with_flags(found.values, over, f"runs/{name}_{known.method}")
     _check_data(known, values)
-    cfg = validate(values)
+    cfg = _smoke(known, validate(values))
     known.recipe = found.text({**over, "output_dir": cfg.output_dir})
     for note in found.notes:
         print(f"--method {known.method}: {note}")

@@ -30,7 +30,7 @@ def keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _keywords_of_call(what: dict, family: Family, codec: Codec, info: ExportInfo) -> dict:
+def call_keywords(what: dict, family: Family, codec: Codec, info: ExportInfo) -> dict:
     """Sizes, steps and guidance as this pipeline's call takes them."""
     call = {**family.size_call(codec), "num_inference_steps": info.steps}
     given = info.timestep_arguments if not info.set_on_scheduler else {}
@@ -50,7 +50,7 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
     """Text to image or video: an ordinary pipeline call."""
     family, codec, scheduler = teacher.family, teacher.codec, info.scheduler_class
     name, lora = teacher.pipeline, info.lora
-    call = _keywords_of_call(what, family, codec, info)
+    call = call_keywords(what, family, codec, info)
     own = info.guidance_range or info.step_lengths  # an input that the base has not
     on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])
@@ -119,9 +119,9 @@ def _step_length_lines(family: Family, lengths: tuple[float, ...], shape: tuple[
     ]
 
 
-def _label_usage(what: dict, info: ExportInfo, shape: tuple[int, ...], folder: str) -> list[str]:
+def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> list[str]:
     """UNet2DModel: the loop that its diffusers pipeline lacks (labels, patches, EDM scaling)."""
-    scheduler, classes = info.scheduler_class, what.get("num_classes", 0)
+    scheduler, classes, shape = info.scheduler_class, codec.num_classes, codec.shape
     edm, w = scheduler.startswith("EDM"), 1.0 if info.is_student else info.guidance
     label = ", class_labels=label" if classes else ""
     step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
@@ -192,7 +192,7 @@ def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
     """
     if isinstance(teacher.codec, TextCodec) or teacher.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, place))
-    return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if info.lora else "."))
+    return "\n".join(_label_usage(what, info, teacher.codec, "merged" if info.lora else "."))
 
 
 def _wrapped(items: list[str], width: int = 90) -> list[str]:
