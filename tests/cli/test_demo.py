@@ -16,16 +16,10 @@ from fastgen.export.load import load_export
 from fastgen.training.exporting import export_run
 from tests.cli.test_train import ROOT
 from tests.export.test_export import make_run, ours
-from tests.support.browser import CHROMIUM, browser
+from tests.support.browser import CHROMIUM, WIDER, browser
 from tests.support.tiny import PROMPTS
 
 WAIT = 120
-WIDER = """() => [...document.querySelectorAll('*')]
-    .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
-    .map(e => e.tagName + '.' + e.className + '#' + e.id + ' ' + e.getBoundingClientRect().right)
-    .concat(document.documentElement.scrollWidth > document.documentElement.clientWidth
-        ? ['page ' + document.documentElement.scrollWidth] : [])"""
-"""what reaches over the right edge of a page"""
 
 
 @pytest.fixture(scope="module")

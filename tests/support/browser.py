@@ -8,6 +8,12 @@ from contextlib import contextmanager
 FOUND = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM = FOUND if importlib.util.find_spec("playwright") else None
 """path of the browser, None where pages cannot be tested"""
+WIDER = """() => [...document.querySelectorAll('*')]
+    .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+    .map(e => e.tagName + '.' + e.className + '#' + e.id + ' ' + e.getBoundingClientRect().right)
+    .concat(document.documentElement.scrollWidth > document.documentElement.clientWidth
+        ? ['page ' + document.documentElement.scrollWidth] : [])"""
+"""what reaches over the right edge of a page"""
 
 
 @contextmanager
