@@ -10,7 +10,7 @@ Paper: Xu et al. 2025, arXiv 2502.15681.  grad D_f(p_t || q_t) = -E [ h(r) (s_p 
       r <- r / b[bin of t];   b <- rho b + (1 - rho) mean of r in the bin
       h = h_f(r) / mean h                 reverse KL 1, forward KL r, JS r/(1+r) (diffusion/divergences.py)
       grad = h (D_fake(x_t) - D_real^w(x_t)) / mean|x - D_real^w|
-      update G with  0.5 |x - sg[x - grad]|^2 + gan_weight softplus(-Disc(x_t'))
+      update G with  0.5 |x - sg[x - grad]|^2 + gan_weight softplus(-Disc(x_t))
     update critic and discriminator as DMD2 does
 
 Differs
@@ -18,19 +18,20 @@ Differs
   sigma / (alpha + sigma), which is t for flows. `bins: 1` is a plain batch normalisation of r.
 - the authors' code reads features of the frozen teacher, the paper those of the critic; `disc_features`
   chooses, critic by default (one pass gives D_fake and logits).
+- no `gan_time`: the ratio weighs the score at this x_t, so discriminator and score share their noise levels.
 - Pearson's chi^2 is allowed too; constants in front of h do not matter, its mean is divided out.
 """
 
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import Updates, guided
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, diagnostics
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, check_ratio_level, diagnostics
 from fastgen.roles.roles import Role
 
 
@@ -51,6 +52,10 @@ class FDistillConfig(GanMatchingConfig):
     bin_decay: float = Field(0.0, ge=0, lt=1)
     """rho, memory of the bins; 0 knows the current batch only"""
 
+    @model_validator(mode="after")
+    def _ratio_is_the_scores(self):
+        return check_ratio_level(self)
+
 
 class FDistill(Matching, config=FDistillConfig):
     bins: Tensor
@@ -70,10 +75,10 @@ class FDistill(Matching, config=FDistillConfig):
                 t, x_t = self.noised(x, cfg.time)  # x_t = alpha x + sigma eps
                 with torch.no_grad():
                     real = guided(teacher, x_t, t, batch, self.guidance)  # D_real^w
-                fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t')
+                fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t)
                 h, ratio = self.weight(logits, t)
                 dm = losses.distribution_matching(x, real, fake.detach(), h)  # h (D_fake - D_real) / mean|.|
-                gan = losses.gan_generator(logits)  # softplus(-Disc(x_t'))
+                gan = losses.gan_generator(logits)  # softplus(-Disc(x_t))
                 logs = {"dm": dm, "gan": gan, **ratio, **diagnostics(x, real, fake)}
                 yield dm + cfg.gan_weight * gan, logs
         else:
@@ -82,10 +87,10 @@ class FDistill(Matching, config=FDistillConfig):
         x = x.detach()
         with self.turn("critic"):
             t, x_t = self.noised(x, cfg.critic_time)
-            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, Disc(x_t')
+            fake, logits = self.critic_forward(x, x_t, t, batch)  # D_fake, Disc(x_t)
             loss = self.denoising_loss(fake, x, t)  # w(t) |D_fake(x_t) - sg x|^2
             logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, batch.cond)}
-            real_logits, r1 = self.real_logits(batch, t)  # Disc(x0_t'), |d Disc / d x0_t'|^2
+            real_logits, r1 = self.real_logits(batch, t)  # Disc(x0_t), |d Disc / d x0_t|^2
             disc = losses.gan_discriminator(logits, real_logits)  # softplus(.) + softplus(-.)
             loss = loss + cfg.disc_weight * disc + cfg.r1_weight * r1
             logs |= self.disc_logs(disc, logits, real_logits, r1)
