@@ -7,8 +7,8 @@ Paper: Xu et al. 2025, arXiv 2502.15681.  grad D_f(p_t || q_t) = -E [ h(r) (s_p 
     if k % student_every == 0:
       x_t = alpha x + sigma eps
       r = clamp(exp clamp(mean logit Disc(x_t), -10, 10), 0.1, 20)    discriminator: real = 1, r ~ p_t / q_t
-      r <- r / b[bin of t];   b <- rho b + (1 - rho) mean of r in the bin
-      h = h_f(r) / mean h                 reverse KL 1, forward KL r, JS r/(1+r) (diffusion/divergences.py)
+      r <- r / (running mean of r in the bin of t)
+      h = h_f(r) / (running mean of h)    reverse KL 1, forward KL r, JS r/(1+r) (diffusion/divergences.py)
       grad = h (D_fake(x_t) - D_real^w(x_t)) / mean|x - D_real^w|
       update G with  0.5 |x - sg[x - grad]|^2 + gan_weight softplus(-Disc(x_t))
     update critic and discriminator as DMD2 does
@@ -19,6 +19,9 @@ Differs
 - the authors' code reads features of the frozen teacher, the paper those of the critic; `disc_features`
   chooses, critic by default (one pass gives D_fake and logits).
 - no `gan_time`: the ratio weighs the score at this x_t, so discriminator and score share their noise levels.
+- running means are those of the last `ratio_memory` samples: the authors' batch of 2048, or their 512 and
+  bins that keep half at each step. A batch of 24 to 64 divided by its own means, of a few samples a bin,
+  leaves 0.6 to 0.8 of the spread of h under forward KL (tests/objectives/test_f_distill.py).
 - Pearson's chi^2 is allowed too; constants in front of h do not matter, its mean is divided out.
 """
 
@@ -49,8 +52,8 @@ class FDistillConfig(GanMatchingConfig):
     """largest ratio"""
     bins: int = Field(10, ge=0)
     """noise-level bins by whose mean r is divided; 0 leaves r as it is"""
-    bin_decay: float = Field(0.0, ge=0, lt=1)
-    """rho, memory of the bins; 0 knows the current batch only"""
+    ratio_memory: int = Field(2048, ge=1)
+    """samples, this batch among them, over which r in each bin and h are averaged"""
 
     @model_validator(mode="after")
     def _ratio_is_the_scores(self):
@@ -58,13 +61,17 @@ class FDistillConfig(GanMatchingConfig):
 
 
 class FDistill(Matching, config=FDistillConfig):
-    bins: Tensor
+    ratio_sums: Tensor
+    """[2, bins], of r and of the samples it was read at"""
+    weight_sums: Tensor
+    """[2, 1], of h in the same way"""
 
     def prepare(self) -> None:
-        self.bins = torch.ones(self.cfg.bins, device=self.rng.device)
+        self.ratio_sums = torch.zeros(2, self.cfg.bins, device=self.rng.device)
+        self.weight_sums = torch.zeros(2, 1, device=self.rng.device)
 
     def state(self) -> dict[str, Tensor]:
-        return {"bins": self.bins}
+        return {"ratio_sums": self.ratio_sums, "weight_sums": self.weight_sums}
 
     def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         cfg, teacher = self.cfg, teacher or self.teacher
@@ -98,15 +105,19 @@ class FDistill(Matching, config=FDistillConfig):
 
     @torch.no_grad()
     def weight(self, logits: list[Tensor], t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """h [B] with mean 1 over the global batch, and what to log of it."""
-        cfg, S = self.cfg, self.schedule
+        """h [B], whose running mean is 1, and what to log of it."""
+        cfg = self.cfg
         log_r = divergences.log_ratio(logits)
         r = log_r.exp().clamp(cfg.ratio_low, cfg.ratio_high)
         if cfg.bins:
-            level = (S.sigma(t) / (S.alpha(t) + S.sigma(t))).to(r)
-            where = (level * cfg.bins).long().clamp(max=cfg.bins - 1)
-            r, moved = divergences.bin_ratios(r, where, self.bins, cfg.bin_decay)
-            self.bins.copy_(moved)
+            where = (self.schedule.level(t).to(r) * cfg.bins).long().clamp(max=cfg.bins - 1)
+            r = r / (self.running_mean(r, where, self.ratio_sums) + 1e-6)
         h = divergences.TABLE[cfg.f].h(r)
-        h = h / divergences.global_mean(h).clamp(min=1e-6)
-        return h, {"log_ratio": log_r.mean(), "h_max": h.max()}
+        h = h / self.running_mean(h, torch.zeros_like(h, dtype=torch.long), self.weight_sums).clamp(min=1e-6)
+        return h, {"log_ratio": log_r.mean(), "h_max": h.max(), "h_std": h.std(correction=0)}
+
+    def running_mean(self, values: Tensor, where: Tensor, sums: Tensor) -> Tensor:
+        """The mean of each value's bin; sums, part of a checkpoint, move in place."""
+        mean, moved = divergences.running_means(values, where, sums, self.cfg.ratio_memory)
+        sums.copy_(moved)
+        return mean
