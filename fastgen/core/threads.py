@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from fastgen.core.errors import warn
+
 __all__ = ["CpuShare", "allowed_cpus", "threads_per_process"]
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -49,10 +51,13 @@ def threads_per_process(wanted: int, default: int, cgroups: Path = CGROUPS) -> i
 
 
 class CpuShare:
-    """Watches how much CPU time the calling thread gets while it computes."""
+    """Watches how much CPU time the calling thread gets, and warns once when it is little."""
+
+    LITTLE, SECONDS = 0.6, 10.0
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.monotonic(), time.thread_time()
+        self.warned = False
 
     def since(self) -> float:
         """CPU seconds per second of the calling thread since the last call, between 0 and 1.
@@ -61,6 +66,13 @@ class CpuShare:
         Waiting for a disk or an accelerator lowers it too, so it speaks only of computation on the CPU.
         """
         wall, cpu = time.monotonic(), time.thread_time()
-        share = (cpu - self.cpu) / max(wall - self.wall, 1e-9)
+        seconds, share = wall - self.wall, (cpu - self.cpu) / max(wall - self.wall, 1e-9)
         self.wall, self.cpu = wall, cpu
-        return min(max(share, 0.0), 1.0)
+        share = min(max(share, 0.0), 1.0)
+        if share < self.LITTLE and seconds >= self.SECONDS and not self.warned:
+            self.warned = True
+            warn(
+                f"the CPU is shared: this run computed in {share:.0%} of the last {seconds:.0f} s, so it "
+                "takes longer than it needs; stop other busy processes, or lower train.num_threads"
+            )
+        return share

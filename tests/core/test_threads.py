@@ -55,3 +55,21 @@ def test_cpu_share_tells_computing_from_waiting():
     while time.thread_time() < end:
         pass
     assert waiting < 0.3 and share.since() > waiting
+
+
+def test_a_run_that_gets_little_of_the_cpu_is_warned_once(monkeypatch, capsys):
+    clock = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(time, "monotonic", lambda: clock["wall"])
+    monkeypatch.setattr(time, "thread_time", lambda: clock["cpu"])
+    share = CpuShare()
+
+    def after(wall, cpu):
+        clock["wall"] += wall
+        clock["cpu"] += cpu
+        return share.since(), capsys.readouterr().err
+
+    assert after(20, 19) == (0.95, "")
+    assert after(2, 0.5) == (0.25, ""), "too short to say"
+    low, said = after(20, 8)
+    assert low == 0.4 and said.startswith("warning: the CPU is shared") and "train.num_threads" in said
+    assert after(20, 8) == (0.4, ""), "once"
