@@ -121,7 +121,9 @@ def measure_folder(args) -> dict:
     metrics, weights = set(args.metrics), _weights(args.weights)
     if metrics & {"clip", "hps"} and not args.prompts:
         raise UserError(
-            "--prompts", "none given", f"{' and '.join(sorted(metrics & {'clip', 'hps'}))} need the prompts"
+            "--prompts",
+            "none given",
+            f"give the file of the images' prompts, for {' and '.join(sorted(metrics & {'clip', 'hps'}))}",
         )
     if metrics - {"clip", "hps"} and not args.against:
         raise UserError(
@@ -145,7 +147,9 @@ def _mini(args, metrics: set, device) -> dict:
 
     name = args.extractor or args.against
     if name not in NAMES:
-        raise UserError("--extractor", "none given", f"two folders need one of {', '.join(NAMES)}")
+        raise UserError(
+            "--extractor", "none given", f"name the network for two folders, one of {', '.join(NAMES)}"
+        )
     measurer = Measurer(name, device)
     mode = "L" if measurer.net.config["channels"] == 1 else "RGB"
     images = read_all(args.images, mode).float() / 255
@@ -157,11 +161,11 @@ def _mini(args, metrics: set, device) -> dict:
         scores = compare_features(measurer.features(images), real)
     if metrics & {"precision", "recall"} and len(images) < Measurer.least:
         found = f"{args.images} holds {len(images)} images"
-        raise UserError("--images", found, f"precision and recall need {Measurer.least} or more")
+        raise UserError("--images", found, f"give {Measurer.least} or more, as precision and recall need")
     scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
     if missing := [m for m in metrics & set(MINI) if m not in scores]:
         raise UserError(
-            "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
+            "--metrics", f"{missing[0]} cannot be computed", "give --against a bundled set and --prompts"
         )
     kept = {
         k: v
@@ -179,7 +183,7 @@ def _inception(args, metrics: set, weights: dict, device) -> dict:
 
     for key, folder in (("--images", args.images), ("--against", args.against)):
         if folder not in NAMES and len(image_files(folder, key)) < 2:
-            raise UserError(key, f"{folder} holds one image", "fid and kid need two or more")
+            raise UserError(key, f"{folder} holds one image", "give two or more, as fid and kid need")
     file = local_file(weights, "inception", fid.WANTED)
     net = fid.load_inception(file)
     fake = fid.features(net, batches(image_files(args.images)), device)

@@ -34,7 +34,7 @@ def test_folder_against_a_bundled_set(folder, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["num_images"] == 20 and found["agreement"] > 0.9 and 0 < found["fd_mini"] < 60
     assert "mmd" not in found and "not comparable with an Inception FID" in found["note"]
-    assert main(argv) == 2 and "agreement cannot be had" in capsys.readouterr().err
+    assert main(argv) == 2 and "agreement cannot be computed" in capsys.readouterr().err
     (tmp_path / "labels.txt").write_text("11\n")
     assert main([*argv, "--prompts", str(tmp_path / "labels.txt")]) == 2
     assert "--prompts: found '11'" in capsys.readouterr().err

@@ -294,7 +294,7 @@ def test_command_line_mistakes(capsys, tmp_path):
         (["--run", str(tmp_path)], "is not a run folder"),
         (["--images", str(tmp_path), "--against", "digits"], "holds no images"),
         (["--images", "none", "--against", "digits"], "is not a folder"),
-        (["--images", str(tmp_path), "--metrics", "clip"], "need the prompts"),
+        (["--images", str(tmp_path), "--metrics", "clip"], "give the file of"),
         (["--images", str(tmp_path)], "--against: none given"),
         (["--images", "x", "--against", "y", "--weights", "inception="], "--weights: found 'inception'"),
         (["record", "--run", "x"], "needs --run DIR and --recipe NAME"),

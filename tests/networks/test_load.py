@@ -237,11 +237,15 @@ def edit(file, **changes):
 
 
 BAD = {
-    "height": ("sd3", ["--teacher.height", "33"], "teacher.height: found 33; sd3 needs a multiple of 4"),
+    "height": (
+        "sd3",
+        ["--teacher.height", "33"],
+        "teacher.height: found 33; give a multiple of 4, as sd3 needs",
+    ),
     "frames": (
         "wan",
         ["--teacher.num_frames", "8"],
-        "teacher.num_frames: found 8; the autoencoder of wan needs 1 plus a multiple of 4",
+        "teacher.num_frames: found 8; give 1 plus a multiple of 4, as the autoencoder of wan needs",
     ),
     "no size": ("shap-e", ["--teacher.width", "64"], "remove it: shap-e has no image size"),
     "frames of an image": ("sd", ["--teacher.num_frames", "9"], "remove it: sd generates images, not videos"),
