@@ -283,5 +283,5 @@ class EvalConfig(Section):
         """Distances between distributions need two samples; better refused now than after training."""
         for name in ("num_samples", "teacher_samples", "validation_samples"):
             if getattr(self, name) == 1 and not (name == "validation_samples" and self.grid > 1):
-                raise ValueError(f"{name}: found 1; a distance needs 2 samples or more; 0 turns it off")
+                raise ValueError(f"{name}: found 1; use 2 samples or more, or 0 to turn it off")
         return self

@@ -32,7 +32,7 @@ from fastgen.training.checks import check_fits
 
 
 class Cast:
-    """The networks of a run by part name. Parts are made when a stage first asks for them and kept for
+    """The networks of a run by part name. Parts are made when a stage first needs them and kept for
     later stages.
     """
 
@@ -195,7 +195,9 @@ class Cast:
             with torch.device(self.device):
                 net = type(base.net).from_config({**config, **changes})
         except Exception as error:  # whatever a network's constructor raises
-            raise UserError("student.net", f"refused ({first_line(error)})", "change its values") from None
+            raise UserError(
+                "student.net", f"refused ({first_line(error)})", "correct the value that it names"
+            ) from None
         return Backbone(net, base.family, base.schedule, base.prediction)
 
     def divide(self, data) -> None:
@@ -231,7 +233,7 @@ class Cast:
             raise UserError(
                 "student.timesteps",
                 f"found {times}",
-                f"the teacher's times lie in ({schedule.t_min}, {schedule.t_max}]",
+                f"give times of the teacher's schedule, in ({schedule.t_min}, {schedule.t_max}]",
             )
         return times
 

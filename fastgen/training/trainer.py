@@ -189,7 +189,7 @@ class Trainer:
             self._stop(stopping)
 
     def _stopping(self) -> str:
-        """The signal that asked this process, or any other of the run, to stop."""
+        """The name of the signal that stops this process or another one of the run; empty without one."""
         name = interrupt.requested()
         if torch.distributed.is_initialized():
             some = torch.tensor([int(bool(name))], device=self.acc.device)

@@ -86,7 +86,7 @@ def test_p1_teacher_source_steps_along_its_ode():
 
 
 def collapsed(**cfg):
-    """Loss of a student that says the same whatever it is given."""
+    """Loss of a student with a constant output."""
     objective = make(**cfg)
     next(objective.step(batch_of(torch.randn(4, 2)), 0))
     objective.student.backbone.forward = lambda x, t, cond: objective.student.backbone.m + 0 * x

@@ -164,8 +164,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: uni_instruct}, data: {name: digits}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    message = capsys.readouterr().err
+    assert all(n in message for n in named) and len(message.strip().splitlines()) == 1, message
     assert not (tmp_path / "run").exists()
 
 

@@ -76,7 +76,7 @@ class PerTime(Denoiser):
 
 
 class Constant(Denoiser):
-    """D = c whatever it is asked."""
+    """D = c for every input."""
 
     prediction = "x0"
 
