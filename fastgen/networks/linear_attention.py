@@ -6,10 +6,12 @@ leaves float16 autocast and computes in the precision of its weights, as it does
 bfloat16, which has float32's range, nothing is changed.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def float16_autocast(device: str) -> bool:
@@ -27,15 +29,16 @@ def _is_linear(part: Any) -> bool:
 
 
 def _inner(module: nn.Module) -> Any:
-    processor = getattr(module, "processor", None)
+    processor: Any = getattr(module, "processor", None)
     return processor.inner if isinstance(processor, OwnPrecision) else processor
 
 
-def guard(net: nn.Module) -> nn.Module:
+def guard(net: Net) -> Net:
     """The same network, whose linear attention stays out of float16 autocast."""
-    for module in linear_attention(net):
-        if not isinstance(module.processor, OwnPrecision):
-            module.processor = OwnPrecision(module.processor)
+    layers: list[Any] = linear_attention(net)
+    for layer in layers:
+        if not isinstance(layer.processor, OwnPrecision):
+            layer.processor = OwnPrecision(layer.processor)
     return net
 
 
@@ -49,7 +52,7 @@ class OwnPrecision:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

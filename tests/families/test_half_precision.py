@@ -211,5 +211,6 @@ def test_sample_command(world, dtype, tmp_path_factory, tmp_path):
         pytest.skip("decoding takes too long for a test")
     folder, _ = exported(world, tmp_path_factory)
     wanted, found = (draw(world, folder, d, tmp_path / d, tmp_path) for d in ("fp32", dtype))
-    error = float((found - wanted).norm() / (wanted - wanted.mean()).norm())
+    apart = ((found - wanted).abs() - 1.01 / 255).clamp(min=0)  # files are rounded to one grey level
+    error = float(apart.norm() / (wanted - wanted.mean()).norm())
     assert error < CLOSE_CALL[dtype], error
