@@ -3,9 +3,9 @@
 The table is `tests/objectives/mutations/*.yaml`: for each method and each shared piece the kinds of mistake
 (`KINDS`), as the text of a source line and what it becomes. A kind that a method cannot have says why.
 
-An attempt is a process forked from this one, so that the libraries are imported once. It imports one module
-from its changed text, which is written nowhere, and runs the default tests of the method until the first
-failure. Caught means that a test failed; a changed module that cannot be imported, or that uses a name which
+An attempt is a process forked from this one, which imports the libraries that attempts before it used. It
+imports one module from its changed text, which is written nowhere, and runs the default tests of the method
+until the first failure. Caught means that a test failed; a changed module that cannot be imported, or that uses a name which
 does not exist, is a mistake of the table and not counted as caught.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -33,8 +34,7 @@ KINDS = ("sign", "detach", "guidance", "time", "normaliser")
 SECONDS = 900
 """most that the tests of one attempt may take"""
 NOT_A_CATCH = ("NameError", "UnboundLocalError", "ImportError", "ModuleNotFoundError", "SyntaxError")
-WARM = ("pytest", "fastgen.cli.train", "fastgen.training.trainer", "tests.support.replay", "tests.support.tiny")
-"""what loads the libraries that the tests use"""
+OURS = ("fastgen", "tests", "benchmarks", "conftest", "__main__")
 
 
 class Mutation(NamedTuple):
@@ -126,8 +126,11 @@ def attempt(mutation: Mutation, quick: bool) -> str | None:
         note, log = Path(folder, "note"), Path(folder, "log")
         pid = os.fork()
         if pid == 0:
-            os._exit(_tests_of(mutation, note, log, quick))
+            code = _tests_of(mutation, note, log, quick)
+            Path(folder, "modules").write_text("\n".join(sys.modules))
+            os._exit(code)
         code, (error, _, test) = _wait(pid), (note.read_text() if note.exists() else "").partition(" ")
+        _load(Path(folder, "modules"))
         if code == 1 and test and error not in NOT_A_CATCH:
             return test
         if code != 0:
@@ -149,13 +152,20 @@ def _wait(pid: int) -> int | None:
     return None
 
 
+def _load(modules: Path) -> None:
+    """Import here what an attempt has imported of the libraries, for those that follow."""
+    for name in modules.read_text().split() if modules.exists() else []:
+        if name.partition(".")[0] not in OURS and name not in sys.modules:
+            with suppress(Exception):
+                importlib.import_module(name)
+
+
 def _tests_of(mutation: Mutation, note: Path, log: Path, quick: bool) -> int:
     """In the forked process: the exit code of pytest."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.chdir(ROOT)
-    sys.dont_write_bytecode = True
     for name in [n for n in sys.modules if n.partition(".")[0] in ("fastgen", "tests")]:
         del sys.modules[name]  # imported anew, one of them changed
     sys.meta_path.insert(0, Changed(mutation))
@@ -170,8 +180,7 @@ def _tests_of(mutation: Mutation, note: Path, log: Path, quick: bool) -> int:
 def attempts(only: Sequence[str] = (), quick: bool = False) -> dict[str, dict[str, list[str | None]]]:
     """Subject -> kind -> for each change the test that caught it, or None."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
-    for name in WARM:
-        importlib.import_module(name)
+    sys.dont_write_bytecode = False  # the tests are compiled once
     found: dict[str, dict[str, list[str | None]]] = {}
     for mutation in mutations(only):
         start, test = time.monotonic(), attempt(mutation, quick)

@@ -43,6 +43,12 @@ class Classes(GaussianNet):
     raw = forward
 
 
+class TwoTimes(Classes):
+    """The same, which also reads where its step ends."""
+
+    second_time = True
+
+
 class Call(NamedTuple):
     """One call of a network."""
 
@@ -187,11 +193,11 @@ class World:
         low, high = (float(self.schedule.from_unit(torch.tensor(window[k]))) for k in ("low", "high"))
         assert low - 1e-6 <= t.min() and t.max() <= high + 1e-6, (t, window)
 
-    def score_gradient(self, x: Tensor, weight, window: dict = NEAR) -> Tensor:
-        """d loss / d x [B, ...] of a score distillation at what the teacher was shown:
+    def score_gradient(self, x: Tensor, weight, window: dict = NEAR, i: int = 0) -> Tensor:
+        """d loss / d x [B, ...] of a score distillation at what the teacher was shown by its i-th call:
         weight(x, real, t) (D_fake - D_real^w) / numel.
         """
-        x_t, t = self.shown(self.teacher)
+        x_t, t = self.shown(self.teacher, i)
         self.within(t, window)
         self.noise_in(x_t, t, x)
         real, fake = self.guided(x_t, t), self.critic.backbone(x_t, t, self.batch.cond)
