@@ -9,8 +9,8 @@
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
-  python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch; --only
-    NAME,NAME tries those of some methods, --quick leaves out the trainings
+  python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
+    --only NAME,NAME tries those of some methods, --quick leaves out the trainings
 
 Add --write to keep the result in assets/results/benchmarks/<name>.json with the command that made it.
 """

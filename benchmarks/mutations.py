@@ -5,8 +5,8 @@ The table is `tests/objectives/mutations/*.yaml`: for each method and each share
 
 An attempt is a process forked from this one, which imports the libraries that attempts before it used. It
 imports one module from its changed text, which is written nowhere, and runs the default tests of the method
-until the first failure. Caught means that a test failed; a changed module that cannot be imported, or that uses a name which
-does not exist, is a mistake of the table and not counted as caught.
+until the first failure. Caught means that a test failed; a changed module that cannot be imported, or that
+uses a name which does not exist, is a mistake of the table and not counted as caught.
 """
 
 import importlib
@@ -195,7 +195,9 @@ def mutated(only: str = "", quick: bool = False, write: bool = False) -> dict:
     names = [name for name in only.split(",") if name]
     unknown = set(names) - subjects().keys()
     if unknown:
-        raise SystemExit(f"--only: {', '.join(sorted(unknown))} not in the table; it has {', '.join(subjects())}")
+        raise SystemExit(
+            f"--only: {', '.join(sorted(unknown))} not in the table; it has {', '.join(subjects())}"
+        )
     kept = json.loads(RECORD.read_text())["caught_by"] if names and RECORD.exists() else {}
     tried = attempts(names, quick)
     found = report({name: {**kept, **tried}[name] for name in subjects() if name in {**kept, **tried}})

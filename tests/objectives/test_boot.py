@@ -63,7 +63,7 @@ def target_of(objective, eps, i, y, monkeypatch):
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_p1_step_is_the_formula(solver):
-    """Four levels, a told guidance scale: the gradient in y_theta, and the boundary on a quarter of the rows."""
+    """Four levels, a told scale: the gradient in y_theta, and the boundary on a quarter of the rows."""
     world = World(BOOT, Flow(), span=(1.0, 5.0), num=16, num_times=4, solver=solver)
     (turn,), (below, call) = world.turns(), world.student.calls
     eps, w = world.batch.noise, call.cond["guidance"][:16].double()

@@ -151,7 +151,9 @@ def test_p1_step_is_the_formula(space):
 
 def test_p1_step_weight_is_of_the_huber_distance_too():
     cfg = {"num_scales": 4, "weighting": "inverse_gap", "huber_c": 0.2}
-    found = [World(Consistency, Flow(), **{**cfg, **more}).turns()[0] for more in ({}, {"weighting": "uniform"})]
+    found = [
+        World(Consistency, Flow(), **{**cfg, **more}).turns()[0] for more in ({}, {"weighting": "uniform"})
+    ]
     torch.testing.assert_close(found[0].loss, 4 * found[1].loss)  # every gap is a quarter
 
 

@@ -80,7 +80,7 @@ def test_p1_values_at_zero_and_at_perfect_logits():
 @pytest.mark.parametrize("schedule", [Flow(), EDM()], ids=["flow", "edm"])
 @pytest.mark.parametrize("loss", ["hinge", "softplus"])
 def test_p1_step_is_the_formula(schedule, loss):
-    """Two steps, told the scale: the gradient in the sample, and the heads' loss of real, fake and misaligned."""
+    """Two steps, told the scale: the gradient in the sample, the heads' loss of real, fake and misaligned."""
     S, gan = schedule, {"loss": loss, "disc_time": NEAR, "r1_weight": 0.7}
     times = S.steps(2)
     world = World(LADD, S, times, span=(1.0, 5.0), num=16, gan=gan)

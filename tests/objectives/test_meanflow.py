@@ -97,7 +97,10 @@ def test_p1_step_is_the_formula(mode):
         return (error / (error.detach() + 0.05) ** 0.75).mean()
 
     torch.testing.assert_close(turn.loss, loss(call.out), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-3, atol=1e-6)
+    wanted = at_x(loss, call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
+    (alone,) = torch.autograd.grad(call.out, net.m, wanted)  # nothing by another way, through the target
+    torch.testing.assert_close(turn.grads["student.m"], alone, rtol=1e-3, atol=1e-6)
 
 
 def test_p1_negative_other_directions_of_the_derivative(monkeypatch):

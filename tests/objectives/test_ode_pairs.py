@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgen.core.errors import UserError
-from fastgen.diffusion.schedules import EDM, Flow
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.ode_pairs import ODEPairs, ODEPairsConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
@@ -25,18 +25,17 @@ def make(schedule, steps, **cfg):
     return objective
 
 
-def test_p1_pair_is_the_teachers_own_sample():
-    S = Flow()
+@pytest.mark.parametrize("S", [Flow(), EDM(), VP.scaled_linear()], ids=["flow", "edm", "vp"])
+def test_p1_pair_is_the_teachers_own_sample(S):
     objective = make(S, 1, teacher_steps=10)
     batch = batch_of(torch.randn(5, 2))
     next(objective.step(batch, 0))
     noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(5)])
     sample = sample_teacher(objective.teacher, noise, {}, {}, 10)
     for i in range(5):
-        torch.testing.assert_close(objective.pairs.rows[i][0].float(), noise[i])
-        torch.testing.assert_close(
-            objective.pairs.rows[i][1].float(), sample[i].float(), rtol=1e-5, atol=1e-6
-        )
+        first, last = objective.pairs.rows[i].float()
+        torch.testing.assert_close(first, noise[i] * S.prior_std(S.steps(1)[0]))
+        torch.testing.assert_close(last, sample[i].float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["l2", "huber"])

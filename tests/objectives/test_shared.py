@@ -1,20 +1,21 @@
-"""What several methods share: the critic's turn, guidance that is told, conditions that are dropped, times."""
+"""What several methods share: the critic's turn, guidance, conditions that are dropped, R1, times."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fastgen.core.batch import Batch
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives.base import TimeConfig, guided
 from fastgen.objectives.consistency import Consistency
 from fastgen.objectives.diff_instruct import DiffInstruct
 from fastgen.objectives.dmd2 import DMD2
 from fastgen.objectives.lcm import LCM
+from fastgen.objectives.shared.critic import real_side
 from fastgen.objectives.sid import SiD
-from tests.support.spelled import FAR, NEAR, Classes, Heard, World, gradient, softplus_pair
+from tests.support.spelled import FAR, NEAR, Classes, Heard, Tape, World, gradient, softplus_pair
 
 MID = {"low": 0.5, "high": 0.6}
 
@@ -38,7 +39,7 @@ def test_p1_step_with_times_of_the_gans_own(method):
     samples = [call.out for call in world.student.calls]
     disc, of_student = world.disc, method is DMD2  # DMD2's student comes first
     fakes = disc.seen[1:] if of_student else disc.seen[:2]
-    for x_t, t, _ in disc.seen:
+    for _, t, _ in disc.seen:
         world.within(t, MID)
         assert not torch.equal(t, world.critic.calls[0].t)
     world.noise_in(*fakes[1][:2], world.batch.x0)
@@ -126,7 +127,7 @@ def test_p1_step_the_target_moves_by_its_decay():
     """theta- <- mu theta- + (1 - mu) theta with mu = target_decay ** growth, from theta at first."""
     target = Heard(Classes(Flow(), 0.2, 0.9))
     world = World(Consistency, parts={"target": target}, target_decay=0.8)
-    objective, net = world.objective, target.backbone
+    objective, net = world.objective, target.backbone.requires_grad_(False)
     assert objective.target_net(0) is target and float(net.m) == pytest.approx(-0.6)
     world.student.backbone.m.data.fill_(1.4)
     objective.move_target(2.0)
@@ -147,3 +148,32 @@ def test_p1_step_laws_of_time():
         t = objective.sample_t(20_000, TimeConfig(kind="log_normal", mean=-0.8, std=0.7))
         log = level(t).log()
         assert abs(float(log.mean()) + 0.8) < 0.02 and abs(float(log.std()) - 0.7) < 0.02
+
+
+class LinearDisc(nn.Module):
+    """l(x) = a . x: its squared gradient is |a|^2 everywhere. Keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.seen = nn.Parameter(torch.tensor([0.6, -0.8, 2.0])), []
+
+    def forward(self, x_t, t, cond, score=False):
+        self.seen.append(x_t.detach().clone())
+        return [x_t @ self.a]
+
+
+def test_p1_r1_at_the_same_noised_input():
+    """Exact: |a|^2. Approximate: E (a . step n)^2 = step^2 |a|^2, one more pass at exactly that distance."""
+    obj = SimpleNamespace(disc=LinearDisc(), rng=Tape())
+    x_t, t = torch.randn(4000, 3), torch.ones(4000)
+    _, exact = real_side(obj, x_t.clone(), t, {}, 0.0)
+    assert math.isclose(float(exact), 5.0, rel_tol=1e-5)
+    exact.backward()
+    torch.testing.assert_close(obj.disc.a.grad, 2 * obj.disc.a.detach())
+    obj.disc.seen.clear()
+    _, near = real_side(obj, x_t, t, {}, 0.1)
+    first, second = obj.disc.seen
+    assert torch.equal(first, x_t) and 0.09 < float((second - first).std()) < 0.11
+    assert math.isclose(float(near) / 0.01, 5.0, rel_tol=0.1)
+    logits, none = real_side(obj, x_t, t, {}, None)
+    assert none is None and len(logits) == 1

@@ -219,7 +219,7 @@ def test_p1_step_draws_the_samples_to_their_words():
     for more in (cfg, {}):
         world = World(SwiftBrush, parts={"clip": Fixed()}, **more)
         world.batch.texts = ["a"] * 8
-        found.append((gradient(world.turns(5)[0].loss, world.student.calls[0].out)))
+        found.append(gradient(world.turns(5)[0].loss, world.student.calls[0].out))
     below = (world.student.calls[0].out.mean(1) < 1).double()[:, None].expand(-1, 3)
     torch.testing.assert_close(found[0] - found[1], -0.05 * below / 24)
 

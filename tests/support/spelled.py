@@ -160,16 +160,30 @@ class World:
             x0, {"class_labels": labels}, {"class_labels": 0 * labels}, noise, torch.arange(num)
         )
         self.tape = Tape()
-        everyone = {"student": self.student, "critic": self.critic, "teacher": self.teacher, "disc": self.disc}
+        everyone = {
+            "student": self.student,
+            "critic": self.critic,
+            "teacher": self.teacher,
+            "disc": self.disc,
+        }
         self.objective = method(
             method.config(**cfg), {**everyone, **(parts or {})}, self.tape, 1.0 if span else GUIDANCE
         )
         self.objective.prepare()
 
     def turns(self, k: int = 0) -> list[Turn]:
-        return turns(self.objective, self.batch, k)
+        """All turns of a step; a loss of another player that is a function of the student fails."""
+        found = turns(self.objective, self.batch, k)
+        drawn = [call.out for call in self.student.calls if call.out.requires_grad]
+        for turn in found:
+            if turn.player != "student" and drawn and "student" in self.objective.players:
+                back = torch.autograd.grad(turn.loss, drawn, retain_graph=True, allow_unused=True)
+                assert back == (None,) * len(drawn), f"the {turn.player}'s loss reaches the student"
+        return found
 
-    def guided(self, x_t: Tensor, t: Tensor, w: float | Tensor = GUIDANCE, role: Role | None = None) -> Tensor:
+    def guided(
+        self, x_t: Tensor, t: Tensor, w: float | Tensor = GUIDANCE, role: Role | None = None
+    ) -> Tensor:
         """D_uncond + w (D_cond - D_uncond) by the network itself, unheard."""
         net = (role or self.teacher).backbone
         D, null = (net(x_t, t, cond) for cond in (self.batch.cond, self.batch.uncond))
