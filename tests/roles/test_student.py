@@ -95,7 +95,7 @@ def test_several_students_vary_together():
 
 
 def test_guided_is_the_condition_over_its_absence():
-    """D_null + w (D_cond - D_null), w a number or one a row; at 1 and 0 a single pass, of the one that counts."""
+    """D_null + w (D_cond - D_null), w a number or one a row; a single pass at 1 and at 0."""
     from fastgen.objectives.diff_instruct import DiffInstruct
 
     world = World(DiffInstruct)
