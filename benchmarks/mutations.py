@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
@@ -120,23 +121,27 @@ class Watch:
             self.note.write_text(f"{call.excinfo.type.__name__} {node.name}")
 
 
-def attempt(mutation: Mutation, quick: bool) -> str | None:
-    """The name of the test that failed, or None where none did."""
+def attempt(mutation: Mutation, quick: bool) -> tuple[str, str | None]:
+    """(the exception, the name of the test that failed by it, or None where none did)."""
     with tempfile.TemporaryDirectory() as folder:
-        note, log = Path(folder, "note"), Path(folder, "log")
+        note, log, modules = (Path(folder, name) for name in ("note", "log", "modules"))
         pid = os.fork()
         if pid == 0:
-            code = _tests_of(mutation, note, log, quick)
-            Path(folder, "modules").write_text("\n".join(sys.modules))
+            try:
+                code = _tests_of(mutation, note, log, quick)
+                modules.write_text("\n".join(sys.modules))
+            except BaseException:
+                log.write_text(traceback.format_exc())
+                code = 3
             os._exit(code)
         code, (error, _, test) = _wait(pid), (note.read_text() if note.exists() else "").partition(" ")
-        _load(Path(folder, "modules"))
+        _load(modules)
         if code == 1 and test and error not in NOT_A_CATCH:
-            return test
+            return error, test
         if code != 0:
             where = f"{mutation.subject}: {mutation.kind}: {mutation.new}"
             print(f"{where}: exit code {code} {error} {test}\n{log.read_text()[-3000:]}", file=sys.stderr)
-    return None
+    return "", None
 
 
 def _wait(pid: int) -> int | None:
@@ -183,10 +188,11 @@ def attempts(only: Sequence[str] = (), quick: bool = False) -> dict[str, dict[st
     sys.dont_write_bytecode = False  # the tests are compiled once
     found: dict[str, dict[str, list[str | None]]] = {}
     for mutation in mutations(only):
-        start, test = time.monotonic(), attempt(mutation, quick)
+        start, (error, test) = time.monotonic(), attempt(mutation, quick)
         found.setdefault(mutation.subject, {}).setdefault(mutation.kind, []).append(test)
         head = f"{mutation.subject:22} {mutation.kind:10} {time.monotonic() - start:5.0f} s"
-        print(f"{head}  {test or 'SURVIVED: ' + mutation.new.strip()}", file=sys.stderr, flush=True)
+        ended = f"{test} ({error})" if test else f"SURVIVED: {mutation.new.strip()!r}"
+        print(f"{head}  {ended}", file=sys.stderr, flush=True)
     return found
 
 

@@ -110,7 +110,7 @@ def test_weights_of_the_signal_to_noise_ratio():
 
 
 def test_clamped_feels_what_is_below_the_margin():
-    assert float(losses.clamped(torch.tensor([0.1, 0.9]), 0.5)) == pytest.approx(0.2)
+    assert float(losses.clamped(torch.tensor([0.1, 0.7]), 0.5)) == pytest.approx(0.2)
 
 
 def test_feature_distance_is_of_unit_vectors_and_summed_over_maps():
