@@ -20,6 +20,10 @@ def test_libraries_are_quiet_unless_the_environment_names_a_level(library, wante
     name = f"{library.upper()}_VERBOSITY"
     env = {k: v for k, v in os.environ.items() if k != name} | ({name: wanted} if wanted else {})
     done = subprocess.run(
-        [sys.executable, "-c", LEVEL.format(library=library)], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LEVEL.format(library=library)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) == level
