@@ -7,11 +7,12 @@ from fastgen.cli.train import main
 from fastgen.diffusion import divergences, losses
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import REGISTRY, requirements_of
-from fastgen.objectives.f_distill import FDistillConfig
+from fastgen.objectives.f_distill import FDistill, FDistillConfig
 from fastgen.roles.heads import Discriminator
 from fastgen.roles.roles import Role
 from tests.support.modes import far_share
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient, softplus_pair
 from tests.support.toys import batch_of, rng, run_mixture
 
 SHORT = {"student_every": 2, "f": "kl", "gan_weight": 0.1, "disc_weight": 0.1}
@@ -55,6 +56,28 @@ def test_p1_reverse_kl_is_dmd2_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
     other = gradients(make(f="kl"))
     assert not all(torch.equal(a, b) for a, b in zip(other, wanted))
+
+
+def test_p1_step_is_the_formula():
+    """DMD2's gradient times r / mean r at guidance 3, and the GAN; the critic's turn is DMD2's."""
+    cfg = {"time": NEAR, "critic_time": FAR, "gan_weight": 0.3, "disc_weight": 0.2, "r1_weight": 0.7}
+    world = World(FDistill, f="kl", bins=0, student_every=1, **cfg)
+    (student, critic), disc = world.turns(), world.disc
+    x, (x_t, t) = world.student.calls[0].out, world.shown(world.teacher)
+    eps, cond = world.noise_in(x_t, t, x), world.batch.cond
+    r = disc.logit(x_t, t, cond).exp()
+    h = (r / r.mean())[:, None].detach()
+
+    def gan(x):
+        logit = disc.logit(world.schedule.noise(x, eps, t), t, cond)
+        return 0.3 * torch.nn.functional.softplus(-logit).mean()
+
+    wanted = world.score_gradient(x, lambda *at: h * dmd_weight(*at)) + at_x(gan, x)
+    torch.testing.assert_close(gradient(student.loss, x), wanted)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    assert torch.equal(disc.seen[1][1], disc.seen[2][1])
+    pair = 0.2 * softplus_pair(fake, real) + 0.7 * disc.a.square().sum()
+    torch.testing.assert_close(world.check_critic(critic, x), pair.detach())
 
 
 def logits_of(r):
@@ -143,8 +166,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: f_distill}, data: {name: digits}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    message = capsys.readouterr().err
+    assert all(n in message for n in named) and len(message.strip().splitlines()) == 1, message
     assert not (tmp_path / "run").exists() and requirements_of(FDistillConfig()).real_data
 
 

@@ -9,10 +9,11 @@ from fastgen.diffusion import divergences
 from fastgen.diffusion.divergences import TABLE
 from fastgen.diffusion.schedules import EDM
 from fastgen.objectives import requirements_of
-from fastgen.objectives.uni_instruct import UniInstructConfig
+from fastgen.objectives.uni_instruct import UniInstruct, UniInstructConfig
 from tests.support import gaussians
 from tests.support.modes import far_share, prefers_covering
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, gradient, softplus_pair
 from tests.support.toys import run_mixture
 
 SHORT = {"f": "kl", "gan_weight": 0.1}
@@ -145,6 +146,42 @@ def test_p1_static_gradients():
         torch.testing.assert_close(found / gaussians.T**2, torch.tensor(wanted).double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("mode", ["logit", "score", "none"])
+def test_p1_step_is_the_formula(mode, k):
+    """JS at guidance 3 with the GAN, after a warm-up: the gradient in the sample, W and mean h held."""
+    cfg = {"time": NEAR, "critic_time": FAR, "gan_weight": 0.3, "disc_weight": 0.2, "warmup_steps": 1}
+    world = World(UniInstruct, f="js", ratio_grad=mode, **cfg)
+    (critic, student), disc, S = world.turns(k), world.disc, world.schedule
+    held, call = world.student.calls
+    assert not held.grad and not torch.equal(held.x_t, call.x_t), "z' is drawn anew"
+    x_t, t = world.shown(world.teacher)
+    world.within(t, NEAR)
+    eps, row = world.noise_in(x_t, t, call.out), lambda v: v[:, None]
+    W = (call.out - world.guided(x_t, t)).abs().mean(1).detach()
+
+    def loss(x):
+        x_t = S.noise(x, eps, t)
+        real, fake = world.guided(x_t, t), world.critic.backbone(x_t, t, world.batch.cond)
+        logit, gap = disc.logit(x_t, t, world.batch.cond), real - fake
+        r = logit.exp() if mode == "logit" else logit.exp().detach()
+        h, kappa = (r / (1 + r), (r / (1 + r)) ** 2) if k else (torch.ones_like(r), torch.ones_like(r))
+        found = 2 * h * (gap * (fake - x)).mean(1) + kappa * (gap**2).mean(1)
+        if mode == "score":
+            r2h = -2 * r**2 / (1 + r) ** 3 if k else 0 * r
+            way = 2 * (h - kappa) * (gap * (fake - x)).sum(1) - r2h * (gap**2).sum(1)
+            found = found + ((row(way * (1 - t) / t**2) * gap).detach() * x_t).mean(1)
+        return (found / h.mean().detach() / W + 0.3 * torch.nn.functional.softplus(-logit) / W).mean()
+
+    torch.testing.assert_close(gradient(student.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[:2])
+    call = world.critic.calls[0]
+    world.within(call.t, FAR)
+    world.noise_in(call.x_t, call.t, held.out)
+    denoising = (row(world.native(call.t)) * (call.out - held.out) ** 2).mean()
+    torch.testing.assert_close(critic.loss, denoising + 0.2 * softplus_pair(fake, real))
+
+
 def test_needs_data_only_with_a_ratio():
     assert requirements_of(UniInstructConfig()).real_data
     assert not requirements_of(UniInstructConfig(f="rkl", gan_weight=0)).real_data
@@ -164,8 +201,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: uni_instruct}, data: {name: digits}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    message = capsys.readouterr().err
+    assert all(n in message for n in named) and len(message.strip().splitlines()) == 1, message
     assert not (tmp_path / "run").exists()
 
 
