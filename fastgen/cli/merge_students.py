@@ -3,7 +3,6 @@
 python -m fastgen.cli.merge_students runs/a/export runs/b/export --out joined
 """
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from fastgen.core.copying import copy_inside
 from fastgen.core.errors import UserError, warn
-from fastgen.core.files import write_text
+from fastgen.core.files import write_model_json
 from fastgen.core.paths import expand, resolve
 from fastgen.export.info import FILE as INFO_FILE
 from fastgen.export.info import ExportInfo, read_document, read_info
@@ -55,7 +54,7 @@ def join(exports: list[str], out: str) -> Path:
             warn(f"not copied: {name}")
     joined = replace(_info(target), trained_students=tuple(sorted(owner)))
     document = read_document(target, "exports") | {"export": joined.to_json()}
-    write_text(target / INFO_FILE, json.dumps(document, indent=2))
+    write_model_json(target / INFO_FILE, document)
     return target
 
 

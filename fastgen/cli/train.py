@@ -17,6 +17,7 @@ from fastgen.core.console import Flags, exit_code, not_finite, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
 from fastgen.core.paths import expand
+from fastgen.core.threads import threads_per_process
 
 EXIT_CODES = f"""exit codes: 0 success; 2 an error of the user or of the disk, in one line; 3 NaN or infinite
 numbers; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
@@ -136,8 +137,7 @@ def run(cfg, known) -> int:
     last = checkpoint.newest_good(folder, main_process) if known.resume else None
     if last:
         checkpoint.check_same(last, assembly.fixed_settings(cfg), known.allow_changed, report=False)
-    if cfg.train.num_threads:
-        torch.set_num_threads(cfg.train.num_threads)
+    torch.set_num_threads(threads_per_process(cfg.train.num_threads, torch.get_num_threads()))
     _rehearse(cfg, known.insist, last)
     accelerator = _accelerator(cfg)
     trainer = _prepare(cfg, folder, accelerator)

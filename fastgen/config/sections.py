@@ -251,7 +251,7 @@ class TrainConfig(Section):
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """number of checkpoints that are kept, the latest"""
     num_threads: int = Field(default=0, ge=0, le=4096)
-    """CPU threads of PyTorch; 0 is its own default"""
+    """CPU threads of PyTorch; 0 is its own default, at most the CPUs that affinity and the container allow"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """experiment trackers besides metrics.jsonl; each needs its package"""
 

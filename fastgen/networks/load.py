@@ -9,7 +9,7 @@ import torch
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
-from fastgen.core.reading import COPY, check_types, read_json, reads_model
+from fastgen.core.reading import COPY, check_types, read_json, readable, reads_model
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
@@ -105,11 +105,8 @@ def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) 
         model = named_class(folder, name, library, cls) if own else component_class(folder / name)
         return load_part(folder / name, "teacher.path", model, options.weights, DTYPES[options.dtype])
     processor = named_class(folder, name, library, cls)
-    try:
+    with readable("teacher.path", folder / name):
         return processor.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # processors raise errors of many types
-        unread = f"{folder / name} cannot be read ({first_line(error)})"
-        raise UserError("teacher.path", unread, "copy or download the folder again") from None
 
 
 def _has_weights(folder: Path) -> bool:

@@ -221,6 +221,9 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (as tcd with gamma 0) or renoise (gamma 1)")
+        if isinstance(schedule, VP) and grid > schedule.num_timesteps:
+            found = f"found a grid of {grid} steps"
+            raise UserError("objective", found, f"the teacher has {schedule.num_timesteps} timesteps")
         times = list(s.timesteps) or schedule.student_times(s.num_steps, grid)
         if isinstance(schedule, VP) and any(t != round(t) for t in times):
             raise UserError(

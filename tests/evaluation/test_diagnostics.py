@@ -57,6 +57,15 @@ def test_curves():
     assert "discriminator too strong" in warned(ladd)
 
 
+def test_logits_that_weigh_the_score_keep_its_noise_levels():
+    """What is advised against a strong discriminator is allowed by the method whose curves they are."""
+    apart = {"critic/logit_real": 6.0, "critic/logit_fake": -6.0, "student/gan": 1.0}
+    dmd2, f_distill = (warnings([r] * 10, {}) for r in (apart, {**apart, "student/log_ratio": 0.0}))
+    assert "gan_time" in dmd2[0][1] and "gan_time" not in f_distill[0][1] and "critic_time" in f_distill[0][1]
+    several = {k.replace("/", "1/"): v for k, v in {**apart, "student/log_ratio": 0.0}.items()}
+    assert "gan_time" not in warnings([several] * 10, {})[0][1]
+
+
 def test_a_drifting_student_is_told_from_a_noisy_curve():
     assert not warned([], {"curve": {"0": 7.0, "100": 3.0, "200": 3.9}})
     assert not warned([], {"curve": {"0": 3.0, "100": 9.0}}), "two points are no curve"

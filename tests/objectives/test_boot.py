@@ -12,6 +12,7 @@ from fastgen.objectives.boot import BOOT, BOOTConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
+from tests.support.spelled import World, at_x, gradient
 from tests.support.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
 
 SHORT = {}
@@ -58,6 +59,34 @@ def target_of(objective, eps, i, y, monkeypatch):
     next(objective.step(batch_of(y, eps), 0))
     monkeypatch.setattr(losses, "mse", mse)
     return seen[0]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_p1_step_is_the_formula(solver):
+    """Four levels, a told scale: the gradient in y_theta, and the boundary on a quarter of the rows."""
+    world = World(BOOT, Flow(), span=(1.0, 5.0), num=16, num_times=4, solver=solver)
+    (turn,), (below, call) = world.turns(), world.student.calls
+    eps, w = world.batch.noise, call.cond["guidance"][:16].double()
+    assert w.std() > 0.5 and torch.equal(below.cond["guidance"], call.cond["guidance"][:16])
+    i = ((1 - call.cond["net_t"]) * 4).round()[:16] + 1
+    assert set(i.tolist()) == {1.0, 2.0, 3.0, 4.0} and not below.grad
+    t, s = i / 4, (i - 1) / 4
+    torch.testing.assert_close(below.cond["net_t"], 1 - t)
+    assert torch.equal(call.x_t, torch.cat([eps, eps[:4]])) and set(call.t.tolist()) == {1.0}
+    assert call.cond["net_t"][16:].tolist() == [0.0] * 4
+    y, r = below.out, (s * (1 - t) / (t * (1 - s)))[:, None]
+    at = lambda y, t: (1 - t)[:, None] * y + t[:, None] * eps  # noqa: E731
+    f = world.guided(at(y, t), t, w)
+    target = (1 - r) * f + r * y
+    if solver == "heun":
+        more = world.guided(at(target, s), s.clamp(min=1e-6), w)
+        target = torch.where((i > 1)[:, None], (1 - r) * (f + more) / 2 + r * y, f)
+    end = world.guided(eps, torch.ones(16).double(), w)[:4]
+
+    def loss(D):
+        return (D[:16] - target.detach()).square().mean() + 0.25 * (D[16:] - end).square().mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("S", SCHEDULES)

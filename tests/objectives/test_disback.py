@@ -7,6 +7,7 @@ from fastgen.diffusion.schedules import EDM
 from fastgen.objectives.base import REGISTRY
 from fastgen.objectives.disback import DisBack, DisBackConfig
 from tests.support.replay import replay
+from tests.support.spelled import Classes, Heard, World
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -92,6 +93,28 @@ def test_p1_no_gradient_against_the_last_node(recorded):
         _, logs = next(objective.host.step(batch, 0, objective.node(j)))
         gaps.append(float(logs["real_fake_gap"]))
     assert gaps[0] < 0.05 * gaps[1], gaps
+
+
+def test_p1_step_hands_on_guidance_and_the_hosts_own_count():
+    """Guidance 3 is the host's too; its steps count from the end of the recording, whose nodes stay put."""
+    path = {"path": Heard(Classes(S, 0.0, 0.1))}
+    world = World(DisBack, S, parts=path, host=HOST, record_steps=2, nodes=1, switch_every=1)
+    objective, shares, counts = world.objective, [], []
+    assert objective.guidance == objective.host.guidance == 3.0
+    objective.host.drop_batch_condition = lambda batch, share: shares.append(share) or batch.cond
+    step = objective.host.step
+    objective.host.step = lambda batch, k, teacher: (counts.append(k), step(batch, k, teacher))[1]
+    for k in range(4):
+        if k == 1:
+            world.critic.backbone.m.data.fill_(0.8)
+        for turn in world.turns(k):
+            assert turn.player == "critic" or k >= 2
+        world.critic.backbone.m.data.add_(1.0)
+    assert counts == [0, 1] and shares == [0.1, 0.1]
+    assert float(objective.nodes[0][0]) == pytest.approx(0.8), "recorded in the last step of its span"
+    objective.guidance = 1.0
+    list(objective.step(world.batch, 0))
+    assert shares[-1] == 0, "no null condition where guidance is not used"
 
 
 def test_p1_targets_descend_to_the_teacher():

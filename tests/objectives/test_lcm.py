@@ -14,6 +14,7 @@ from fastgen.sampling.solvers import teacher_grid
 from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
 from tests.support.replay import replay_counts
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     Constant,
@@ -67,6 +68,33 @@ def test_p1_boundary_target_is_the_solver_output_bit_by_bit(schedule, monkeypatc
 @outputs
 def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
     check_weight(make, kind)
+
+
+@pytest.mark.parametrize("metric", ["l2", "huber"])
+@pytest.mark.parametrize("span", [None, (1.0, 5.0)])
+def test_p1_step_is_the_formula(metric, span):
+    """On a four-step grid, at guidance 3 or at a scale given to the student: the gradient in D_theta."""
+    cfg = {"grid_steps": 4, "metric": metric, "huber_c": 0.3, "weighting": "snr1"}
+    world = World(LCM, Flow(), num=32, span=span, **cfg)
+    (turn,), (earlier, call) = world.turns(), world.student.calls
+    x_t, t = call.x_t, call.t
+    w = call.cond["guidance"].double() if span else 3.0
+    assert not span or (w.min() > 1 and w.max() < 5 and w.std() > 0.5)
+    assert not span or torch.equal(call.cond["guidance"], earlier.cond["guidance"])
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1.0, 0.75, 0.5, 0.25} and not earlier.grad
+    r = t - 0.25
+    x_r = line(world.guided(x_t, t, w), x_t, t, r)
+    torch.testing.assert_close(earlier.x_t, x_r, rtol=1e-4, atol=1e-5)
+    assert torch.equal(earlier.t, r.clamp(min=0.25))
+    target = torch.where((r > 0)[:, None], earlier.out, x_r).detach()
+    weight = (((1 - t) / t) ** 2).clamp(min=1)[:, None]
+
+    def loss(D):
+        d2 = (D - target) ** 2
+        return (weight * (d2 if metric == "l2" else (d2 + 0.3**2).sqrt() - 0.3)).mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
 
 
 class WithGuidance(Student):

@@ -9,6 +9,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow, expand
 from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, gradient
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -89,6 +90,35 @@ def test_p1_where_the_step_vanishes(plain, rest):
         batch.uncond = null
         _, logs = next(objective.step(batch, 0))
         assert (float(logs["real_fake_gap"]) < 1e-9) == (shift == rest), (shift, logs)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_p1_step_is_the_formula(plain):
+    """alpha sigma (D_L - D_T), both at guidance 3 or the critic plain; the critic under alpha^2."""
+    world = World(SwiftBrush, VP.scaled_linear(), time=NEAR, critic_time=FAR, plain_critic=plain)
+    student, critic = world.turns()
+    x, S = world.student.calls[0].out, world.schedule
+    x_t, t = world.shown(world.teacher)
+    world.within(t, NEAR)
+    world.noise_in(x_t, t, x)
+    fake = world.guided(x_t, t, 1.0 if plain else 3.0, world.critic)
+    weight = (S.alpha(t) * S.sigma(t))[:, None]
+    wanted = (weight * (fake - world.guided(x_t, t)) / x.numel()).detach()
+    torch.testing.assert_close(gradient(student.loss, x), wanted, rtol=1e-4, atol=1e-7)
+    assert abs(world.check_critic(critic, x, lambda t: S.alpha(t) ** 2)) < 1e-12
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_p1_step_drops_the_condition_where_guidance_is_used(guidance, monkeypatch):
+    """c' is null with probability critic_drop, and never without guidance."""
+    world = World(SwiftBrush)
+    world.objective.guidance, shares = guidance, []
+    monkeypatch.setattr(
+        world.objective, "drop_batch_condition", lambda batch, share: shares.append(share) or batch.uncond
+    )
+    world.turns()
+    assert shares == [0.1 if guidance != 1 else 0]
+    assert world.critic.calls[-1].cond is world.batch.uncond
 
 
 def descend(follow, steps=400, lr=0.05):
@@ -180,6 +210,18 @@ def test_p1_clamped_cosine_stops_at_the_margin():
     cos = torch.tensor([0.2, 0.36, 0.9], requires_grad=True)
     losses.clamped(cos, 0.35).backward()
     assert cos.grad.tolist() == pytest.approx([-1 / 3, 0.0, 0.0])
+
+
+def test_p1_step_draws_the_samples_to_their_words():
+    """The image-text term reaches x: its gradient is -weight / numel where the cosine is below tau."""
+    cfg = {"clip_weight": 0.1, "clip_steps": 10, "clip_margin": 1.0}
+    found = []
+    for more in (cfg, {}):
+        world = World(SwiftBrush, parts={"clip": Fixed()}, **more)
+        world.batch.texts = ["a"] * 8
+        found.append(gradient(world.turns(5)[0].loss, world.student.calls[0].out))
+    below = (world.student.calls[0].out.mean(1) < 1).double()[:, None].expand(-1, 3)
+    torch.testing.assert_close(found[0] - found[1], -0.05 * below / 24)
 
 
 class Fixed:

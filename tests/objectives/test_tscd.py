@@ -12,6 +12,7 @@ from fastgen.objectives.tscd import TSCD, TSCDConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import segment_ends, teacher_grid
 from tests.support.replay import replay_counts
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
@@ -62,6 +63,45 @@ def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeyp
         pred, target, losses[k] = captured(monkeypatch, "mse", objective, batch_of(x0))
         assert torch.allclose(pred, target, rtol=1e-5, atol=1e-6) == (k == 8)
     assert losses[8] < 1e-9 and losses[1] > 1e-4
+
+
+@pytest.mark.parametrize("end_prob", [0.0, 1.0])
+def test_p1_step_is_the_formula(end_prob, monkeypatch):
+    """Two segments of eight steps at guidance 3: the gradient in D_theta of both parts, the heads' loss."""
+    S, cfg = Flow(), {"grid_steps": 8, "segments": 2, "weighting": "snr1", "end_prob": end_prob}
+    steps, original = [], S.ode_step
+    monkeypatch.setattr(S, "ode_step", lambda D, x, t, u: steps.append(u) or original(D, x, t, u))
+    world = World(TSCD, S, num=64, mse_weight=0.7, gan_weight=0.2, gan_loss="softplus", **cfg)
+    (student, heads), (earlier, call) = world.turns(), world.student.calls
+    x_t, t, disc, u = call.x_t, call.t, world.disc, steps[-1]
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1 - i / 8 for i in range(8)} and not earlier.grad
+    r, e = t - 0.125, torch.where(t > 0.5, 0.5, 0.0).double()
+    assert torch.equal(u, e) if end_prob else ((u >= e) & (u <= r)).all() and (u > e).any() and (u < r).any()
+    x_r = line(world.guided(x_t, t), x_t, t, r)
+    torch.testing.assert_close(earlier.x_t, x_r)
+    torch.testing.assert_close(earlier.t, r.clamp(min=0.125))
+    target = torch.where((u < r)[:, None], line(earlier.out, x_r, earlier.t, u), x_r).detach()
+    weight = (((1 - t) / t) ** 2).clamp(min=1)[:, None]
+    (x_v, v, cond), (_, v_fake, _), (real, v_real, _) = disc.seen
+    assert torch.equal(v, v_fake) and torch.equal(v, v_real)
+    assert ((v > u) & (v <= e + 0.5)).all() and (v == e + 0.5).any()
+    world.noise_in(real, v, world.batch.x0)
+    ratio = ((1 - v) / (1 - u))[:, None]
+    more = (v[:, None] ** 2 - (ratio * u[:, None]) ** 2).sqrt()
+    n = (x_v - ratio * line(call.out, x_t, t, u)).detach() / more
+    assert any(torch.allclose(d.double(), n, atol=1e-4) for d in world.tape.drawn)
+
+    def loss(D):
+        pred = line(D, x_t, t, u)
+        gan = torch.nn.functional.softplus(-disc.logit(ratio * pred + more * n, v, cond)).mean()
+        return 0.7 * (weight * (pred - target) ** 2).mean() + 0.2 * gan
+
+    wanted = at_x(loss, call.out)
+    torch.testing.assert_close(gradient(student.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    wanted = torch.nn.functional.softplus(fake).mean() + torch.nn.functional.softplus(-real).mean()
+    torch.testing.assert_close(heads.loss, wanted)
 
 
 @outputs
