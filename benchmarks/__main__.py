@@ -10,6 +10,8 @@
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
+  python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
+    --only NAME,NAME tries those of some methods, --quick leaves out the trainings
 
 Add --write to keep the result in assets/results/benchmarks/<name>.json with the command that made it.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 from benchmarks.faults import faults
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
+from benchmarks.mutations import mutated
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
@@ -52,7 +55,7 @@ def overhead(rounds: int = 12) -> dict:
 
     torch.set_num_threads(1)
     trainer, windows = ready_trainer(OVERHEAD)
-    stage, cast = trainer.cfg.all_stages()[0], trainer.cast
+    stage, cast = trainer.cast.stages[0], trainer.cast
     student, critic, teacher = (cast.parts[n] for n in ("student", "critic", "teacher"))
     x0 = torch.randn(32, 4, 16, 16)
     t, cond = torch.full((32,), 0.5, dtype=torch.float64), {"class_labels": torch.arange(32) % 10}
@@ -125,8 +128,7 @@ def _memory_child(mode: str) -> None:
 
     from fastgen.config.run import validate
     from fastgen.data.loader import Data
-    from fastgen.training.cast import Cast
-    from fastgen.training.trainer import Trainer
+    from fastgen.training.assembly import make_cast, make_trainer
 
     torch.set_num_threads(2)
     lora = {"rank": 16, "lora_alpha": 16}
@@ -148,7 +150,7 @@ def _memory_child(mode: str) -> None:
         }
     )
     base = psutil.Process().memory_info().rss
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     cond = {"encoder_hidden_states": torch.randn(4, 16, 768)}
     data = Data(
         torch.randn(64, 4, 16, 16),
@@ -157,7 +159,7 @@ def _memory_child(mode: str) -> None:
         {k: v[:1] for k, v in cond.items()},
         (4, 16, 16),
     )
-    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
+    trainer = make_trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer.total = 10**9  # no final checkpoint in the measured window
     trainer._begin(cfg.all_stages()[0])
     for k, window in zip(range(3), data.batches(4, 0, 1, trainer.rng, "cpu")):
@@ -245,15 +247,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", choices=("overhead", "memory", "sampling", "jvp", "methods", "startup", "prompts", "faults")
+        "name",
+        choices=(
+            "overhead",
+            "memory",
+            "sampling",
+            "jvp",
+            "methods",
+            "startup",
+            "prompts",
+            "faults",
+            "mutations",
+        ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
+    parser.add_argument("--only", default="", help="mutations: those of these methods, with commas between")
+    parser.add_argument("--quick", action="store_true", help="mutations: without the tests that train")
     args = parser.parse_args()
     if args.child:
         return _memory_child(args.child)
-    result = faults(args.every) if args.name == "faults" else globals()[args.name]()
+    if args.name == "mutations":
+        result = mutated(args.only, args.quick, args.write)
+    else:
+        result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
         "command": f"python -m benchmarks {args.name}",
         **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},

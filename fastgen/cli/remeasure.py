@@ -25,9 +25,10 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     from fastgen.data.loader import load_data
     from fastgen.evaluation.evaluator import Evaluator, measure, table
     from fastgen.evaluation.report import write_report
+    from fastgen.training.assembly import make_protocol
 
     if not (run / "config.yaml").is_file():
-        raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
+        raise UserError("--run", f"{run} is not a run folder", "give the output_dir of a run")
     cfg = validate(read_files([str(run / "config.yaml")]))
     if is_analytic(cfg.teacher.path):
         raise UserError(
@@ -41,7 +42,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)
-    results = measure(cfg, Evaluator(cfg, cast, data))
+    results = measure(Evaluator(make_protocol(cfg), cast, data))
     file = run / "results.json"
     before = read_json(file, "--run") if file.is_file() else {}
     results["protocol"]["weights"] = "export"
@@ -57,6 +58,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     from fastgen.core.paths import resolve
     from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
     from fastgen.export.load import load_export
+    from fastgen.training.assembly import make_protocol
 
     values = {
         "teacher": {"path": path, "guidance": guidance},
@@ -68,10 +70,10 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     where = open_device(device)
     loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
-        raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
+        raise UserError("--teacher", f"{path} names no measuring net", "use one of assets:teachers/*")
     uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
     cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
-    results = measure(cfg, Evaluator(cfg, cast, SimpleNamespace(uncond=uncond)))
+    results = measure(Evaluator(make_protocol(cfg), cast, SimpleNamespace(uncond=uncond)))
     print(table(results))
     card = {
         "command": f"python -m eval card --teacher {path} --guidance {guidance:g} --num_samples {num_samples}"

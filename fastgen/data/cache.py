@@ -41,9 +41,13 @@ def check_folder(cache_dir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
-        raise UserError(KEY, f"{folder} {reason}", "a folder that can be written, or leave it out") from None
+        raise UserError(
+            KEY, f"{folder} {reason}", "choose a folder that can be written, or leave it out"
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise UserError(KEY, f"{folder} cannot be written", "a folder that can be, or leave it out")
+        raise UserError(
+            KEY, f"{folder} cannot be written", "choose a folder that can be written, or leave it out"
+        )
 
 
 def kept(cache_dir: str, name: str, num: int, make: Callable[[], Iterable[tables.Rows]]) -> tables.Rows:

@@ -164,7 +164,9 @@ def _grid(
             raise UserError(f"teacher.{key}", f"found {size}", f"remove it: {family.name} has no image size")
         step = factor * family.divisor
         if size % step:
-            raise UserError(f"teacher.{key}", f"found {size}", f"{family.name} needs a multiple of {step}")
+            raise UserError(
+                f"teacher.{key}", f"found {size}", f"give a multiple of {step}, as {family.name} needs"
+            )
         grid[at] = size // factor
     if family.square and grid[-2] != grid[-1]:
         found = f"found {grid[-1] * factor} with a height of {grid[-2] * factor}"
@@ -175,7 +177,7 @@ def _grid(
             instruction = f"remove it: {family.name} generates images, not videos"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         if (frames - 1) % temporal:
-            instruction = f"the autoencoder of {family.name} needs 1 plus a multiple of {temporal}"
+            instruction = f"give 1 plus a multiple of {temporal}, as the autoencoder of {family.name} needs"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)

@@ -48,8 +48,8 @@ def test_a_damaged_file_is_made_again(made, kind, capsys):
     read, file = made
     damage(kind, file)
     assert read() == 2 and read() == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "data.cache_dir: latents-a.safetensors is damaged (" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "data.cache_dir: latents-a.safetensors is damaged (" in message
     assert os.listdir(file.parent) == [file.name], "nothing else is left"
 
 

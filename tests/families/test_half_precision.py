@@ -40,7 +40,7 @@ def teacher_of(world, dtype: str):
     """The world's teacher with its frozen weights in `dtype`."""
     key = (str(world.folder), dtype)
     if key not in _TEACHERS:
-        _TEACHERS[key] = load_teacher(str(world.folder), **world.asked_for, dtype=dtype)
+        _TEACHERS[key] = load_teacher(str(world.folder), **world.options, dtype=dtype)
         _TEACHERS[key].backbone.requires_grad_(False)
     return _TEACHERS[key]
 

@@ -103,10 +103,10 @@ def test_an_index_must_name_files_of_its_own_folder(folder):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     load_teacher(str(path))
     gone = "diffusion_pytorch_model-00002-of-00002.safetensors"
-    for name, said in (("../" + shard, "is not inside of it"), (gone, "has no file")):
+    for name, message in (("../" + shard, "is not inside of it"), (gone, "has no file")):
         index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weight_map, name)}))
         for weights in (True, False):
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=message):
                 load_teacher(str(path), weights=weights)
 
 

@@ -14,7 +14,7 @@ from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
 from fastgen.networks.time_embedding import smooth_time_embedding
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 
 WIDE = TangentConfig(method="difference", step=0.03)
 """a derivative as seen from a distance: ripples average out"""
@@ -34,8 +34,8 @@ def views(name, change):
     cond = teacher.codec.prompts(["a red dress"] * 4) if text else teacher.codec.labels(torch.arange(4))
     view = TrigView(teacher.schedule, 1.0 if text else 0.5)
     before = view.velocity(lambda x, t: teacher.backbone(x, t, cond))
-    told = cond | ({"guidance": torch.full((4,), 2.0)} if change is sprint else {})
-    after = view.velocity(lambda x, t: other(x, t, told))
+    with_w = cond | ({"guidance": torch.full((4,), 2.0)} if change is sprint else {})
+    after = view.velocity(lambda x, t: other(x, t, with_w))
     t = torch.full((4,), 0.9, dtype=torch.float64)
     x0, eps = 0.8 * torch.randn(2, 4, *teacher.codec.shape)
     x = view.trig.noise(x0, eps, t)
@@ -83,7 +83,7 @@ def test_the_switch_changes_the_student_alone(tiny):
         "student": {"smooth_time": True},
         "data": {"name": "fashion"},
     }
-    cast = Cast(validate(values))
+    cast = make_cast(validate(values))
     teacher, student = (cast.parts[n].backbone.net for n in ("teacher", "student"))
     assert not torch.equal(teacher.time_embedding.linear_1.weight, student.time_embedding.linear_1.weight)
     assert torch.equal(teacher.conv_in.weight, student.conv_in.weight)

@@ -73,7 +73,7 @@ def state(run, step):
 
 def losses(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "steps_per_second", "rss_mb")
+    timed = ("seconds", "steps_per_second", "cpu_share", "rss_mb")
     return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
 
@@ -141,7 +141,7 @@ def test_resuming_a_finished_run_holds_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(
         validation,
         "finish",
-        lambda trainer, evaluator: seen.append(
+        lambda trainer, validator: seen.append(
             {n: p.detach().clone() for n, p in trainer._tensors().items()}
         ),
     )
