@@ -32,9 +32,15 @@ def _flags() -> argparse.ArgumentParser:
     )
     add = flags.add_argument
     add("command", nargs="?", default="measure", choices=COMMANDS)
-    add("--run", default="", type=expand, metavar="DIR", help="run folder")
-    add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
-    add("--images", default="", type=expand, metavar="DIR", help="generated images; grid*.png are left out")
+    add("--run", default="", type=expand, metavar="DIR", help="run folder to evaluate again")
+    add("--num_samples", type=int, default=0, help="number of samples; default: the run's eval.num_samples")
+    add(
+        "--images",
+        default="",
+        type=expand,
+        metavar="DIR",
+        help="folder of generated images; grid*.png are ignored",
+    )
     add(
         "--against",
         default="",
@@ -42,25 +48,30 @@ def _flags() -> argparse.ArgumentParser:
         help="folder of real images, or digits, fashion, tinted (held-out images)",
     )
     add("--metrics", nargs="+", default=["fd_mini"], choices=METRICS, metavar="NAME", help=", ".join(METRICS))
-    add("--extractor", default="", help="digits, fashion or tinted: whose net measures two folders")
+    add("--extractor", default="", help="network for two folders: digits, fashion or tinted")
     add("--weights", nargs="+", default=[], metavar="NAME=FILE", help="local files for inception, clip, hps")
     add(
         "--prompts",
         default="",
         type=expand,
         metavar="FILE",
-        help="the prompts or labels of the images, one a line",
+        help="text file with the prompts or labels of the images, one per line",
     )
-    add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
-    add("--device", default="", help="default: cuda if there is one")
+    add(
+        "--clip",
+        default="vit-g-14",
+        metavar="PRESET",
+        help="CLIP variant: vit-b-32, vit-l-14, vit-g-14 or dmd2",
+    )
+    add("--device", default="", help="device; default: cuda if there is one")
     add(
         "--teacher",
         default="",
         type=expand,
         metavar="PATH",
-        help="card: the teacher to measure at 1, 4, 20 and 50 steps",
+        help="card: teacher to evaluate at 1, 4, 20 and 50 steps",
     )
-    add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
+    add("--guidance", type=float, default=1.0, help="card: classifier-free guidance scale w")
     return flags
 
 
@@ -89,7 +100,7 @@ def _card(args) -> None:
     from fastgen.cli.remeasure import measure_teacher
 
     if not args.teacher:
-        raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
+        raise UserError("--teacher", "none given", "give a teacher folder, e.g. assets:teachers/fashion")
     measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
 
 
@@ -97,7 +108,7 @@ def _weights(pairs: list[str]) -> dict[str, str]:
     found = dict(pair.partition("=")[::2] for pair in pairs)
     bad = [k for k in found if k not in ("inception", "clip", "hps") or not found[k]]
     if bad:
-        raise UserError("--weights", f"found {bad[0]!r}", "inception=FILE, clip=FILE, hps=FILE")
+        raise UserError("--weights", f"found {bad[0]!r}", "give inception=FILE, clip=FILE or hps=FILE")
     return {name: expand(file) for name, file in found.items()}
 
 
@@ -110,10 +121,14 @@ def measure_folder(args) -> dict:
     metrics, weights = set(args.metrics), _weights(args.weights)
     if metrics & {"clip", "hps"} and not args.prompts:
         raise UserError(
-            "--prompts", "none given", f"{' and '.join(sorted(metrics & {'clip', 'hps'}))} need the prompts"
+            "--prompts",
+            "none given",
+            f"give the file of the images' prompts, for {' and '.join(sorted(metrics & {'clip', 'hps'}))}",
         )
     if metrics - {"clip", "hps"} and not args.against:
-        raise UserError("--against", "none given", "a folder of real images, or digits, fashion, tinted")
+        raise UserError(
+            "--against", "none given", "give a folder of real images, or digits, fashion or tinted"
+        )
     found: dict[str, object] = {"num_images": len(image_files(args.images))}
     if metrics & set(MINI):
         found |= _mini(args, metrics, device)
@@ -132,7 +147,9 @@ def _mini(args, metrics: set, device) -> dict:
 
     name = args.extractor or args.against
     if name not in NAMES:
-        raise UserError("--extractor", "none given", f"two folders need one of {', '.join(NAMES)}")
+        raise UserError(
+            "--extractor", "none given", f"name the network for two folders, one of {', '.join(NAMES)}"
+        )
     measurer = Measurer(name, device)
     mode = "L" if measurer.net.config["channels"] == 1 else "RGB"
     images = read_all(args.images, mode).float() / 255
@@ -144,11 +161,11 @@ def _mini(args, metrics: set, device) -> dict:
         scores = compare_features(measurer.features(images), real)
     if metrics & {"precision", "recall"} and len(images) < Measurer.least:
         found = f"{args.images} holds {len(images)} images"
-        raise UserError("--images", found, f"precision and recall need {Measurer.least} or more")
+        raise UserError("--images", found, f"give {Measurer.least} or more, as precision and recall need")
     scores = {"clip_mini" if k == "clip" else k: v for k, v in scores.items()}
     if missing := [m for m in metrics & set(MINI) if m not in scores]:
         raise UserError(
-            "--metrics", f"{missing[0]} cannot be had here", "it needs --against a bundled set and --prompts"
+            "--metrics", f"{missing[0]} cannot be computed", "give --against a bundled set and --prompts"
         )
     kept = {
         k: v
@@ -166,7 +183,7 @@ def _inception(args, metrics: set, weights: dict, device) -> dict:
 
     for key, folder in (("--images", args.images), ("--against", args.against)):
         if folder not in NAMES and len(image_files(folder, key)) < 2:
-            raise UserError(key, f"{folder} holds one image", "fid and kid need two or more")
+            raise UserError(key, f"{folder} holds one image", "give two or more, as fid and kid need")
     file = local_file(weights, "inception", fid.WANTED)
     net = fid.load_inception(file)
     fake = fid.features(net, batches(image_files(args.images)), device)

@@ -22,7 +22,7 @@ def image_files(folder: str | Path, key: str = "--images") -> list[Path]:
     if listing.skipped:
         warn(f"{key}: {len(listing.skipped)} skipped: {some(listing.skipped)}")
     if not found:
-        raise UserError(key, f"{folder} holds no images", "png, jpg, webp or other picture files")
+        raise UserError(key, f"{folder} holds no images", "add png, jpg, webp or other image files")
     return found
 
 
@@ -42,7 +42,7 @@ def batches(
             size = size or image.shape
             if image.shape != size:
                 found = f"{named(path.name)} is {tuple(image.shape[1:])}, others {tuple(size[1:])}"
-                raise UserError(key, found, "images of one size")
+                raise UserError(key, found, "give images of one size")
             chunk.append(image)
         yield torch.stack(chunk)
 
@@ -63,7 +63,7 @@ def read_prompts(file: str | Path, images: list[Path], key: str = "--prompts") -
     lines = split_lines(text)
     filled = [line for line in lines if line]
     if not filled:
-        raise UserError(key, f"{file} is empty", "one prompt or label a line")
+        raise UserError(key, f"{file} is empty", "write one prompt or label per line")
     while lines[-1] == "" and len(lines) > num:
         lines.pop()
     if len(lines) == num:
@@ -72,20 +72,20 @@ def read_prompts(file: str | Path, images: list[Path], key: str = "--prompts") -
         return filled
     drawn = (images[0].parent / "samples.json").is_file()
     if drawn or (len(filled) < num and num % len(filled) == 0):
-        warn(f"{key}: {len(filled)} lines for {num} images, gone round in turn as sample.py does")
+        warn(f"{key}: {len(filled)} lines for {num} images, repeated in order, as sample.py does")
         return [filled[i % len(filled)] for i in range(num)]
     raise UserError(
-        key, f"{len(lines)} lines in {file} for {num} images", "one line for each image, in their order"
+        key, f"{len(lines)} lines in {file} for {num} images", "give one line per image, in the same order"
     )
 
 
 def local_file(weights: dict[str, str], name: str, wanted: str) -> Path:
     """The weight file given for a metric; nothing is ever downloaded."""
     if name not in weights:
-        raise UserError("--weights", f"none given for {name}", f"--weights {name}=PATH of {wanted}")
+        raise UserError("--weights", f"none given for {name}", f"pass --weights {name}=PATH of {wanted}")
     path = Path(weights[name])
     if not path.is_file():
-        raise UserError("--weights", f"{name}: {path} does not exist", f"the local file {wanted}")
+        raise UserError("--weights", f"{name}: {path} does not exist", f"give the local file {wanted}")
     return path
 
 

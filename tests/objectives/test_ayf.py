@@ -147,7 +147,7 @@ def test_the_weak_model_is_a_folder_of_the_same_kind(tiny):
 
 @pytest.mark.parametrize("steps, sampler", [(2, "renoise")])
 def test_a_walk_without_the_ode_is_refused(tiny, steps, sampler):
-    with pytest.raises(UserError, match="student.sampler: found 'renoise'; ayf walks the ODE: use ode"):
+    with pytest.raises(UserError, match="student.sampler: found 'renoise'; use ode, which ayf learns"):
         validate(
             {
                 "teacher": {"path": str(tiny("flow"))},

@@ -154,19 +154,19 @@ def test_p1_the_boundary_is_the_teachers_estimate_from_noise(S):
 
 
 def test_p1_the_sample_is_an_ordinary_one_step_draw():
-    """y_theta at the clean end is the student's D at (eps, T), told T: what samplers and pipelines do."""
+    """y_theta at the clean end is the student's D at (eps, T), given T: what samplers and pipelines do."""
     for S in SCHEDULES:
         objective = make(S)
-        told = []
-        objective.student.backbone.y = lambda x, net_t: (told.append(net_t), x)[1]  # noqa: B023
+        times = []
+        objective.student.backbone.y = lambda x, net_t: (times.append(net_t), x)[1]  # noqa: B023
         objective.signal(torch.randn(3, 2), torch.zeros(3, dtype=torch.float64), {})
-        assert told[0].tolist() == [S.steps(1)[0]] * 3
+        assert times[0].tolist() == [S.steps(1)[0]] * 3
         objective.signal(torch.randn(3, 2), torch.ones(3, dtype=torch.float64), {})
-        assert told[1].tolist() == pytest.approx([S.t_min] * 3)
+        assert times[1].tolist() == pytest.approx([S.t_min] * 3)
 
 
 def test_p1_a_later_start_keeps_the_grid_below_it():
-    """VP from 850: the boundary is told 0, the clean end 850, and every level in between lies under 850."""
+    """VP from 850: the boundary is at time 0, the clean end at 850, every level between them below 850."""
     objective = make(VP.scaled_linear(), [850.0])
     assert objective.time(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.0, 425.0, 850.0]
     seen = []

@@ -97,7 +97,7 @@ def test_p1_fixed_point_is_the_product_of_solver_gains():
     expected = torch.stack([gains[i:].prod() for i in range(N)])
     exact = ((s0**2 + grid[-1] ** 2) / (s0**2 + grid[:-1] ** 2)).sqrt()
     torch.testing.assert_close(net.gain[:-1].detach(), expected, rtol=0.03, atol=0.003)
-    assert (expected - exact).abs().max() > 0.05  # the two are told apart
+    assert (expected - exact).abs().max() > 0.05  # the two differ
 
 
 def test_p1_huber_constant_grows_with_the_root_of_the_dimension(monkeypatch):
@@ -320,13 +320,13 @@ def test_p1_perceptual_metric_reads_the_feature_net(tiny):
 def test_bad_input_in_one_line():
     from fastgen.config.run import validate
 
-    for objective, said in (
+    for objective, message in (
         ({"num_scales": 10, "segments": 4}, "objective.segments: 4 segments do not divide"),
         ({"start_scales": 4}, "objective.curriculum_steps"),
         ({"metric": "perceptual", "segments": 2}, "objective.metric"),
         ({"segments": 2, "num_scales": 4}, "student.sampler ode"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
     with pytest.raises(UserError, match="data: no images are named; consistency"):
         validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})

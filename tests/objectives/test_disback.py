@@ -55,29 +55,29 @@ def train_one(objective, optimizers, k, num):
     """One step; (k, player, logs) of every turn."""
     objective.rng.reset(k)
     noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    told = []
+    records = []
     for loss, logs in objective.step(batch_of(noise, noise), k):
-        told.append((k, objective.active, logs))
+        records.append((k, objective.active, logs))
         for player in objective.players.values():
             player.requires_grad_(player.name == objective.active)
         optimizers[objective.active].zero_grad()
         loss.backward()
         optimizers[objective.active].step()
-    return told
+    return records
 
 
 @pytest.fixture(scope="module")
 def recorded():
     """400 steps of recording on a student at N(-1, 0.3^2), eight nodes."""
     objective = make(record_steps=400, nodes=8, switch_every=10)
-    told = train(objective, 400, {"student": 0.1, "critic": 0.02})
-    return objective, told
+    records = train(objective, 400, {"student": 0.1, "critic": 0.02})
+    return objective, records
 
 
 def test_p1_the_path_ends_at_the_students_own_score(recorded):
     """P_N is the closed-form denoiser of G_0; the nodes between lead there from the teacher."""
-    objective, told = recorded
-    assert {active for _, active, _ in told} == {"critic"}, "recording leaves the student alone"
+    objective, records = recorded
+    assert {active for _, active, _ in records} == {"critic"}, "recording leaves the student alone"
     m, s = (float(p) for p in objective.nodes[-1])
     assert abs(m + 1.0) < 0.05 and abs(abs(s) - 0.3) < 0.05, (m, s)
     means = [float(node[0]) for node in objective.nodes]
@@ -193,7 +193,7 @@ def test_nodes_are_part_of_a_resumed_run():
 
 
 @pytest.mark.parametrize(
-    "cfg,said",
+    "cfg,message",
     [
         ({"nodes": 5, "record_steps": 0}, "objective.nodes"),
         ({"nodes": 0, "record_steps": 5}, "objective.nodes"),
@@ -204,8 +204,8 @@ def test_nodes_are_part_of_a_resumed_run():
         ({"host": {"name": "dmd2", "student_every": 0}}, "objective.host.student_every"),
     ],
 )
-def test_settings_that_make_no_path_are_refused(cfg, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_make_no_path_are_refused(cfg, message):
+    with pytest.raises(ValueError, match=message):
         DisBackConfig(**cfg)
 
 

@@ -109,12 +109,36 @@ def test_p1_the_ratio_is_clamped_and_binned():
     t = torch.tensor([0.15, 0.15, 0.95, 0.95]).double()
     h, _ = make(f="kl", bins=10).weight(logits_of([1.0, 3.0, 4.0, 12.0]), t)
     torch.testing.assert_close(h[:2], h[2:], rtol=1e-4, atol=1e-5)  # 1 : 3 at both levels
-    objective = make(f="kl", bins=10, bin_decay=0.5)
-    objective.weight(logits_of([1.0, 3.0, 4.0, 12.0]), t)
-    torch.testing.assert_close(objective.state()["bins"][[1, 9, 5]], torch.tensor([1.5, 4.5, 1.0]))
+    objective = make(f="kl", bins=10, ratio_memory=8)
+    for logits in (logits_of([1.0, 3.0, 4.0, 12.0]), logits_of([1.0, 1.0, 4.0, 4.0])):
+        objective.weight(logits, t)
+    sums, counts = objective.state()["ratio_sums"]
+    torch.testing.assert_close(sums[[1, 9, 5]] / 3, torch.tensor([4.0 / 3, 16.0 / 3, 0.0]))
+    torch.testing.assert_close(counts[[1, 9, 5]], torch.tensor([3.0, 3.0, 0.0]))
     where = make(f="kl", schedule=EDM())
     where.weight(logits_of([2.0, 2.0]), torch.tensor([0.01, 80.0]).double())
-    assert (where.state()["bins"] == 2).nonzero().flatten().tolist() == [0, 9]
+    assert where.state()["ratio_sums"][1].nonzero().flatten().tolist() == [0, 9]
+
+
+def spread_of_h(batch, steps, f="kl", **cfg):
+    """Spread of h once the means are known, for ratios whose size and spread depend on the noise level."""
+    objective, generator, seen = make(f=f, **cfg), torch.Generator().manual_seed(1), []
+    for k in range(steps):
+        t, z = (draw(batch, generator=generator) for draw in (torch.rand, torch.randn))
+        h, _ = objective.weight([0.5 * t + (1 - t) * z], t.double())
+        if k >= steps // 2:
+            seen.append(h)
+    return float(torch.cat(seen).std())
+
+
+def test_p1_small_batches_weigh_as_a_large_one_does():
+    """Batches of 24 to 64 have the spread of h that batches of 2,048 have; their own means take it away."""
+    for f in ("kl", "js"):
+        large = spread_of_h(2048, 20, f)
+        for batch in (24, 64):
+            assert spread_of_h(batch, 24_000 // batch, f) == pytest.approx(large, rel=0.08), (f, batch)
+            alone = spread_of_h(batch, 24_000 // batch, f, ratio_memory=batch)
+            assert alone < 0.95 * large and (f != "kl" or alone < 0.82 * large), (f, batch, alone, large)
 
 
 def test_p1_no_gradient_through_the_weight():
@@ -142,8 +166,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: f_distill}, data: {name: digits}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    message = capsys.readouterr().err
+    assert all(n in message for n in named) and len(message.strip().splitlines()) == 1, message
     assert not (tmp_path / "run").exists() and requirements_of(FDistillConfig()).real_data
 
 

@@ -1,4 +1,4 @@
-"""Guidance distillation: the target's identities, the told range on an exact mixture, the export replayed."""
+"""Guidance distillation: the target's identities, the range of w on an exact mixture, the export replayed."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class TwoMeans(GaussianNet):
 
 
 class Recorder(Student):
-    """Keeps what it was told; its answer is right for w = 1."""
+    """Records its inputs; its output is right for w = 1."""
 
     def __call__(self, x_t, t, cond):
         self.seen = x_t, t, cond
@@ -92,7 +92,7 @@ def test_p1_target_is_affine_in_w_and_told_as_drawn():
 
 
 def test_p1_w_taken_for_omega_moves_the_mean():
-    """Negative check: told w - 1 where w is meant, every target is off by D_c - D_u."""
+    """Negative check: given w - 1 where w is meant, every target is off by D_c - D_u."""
     objective, one = make((1.0, 8.0))
     next(objective.step(one, 0))
     x_t, t, cond = objective.student.seen

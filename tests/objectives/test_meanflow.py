@@ -201,6 +201,35 @@ def test_p1_adaptive_weight_bounds_the_gradient():
     assert loss_of(make(Flow(), FlowMapNet(Flow(), 50.0))) > 10
 
 
+def gradient_sizes(p):
+    """|d loss / du| of each sample, without the batch's 2 / B."""
+    net, seen = FlowMapNet(Flow(), 50.0), []
+    forward = net.forward
+
+    def spy(x_t, t, cond):
+        out = forward(x_t, t, cond)
+        if out.requires_grad:
+            out.retain_grad()
+            seen.append((t, out))
+        return out
+
+    net.forward = spy
+    objective = make(Flow(), net, norm_p=p, flow_ratio=1.0)
+    objective.rng.reset(0)
+    torch.manual_seed(1)
+    next(objective.step(batch_of(S0 * torch.randn(64, 1, dtype=torch.float64)), 0))[0].backward()
+    t, out = seen[-1]
+    return (out.grad[:, 0] * t).abs() * 32  # u = (x - D) / t
+
+
+def test_p1_sizes_of_gradients():
+    """|g| / (|g|^2 + c)^p: 1 / |g| at p = 1; at p = 1/2 nearly FastGen's default, |g| / (|g| + 0.1)."""
+    g = gradient_sizes(0.0)
+    for p in (1.0, 0.5):
+        torch.testing.assert_close(gradient_sizes(p), g / (g**2 + 0.01) ** p)
+    assert (gradient_sizes(0.5) - g / (g + 0.1)).abs().max() < 0.3 < (gradient_sizes(1.0) - 1).abs().max()
+
+
 P2 = {
     "distillation, flow": ("flow", {}),
     "training, flow": ("flow", {"mode": "training"}),

@@ -326,10 +326,10 @@ def test_text_students_route_prompts_in_sample(tiny, tmp_path):
 
     code, export = run(tiny, tmp_path, "sd", kind="lora")
     assert code == 0
-    asked = ["--prompt", "a red dress on a grey background", "--prompt", "a blue bag on a white background"]
-    assert sample(["--model", str(export), *asked, "--out", str(tmp_path / "out")]) == 0
+    prompts = ["--prompt", "a red dress on a grey background", "--prompt", "a blue bag on a white background"]
+    assert sample(["--model", str(export), *prompts, "--out", str(tmp_path / "out")]) == 0
     (export / "router.safetensors").unlink()
-    assert sample(["--model", str(export), *asked, "--out", str(tmp_path / "none")]) == 2
+    assert sample(["--model", str(export), *prompts, "--out", str(tmp_path / "none")]) == 2
 
 
 def test_students_of_separate_runs_are_joined(tiny, tmp_path, capsys):

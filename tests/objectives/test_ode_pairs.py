@@ -69,7 +69,7 @@ def test_p1_huber_constant():
 
 
 def test_p1_noise_may_enter_below_the_top_of_the_schedule():
-    """A one-step student told t = 0.6 still gets pure noise, not the state there, half an image."""
+    """A one-step student evaluated at t = 0.6 still gets pure noise, not the state there, half an image."""
     S = Flow()
     student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec([0.6]))
     parts = {"student": student, "teacher": gaussian_role(S, 0.5, 0.3)}

@@ -169,7 +169,7 @@ def test_p1_cfg_free_asks_the_teacher_once_and_drops_conditions():
 
 
 def test_p1_edge_target_is_the_solvers_output(monkeypatch):
-    """At the last interval of a phase the student's own jump is not asked, inside it is."""
+    """At the last interval of a phase the student's own jump is not evaluated, inside it is."""
     S, x0, targets = SCHEDULES["vp"], torch.randn(16, 1, dtype=torch.float64), {}
     for n in (3, 1):
         for mean in (0.0, 9.0):
@@ -181,12 +181,12 @@ def test_p1_edge_target_is_the_solvers_output(monkeypatch):
 
 
 def test_bad_input_in_one_line():
-    for values, said in (
+    for values, message in (
         ({"objective": {"name": "pcm", "grid_steps": 50}}, "objective.segments: 4 segments do not divide"),
         ({"objective": {"name": "pcm"}, "student": {"sampler": "ode"}}, "student.num_steps: found 1"),
         ({"objective": {"name": "pcm"}, "student": {"num_steps": 4}}, "student.sampler ode"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             validate({"data": {"name": "fashion"}, **values})
 
 

@@ -110,14 +110,14 @@ def test_p1_times_in_the_unit_interval_keep_the_teacher_and_bound_its_slope():
     sprint = make_sprint(copy.deepcopy(teacher.backbone), SCHEDULE)
     x = torch.randn(4, *teacher.codec.shape)
     cond = teacher.codec.prompts(["a red dress on a grey background"] * 4)
-    told = {**cond, "guidance": torch.full((4,), 3.0)}
+    with_w = {**cond, "guidance": torch.full((4,), 3.0)}
     slopes = []
     for u in (1.0, 0.6, 0.2, 0.02):
         t = torch.full((4,), u, dtype=torch.float64)
         with torch.no_grad():
-            before, after = teacher.backbone.raw(x, t, cond), sprint.raw(x, t, told)
+            before, after = teacher.backbone.raw(x, t, cond), sprint.raw(x, t, with_w)
         assert (before - after).norm() < 0.05 * before.norm()
-    for net, c in ((teacher.backbone, cond), (sprint, told)):
+    for net, c in ((teacher.backbone, cond), (sprint, with_w)):
         t = torch.full((4,), 0.6, dtype=torch.float64)
         f = lambda x, t, net=net, c=c: net.raw(x, t, c)  # noqa: E731
         slopes.append(tangent(f, (x, t), (0 * x, torch.ones_like(t)), TangentConfig()).norm())
@@ -138,15 +138,15 @@ def cast_of(tiny, family="sana", **student):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"family": "sd"}, "a teacher of family sd"),
         ({"kind": "lora"}, "needs kind full and student.guidance_embedding"),
         ({"guidance_embedding": None}, "needs kind full and student.guidance_embedding"),
     ],
 )
-def test_refusals(tiny, change, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_refusals(tiny, change, message):
+    with pytest.raises(UserError, match=message) as error:
         cast_of(tiny, **change)
     assert "student.sprint" in str(error.value) and "\n" not in str(error.value)
 

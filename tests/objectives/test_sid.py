@@ -231,8 +231,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gaussian-edm'}, objective: {name: sid}, data: {name: ''}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert named in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert named in message and len(message.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_p2_distils_the_mixture(tmp_path):

@@ -46,15 +46,15 @@ def test_p1_guidance_is_linear_in_both_branches():
     x_t, t = torch.randn(6, 2, dtype=torch.float64), torch.full((6,), 0.6, dtype=torch.float64)
     nets = {n: gaussian_role(S, *v) for n, v in {"T": (0.5, 1.0), "L": (-0.2, 0.7)}.items()}
 
-    class Told(CountingRole):
+    class Recorder(CountingRole):
         def __call__(self, x_t, t, cond):
             return super().__call__(x_t, t, cond) + cond["shift"][:, None] * self.backbone.s
 
-    told = {n: Told(r.backbone) for n, r in nets.items()}
+    recorders = {n: Recorder(r.backbone) for n, r in nets.items()}
     cond, null = ({"shift": torch.full((6,), v, dtype=torch.float64)} for v in (1.0, 0.0))
 
     def g(w, c=cond):
-        return told["L"].guided(x_t, t, c, null, w) - told["T"].guided(x_t, t, c, null, w)
+        return recorders["L"].guided(x_t, t, c, null, w) - recorders["T"].guided(x_t, t, c, null, w)
 
     torch.testing.assert_close(g(4.5), -3.5 * g(1.0, null) + 4.5 * g(1.0))
     torch.testing.assert_close(g(torch.full((6,), 4.5)), g(4.5))
@@ -303,16 +303,16 @@ def test_p1_version_2_fuses_a_full_and_a_lora_student(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "student,said",
+    "student,message",
     [
         ({"kind": "lora", "lora": {"rank": 2}, "fuse": "x"}, "student.fuse"),
         ({"kind": "full", "fuse": "/nowhere/at/all"}, "student.fuse"),
         ({"kind": "full", "fuse_weight": 0.3}, "student.fuse_weight"),
     ],
 )
-def test_a_fusion_that_cannot_be_is_refused_at_once(tiny, tmp_path, capsys, student, said):
+def test_a_fusion_that_cannot_be_is_refused_at_once(tiny, tmp_path, capsys, student, message):
     code, export = text_run(tiny, tmp_path, "bad", student, {})
-    assert code == 2 and said in capsys.readouterr().err and not export.parent.exists()
+    assert code == 2 and message in capsys.readouterr().err and not export.parent.exists()
 
 
 def test_p2_distils_the_mixture(tmp_path):

@@ -210,19 +210,19 @@ def test_reads_no_image():
     assert len(list(objective.step(one, 0))) == 2 and not requirements_of(TDMConfig()).real_data
 
 
-class Told(GaussianNet):
-    """Keeps what it was told and when."""
+class Recorder(GaussianNet):
+    """Records the guidance input and the time of each call."""
 
     def forward(self, x_t, t, cond):
         self.seen.append((float(cond["guidance"][0]), float(t[0])))
         return super().forward(x_t, t, cond)
 
 
-def test_p1_several_step_counts_are_told(monkeypatch):
-    """K is drawn per batch; student and critic hear it, the walk is every (4 / K)-th time of the grid."""
+def test_p1_the_step_count_is_an_input(monkeypatch):
+    """K is drawn per batch, an input of student and critic; the times are every (4 / K)-th of the grid."""
     S = Flow()
     objective = make(S, step_counts=(1, 2, 4))
-    nets = {n: Told(S, -0.5, 0.6) for n in ("student", "critic")}
+    nets = {n: Recorder(S, -0.5, 0.6) for n in ("student", "critic")}
     student = objective.student.with_network(Role(nets["student"]))
     objective.student, objective.critic = student.with_times(student.times, grid=4), Role(nets["critic"])
     walks = {1: [1.0], 2: [1.0, 0.5], 4: [1.0, 0.75, 0.5, 0.25]}
@@ -241,8 +241,12 @@ def test_renoising_is_refused(capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-flow'}, objective: {name: tdm}, student: {num_steps: 4}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "deterministic" in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert (
+        "deterministic" in message
+        and len(message.strip().splitlines()) == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_p2_four_steps_on_the_mixture(tmp_path):
@@ -292,7 +296,7 @@ images = torch.stack(found)
 
 
 def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
-    """Four deterministic steps, or two, by the stock pipeline told the count as its guidance scale."""
+    """Four deterministic steps, or two, by the stock pipeline with the count as its guidance scale."""
     cfg = validate(
         {
             "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
@@ -322,6 +326,6 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
     for num, plain in ((4, images[0]), (2, images[1])):
         mine = draw(Generator(loaded, num, 1.0, null), cond, [5, 6], batch_size=2)[0]
         assert (mine - plain).abs().max() < 1e-3, num
-    assert (images[1] - images[2]).abs().max() > 1e-2, "the count it is told does nothing"
+    assert (images[1] - images[2]).abs().max() > 1e-2, "the count has no effect"
     card = (folder / "README.md").read_text()
     assert "guidance_scale=4.0" in card and "num_inference_steps=2, guidance_scale=2.0" in card

@@ -111,7 +111,7 @@ def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
 
 def test_p1_one_d_serves_one_u_only():
     """The denoiser that makes Psi the exact flow of Gaussian data depends on u (the restriction that a
-    network not told u has to live with).
+    network without u as an input cannot avoid).
     """
     S, s0 = SCHEDULES["vp"], 0.5
     t, r, end = (torch.tensor([v], dtype=torch.float64) for v in (999.0, 874.0, 0.0))
@@ -214,13 +214,15 @@ def refused(**values):
 
 
 def test_bad_input_in_one_line():
-    said = refused(objective={"name": "tscd", "grid_steps": 40, "segments": 3})
-    assert said.startswith("config: objective.segments: 3 segments do not divide a grid of 40 steps")
+    message = refused(objective={"name": "tscd", "grid_steps": 40, "segments": 3})
+    assert message.startswith("config: objective.segments: 3 segments do not divide a grid of 40 steps")
     stage = {"name": "last", "objective": {"name": "tscd", "segments": 4}}
-    said = refused(stages=[stage], student={"num_steps": 2, "sampler": "ode"})
-    assert "student.num_steps: found 2" in said and "multiple of 4" in said
-    said = refused(stages=[stage], student={"num_steps": 4, "sampler": "ode"}, eval={"student_steps": [4, 6]})
-    assert "eval.student_steps: found 6" in said
+    message = refused(stages=[stage], student={"num_steps": 2, "sampler": "ode"})
+    assert "student.num_steps: found 2" in message and "multiple of 4" in message
+    message = refused(
+        stages=[stage], student={"num_steps": 4, "sampler": "ode"}, eval={"student_steps": [4, 6]}
+    )
+    assert "eval.student_steps: found 6" in message
     assert "student.sampler ode" in refused(stages=[stage], student={"num_steps": 4})
     assert "student.gamma" in refused(objective={"name": "lcm"}, student={"gamma": 0.3})
 
