@@ -7,6 +7,7 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
+  python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -27,6 +28,7 @@ from benchmarks.faults import faults
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
+from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +248,17 @@ def main() -> None:
     )
     parser.add_argument(
         "name",
-        choices=("overhead", "memory", "sampling", "jvp", "methods", "startup", "faults", "mutations"),
+        choices=(
+            "overhead",
+            "memory",
+            "sampling",
+            "jvp",
+            "methods",
+            "startup",
+            "prompts",
+            "faults",
+            "mutations",
+        ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
