@@ -328,7 +328,7 @@ def test_bad_input_in_one_line():
     ):
         with pytest.raises(UserError, match=message):
             validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
-    with pytest.raises(UserError, match="data: none given; consistency"):
+    with pytest.raises(UserError, match="data: no images are named; consistency"):
         validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})
 
 

@@ -155,7 +155,7 @@ def test_p1_no_gradient_through_the_weight():
 BAD = {
     "unknown f": (["--objective.f", "tv"], ("objective.f", "rkl", "neyman")),
     "no GAN": (["--objective.gan_weight", "0"], ("objective.gan_weight", "greater than 0")),
-    "no data": (["--data.name", ""], ("data: none given", "f_distill")),
+    "no data": (["--data.name", ""], ("data: no images", "f_distill")),
 }
 
 

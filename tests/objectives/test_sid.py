@@ -220,7 +220,7 @@ def test_reads_no_image_without_the_gan():
 
 BAD = {
     "guidance": (["--objective.train_guidance", "2"], "objective.train_guidance"),
-    "gan": (["--objective.gan_weight", "0.1"], "data: none given"),
+    "gan": (["--objective.gan_weight", "0.1"], "data: no images"),
 }
 
 

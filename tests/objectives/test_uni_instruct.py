@@ -190,7 +190,7 @@ def test_needs_data_only_with_a_ratio():
 BAD = {
     "unknown f": (["--objective.f", "wasserstein"], ("objective.f", "hellinger", "neyman")),
     "no ratio": (["--objective.gan_weight", "0"], ("gan_weight", "js")),
-    "no data": (["--data.name", ""], ("data: none given", "uni_instruct")),
+    "no data": (["--data.name", ""], ("data: no images", "uni_instruct")),
 }
 
 
