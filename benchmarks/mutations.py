@@ -9,6 +9,7 @@ until the first failure. Caught means that a test failed; a changed module that 
 uses a name which does not exist, is a mistake of the table and not counted as caught.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -125,6 +126,7 @@ def attempt(mutation: Mutation, quick: bool) -> tuple[str, str | None]:
     """(the exception, the name of the test that failed by it, or None where none did)."""
     with tempfile.TemporaryDirectory() as folder:
         note, log, modules = (Path(folder, name) for name in ("note", "log", "modules"))
+        gc.freeze()  # what is here is collected in no attempt
         pid = os.fork()
         if pid == 0:
             try:

@@ -59,6 +59,7 @@ def test_undo_jump_is_the_inverse_of_jump(S):
 
 def test_segments_end_where_a_point_of_the_grid_is():
     assert segment_ends(8, 2).tolist() == [4] * 4 + [8] * 4
+    assert segment_ends(50, 4)[35:40].tolist() == [38, 38, 38, 50, 50]  # 12 steps before data, floor(50 / 4)
     assert segment_ends(8, 4).tolist() == [2, 2, 4, 4, 6, 6, 8, 8]
 
 
