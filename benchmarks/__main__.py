@@ -50,7 +50,7 @@ def overhead(rounds: int = 12) -> dict:
 
     torch.set_num_threads(1)
     trainer, windows = ready_trainer(OVERHEAD)
-    stage, cast = trainer.cfg.all_stages()[0], trainer.cast
+    stage, cast = trainer.cast.stages[0], trainer.cast
     student, critic, teacher = (cast.parts[n] for n in ("student", "critic", "teacher"))
     x0 = torch.randn(32, 4, 16, 16)
     t, cond = torch.full((32,), 0.5, dtype=torch.float64), {"class_labels": torch.arange(32) % 10}
@@ -123,8 +123,7 @@ def _memory_child(mode: str) -> None:
 
     from fastgen.config.run import validate
     from fastgen.data.loader import Data
-    from fastgen.training.cast import Cast
-    from fastgen.training.trainer import Trainer
+    from fastgen.training.assembly import make_cast, make_trainer
 
     torch.set_num_threads(2)
     lora = {"rank": 16, "lora_alpha": 16}
@@ -146,7 +145,7 @@ def _memory_child(mode: str) -> None:
         }
     )
     base = psutil.Process().memory_info().rss
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     cond = {"encoder_hidden_states": torch.randn(4, 16, 768)}
     data = Data(
         torch.randn(64, 4, 16, 16),
@@ -155,7 +154,7 @@ def _memory_child(mode: str) -> None:
         {k: v[:1] for k, v in cond.items()},
         (4, 16, 16),
     )
-    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
+    trainer = make_trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer.total = 10**9  # no final checkpoint in the measured window
     trainer._begin(cfg.all_stages()[0])
     for k, window in zip(range(3), data.batches(4, 0, 1, trainer.rng, "cpu")):

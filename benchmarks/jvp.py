@@ -19,11 +19,11 @@ def jvp(rounds: int = 12, batch: int = 16) -> dict:
     from fastgen.core.batch import Batch
     from fastgen.core.rng import Rng
     from fastgen.diffusion import losses
-    from fastgen.training.cast import Cast
+    from fastgen.training.assembly import make_cast
 
     torch.set_num_threads(1)
     cfg = validate(SETTINGS)
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     x0, noise = torch.randn(2, batch, *cast.teacher.codec.shape)
     cond = {"class_labels": torch.arange(batch) % 10}
     one = Batch(x0, cond, cast.teacher.codec.null(batch), noise, torch.arange(batch))

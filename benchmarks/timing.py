@@ -30,13 +30,12 @@ def ready_trainer(values: dict):
 
     from fastgen.config.run import validate
     from fastgen.data.loader import load_data
-    from fastgen.training.cast import Cast
-    from fastgen.training.trainer import Trainer
+    from fastgen.training.assembly import make_cast, make_trainer
 
     cfg = validate(values)
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     data = load_data(cfg.data, cast.teacher)
-    trainer = Trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
+    trainer = make_trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer._begin(cfg.all_stages()[0])
     trainer.objective.prepare()
     return trainer, data.batches(cfg.train.train_batch_size, 0, 1, trainer.rng, trainer.acc.device)

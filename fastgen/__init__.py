@@ -21,6 +21,8 @@ _PUBLIC = {
     "ObjectiveConfig": "fastgen.objectives.base",
     "RunConfig": "fastgen.config.run",
     "Trainer": "fastgen.training.trainer",
+    "make_cast": "fastgen.training.assembly",
+    "make_trainer": "fastgen.training.assembly",
     "load_teacher": "fastgen.networks.load",
     "load_export": "fastgen.export.load",
 }

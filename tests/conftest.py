@@ -60,7 +60,7 @@ def no_finish(monkeypatch):
     """Leave out the final table, export and report, for tests that look at training only."""
     from fastgen.training import validation
 
-    monkeypatch.setattr(validation, "finish", lambda trainer, evaluator: None)
+    monkeypatch.setattr(validation, "finish", lambda trainer, validator: None)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from fastgen.cli.train import _flags
 from fastgen.config.run import RunConfig, load
-from fastgen.config.yaml_text import dump_yaml
 from fastgen.core.errors import UserError
+from fastgen.core.yaml_text import dump_yaml
 
 SECONDS, BYTES = 10, 2**30
 SMALL, LARGE = 10, 400

@@ -1,6 +1,7 @@
 """The house keeps its shape: rooms in their order, no cycles, sizes, ASCII, a light import."""
 
 import ast
+import json
 import subprocess
 import sys
 import time
@@ -12,11 +13,14 @@ from tools.import_graph import (
     PURPOSE,
     ROOMS,
     ROOT,
+    behind,
     counts,
     cycle,
+    drawn,
     imports,
     module_graph,
     name_of,
+    places,
     room_graph,
     room_of,
     svg,
@@ -63,6 +67,15 @@ def test_the_picture_of_the_rooms_is_current():
     assert FIGURE.read_text() == drawn, "run python -m tools.import_graph --write"
 
 
+def test_no_arrow_of_the_picture_runs_behind_a_box():
+    graph = room_graph(module_graph())
+    place = places(graph)
+    assert not any(behind(place, *arrow) for arrow in drawn(graph))
+    grid = {f"{x}{y}": (300.0 * x, 100.0 * y) for x in (0, 1) for y in (0, 1, 2)}
+    assert behind(grid, "00", "02") == set()
+    assert behind(grid, "10", "02"), "the negative: the way from corner to corner is not free"
+
+
 def test_every_room_says_what_it_holds():
     folders = {p.parent for p in PACKAGE} - {ROOT / "fastgen"}
     assert {f.name for f in folders if f.parent == ROOT / "fastgen"} == set(ROOMS)
@@ -81,6 +94,60 @@ def test_the_trainer_knows_no_method():
     assert not any(m.startswith("fastgen.objectives") for m in imports(path))
     text = path.read_text()
     assert not any(f'"{p.stem}"' in text for p in METHODS)
+
+
+WHOLE = {"RunConfig", "all_stages"}
+"""names by which code reaches the whole config of a run"""
+
+
+def reads_whole_config(path) -> set[str]:
+    """The names of `WHOLE` in a file, as a name, an attribute or an import."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [getattr(node, key, None) for key in ("id", "attr")]
+        names += [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+        found |= WHOLE & {name for name in names if isinstance(name, str)}
+    return found
+
+
+def may_hold_config(module: str) -> bool:
+    """Whether a module is one of those that the whole config of a run is for."""
+    return room_of(module) in ("cli", "config") or module == "fastgen.training.assembly"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_config_is_passed_by_section(path):
+    """The commands and `training/assembly.py` hold the config of a run; everything else gets its sections."""
+    assert may_hold_config(name_of(path)) or not reads_whole_config(path)
+    assert reads_whole_config(ROOT / "fastgen/training/assembly.py") == WHOLE, "the negative"
+
+
+def test_no_other_module_reads_the_whole_config(tmp_path, tiny, monkeypatch):
+    """The same of what is passed without a type, in a run from its command to its report."""
+    from fastgen.cli.train import main
+    from fastgen.config.run import RunConfig
+
+    readers = set()
+
+    def read(self, name):
+        readers.add(sys._getframe(1).f_globals.get("__name__", ""))
+        return object.__getattribute__(self, name)
+
+    values = {
+        "teacher": {"path": str(tiny("flow")), "num_steps": 2},
+        "objective": {"name": "diff_instruct"},
+        "data": {"name": "digits"},
+        "train": {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 1},
+        "eval": {"num_samples": 2, "validation_samples": 2, "grid": 2},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    run = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(RunConfig, "__getattribute__", read)
+    assert main([*run, "--dry_run"]) == 0
+    assert main(run) == 0
+    ours = {module for module in readers if module.startswith("fastgen.")}
+    assert "fastgen.training.assembly" in ours, "the negative: a module that reads it is seen"
+    assert {module for module in ours if not may_hold_config(module)} == set()
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)

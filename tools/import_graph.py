@@ -8,6 +8,8 @@
 
 import argparse
 import ast
+from collections.abc import Sequence
+from itertools import permutations, product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,31 +152,90 @@ def counts() -> dict[str, int]:
 
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, SIDE = 236, 50, 40, 34, 14, 90
+Point = tuple[float, float]
+Places = dict[str, Point]
+"""upper left corner of each room's box"""
 
 
 def svg(graph: Graph) -> str:
     """The rooms by level, the lowest at the bottom; arrows that follow from others are left out."""
-    level = levels(graph)
-    top = max(level.values())
-    rows = [[room for room in graph if level[room] == n] for n in range(top + 1)]
-    wide = max(map(len, rows))
-    width = 2 * (MARGIN + SIDE) + wide * WIDTH + (wide - 1) * GAP_X
-    height = 2 * MARGIN + (top + 1) * HEIGHT + top * GAP_Y
-    place: dict[str, tuple[float, float]] = {}
-    for n, row in enumerate(rows):
-        left = (width - len(row) * WIDTH - (len(row) - 1) * GAP_X) / 2
-        for i, room in enumerate(row):
-            place[room] = (left + i * (WIDTH + GAP_X), MARGIN + (top - n) * (HEIGHT + GAP_Y))
+    place, arrows = places(graph), drawn(graph)
+    width = max(x for x, _ in place.values()) + WIDTH + MARGIN + SIDE
+    height = max(y for _, y in place.values()) + HEIGHT + MARGIN
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        'font-family="sans-serif">',
         "<title>The rooms of fastgen: an arrow points to what a room imports</title>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M0 0 8 4 0 8z" fill="#556"/></marker></defs>',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<rect width="{width:g}" height="{height:g}" fill="#fff"/>',
     ]
-    lines += [_arrow(place, room, below) for room, out in direct(graph).items() for below in sorted(out)]
+    lines += [_arrow(place, *arrow) for arrow in arrows]
     lines += [_box(room, *place[room]) for room in graph]
     return "\n".join([*lines, "</svg>", ""])
+
+
+def drawn(graph: Graph) -> list[tuple[str, str]]:
+    """The arrows of the picture."""
+    return [(room, below) for room, out in direct(graph).items() for below in sorted(out)]
+
+
+def places(graph: Graph) -> Places:
+    """Where the boxes stand: a row for each level, ordered to keep arrows short and off boxes."""
+    level, arrows = levels(graph), drawn(graph)
+    rows = [[room for room in graph if level[room] == n] for n in range(max(level.values()) + 1)]
+    orders = product(*(permutations(row) for row in rows))
+    return min(map(_in_rows, orders), key=lambda one: _cost(one, arrows))
+
+
+def _in_rows(rows: Sequence[Sequence[str]]) -> Places:
+    """Boxes in rows from the lowest up, each row in the middle."""
+    wide = max(map(len, rows))
+    place: Places = {}
+    for n, row in enumerate(rows):
+        left = MARGIN + SIDE + (wide - len(row)) * (WIDTH + GAP_X) / 2
+        for i, room in enumerate(row):
+            place[room] = (left + i * (WIDTH + GAP_X), MARGIN + (len(rows) - 1 - n) * (HEIGHT + GAP_Y))
+    return place
+
+
+def _cost(place: Places, arrows: list[tuple[str, str]]) -> tuple[int, float]:
+    """Boxes that arrows run behind, and how far arrows lean."""
+    hits = sum(len(behind(place, *arrow)) for arrow in arrows)
+    return hits, sum(abs(place[room][0] - place[below][0]) for room, below in arrows)
+
+
+def _around(place: Places, room: str, below: str, right: bool) -> tuple[Point, ...]:
+    """The four points of a curve from box to box, around those between them on one side."""
+    (x1, y1), (x2, y2) = place[room], place[below]
+    y1, y2 = y1 + 0.7 * HEIGHT, y2 + 0.3 * HEIGHT
+    xs = [x for x, _ in place.values()]
+    bend = max(xs) + WIDTH + 1.5 * SIDE if right else min(xs) - 1.5 * SIDE
+    x1, x2 = (x1 + WIDTH, x2 + WIDTH + 1) if right else (x1, x2 - 1)
+    return (x1, y1), (bend, y1), (bend, y2), (x2, y2)
+
+
+def _hit(place: Places, curve: tuple[Point, ...], ends: tuple[str, str]) -> set[str]:
+    """The boxes that a cubic curve runs through, its ends apart."""
+    found = set()
+    for step in range(1, 100):
+        s = step / 100
+        weights = ((1 - s) ** 3, 3 * s * (1 - s) ** 2, 3 * s**2 * (1 - s), s**3)
+        x, y = (sum(w * p[axis] for w, p in zip(weights, curve)) for axis in (0, 1))
+        found |= {r for r, (x0, y0) in place.items() if x0 <= x <= x0 + WIDTH and y0 <= y <= y0 + HEIGHT}
+    return found - set(ends)
+
+
+def behind(place: Places, room: str, below: str) -> set[str]:
+    """The boxes that the arrow between two rooms runs behind, on its better side."""
+    if not _far(place, room, below):
+        return set()
+    return min((_hit(place, _around(place, room, below, r), (room, below)) for r in (False, True)), key=len)
+
+
+def _far(place: Places, room: str, below: str) -> bool:
+    """Whether there is a level between two rooms."""
+    return place[below][1] - place[room][1] > HEIGHT + GAP_Y
 
 
 def _box(room: str, x: float, y: float) -> str:
@@ -186,13 +247,13 @@ def _box(room: str, x: float, y: float) -> str:
     )
 
 
-def _arrow(place: dict[str, tuple[float, float]], room: str, below: str) -> str:
-    """From a box to the one a level lower, or around the boxes between them on the left-hand side."""
+def _arrow(place: Places, room: str, below: str) -> str:
+    """From a box to the one a level lower, or around the boxes between them."""
     (x1, y1), (x2, y2) = place[room], place[below]
-    if y2 - y1 > HEIGHT + GAP_Y:
-        bend = min(x for x, _ in place.values()) - 1.5 * SIDE
-        start, end = y1 + HEIGHT / 2, y2 + HEIGHT / 2
-        line = f"M{x1:g} {start:g} C{bend:g} {start:g} {bend:g} {end:g} {x2 - 1:g} {end:g}"
+    if _far(place, room, below):
+        curves = [_around(place, room, below, right) for right in (False, True)]
+        a, b, c, d = min(curves, key=lambda one: len(_hit(place, one, (room, below))))
+        line = f"M{a[0]:g} {a[1]:g} C{b[0]:g} {b[1]:g} {c[0]:g} {c[1]:g} {d[0]:g} {d[1]:g}"
     else:
         lean = max(-0.35, min(0.35, (x2 - x1) / (4 * WIDTH))) * WIDTH
         line = f"M{x1 + WIDTH / 2 + lean:g} {y1 + HEIGHT:g} L{x2 + WIDTH / 2 - lean:g} {y2 - 1:g}"

@@ -25,6 +25,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     from fastgen.data.loader import load_data
     from fastgen.evaluation.evaluator import Evaluator, measure, table
     from fastgen.evaluation.report import write_report
+    from fastgen.training.assembly import make_protocol
 
     if not (run / "config.yaml").is_file():
         raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
@@ -41,7 +42,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)
-    results = measure(cfg, Evaluator(cfg, cast, data))
+    results = measure(Evaluator(make_protocol(cfg), cast, data))
     file = run / "results.json"
     before = read_json(file, "--run") if file.is_file() else {}
     results["protocol"]["weights"] = "export"
@@ -57,6 +58,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     from fastgen.core.paths import resolve
     from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
     from fastgen.export.load import load_export
+    from fastgen.training.assembly import make_protocol
 
     values = {
         "teacher": {"path": path, "guidance": guidance},
@@ -71,7 +73,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
         raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
     uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
     cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
-    results = measure(cfg, Evaluator(cfg, cast, SimpleNamespace(uncond=uncond)))
+    results = measure(Evaluator(make_protocol(cfg), cast, SimpleNamespace(uncond=uncond)))
     print(table(results))
     card = {
         "command": f"python -m eval card --teacher {path} --guidance {guidance:g} --num_samples {num_samples}"

@@ -118,24 +118,25 @@ def run(cfg, known) -> int:
     """Train one validated config."""
     import torch
 
-    from fastgen.training import checkpoint, fingerprint, run_folder
-    from fastgen.training.dryrun import describe, rehearse
+    from fastgen.config.run import dump
+    from fastgen.training import assembly, checkpoint, run_folder
+    from fastgen.training.dryrun import describe
 
     quiet()
     _check_libraries(cfg)
     if known.dry_run:
-        print(describe(cfg))
+        print(dump(cfg) + "\n" + describe(assembly.make_weightless_cast(cfg), cfg.train))
         return 0
     main_process = os.environ.get("RANK", "0") == "0"
     folder = Path(cfg.output_dir)
     if main_process:
-        run_folder.check_folder(cfg, known.resume, known.overwrite)
+        run_folder.check_folder(cfg.output_dir, assembly.input_paths(cfg), known.resume, known.overwrite)
     last = checkpoint.newest_good(folder, main_process) if known.resume else None
     if last:
-        checkpoint.check_same(last, fingerprint.of_config(cfg), known.allow_changed, report=False)
+        checkpoint.check_same(last, assembly.fixed_settings(cfg), known.allow_changed, report=False)
     if cfg.train.num_threads:
         torch.set_num_threads(cfg.train.num_threads)
-    rehearse(cfg, known.insist, last)
+    _rehearse(cfg, known.insist, last)
     accelerator = _accelerator(cfg)
     trainer = _prepare(cfg, folder, accelerator)
     if last:
@@ -151,17 +152,27 @@ def run(cfg, known) -> int:
         return _train(cfg, trainer, last)
 
 
+def _rehearse(cfg, insist: bool, last: Path | None) -> None:
+    """Refuse what cannot work or would not end, before the run folder is touched."""
+    from fastgen.training import assembly
+    from fastgen.training.dryrun import rehearse
+    from fastgen.training.limits import check_limits
+
+    cast = assembly.make_weightless_cast(cfg)
+    rehearse(cast, cfg.train, last)
+    if not insist:
+        check_limits(cast, cfg.train, cfg.eval, assembly.step_keys(cfg))
+
+
 def _prepare(cfg, folder: Path, accelerator):
     """The trainer of a run, with everything loaded."""
     from fastgen.data.loader import load_data
-    from fastgen.training.cast import Cast
-    from fastgen.training.trainer import Trainer
-    from fastgen.training.validation import Validator
+    from fastgen.training.assembly import make_cast, make_trainer, make_validator
 
-    cast = Cast(cfg, accelerator.device)
+    cast = make_cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device, pixels=cfg.reads_data())
-    validator = Validator(cfg, cast, data, folder)
-    return Trainer(cfg, cast, data, folder, accelerator, validator)
+    validator = make_validator(cfg, cast, data, folder)
+    return make_trainer(cfg, cast, data, folder, accelerator, validator)
 
 
 def _train(cfg, trainer, last: Path | None) -> int:
@@ -180,7 +191,7 @@ def _train(cfg, trainer, last: Path | None) -> int:
     try:
         trainer.fit(last)
         if accelerator.is_main_process:
-            validation.finish(trainer, trainer.validate.evaluator)
+            validation.finish(trainer, trainer.validate)
     except NotFinite as error:
         aside = []
         if trainer.unchanged and accelerator.is_main_process:  # a step from that checkpoint leads here again

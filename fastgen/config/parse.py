@@ -10,9 +10,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from fastgen.config.data_sources import replaced
-from fastgen.config.yaml_text import parse_yaml, read_yaml
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import config, expand
+from fastgen.core.yaml_text import parse_yaml, read_yaml
 from fastgen.objectives import REGISTRY
 
 BUNDLED = "configs:"

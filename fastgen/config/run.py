@@ -20,8 +20,8 @@ from fastgen.config.sections import (
     UserPath,
     check_numbers,
 )
-from fastgen.config.yaml_text import dump_yaml
 from fastgen.core.paths import is_analytic
+from fastgen.core.yaml_text import dump_yaml
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RunConfig(Section):
     @property
     def student_guidance(self) -> float:
         """The guidance scale that a student with an input for it gets when it is sampled."""
-        return self.teacher.guidance if self.student.guidance is None else self.student.guidance
+        return self.student.guidance_of_samples(self.teacher.guidance)
 
     def all_stages(self) -> tuple[StageConfig, ...]:
         """The stages, with the flat form written out."""

@@ -147,6 +147,10 @@ class StudentConfig(Section):
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """changes to the teacher's network config, for an untrained student of another size; in files only"""
 
+    def guidance_of_samples(self, teacher: float) -> float:
+        """The scale that a student with an input for it is sampled with, given teacher.guidance."""
+        return teacher if self.guidance is None else self.guidance
+
 
 class CriticConfig(Section):
     """The online fake-score network of distribution-matching methods."""

@@ -1,6 +1,7 @@
 """Teacher, untrained student and student of a run on the same requests and seeds, measured and timed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,9 +12,30 @@ from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.evaluation.diagnostics import look
 from fastgen.networks.codecs import TextCodec
-from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationProtocol:
+    """How the contenders of a run are sampled and measured."""
+
+    few_step: bool
+    """whether the student takes its own few steps; if not, it is sampled like its teacher"""
+    guidance: float
+    """of the teacher"""
+    teacher_steps: int
+    num_samples: int
+    """of the student; 0: nothing is measured"""
+    teacher_samples: int
+    """0: as many as the student's"""
+    validation_samples: int
+    """of each validation while training; 0: none"""
+    student_steps: tuple[int, ...]
+    """further step counts of the student"""
+    batch_size: int
+    seed: int
+    """of the first sample"""
 
 
 class Requests:
@@ -60,19 +82,18 @@ class Requests:
 class Evaluator:
     """Samples the three contenders on the same requests and seeds, and scores them."""
 
-    def __init__(self, cfg, cast, data):
+    def __init__(self, protocol: EvaluationProtocol, cast, data):
         from fastgen.evaluation.metrics.fd_mini import measurer_for
         from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 
-        self.cfg, self.cast = cfg, cast
+        self.protocol, self.cast = protocol, cast
         self.requests = Requests(cast.teacher, data)
-        self.few_step = requirements_of(cfg.all_stages()[-1].objective).few_step
         teacher = cast.teacher
         self.measurer = (
             ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)
         )
         if self.measurer is not None:
-            check_counts(cfg, self.measurer.primary, self.measurer.least)
+            check_counts(protocol, self.measurer.primary, self.measurer.least)
 
     @torch.no_grad()
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
@@ -81,10 +102,10 @@ class Evaluator:
         steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
         Raises NotFinite for samples that are not; a signal that waits is obeyed between two batches.
         """
-        cfg, codec, device = self.cfg, self.cast.teacher.codec, self.cast.device
+        codec, device, batch_size = self.cast.teacher.codec, self.cast.device, self.protocol.batch_size
         chunks = []
-        for first in range(0, num, cfg.eval.batch_size):
-            index = torch.arange(first, min(first + cfg.eval.batch_size, num))
+        for first in range(0, num, batch_size):
+            index = torch.arange(first, min(first + batch_size, num))
             cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
             uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
             seeds = [seed + int(i) for i in index]
@@ -98,11 +119,11 @@ class Evaluator:
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
         cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
         student = cast.parts["student"]
-        if who == "teacher" or not self.few_step:
+        if who == "teacher" or not self.protocol.few_step:
             role = cast.parts["teacher"] if who == "teacher" else student
             noise = ImageNoise(seeds, shape, device).first
-            num = steps or self.cfg.teacher.num_steps
-            return sample_teacher(role, noise, cond, uncond, num, self.cfg.teacher.guidance)
+            num = steps or self.protocol.teacher_steps
+            return sample_teacher(role, noise, cond, uncond, num, self.protocol.guidance)
         student = student.with_steps(steps)
         if who == "untrained_student":
             student = student.with_network(Role(cast.teacher.backbone))
@@ -118,65 +139,65 @@ class Evaluator:
         """Network evaluations per sample."""
         from fastgen.evaluation.metrics.speed import nfe
 
-        if who == "teacher" or not self.few_step:
-            return nfe(steps or self.cfg.teacher.num_steps, self.cfg.teacher.guidance)
+        if who == "teacher" or not self.protocol.few_step:
+            return nfe(steps or self.protocol.teacher_steps, self.protocol.guidance)
         return steps or len(self.cast.parts["student"].times)
 
 
-def check_counts(cfg, primary: str, least: int) -> None:
+def check_counts(protocol: EvaluationProtocol, primary: str, least: int) -> None:
     """Refuse, before anything is trained, sample counts that a run's metrics cannot be computed from."""
-    counts = {"eval.num_samples": cfg.eval.num_samples}
-    if cfg.eval.num_samples:
-        counts["eval.teacher_samples"] = cfg.eval.teacher_samples
-    if cfg.train.validation_steps and cfg.eval.validation_samples:
-        counts["eval.validation_samples"] = max(cfg.eval.validation_samples, cfg.eval.grid)
+    counts = {"eval.num_samples": protocol.num_samples}
+    if protocol.num_samples:
+        counts["eval.teacher_samples"] = protocol.teacher_samples
+    counts["eval.validation_samples"] = protocol.validation_samples
     for key, num in counts.items():
         if 0 < num < least:
             found = f"found {num}; {primary} and its companions need {least} samples or more"
             raise UserError(key, found, "raise it, or set it to 0 to measure nothing")
 
 
-def measure(cfg, evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
+def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
     """results.json but for its train section: same requests and seeds for all, timed side by side.
 
     show is handed each contender's measured images: its name, the step count (0: its own), [N, C, H, W].
     """
-    who = ["teacher", "untrained_student", "student"] if evaluator.few_step else ["student"]
-    num = cfg.eval.num_samples
-    counts = {n: (cfg.eval.teacher_samples or num) if num and n == "teacher" else num for n in who}
+    protocol = evaluator.protocol
+    who = ["teacher", "untrained_student", "student"] if protocol.few_step else ["student"]
+    num = protocol.num_samples
+    counts = {n: (protocol.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
     seen: dict[str, dict] = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
             return {"nfe": evaluator.nfe(name, steps)}
-        images = evaluator.images(name, counts[name], cfg.eval.seed, steps)
+        images = evaluator.images(name, counts[name], protocol.seed, steps)
         if show is not None:
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
         return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images)}
 
-    speed_batch = min(20, cfg.eval.batch_size)
+    speed_batch = min(20, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
     found: dict[str, dict] = {
         n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
     }
-    steps = cfg.eval.student_steps or (() if evaluator.few_step else (1, 4, 20, 50))
+    steps = protocol.student_steps or (() if protocol.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
     if evaluator.measurer is not None and num:
         found["floor"] = evaluator.measurer.floor(num)
     if seen:
         found["look"] = seen
-    times = list(evaluator.cast.parts["student"].times) if evaluator.few_step else None
+    times = list(evaluator.cast.parts["student"].times) if protocol.few_step else None
     found["protocol"] = {
         "num_samples": num,
         "teacher_samples": counts.get("teacher", 0),
-        "seed": cfg.eval.seed,
+        "seed": protocol.seed,
         **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
-        "guidance": cfg.teacher.guidance,
-        "teacher_steps": cfg.teacher.num_steps,
+        "guidance": protocol.guidance,
+        "teacher_steps": protocol.teacher_steps,
         "student_times": times,
         "speed_batch": speed_batch,
         "device": str(evaluator.cast.device),

@@ -5,10 +5,10 @@ import io
 import json
 from pathlib import Path
 
-from fastgen.config.yaml_text import parse_yaml
 from fastgen.core.files import write_text
 from fastgen.core.paths import asset
 from fastgen.core.reading import read_json, read_text
+from fastgen.core.yaml_text import parse_yaml
 from fastgen.evaluation.diagnostics import warnings
 from fastgen.export.markdown import shown_lines
 

@@ -63,7 +63,7 @@ def _weak(cast, path: str) -> Role:
 def _perceptual(cast) -> Perceptual:
     measured = (cast.teacher.info or {}).get("measure")
     if not measured:
-        found = f"perceptual for {cast.cfg.teacher.path}, whose images no bundled net knows"
+        found = f"perceptual for {cast.teacher_cfg.path}, whose images no bundled net knows"
         raise UserError("objective.metric", found, "use l2, l1 or huber")
     return Perceptual(cast.teacher.codec, FeatureNet.load(asset(f"measure/{measured}")))
 
@@ -80,6 +80,6 @@ def _disc(cast, spec: DiscriminatorSpec, member: int = 0) -> Discriminator:
     t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=cast.device)
     cond = {k: v.to(cast.device) for k, v in codec.null(2).items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cast.cfg.train.seed)
+        torch.manual_seed(cast.train_cfg.seed)
         example = (torch.zeros(2, *codec.shape, device=cast.device), t, cond)
         return Discriminator(role, taps, example, spec.head).to(cast.device)

@@ -1,15 +1,16 @@
-"""From a config to the cast of one run: teacher, student, critic, target, and the objective that plays them.
+"""The cast of one run: teacher, student, critic, target, and the objective that plays them.
 Discriminators and other parts that are no denoiser are made in `auxiliaries.py`.
 """
 
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
 
-from fastgen.config.run import RunConfig, StageConfig
-from fastgen.config.sections import LoraConfig
+from fastgen.config.run import StageConfig
+from fastgen.config.sections import CriticConfig, LoraConfig, StudentConfig, TeacherConfig, TrainConfig
 from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
@@ -35,37 +36,56 @@ class Cast:
     later stages.
     """
 
-    def __init__(self, cfg: RunConfig, device="cpu"):
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        student: StudentConfig,
+        critic: CriticConfig,
+        train: TrainConfig,
+        stages: Sequence[StageConfig],
+        device="cpu",
+    ):
         """On the device "meta" networks have shapes and no weights, exact teachers apart."""
-        exact = is_analytic(cfg.teacher.path)
-        self.cfg, self.device = cfg, "cpu" if exact and str(device) == "meta" else device
+        self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
+        self.stages = stages
+        self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
         self.teacher = self._load()
-        check_fits(cfg, self.teacher)
-        if cfg.student.fuse:
+        check_fits(self.teacher, teacher, student, stages)
+        if student.fuse:
             from fastgen.export.load import locate
 
-            locate(cfg.student.fuse, "student.fuse")  # a wrong path is refused now, not at the end
-        names = {base_name(p) for s in cfg.all_stages() for p in requirements_of(s.objective).parts}
-        self.num_students = _num_students(cfg)
+            locate(student.fuse, "student.fuse")  # a wrong path is refused now, not at the end
+        self.num_students = _num_students(stages)
         self.parts: dict[str, Part] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
-        own = cfg.student.kind
+        self._make_roles()
+        self._prepare_networks()
+
+    def _make_roles(self) -> None:
+        """Students, critics and targets that a stage needs, each under its name."""
+        needs = [requirements_of(s.objective) for s in self.stages]
+        names = {base_name(p) for one in needs for p in one.parts}
+        own = self.student_cfg.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
         kinds |= {"path": self.critic_kind}
-        few_step = any(requirements_of(s.objective).few_step for s in cfg.all_stages())
+        few_step = any(one.few_step for one in needs)
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         copies_first = sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full")
         for name in copies_first:  # adapters go on a network once it has been copied
             self._make(name, kinds[name], alone)
+
+    def _prepare_networks(self) -> None:
+        """Attention kernels, tiles of the autoencoder, compilation and gradient checkpointing."""
+        attention = self.teacher_cfg.attention
         for backbone in self.backbones():
             if isinstance(backbone, Backbone):
-                backbone.attention = check_attention(backbone.net, cfg.teacher.attention, self.device)
-        switch_vae(self.teacher.codec.vae, cfg.teacher)
-        if cfg.train.compile:
+                backbone.attention = check_attention(backbone.net, attention, self.device)
+        switch_vae(self.teacher.codec.vae, self.teacher_cfg)
+        if self.train_cfg.compile:
             for backbone in self.backbones():
                 if isinstance(backbone, Backbone):
                     backbone.net.compile()  # in place: parameter names and hooks stay as they are
-        if cfg.train.gradient_checkpointing:
+        if self.train_cfg.gradient_checkpointing:
             for backbone in self.backbones():
                 backbone.enable_gradient_checkpointing()
 
@@ -78,17 +98,22 @@ class Cast:
 
     @property
     def critic_kind(self) -> str:
-        return self.cfg.student.kind if self.cfg.critic.kind == "auto" else self.cfg.critic.kind
+        return self.student_cfg.kind if self.critic_cfg.kind == "auto" else self.critic_cfg.kind
 
     @property
     def two_times(self) -> bool:
         """Whether a stage trains the student at pairs of times."""
-        return any(requirements_of(s.objective).step_end for s in self.cfg.all_stages())
+        return any(requirements_of(s.objective).step_end for s in self.stages)
+
+    @property
+    def student_guidance(self) -> float:
+        """The guidance scale that a student with an input for it gets when it is sampled."""
+        return self.student_cfg.guidance_of_samples(self.teacher_cfg.guidance)
 
     @property
     def few_step_schedule(self) -> Schedule:
         """The teacher's schedule, or the one whose few steps a student of another form takes."""
-        return SCHEDULE if self.cfg.student.sprint else self.teacher.schedule
+        return SCHEDULE if self.student_cfg.sprint else self.teacher.schedule
 
     def backbones(self) -> list[Denoiser]:
         """Distinct networks, teacher first."""
@@ -96,8 +121,8 @@ class Cast:
         return list({id(r.backbone): r.backbone for r in roles}.values())
 
     def _load(self) -> Teacher:
-        t = self.cfg.teacher
-        torch.manual_seed(self.cfg.train.seed)  # an untrained blueprint draws its weights here
+        t = self.teacher_cfg
+        torch.manual_seed(self.train_cfg.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
         given = t.model_dump(include={f.name for f in fields(TeacherOptions)})
         return load_teacher(**given, weights=weights).to(self.device)
@@ -116,8 +141,8 @@ class Cast:
             self.parts[name] = Members(roles)
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
-        chosen, as_student = self.cfg.student, name in ("student", "target", "previous")
-        counts = [n for s in self.cfg.all_stages() for n in requirements_of(s.objective).step_counts]
+        chosen, as_student = self.student_cfg, name in ("student", "target", "previous")
+        counts = [n for s in self.stages for n in requirements_of(s.objective).step_counts]
         span = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
         two_times, adapter = as_student and self.two_times, adapter_name if kind == "lora" else None
         base = self._network(name, alone) if adapter is None else self.teacher.backbone
@@ -135,10 +160,10 @@ class Cast:
         if span:
             base.add_guidance()
         if adapter:
-            lora = self.cfg.critic.lora if name in ("critic", "path") else chosen.lora
+            lora = self.critic_cfg.lora if name in ("critic", "path") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
         base.to(self.device)
-        role, guidance = Role(base, adapter), self.cfg.student_guidance if span else None
+        role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)
             role = Student(base, adapter, StudentSpec(self._times(), *how))
@@ -154,13 +179,13 @@ class Cast:
     def _network(self, name: str, alone: bool) -> Denoiser:
         """The network of a player with weights of its own; the teacher's where nobody else needs it."""
         base = self.teacher.backbone
-        if self.cfg.student.net and name == "student":
+        if self.student_cfg.net and name == "student":
             return self._other_net()
         return base if alone and not self.teacher.is_analytic else base.trainable_copy()
 
     def _other_net(self) -> Backbone:
         """An untrained network of the teacher's class with some of its config changed."""
-        base, changes = self.teacher.network, self.cfg.student.net or {}
+        base, changes = self.teacher.network, self.student_cfg.net or {}
         config = dict(base.net.config)
         unknown = [k for k in changes if k not in config]
         if unknown:
@@ -183,14 +208,14 @@ class Cast:
             base.requires_grad_(False)
         where = torch.device("meta") if str(self.device) == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), where:
-            torch.manual_seed((self.cfg.train.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+            torch.manual_seed((self.train_cfg.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if guided else ()
             targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
 
     def _times(self, grid: int = 0) -> list[float]:
-        s, schedule = self.cfg.student, self.few_step_schedule
+        s, schedule = self.student_cfg, self.few_step_schedule
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (as tcd with gamma 0) or renoise (gamma 1)")
@@ -213,13 +238,13 @@ class Cast:
         grid = needs.grid_steps
         student = self.student.with_times(self._times(grid), grid).with_steps(stage.num_steps or 0)
         self.parts["student"] = student
-        if needs.few_step and self.teacher.scheduler is not None and not self.cfg.student.sprint:
+        if needs.few_step and self.teacher.scheduler is not None and not self.student_cfg.sprint:
             scheduler_setup(student, self.teacher)  # refused now where no scheduler can take these steps
         for name in map(base_name, needs.parts):
             if name not in self.parts:
                 self.parts[name] = make_auxiliary(needs.auxiliaries[name], self)
         parts = {name: self._part(name) for name in needs.parts}
-        return REGISTRY[stage.objective.name](stage.objective, parts, rng, self.cfg.teacher.guidance)
+        return REGISTRY[stage.objective.name](stage.objective, parts, rng, self.teacher_cfg.guidance)
 
     def _part(self, name: str):
         """A part by name; "critic2" is the critic of student 2."""
@@ -229,9 +254,9 @@ class Cast:
         return members(self.parts[base])[int(name.removeprefix(base))]
 
 
-def _num_students(cfg: RunConfig) -> int:
+def _num_students(stages: Sequence[StageConfig]) -> int:
     """Students of a run with several, else 0."""
-    found = {requirements_of(s.objective).num_students for s in cfg.all_stages()}
+    found = {requirements_of(s.objective).num_students for s in stages}
     if len(found) > 1:
         values = f"found {', '.join(map(str, sorted(found)))} in different stages (0: no such method)"
         raise UserError("objective.num_students", values, "set the same in every stage")

@@ -1,6 +1,9 @@
 """Whether what a config sets fits the teacher it names, checked before anything is built."""
 
-from fastgen.config.run import RunConfig
+from collections.abc import Sequence
+
+from fastgen.config.run import StageConfig
+from fastgen.config.sections import StudentConfig, TeacherConfig
 from fastgen.core.errors import UserError
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
@@ -8,18 +11,20 @@ from fastgen.objectives import requirements_of
 from fastgen.objectives.requirements import ImageTextSpec
 
 
-def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
+def check_fits(
+    teacher: Teacher, settings: TeacherConfig, student: StudentConfig, stages: Sequence[StageConfig]
+) -> None:
     """Raises a UserError where guidance or label dropout lacks a null condition that the teacher knows, a
     CLIP loss its text, or an input for w a pipeline that fills it.
     """
-    _check_guidance_input(cfg, teacher)
+    _check_guidance_input(student, teacher)
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), teacher.backbone.family
-    if cfg.teacher.guidance != 1 and family is not None and not family.supports_guidance:
-        found = f"found {cfg.teacher.guidance} for {family.name}, whose guidance is an input of the network"
+    if settings.guidance != 1 and family is not None and not family.supports_guidance:
+        found = f"found {settings.guidance} for {family.name}, whose guidance is an input of the network"
         raise UserError("teacher.guidance", found, "use 1, and set teacher.embedded_guidance")
-    scales: dict[str, float | None] = {"teacher.guidance": cfg.teacher.guidance}
-    for stage in cfg.all_stages():
+    scales: dict[str, float | None] = {"teacher.guidance": settings.guidance}
+    for stage in stages:
         needs = requirements_of(stage.objective)
         scales |= {f"objective.{key}": w for key, w in needs.guidance_settings.items()}
         scales |= {"objective.real_guidance": stage.objective.real_guidance}
@@ -27,24 +32,24 @@ def check_fits(cfg: RunConfig, teacher: Teacher) -> None:
         if reads_text and not isinstance(codec, TextCodec):
             found = "the teacher has no captions to compare images with"
             raise UserError("objective.clip_weight", found, "set it to 0")
-    if cfg.student.guidance_embedding:
-        scales["student.guidance_embedding"] = max(cfg.student.guidance_embedding)
+    if student.guidance_embedding:
+        scales["student.guidance_embedding"] = max(student.guidance_embedding)
     what = "a teacher without a null class" if conditional else "an unconditional teacher"
     for key, w in scales.items():
         if isinstance(w, float) and w != 1 and not (conditional and codec.has_null):
             raise UserError(key, f"found {w} for {what}", "use 1, or leave it out")
-    for stage in cfg.all_stages():
+    for stage in stages:
         for key, drop in requirements_of(stage.objective).dropout_settings.items():
             if drop and conditional and not codec.has_null:
                 found = f"found {drop} for a teacher without a null class"
                 raise UserError(f"objective.{key}", found, "use 0")
 
 
-def _check_guidance_input(cfg: RunConfig, teacher: Teacher) -> None:
+def _check_guidance_input(student: StudentConfig, teacher: Teacher) -> None:
     """Whether a pipeline can pass the guidance scale to a student that takes it as an input."""
-    if not cfg.student.guidance_embedding:
+    if not student.guidance_embedding:
         return
     key, form = "student.guidance_embedding", teacher.backbone.family
-    if form and form.guidance_option and not getattr(cfg.student, form.guidance_option):
+    if form and form.guidance_option and not getattr(student, form.guidance_option):
         found = f"no pipeline passes the guidance scale to a plain {form.net_class}"
         raise UserError(key, found, f"set student.{form.guidance_option} to true, or leave the key out")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fastgen.config.run import RunConfig, StageConfig, dump
+from fastgen.config.run import StageConfig
+from fastgen.config.sections import TrainConfig
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.rng import Rng
 from fastgen.export.write import check_copied
@@ -10,35 +11,25 @@ from fastgen.networks.backbone import Backbone
 from fastgen.roles.roles import Player, Role
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
-from fastgen.training.limits import check_limits
 from fastgen.training.memory import estimate, network_calls
 
 
-def weightless(cfg: RunConfig) -> Cast:
-    """The run's parts on the meta device."""
-    silent = cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})})
-    return Cast(silent, "meta")
-
-
-def rehearse(cfg: RunConfig, insist: bool = False, resume: Path | None = None) -> None:
-    """Make every stage's objective once on parts without weights: what a config gets wrong, a checkpoint that
-    does not fit, and a run far too large are refused here, before a run folder is touched.
+def rehearse(cast: Cast, train: TrainConfig, resume: Path | None = None) -> None:
+    """Make every stage's objective once on parts without weights: what a config gets wrong and a checkpoint
+    that does not fit are refused here, before a run folder is touched.
     """
-    cast = weightless(cfg)
     network = cast.teacher.backbone
-    if isinstance(network, Backbone) and (cfg.student.kind == "full" or not network.family.lora_loader):
+    if isinstance(network, Backbone) and (cast.student_cfg.kind == "full" or not network.family.lora_loader):
         check_copied(cast.teacher)
     meta = checkpoint.read_meta(resume) if resume else {"stage": 0, "k": 0}
     writer = meta["stage"] if meta["k"] else meta["stage"] - 1  # the stage that saved the checkpoint
-    decays = cfg.train.ema_decay
-    for index, stage in enumerate(cfg.all_stages()):
-        _make(cast, stage, cfg.train.seed)
+    for index, stage in enumerate(cast.stages):
+        _make(cast, stage, train.seed)
         if resume and index == writer:
             _check_progress(resume, meta["k"], stage.max_train_steps)
-            checkpoint.check_tensors(resume, _shapes(cast, decays), ("part/", "ema/"))
-    if writer >= len(cfg.all_stages()):
+            checkpoint.check_tensors(resume, _shapes(cast, train.ema_decay), ("part/", "ema/"))
+    if writer >= len(cast.stages):
         raise UserError("--resume", f"{resume} is of stage {writer}", "this run has fewer stages")
-    check_limits(cfg, cast, insist)
 
 
 def _make(cast: Cast, stage: StageConfig, seed: int) -> None:
@@ -67,16 +58,16 @@ def _check_progress(path: Path, k: int, total: int) -> None:
         raise UserError("--resume", found, "raise max_train_steps, or start a new output_dir")
 
 
-def describe(cfg: RunConfig) -> str:
-    """Resolved config, players, network evaluations per step and a memory estimate, as plain text."""
-    cast, lines = weightless(cfg), [dump(cfg), "players"]
-    for stage in cfg.all_stages():
-        lines += _stage(cfg, cast, stage)
-    return "\n".join([*lines, "", *_memory(cfg, cast), "nothing was started or written"])
+def describe(cast: Cast, train: TrainConfig) -> str:
+    """Players, network evaluations per step and a memory estimate, as plain text."""
+    lines = ["players"]
+    for stage in cast.stages:
+        lines += _stage(cast, stage, train.seed)
+    return "\n".join([*lines, "", *_memory(cast, train), "nothing was started or written"])
 
 
-def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
-    objective = cast.stage(stage, Rng(cfg.train.seed))
+def _stage(cast: Cast, stage: StageConfig, seed: int) -> list[str]:
+    objective = cast.stage(stage, Rng(seed))
     teacher = cast.teacher.backbone
     lines = [f"  stage {stage.name}: {stage.objective.name}, {stage.max_train_steps} steps"]
     lines.append(f"    {'teacher':<10} {_count(teacher, base_only=True):>12,} frozen")
@@ -87,7 +78,7 @@ def _stage(cfg: RunConfig, cast: Cast, stage) -> list[str]:
         where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
         lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
     student = cast.student
-    spelled = ", ".join(f"{n} {v:g}" for n, v in network_calls(cfg, stage, len(student.times)).items())
+    spelled = ", ".join(f"{n} {v:g}" for n, v in network_calls(cast, stage, len(student.times)).items())
     lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
     lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
     return lines
@@ -97,8 +88,8 @@ def _count(backbone, base_only: bool = False) -> int:
     return sum(p.numel() for n, p in backbone.named_parameters() if not (base_only and "lora_" in n))
 
 
-def _memory(cfg: RunConfig, cast: Cast) -> list[str]:
-    found = estimate(cfg, cast)
+def _memory(cast: Cast, train: TrainConfig) -> list[str]:
+    found = estimate(cast, train)
     lines = ["memory estimate (MB)"] + [f"  {n:<52}{v / 2**20:>10.1f}" for n, v in found.rows.items()]
     lines.append(f"  {'total':<52}{found.total / 2**20:>10.1f}")
     if found.encoders:

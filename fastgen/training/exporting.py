@@ -14,32 +14,31 @@ from fastgen.roles.sana_sprint import as_exported
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export_dtype(cfg) -> torch.dtype:
+def export_dtype(trainer) -> torch.dtype:
     """The precision a run exports in: its own choice, else float16 for teachers and float32 for students."""
-    chosen = cfg.train.export_dtype
-    few_step = requirements_of(cfg.all_stages()[-1].objective).few_step
+    chosen = trainer.train_cfg.export_dtype
+    few_step = requirements_of(trainer.cast.stages[-1].objective).few_step
     return torch.float16 if chosen == "no" and not few_step else DTYPES[chosen]
 
 
 def trained(trainer) -> Trained:
     """The student of a run as it stands, whose last stage says how it is sampled."""
-    cfg = trainer.cfg
-    last = cfg.all_stages()[-1].objective
-    needs, student = requirements_of(last), trainer.cast.student
+    cast = trainer.cast
+    needs, student = requirements_of(cast.stages[-1].objective), cast.student
     return Trained(
-        teacher=trainer.cast.teacher,
+        teacher=cast.teacher,
         student=student,
-        objective="+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
+        objective="+".join(dict.fromkeys(s.objective.name for s in cast.stages)),
         few_step=needs.few_step,
         takes=lambda num: not needs.why_not_sampled(num, student.sampler),
-        guidance=needs.learned_guidance(cfg.student_guidance),
+        guidance=needs.learned_guidance(cast.student_guidance),
         nasa_scale=needs.negative_prompt_scale,
-        base=cfg.teacher.path,
-        teacher_steps=cfg.teacher.num_steps,
+        base=cast.teacher_cfg.path,
+        teacher_steps=cast.teacher_cfg.num_steps,
         training_steps=trainer.step,
-        run_name=Path(cfg.output_dir).name,
+        run_name=Path(trainer.folder).name,
         command=read_command(Path(trainer.folder)),
-        dtype=export_dtype(cfg),
+        dtype=export_dtype(trainer),
     )
 
 

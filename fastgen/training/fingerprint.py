@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastgen.config.run import RunConfig
+from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError, warn
 
 WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
@@ -32,31 +32,26 @@ FREE = ("lr", "gradient_checkpointing", "compile", "version")
 """last or first words of keys whose change is reported and never refused"""
 
 
-def of_config(cfg: RunConfig) -> dict[str, str]:
-    """The settings that may not change between a run and its resumption, as JSON by dotted key."""
-    values = cfg.model_dump(mode="json")
-    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
-    kept["train"] = {k: values["train"][k] for k in TRAIN}
-    kept["data"].pop("cache_dir")
-    if cfg.stages:
-        kept["stages"] = {str(i): s for i, s in enumerate(values["stages"])}
-    else:
-        kept |= {"objective": values["objective"], "optim": values["optim"]}
-        kept["train"]["max_train_steps"] = values["train"]["max_train_steps"]
-    return dict(_leaves(kept, ""))
+def by_key(tree: dict) -> dict[str, str]:
+    """Nested settings as JSON by dotted key."""
+    return dict(_leaves(tree, ""))
 
 
-def of_run(cfg: RunConfig, teacher, data, num_processes: int, device: torch.device) -> dict[str, str]:
-    """The whole fingerprint: the settings, and what they stood for when the run was loaded."""
+def of_run(
+    settings: dict[str, str], teacher, data, source: DataConfig, num_processes: int, device: torch.device
+) -> dict[str, str]:
+    """The whole fingerprint: the settings (JSON by dotted key), and what they stood for when the run was
+    loaded.
+    """
     found = {
         "teacher.weights": weights_digest(teacher),
-        "data.content": f"{len(data)} samples, {data_digest(cfg)}",
+        "data.content": f"{len(data)} samples, {data_digest(source)}",
         "world_size": num_processes,
         "device": device.type,
         "version.fastgen": _version("fastgen-distill"),
         "version.torch": torch.__version__,
     }
-    return of_config(cfg) | {k: json.dumps(v) for k, v in found.items()}
+    return settings | {k: json.dumps(v) for k, v in found.items()}
 
 
 def _version(library: str) -> str:
@@ -108,12 +103,12 @@ def _blocks(tensor: Tensor) -> Iterable[Tensor]:
     return [flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS)]
 
 
-def data_digest(cfg: RunConfig) -> str:
+def data_digest(source: DataConfig) -> str:
     """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
     digest = hashlib.sha256()
-    for source in (cfg.data.images, cfg.data.control, cfg.data.prompts):
-        root = Path(source).expanduser()
-        for path in sorted(_files(root)) if source else ():
+    for name in (source.images, source.control, source.prompts):
+        root = Path(name).expanduser()
+        for path in sorted(_files(root)) if name else ():
             size = path.stat().st_size
             digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
             with open(path, "rb") as file:

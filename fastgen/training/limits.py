@@ -1,12 +1,13 @@
 """Refusal of runs that cannot work or would not end, by an estimate of memory and time, before they start."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from fastgen.config.run import RunConfig
+from fastgen.config.sections import EvalConfig, TrainConfig
 from fastgen.core.errors import UserError
 from fastgen.training.cast import Cast
 from fastgen.training.memory import GIB, estimate, network_calls
@@ -20,20 +21,18 @@ PASS_SECONDS = 2e-3
 """one network pass of the smallest network, by which counts are turned into a time"""
 
 
-def check_limits(cfg: RunConfig, cast: Cast, insist: bool = False) -> None:
+def check_limits(cast: Cast, train: TrainConfig, measured: EvalConfig, step_keys: Sequence[str]) -> None:
     """Raises a UserError naming the count to lower where a run needs far more memory than there is, or more
-    than a hundred days; `cast` may be on the meta device.
+    than a hundred days; `cast` may be on the meta device. `step_keys`: what sets the length of each stage.
     """
-    if insist:
-        return
-    key, needed = _host_memory(cfg, cast)
+    key, needed = _host_memory(cast, measured, bool(train.validation_steps))
     available = memory("cpu")
     _refuse(key, needed, available)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.train.train_batch_size > LARGE_BATCH:
+    if train.train_batch_size > LARGE_BATCH:
         with suppress(NotImplementedError):  # a method from elsewhere that counts no passes
-            _refuse("train.train_batch_size", estimate(cfg, cast).total, memory(device))
-    for name, seconds in _times(cfg).items():
+            _refuse("train.train_batch_size", estimate(cast, train).total, memory(device))
+    for name, seconds in _times(cast, train, measured, step_keys).items():
         if seconds > DAYS * 86_400:
             found = f"about {seconds / 86_400:,.0f} days or more"
             raise UserError(name, found, "lower it, or pass --insist to start all the same")
@@ -54,7 +53,7 @@ def _refuse(key: str, needed: float, available: float) -> None:
         raise UserError(key, found, "lower it, or pass --insist to start all the same")
 
 
-def _host_memory(cfg: RunConfig, cast: Cast) -> tuple[str, float]:
+def _host_memory(cast: Cast, measured: EvalConfig, validates: bool) -> tuple[str, float]:
     """(key, bytes) of the largest set of images that is held at once; each as float32 pixels of what the
     teacher decodes, at least as many as its x0 has numbers.
     """
@@ -64,31 +63,33 @@ def _host_memory(cfg: RunConfig, cast: Cast) -> tuple[str, float]:
     if pixels:
         numbers = max(numbers, 3 * pixels[0] * pixels[1])
     counts = {
-        "eval.num_samples": cfg.eval.num_samples,
-        "eval.teacher_samples": cfg.eval.teacher_samples,
-        "eval.validation_samples": cfg.eval.validation_samples * bool(cfg.train.validation_steps),
-        "eval.grid": cfg.eval.grid,
+        "eval.num_samples": measured.num_samples,
+        "eval.teacher_samples": measured.teacher_samples,
+        "eval.validation_samples": measured.validation_samples * validates,
+        "eval.grid": measured.grid,
     }
     key = max(counts, key=lambda k: counts[k])
     return key, 4.0 * numbers * counts[key]
 
 
-def _times(cfg: RunConfig) -> dict[str, float]:
+def _times(
+    cast: Cast, train: TrainConfig, measured: EvalConfig, step_keys: Sequence[str]
+) -> dict[str, float]:
     """Seconds by the key that decides them, at a network pass as quick as they come."""
-    found, last = {}, cfg.all_stages()[-1]
-    for i, stage in enumerate(cfg.all_stages()):
-        key = f"stages.{i}.max_train_steps" if cfg.stages else "train.max_train_steps"
+    found, last, own = {}, cast.stages[-1], cast.student_cfg.num_steps
+    teacher_steps = cast.teacher_cfg.num_steps
+    for key, stage in zip(step_keys, cast.stages, strict=True):
         passes = 0.0
         with suppress(NotImplementedError):
-            passes = sum(network_calls(cfg, stage, cfg.student.num_steps).values())
-        windows = stage.max_train_steps * cfg.train.gradient_accumulation_steps
+            passes = sum(network_calls(cast, stage, own).values())
+        windows = stage.max_train_steps * train.gradient_accumulation_steps
         found[key] = max(1.0, passes) * windows * PASS_SECONDS
-    few = last.num_steps or cfg.student.num_steps
+    few = last.num_steps or own
     for key, num, steps in (
-        ("eval.num_samples", cfg.eval.num_samples, few),
-        ("eval.teacher_samples", cfg.eval.teacher_samples or cfg.eval.num_samples, cfg.teacher.num_steps),
-        ("eval.student_steps", cfg.eval.num_samples, sum(cfg.eval.student_steps)),
-        ("teacher.num_steps", 1, cfg.teacher.num_steps),
+        ("eval.num_samples", measured.num_samples, few),
+        ("eval.teacher_samples", measured.teacher_samples or measured.num_samples, teacher_steps),
+        ("eval.student_steps", measured.num_samples, sum(measured.student_steps)),
+        ("teacher.num_steps", 1, teacher_steps),
     ):
-        found[key] = num / cfg.eval.batch_size * steps * PASS_SECONDS
+        found[key] = num / measured.batch_size * steps * PASS_SECONDS
     return found

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastgen.config.parse import merge, read_files
-from fastgen.config.run import RunConfig, validate
+from fastgen.config.run import StageConfig, validate
+from fastgen.config.sections import TrainConfig
 from fastgen.core.paths import config
 from fastgen.families.parts import compute_dtype
 from fastgen.networks.backbone import Backbone
 from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
+from fastgen.training.assembly import make_cast
 from fastgen.training.cast import Cast
 
 BYTES = 4  # gradients, optimizer states and averages are float32
@@ -54,7 +56,7 @@ class Memory:
         return sum(self.rows.values())
 
 
-def estimate(cfg: RunConfig, cast: Cast) -> Memory:
+def estimate(cast: Cast, train: TrainConfig) -> Memory:
     """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
     codec = cast.teacher.codec
     vae, whole = _bytes(codec.vae), _bytes(codec)
@@ -64,9 +66,9 @@ def estimate(cfg: RunConfig, cast: Cast) -> Memory:
         if n != "teacher" and isinstance(r, Role)
     )
     heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, nn.Module) for p in m.parameters())
-    size, passes = _activations(cfg, cast)
-    batch, student = cfg.train.train_batch_size, cast.student
-    half = 0.5 if cfg.train.mixed_precision != "no" and _dtype(student) == torch.float32 else 1.0
+    size, passes = _activations(cast, train.gradient_checkpointing)
+    batch, student = train.train_batch_size, cast.student
+    half = 0.5 if train.mixed_precision != "no" and _dtype(student) == torch.float32 else 1.0
     averaged = sum(p.numel() for p in student.trainable().values())
     rows = {
         "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
@@ -74,7 +76,7 @@ def estimate(cfg: RunConfig, cast: Cast) -> Memory:
         + heads * BYTES,
         "gradients": (trained + heads) * BYTES,
         "Adam states": 2 * (trained + heads) * BYTES,
-        "EMA": len(cfg.train.ema_decay) * averaged * BYTES,
+        "EMA": len(train.ema_decay) * averaged * BYTES,
         f"activations (estimate: one pass x {passes} x batch {batch})": size * passes * batch * half,
     }
     return Memory(rows, whole - vae)
@@ -126,7 +128,7 @@ class _Kept:
         return sum(v.untyped_storage().nbytes() for k, v in self.tensors.items() if k not in self.own)
 
 
-def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
+def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
     """(bytes autograd keeps for one sample's pass through the student, passes with a graph in one turn).
 
     With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
@@ -148,26 +150,28 @@ def _activations(cfg: RunConfig, cast: Cast) -> tuple[int, int]:
         inside[0] = max(inside[0], inner.size)
         return out
 
-    if cfg.train.gradient_checkpointing and isinstance(student.backbone, Backbone):
+    if checkpointing and isinstance(student.backbone, Backbone):
         student.backbone.net.enable_gradient_checkpointing(block)
     t = torch.full((1,), student.times[0], dtype=torch.float64, device=device)
     cond = {k: v.to(device) for k, v in codec.null(1).items()}
     with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
         out = student.raw(torch.zeros(1, *codec.shape, device=device), t, cond)
     del out
-    return kept.size + inside[0], max(_passes(cfg, s, len(student.times)) for s in cfg.all_stages())
+    return kept.size + inside[0], max(_passes(cast, s) for s in cast.stages)
 
 
-def _passes(cfg: RunConfig, stage, num_steps: int) -> int:
+def _passes(cast: Cast, stage: StageConfig) -> int:
     """Network passes whose graphs live together, on average over turns and rounded up."""
-    with_grad = sum(v for n, v in network_calls(cfg, stage, num_steps).items() if n.endswith("+grad"))
+    with_grad = sum(
+        v for n, v in network_calls(cast, stage, len(cast.student.times)).items() if n.endswith("+grad")
+    )
     return max(1, math.ceil(with_grad / len(requirements_of(stage.objective).players)))
 
 
-def network_calls(cfg: RunConfig, stage, num_steps: int) -> dict[str, float]:
+def network_calls(cast: Cast, stage: StageConfig, num_steps: int) -> dict[str, float]:
     """Network calls of a stage's step by role; a drawn guidance always takes both of the teacher's passes."""
-    needs, drawn = requirements_of(stage.objective), cfg.student.guidance_embedding
-    w = drawn[1] if drawn else needs.learned_guidance(cfg.teacher.guidance)
+    needs, drawn = requirements_of(stage.objective), cast.student_cfg.guidance_embedding
+    w = drawn[1] if drawn else needs.learned_guidance(cast.teacher_cfg.guidance)
     return needs.network_calls(w, num_steps)
 
 
@@ -186,8 +190,8 @@ def row(name: str) -> str:
             read_files([str(config(f"teachers/{name}.yaml"))]), {**ours, "student": {"kind": kind}}
         )
         cfg = validate(values)
-        cast = Cast(cfg, "meta")
-        found[kind] = estimate(cfg, cast)
+        cast = make_cast(cfg, "meta")
+        found[kind] = estimate(cast, cfg.train)
     codec, times = cast.teacher.codec, cast.student.times
     guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
     num = sum(p.numel() for p in cast.teacher.backbone.parameters())

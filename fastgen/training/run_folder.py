@@ -9,11 +9,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastgen.config.run import RunConfig
 from fastgen.core.errors import UserError, warn
 from fastgen.core.files import to_json
 
@@ -40,17 +39,19 @@ WRITTEN = (
 """what a run writes (fastgen holds a tracker's files) and --overwrite clears; not the lock"""
 
 
-def check_folder(cfg: RunConfig, resume: bool, overwrite: bool) -> Path:
-    """The run folder if it may be used with these flags; refuses it otherwise. Touches nothing."""
+def check_folder(output_dir: str, inputs: Mapping[str, str], resume: bool, overwrite: bool) -> Path:
+    """The run folder if it may be used with these flags; refuses it otherwise. `inputs`: the paths that the
+    run reads, by key. Touches nothing.
+    """
     if resume and overwrite:
         raise UserError("--resume", "found with --overwrite", "give one of them")
-    if not cfg.output_dir.strip():
+    if not output_dir.strip():
         raise UserError("output_dir", "found an empty name", "name a folder, e.g. runs/first")
-    if "\0" in cfg.output_dir:
-        raise UserError("output_dir", f"found {cfg.output_dir!r}", "a name without a null character")
-    folder = Path(cfg.output_dir)
+    if "\0" in output_dir:
+        raise UserError("output_dir", f"found {output_dir!r}", "a name without a null character")
+    folder = Path(output_dir)
     try:
-        _check_usable(cfg, folder, resume, overwrite)
+        _check_usable(folder, inputs, resume, overwrite)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -58,7 +59,7 @@ def check_folder(cfg: RunConfig, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def _check_usable(cfg: RunConfig, folder: Path, resume: bool, overwrite: bool) -> None:
+def _check_usable(folder: Path, inputs: Mapping[str, str], resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError("output_dir", f"{folder} is a file", "give a folder")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -75,10 +76,10 @@ def _check_usable(cfg: RunConfig, folder: Path, resume: bool, overwrite: bool) -
     if resume and not (used and is_ours(folder)):
         raise UserError("--resume", f"{folder} has no complete checkpoint", "start without --resume")
     if used and overwrite:
-        _check_overwrite(cfg, folder)
+        _check_overwrite(folder, inputs)
 
 
-def _check_overwrite(cfg: RunConfig, folder: Path) -> None:
+def _check_overwrite(folder: Path, inputs: Mapping[str, str]) -> None:
     """--overwrite clears run folders alone, and none that holds the working directory or an input."""
     real = folder.resolve()
     protected = {"the working directory": Path.cwd(), "the home folder": Path.home()}
@@ -90,14 +91,6 @@ def _check_overwrite(cfg: RunConfig, folder: Path) -> None:
     if not is_ours(folder):
         found = f"{folder} was not written by fastgen"
         raise UserError("output_dir", found, "--overwrite clears run folders only")
-    inputs = {
-        "teacher.path": cfg.teacher.path,
-        "student.init": cfg.student.init,
-        "student.fuse": cfg.student.fuse,
-        "data.images": cfg.data.images,
-        "data.control": cfg.data.control,
-        "data.prompts": cfg.data.prompts,
-    }
     for key, value in inputs.items():
         if value and any(Path(value).resolve().is_relative_to(real / name) for name in WRITTEN):
             found = f"{value} lies in what --overwrite would clear"

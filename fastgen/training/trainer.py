@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastgen.config.run import RunConfig, StageConfig
-from fastgen.config.sections import PlayerOptim
+from fastgen.config.run import StageConfig
+from fastgen.config.sections import PlayerOptim, TrainConfig
 from fastgen.core import interrupt
 from fastgen.core.ema import EMA
 from fastgen.core.errors import NotFinite, UserError
@@ -22,7 +22,7 @@ from fastgen.core.files import append_line, to_json
 from fastgen.core.rng import Rng
 from fastgen.data.loader import Data
 from fastgen.roles.roles import Player
-from fastgen.training import checkpoint, fingerprint
+from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
 
 __all__ = ["NotFinite", "Trainer", "average_gradients", "lr_factor", "make_optimizer"]
@@ -80,31 +80,28 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 class Trainer:
-    """Runs the stages of a config over a cast and its data; calls `validate(trainer)` at its cadence."""
+    """Runs the stages of a cast over its data; calls `validate(trainer)` at its cadence."""
 
     def __init__(
         self,
-        cfg: RunConfig,
+        train: TrainConfig,
         cast: Cast,
         data: Data,
         folder: Path,
         accelerator: Accelerator,
+        fingerprint: dict[str, str],
         validate: Callable[["Trainer"], None] | None = None,
     ):
-        self.cfg, self.cast, self.data, self.folder, self.acc = cfg, cast, data, folder, accelerator
-        self.validate = validate
-        self.rng = Rng(
-            cfg.train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device
-        )
+        """`fingerprint`: what the run is made of (`fingerprint.of_run`), kept in its checkpoints."""
+        self.train_cfg, self.cast, self.data, self.folder, self.acc = train, cast, data, folder, accelerator
+        self.fingerprint, self.validate = fingerprint, validate
+        self.rng = Rng(train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.step = 0  # windows over all stages
         self.seconds = 0.0
-        self.total = sum(s.max_train_steps for s in cfg.all_stages())
+        self.total = sum(s.max_train_steps for s in cast.stages)
         cast.divide(data)
-        self.fingerprint = fingerprint.of_run(
-            cfg, cast.teacher, data, accelerator.num_processes, accelerator.device
-        )
         self.student = cast.student
-        self.ema = EMA(self.student.trainable(), cfg.train.ema_decay)
+        self.ema = EMA(self.student.trainable(), train.ema_decay)
         self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
         self.best: dict = {}
         self.validated = True  # False where a signal cut this step's validation short
@@ -121,7 +118,7 @@ class Trainer:
         start = time.monotonic()
         bar = tqdm(total=self.total, disable=not self.acc.is_main_process, desc="train", mininterval=1.0)
         try:
-            stages = self.cfg.all_stages()
+            stages = self.cast.stages
             for index, stage in enumerate(stages):
                 self._begin(stage)
                 resumed = resume is not None and index == min(meta["stage"], len(stages) - 1)
@@ -156,7 +153,7 @@ class Trainer:
                 parameter.grad = None  # nothing left over from whoever made or trained it before
 
     def _stage(self, index: int, stage: StageConfig, k0: int, bar: tqdm, started: float) -> None:
-        train = self.cfg.train
+        train = self.train_cfg
         if self.validate and train.validation_steps and (not self.step or not self.validated):
             self.validate(self)
             self._stop()
@@ -250,7 +247,7 @@ class Trainer:
 
     def _log(self, stage: StageConfig, k: int, bar: tqdm) -> None:
         bar.update(1)
-        if not (self.step % self.cfg.train.log_steps == 0 or self.step == 1 or self.step == self.total):
+        if not (self.step % self.train_cfg.log_steps == 0 or self.step == 1 or self.step == self.total):
             return
         means = {n: sum(map(float, v)) / len(v) for n, v in self.logs.items()}
         self.logs.clear()
@@ -332,7 +329,7 @@ class Trainer:
     def _rotate(self) -> None:
         """Delete old checkpoints, once the newest one has proven good."""
         if self.unproven:
-            checkpoint.rotate(self.folder, self.cfg.train.checkpoints_total_limit)
+            checkpoint.rotate(self.folder, self.train_cfg.checkpoints_total_limit)
             self.unproven = False
 
     @torch.no_grad()
@@ -360,6 +357,6 @@ class Trainer:
     @torch.no_grad()
     def _restore_objective(self, tensors: dict[str, Tensor], meta: dict) -> None:
         """What an objective keeps beside its players, made by its prepare(); of the stage that saved it."""
-        if meta["k"] or meta["stage"] == len(self.cfg.all_stages()):
+        if meta["k"] or meta["stage"] == len(self.cast.stages):
             for name, value in self.objective.state().items():
                 value.copy_(tensors[f"objective/{name}"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgen.config.sections import EvalConfig
 from fastgen.core import interrupt
 from fastgen.core.ema import swapped
 from fastgen.core.errors import NotFinite, UserError
@@ -24,8 +25,8 @@ def averaged(trainer):
 class Validator:
     """Called at step 0 and every validation_steps: a grid from fixed seeds, and the cheap metric."""
 
-    def __init__(self, cfg, cast, data, folder: Path):
-        self.cfg, self.folder, self.evaluator = cfg, folder, Evaluator(cfg, cast, data)
+    def __init__(self, cfg: EvalConfig, evaluator: Evaluator, folder: Path):
+        self.cfg, self.evaluator, self.folder = cfg, evaluator, folder
 
     def __call__(self, trainer) -> None:
         """A signal cuts it short between two batches of samples; a resumed run validates this step again."""
@@ -38,9 +39,9 @@ class Validator:
         trainer.acc.wait_for_everyone()
 
     def _validate(self, trainer) -> None:
-        cfg, evaluator = self.cfg.eval, self.evaluator
+        cfg, evaluator = self.cfg, self.evaluator
         teacher_grid = self.folder / "samples" / "teacher.png"
-        if evaluator.few_step and not teacher_grid.exists():
+        if evaluator.protocol.few_step and not teacher_grid.exists():
             save_grid(evaluator.images("teacher", cfg.grid, cfg.seed), teacher_grid)
         with averaged(trainer):
             save_grid(
@@ -59,7 +60,7 @@ class Validator:
                     write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
 
 
-def finish(trainer, evaluator: Evaluator) -> dict:
+def finish(trainer, validator: Validator) -> dict:
     """Export, measure, report; prints one short table and where everything is. The export is whole before
     anything is measured; its card is written again with the numbers.
     """
@@ -67,15 +68,15 @@ def finish(trainer, evaluator: Evaluator) -> dict:
     from fastgen.evaluation.report import read_metrics, write_report
     from fastgen.export.load import sample_command
 
-    folder, cfg = trainer.folder, trainer.cfg
-    best = _choose_weights(trainer)
+    folder, evaluator, cfg = trainer.folder, validator.evaluator, validator.cfg
+    best = _choose_weights(trainer, cfg.keep)
     metrics = read_metrics(folder / "metrics.jsonl")
     with averaged(trainer):
         _check_finite(trainer, evaluator)
         with interrupt.deferred():
             exported = trainer.exported = _export(trainer)
         with interrupt.at_once(), _room(exported):
-            results = measure(cfg, evaluator, _show(folder, cfg.eval))
+            results = measure(evaluator, _show(folder, cfg))
     decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
     results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
     results["curve"] = _curve(metrics, evaluator)
@@ -83,7 +84,7 @@ def finish(trainer, evaluator: Evaluator) -> dict:
     with interrupt.deferred(), _room(exported):
         write_json(folder / "results.json", results)
         if exported is not None:
-            _write_cards(trainer, exported, results, evaluator.few_step)
+            _write_cards(trainer, exported, results, evaluator.protocol.few_step)
         report = write_report(folder)
     print(table(results))
     for seen, cure in warnings(metrics, results):
@@ -96,21 +97,21 @@ def finish(trainer, evaluator: Evaluator) -> dict:
     return results
 
 
-def _choose_weights(trainer) -> bool:
+def _choose_weights(trainer, keep: str) -> bool:
     """Load the best weights where they are wanted, average with another student; whether they were."""
     from fastgen.export.load import fuse
 
-    cfg, kept = trainer.cfg, trainer.folder / "best.safetensors"
-    best = cfg.eval.keep == "best" and kept.exists()
+    student, kept = trainer.cast.student_cfg, trainer.folder / "best.safetensors"
+    best = keep == "best" and kept.exists()
     if best:
         _load_best(trainer, kept)
-    if cfg.student.fuse:
-        weight = 0.5 if cfg.student.fuse_weight is None else cfg.student.fuse_weight
-        fuse(_kept(trainer), cfg.student.fuse, weight)
+    if student.fuse:
+        weight = 0.5 if student.fuse_weight is None else student.fuse_weight
+        fuse(_kept(trainer), student.fuse, weight)
     return best
 
 
-def _show(folder: Path, cfg):
+def _show(folder: Path, cfg: EvalConfig):
     """Saves the first of the measured images, of all contenders and every step count measured."""
 
     def show(who: str, steps: int, images: Tensor) -> None:
@@ -128,11 +129,11 @@ def _check_finite(trainer, evaluator: Evaluator) -> None:
     """
     from fastgen.training.exporting import export_dtype
 
-    dtype = export_dtype(trainer.cfg)
+    dtype = export_dtype(trainer)
     for name, value in trainer.student.trainable().items():
         if not value.to(dtype).isfinite().all():
             raise NotFinite(f"step {trainer.step}: {name} is not finite in {str(dtype).split('.')[1]}")
-    evaluator.images("student", 2, trainer.cfg.eval.seed)
+    evaluator.images("student", 2, evaluator.protocol.seed)
 
 
 def _export(trainer) -> Path | None:

@@ -19,7 +19,7 @@ from fastgen.export.load import Loaded, load_export, sample_command
 from fastgen.export.lora import load_lora_into
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Student, StudentSpec
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.plain import run_plain
 from tests.support.tiny import PROMPTS
@@ -55,14 +55,14 @@ def make_run(
             "critic": {"lora": {"rank": 2, "lora_alpha": 2}},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in cast.parts["student"].trainable().items():
             if moved and (kind == "full" or "lora_B" in name):
                 std = 0.02 if kind == "full" else 0.2
                 parameter.add_(std * torch.randn(parameter.shape, generator=generator))
-    return SimpleNamespace(cast=cast, cfg=cfg, step=5, folder=out)
+    return SimpleNamespace(cast=cast, train_cfg=cfg.train, step=5, folder=out)
 
 
 def ours(loaded, condition: list) -> torch.Tensor:
@@ -318,7 +318,7 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
             "data": {"name": "tinted"},
         }
     )
-    run = SimpleNamespace(cast=Cast(cfg), cfg=cfg, step=5, folder=tmp_path)
+    run = SimpleNamespace(cast=make_cast(cfg), train_cfg=cfg.train, step=5, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.float16}
@@ -338,7 +338,7 @@ def test_export_replaces_an_older_one_whole(tiny, tmp_path):
 
 def test_half_precision_leaves_the_student_alone(tiny, tmp_path):
     run = make_run(tiny("flow"), out=tmp_path)
-    run.cfg = run.cfg.model_copy(update={"train": run.cfg.train.model_copy(update={"export_dtype": "bf16"})})
+    run.train_cfg = run.train_cfg.model_copy(update={"export_dtype": "bf16"})
     folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.bfloat16}

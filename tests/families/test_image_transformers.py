@@ -23,7 +23,7 @@ from fastgen.networks.load import load_teacher
 from fastgen.networks.lora_targets import adapter_layers
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import sample_student, teacher_grid
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.families.cases import CASES, PROMPTS
 from tests.families.cases.image_transformers import FOLDERS, dit_call
@@ -134,7 +134,7 @@ def test_dit_is_square(world, name):
 def test_embedded_guidance_is_not_guidance(world, name):
     asked = {"teacher": {"path": str(world.folder), "guidance": 4.5}, "data": {"name": "fashion"}}
     with pytest.raises(UserError, match="teacher.guidance: found 4.5 .* teacher.embedded_guidance"):
-        Cast(validate({**asked, "objective": {"name": "dmd2", "gan_weight": 0.0}}))
+        make_cast(validate({**asked, "objective": {"name": "dmd2", "gan_weight": 0.0}}))
 
 
 @each(TEXT)
@@ -253,7 +253,6 @@ def code_of(folder) -> str:
 def test_the_card_s_snippet(world, name, kind, tmp_path, monkeypatch):
     """Run as it stands, it draws what our sampler draws with its seed."""
     trainer = world.trainer(kind, 2, CASES[name].sampler)
-    trainer.cast.cfg = trainer.cfg
     folder, student = export_run(trainer, tmp_path / "out", {}), trainer.cast.parts["student"]
     monkeypatch.chdir(folder)
     exec(code_of(folder), {"__name__": "card"})

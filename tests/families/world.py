@@ -79,7 +79,7 @@ class World:
                 "data": {"name": "fashion"},
             }
         )
-        cast = _Cast(cfg, self.teacher)
+        cast = _Cast(self.teacher, cfg)
         method = cast.stage(cfg.all_stages()[0], Rng(0))
         method.prepare()
         return cast, method
@@ -88,22 +88,18 @@ class World:
         """What the exporter reads of a trainer, its student moved well away from the teacher."""
         cast, _ = self.cast("sft", kind, num_steps=num_steps, sampler=sampler)
         move(cast.parts["student"])
-        cfg = cast.cfg.model_copy(
-            update={
-                "objective": validate(
-                    {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"name": ""}}
-                ).objective
-            }
-        )
-        return SimpleNamespace(cast=cast, cfg=cfg, step=5, folder=self.folder)
+        cast.stages = validate(
+            {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"name": ""}}
+        ).all_stages()
+        return SimpleNamespace(cast=cast, train_cfg=cast.train_cfg, step=5, folder=self.folder)
 
 
 class _Cast(Cast):
     """A cast over a teacher in memory, not read from its folder again."""
 
-    def __init__(self, cfg, teacher):
-        self._given = teacher
-        super().__init__(cfg)
+    def __init__(self, given, cfg):
+        self._given = given
+        super().__init__(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages())
 
     def _load(self):
         given = copy.copy(self._given)

@@ -14,7 +14,7 @@ from fastgen.core.rng import Rng
 from fastgen.export.load import load_export
 from fastgen.families.unet import guidance_features
 from fastgen.networks.load import load_teacher
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.objectives.test_contract import batch
 from tests.support.plain import run_plain
@@ -41,7 +41,7 @@ def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillati
             "data": {"name": "fashion"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     return cfg, cast, cast.stage(cfg.all_stages()[0], Rng(0))
 
 
@@ -143,7 +143,7 @@ save_file(found, "images.safetensors")
 def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, kind):
     cfg, cast, _ = make(tiny, "sd", kind)
     moved(cast, kind)
-    run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     loaded = load_export(folder)
     assert loaded.role.guidance_range == (1.0, 8.0) and loaded.role.guidance == W
@@ -164,7 +164,7 @@ def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, 
 def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
     cfg, cast, _ = make(tiny, "sd")
     moved(cast, "full")
-    run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
     told = export_run(run, tmp_path / "told", {})
     _, again, _ = make(tiny, "sd", init=str(told))
     for name, value in again.parts["student"].trainable().items():
@@ -175,7 +175,9 @@ def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
 
 def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
     cfg, cast, _ = make(tiny, "sd")
-    folder = export_run(SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path), tmp_path / "export", {})
+    folder = export_run(
+        SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path), tmp_path / "export", {}
+    )
     call = ["--model", str(folder), "--prompt", PROMPTS[0], "--guidance"]
     assert main([*call, "9", "--out", str(tmp_path / "a")]) == 0
     assert "--guidance: trained for 1 to 8, sampling with 9" in capsys.readouterr().err
@@ -214,7 +216,7 @@ def test_a_student_may_be_told_more_than_its_teacher_is_sampled_with(tiny, tmp_p
             asked = student.with_guidance(told or W).generate(one.noise, one.cond, torch.randn_like)
         torch.testing.assert_close(found[told], asked)
         assert objective.guidance == W
-        run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+        run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
         assert load_export(export_run(run, tmp_path / f"{told}", {})).role.guidance == (told or W)
     assert not torch.allclose(found[None], found[6.0], atol=1e-4)
 

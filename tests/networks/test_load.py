@@ -23,7 +23,7 @@ from fastgen.networks.attention import check, dispatches, exact_attention, kerne
 from fastgen.networks.codecs import switch_vae
 from fastgen.networks.load import load_teacher
 from fastgen.networks.lora_targets import adapter_layers
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from tests.families.cases import CASES
 from tests.families.cases.declared import DECLARATION
 
@@ -343,12 +343,12 @@ def test_half_precision_stays_with_the_frozen(folder):
             "data": {"name": ""},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     assert {p.dtype for p in cast.parts["student"].trainable().values()} == {torch.float32}
     assert {p.dtype for n, p in cast.teacher.backbone.net.named_parameters() if "lora" not in n} == {
         torch.bfloat16
     }
     full = cfg.model_copy(update={"student": StudentConfig()})
-    copied = Cast(full).parts["student"]
+    copied = make_cast(full).parts["student"]
     assert {p.dtype for p in copied.trainable().values()} == {torch.float32}
     assert declared(copy.deepcopy(DECLARATION), "X").name == "declared-X"

@@ -14,7 +14,7 @@ from fastgen.networks.jvp import TangentConfig, tangent
 from fastgen.networks.load import load_teacher
 from fastgen.networks.time_embedding import smooth_time_embedding
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 
 WIDE = TangentConfig(method="difference", step=0.03)
 """a derivative as seen from a distance: ripples average out"""
@@ -83,7 +83,7 @@ def test_the_switch_changes_the_student_alone(tiny):
         "student": {"smooth_time": True},
         "data": {"name": "fashion"},
     }
-    cast = Cast(validate(values))
+    cast = make_cast(validate(values))
     teacher, student = (cast.parts[n].backbone.net for n in ("teacher", "student"))
     assert not torch.equal(teacher.time_embedding.linear_1.weight, student.time_embedding.linear_1.weight)
     assert torch.equal(teacher.conv_in.weight, student.conv_in.weight)

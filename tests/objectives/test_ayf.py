@@ -10,7 +10,7 @@ from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import ayf, requirements_of
 from fastgen.objectives.ayf import AYF, AYFConfig
 from fastgen.roles.roles import Student, StudentSpec
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from tests.objectives.test_meanflow import S0, FlowMapNet
 from tests.support.replay import card_replay
 from tests.support.toys import batch_of, gaussian_role, rng, run_mixture
@@ -100,7 +100,7 @@ def built(tiny, **objective):
             "data": {"name": "fashion"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     return cast.stage(cfg.all_stages()[0], rng())
 
 

@@ -262,13 +262,13 @@ def test_p1_perceptual_metric_reads_the_feature_net(tiny):
     """Zero for equal pictures, blind to nothing; gradient reaches the student, none the net."""
     from fastgen.config.run import validate
     from fastgen.core.rng import Rng
-    from fastgen.training.cast import Cast
+    from fastgen.training.assembly import make_cast
 
     def cast(path):
         objective = {"name": "consistency", "metric": "perceptual", "num_scales": 4}
         values = {"teacher": {"path": path}, "objective": objective, "data": {"name": "digits"}}
         cfg = validate(values)
-        found = Cast(cfg)
+        found = make_cast(cfg)
         return found, found.stage(cfg.all_stages()[0], Rng(0))
 
     found, objective = cast("assets:teachers/digits")

@@ -17,7 +17,7 @@ from fastgen.core.paths import config as config_file
 from fastgen.core.rng import Rng
 from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY, requirements_of
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 
 MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
@@ -41,7 +41,7 @@ def make(name, teacher, kind="full", **train):
             "train": train,
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     objective = cast.stage(cfg.all_stages()[0], Rng(0))
     objective.prepare()
     return cfg, cast, objective

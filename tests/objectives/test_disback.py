@@ -199,7 +199,7 @@ def test_settings_that_make_no_path_are_refused(cfg, said):
 def test_around_any_score_distillation(tiny, host, kind):
     """Recording, backtracking and the teacher's turn with each host, on copies and on adapters."""
     from fastgen.config.run import validate
-    from fastgen.training.cast import Cast
+    from fastgen.training.assembly import make_cast
     from tests.objectives.test_contract import batch, play
 
     cfg = validate(
@@ -211,7 +211,7 @@ def test_around_any_score_distillation(tiny, host, kind):
             "data": {"name": "tinted"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     objective = cast.stage(cfg.all_stages()[0], rng())
     objective.prepare()
     one = batch(cast)

@@ -315,7 +315,7 @@ FORMS = {
 def test_forms_of_student_and_critic(tiny, form, features):
     """A LoRA student beside a full critic, or all three over one base; the teacher never moves."""
     from fastgen.config.run import validate
-    from fastgen.training.cast import Cast
+    from fastgen.training.assembly import make_cast
     from tests.objectives.test_contract import batch, play
 
     student, critic = FORMS[form]
@@ -329,7 +329,7 @@ def test_forms_of_student_and_critic(tiny, form, features):
             "data": {"name": "tinted"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     assert len(cast.backbones()) == {"sdxl": 2, "cheap": 1}.get(form, 2)
     method, one = cast.stage(cfg.all_stages()[0], rng()), batch(cast)
     t = torch.full((2,), 499.0, dtype=torch.float64)

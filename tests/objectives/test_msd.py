@@ -17,7 +17,7 @@ from fastgen.objectives.base import REGISTRY, requirements_of
 from fastgen.objectives.msd import MSD, MSDConfig
 from fastgen.roles.roles import Students, StudentSpec
 from fastgen.roles.router import Router
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from tests.support import replay
 from tests.support.toys import AffineStudent, CountingRole, GaussianNet, batch_of, gaussian_role, run_mixture
 
@@ -158,7 +158,7 @@ def test_real_guidance_is_refused_where_the_host_does_not_follow_it(wrapper, tin
             "data": {"name": "tinted"},
         }
         cfg = validate(values)
-        return Cast(cfg).stage(cfg.all_stages()[0], Rng(0))
+        return make_cast(cfg).stage(cfg.all_stages()[0], Rng(0))
 
     with pytest.raises(UserError, match="objective.real_guidance: found 3"):
         make({"name": "snoopi"})
@@ -331,9 +331,9 @@ def test_smaller_students_start_from_score_matching(tiny, tmp_path):
             "data": {"name": "fashion"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     sizes = [sum(p.numel() for p in b.parameters()) for b in cast.backbones()]
     assert len(sizes) == 3
     assert sizes[1] == sizes[2] < sizes[0]
     with pytest.raises(UserError, match="student.net"):
-        Cast(validate({**cfg.model_dump(), "student": {"net": {"block_channels": [4]}}}))
+        make_cast(validate({**cfg.model_dump(), "student": {"net": {"block_channels": [4]}}}))

@@ -7,7 +7,7 @@ from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.progressive import Progressive, ProgressiveConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher, solver_step
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from tests.support.replay import replay
 from tests.support.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
 
@@ -93,7 +93,7 @@ def test_p1_every_stage_starts_where_the_students_own_times_do():
         student = {"sampler": "ode", "timesteps": start}
         teacher = {"path": "analytic:gmm2d-vp"}
         cfg = validate({"teacher": teacher, "student": student, "stages": stages})
-        cast, (first, last) = Cast(cfg), cfg.all_stages()
+        cast, (first, last) = make_cast(cfg), cfg.all_stages()
         assert cast.stage(first, rng()).student.times == four
         assert cast.stage(last, rng()).student.times == four[:1]
 

@@ -19,7 +19,7 @@ from fastgen.objectives.sana_sprint import SanaSprint, SanaSprintConfig
 from fastgen.objectives.scm import SCM
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.objectives.test_ladd import LinearDisc
 from tests.support.plain import run_plain
@@ -104,7 +104,7 @@ def cast_of(tiny, family="sana", **student):
             "data": {"name": "tinted"},
         }
     )
-    return cfg, Cast(cfg)
+    return cfg, make_cast(cfg)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
     ours = cast.parts["student"]
     assert ours.times == pytest.approx([1.0, 0.7827], abs=1e-4)
-    run = SimpleNamespace(cast=cast, cfg=cfg, step=1, folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     (folder / "plain.py").write_text(PLAIN.replace("PROMPTS", repr(list(PROMPTS))))
     done = run_plain("plain.py", cwd=folder)

@@ -15,7 +15,7 @@ from fastgen.objectives import requirements_of
 from fastgen.objectives.tdm import TDM, TDMConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_student
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.gaussians import nodes
 from tests.support.replay import plainly, replay
@@ -253,7 +253,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
             "data": {"name": "fashion"},
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     objective, codec = cast.stage(cfg.all_stages()[0], rng()), cast.teacher.codec
     noise = torch.randn(2, *codec.shape, generator=torch.Generator().manual_seed(1))
     one = batch_of(noise, noise, codec.prompts(list(PROMPTS)))
@@ -266,7 +266,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
                 if p.grad is not None:
                     p.data -= 0.05 * p.grad.sign()
                     p.grad = None
-    run = SimpleNamespace(cast=cast, cfg=cfg, step=4, folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=4, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     images = plainly(PLAIN % (list(PROMPTS),), folder)
     loaded = load_export(folder)

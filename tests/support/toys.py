@@ -196,8 +196,7 @@ def run_mixture(
     from fastgen.config.run import validate
     from fastgen.data.loader import load_data
     from fastgen.sampling.solvers import sample_student
-    from fastgen.training.cast import Cast
-    from fastgen.training.trainer import Trainer
+    from fastgen.training.assembly import make_cast, make_trainer
 
     optim = {"lr": lr, "schedule": "cosine", "betas": [0.0, 0.99], "clip": 10}
     optim = {"student": optim, **{n: optim | {"lr": critic_lr or 2 * lr} for n in ("critic", "disc")}}
@@ -220,8 +219,8 @@ def run_mixture(
             },
         }
     )
-    cast = Cast(cfg)
-    trainer = Trainer(cfg, cast, load_data(cfg.data, cast.teacher), folder, Accelerator(cpu=True))
+    cast = make_cast(cfg)
+    trainer = make_trainer(cfg, cast, load_data(cfg.data, cast.teacher), folder, Accelerator(cpu=True))
     codec, mixture = cast.teacher.codec, cast.teacher.backbone
     generator = torch.Generator().manual_seed(7)
     real, labels = mixture.sample(1500, generator)

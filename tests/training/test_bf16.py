@@ -6,8 +6,7 @@ from accelerate import Accelerator
 
 from fastgen.config.run import validate
 from fastgen.data.loader import load_data
-from fastgen.training.cast import Cast
-from fastgen.training.trainer import Trainer
+from fastgen.training.assembly import make_cast, make_trainer
 
 OBJECTIVES = {
     "scm": {"name": "scm", "warmup_steps": 200, "weighting": "uniform"},
@@ -33,9 +32,9 @@ def test_two_thousand_steps(tmp_path, name):
             },
         }
     )
-    cast = Cast(cfg)
+    cast = make_cast(cfg)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    trainer = Trainer(cfg, cast, load_data(cfg.data, cast.teacher), tmp_path, accelerator)
+    trainer = make_trainer(cfg, cast, load_data(cfg.data, cast.teacher), tmp_path, accelerator)
     trainer.fit()  # NotFinite would name the player, the term and the step
     assert trainer.step == 2000
     assert all(torch.isfinite(p).all() for p in cast.parts["student"].trainable().values())

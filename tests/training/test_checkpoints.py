@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
     train = BASE["train"] | {"validation_steps": 0}
     arguments = write(folder, RUNS["dmd2 with GAN"] | {"train": train})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "finish", lambda trainer, evaluator: None)
+        patch.setattr(validation, "finish", lambda trainer, validator: None)
         assert main([*arguments, str(folder / "run")]) == 0
     return arguments, folder / "run"
 
@@ -158,7 +158,7 @@ def test_an_unknown_name_of_a_change(whole, tmp_path, capfd):
 
 def test_another_number_of_processes_is_refused(whole, tmp_path, monkeypatch, capfd):
     real = fingerprint.of_run
-    monkeypatch.setattr(fingerprint, "of_run", lambda c, t, d, n, v: real(c, t, d, 2, v))
+    monkeypatch.setattr(fingerprint, "of_run", lambda *given: real(*given[:-2], 2, given[-1]))
     run = cut(whole, tmp_path)
     assert main([*whole[0], str(run), "--resume"]) == 2
     assert "world_size (1 -> 2)" in capfd.readouterr().err

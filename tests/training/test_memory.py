@@ -108,5 +108,5 @@ def test_checkpointing_keeps_less():
     sizes = []
     for on in (True, False):
         cfg = validate({**values, "train": {**values["train"], "gradient_checkpointing": on}})
-        sizes.append(list(memory.estimate(cfg, memory.Cast(cfg, "meta")).rows.values())[-1])
+        sizes.append(list(memory.estimate(memory.make_cast(cfg, "meta"), cfg.train).rows.values())[-1])
     assert 0 < 2 * sizes[0] < sizes[1]

@@ -141,7 +141,7 @@ def test_resuming_a_finished_run_holds_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(
         validation,
         "finish",
-        lambda trainer, evaluator: seen.append(
+        lambda trainer, validator: seen.append(
             {n: p.detach().clone() for n, p in trainer._tensors().items()}
         ),
     )

@@ -8,8 +8,8 @@ import yaml
 
 from fastgen.config.parse import overrides, read_files
 from fastgen.config.run import RunConfig, dump, load, validate
-from fastgen.config.yaml_text import MAX_BYTES, MAX_NODES, dump_yaml, parse_yaml
 from fastgen.core.errors import UserError
+from fastgen.core.yaml_text import MAX_BYTES, MAX_NODES, dump_yaml, parse_yaml
 
 SFT = {"objective": {"name": "sft"}}
 

@@ -1,0 +1,99 @@
+"""The parts of a run, made from its config. Below the commands this is the only module that holds the whole
+config: every part is given the sections that it reads.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from fastgen.config.run import RunConfig
+from fastgen.data.loader import Data
+from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
+from fastgen.objectives import requirements_of
+from fastgen.training import fingerprint
+from fastgen.training.cast import Cast
+from fastgen.training.trainer import Trainer
+from fastgen.training.validation import Validator
+
+
+def make_cast(cfg: RunConfig, device="cpu") -> Cast:
+    """The networks of a run; on the device "meta" they have shapes and no weights."""
+    return Cast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device)
+
+
+def make_weightless_cast(cfg: RunConfig) -> Cast:
+    """The networks of a run on the meta device, never compiled."""
+    return make_cast(
+        cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})}), "meta"
+    )
+
+
+def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
+    """How the students of a run are measured."""
+    one = cfg.eval
+    validates = cfg.train.validation_steps and one.validation_samples
+    return EvaluationProtocol(
+        few_step=requirements_of(cfg.all_stages()[-1].objective).few_step,
+        guidance=cfg.teacher.guidance,
+        teacher_steps=cfg.teacher.num_steps,
+        num_samples=one.num_samples,
+        teacher_samples=one.teacher_samples,
+        validation_samples=max(one.validation_samples, one.grid) if validates else 0,
+        student_steps=one.student_steps,
+        batch_size=one.batch_size,
+        seed=one.seed,
+    )
+
+
+def make_validator(cfg: RunConfig, cast: Cast, data: Data, folder: Path) -> Validator:
+    """What measures a run while it trains and at its end."""
+    return Validator(cfg.eval, Evaluator(make_protocol(cfg), cast, data), folder)
+
+
+def make_trainer(
+    cfg: RunConfig,
+    cast: Cast,
+    data: Data,
+    folder: Path,
+    accelerator: Accelerator,
+    validate: Callable[[Trainer], None] | None = None,
+) -> Trainer:
+    """The training loop of a run over networks and data that are loaded."""
+    found = fingerprint.of_run(
+        fixed_settings(cfg), cast.teacher, data, cfg.data, accelerator.num_processes, accelerator.device
+    )
+    return Trainer(cfg.train, cast, data, folder, accelerator, found, validate)
+
+
+def fixed_settings(cfg: RunConfig) -> dict[str, str]:
+    """The settings that may not change between a run and its resumption, as JSON by dotted key."""
+    values = cfg.model_dump(mode="json")
+    kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
+    kept["train"] = {k: values["train"][k] for k in fingerprint.TRAIN}
+    kept["data"].pop("cache_dir")
+    if cfg.stages:
+        kept["stages"] = {str(i): s for i, s in enumerate(values["stages"])}
+    else:
+        kept |= {"objective": values["objective"], "optim": values["optim"]}
+        kept["train"]["max_train_steps"] = values["train"]["max_train_steps"]
+    return fingerprint.by_key(kept)
+
+
+def input_paths(cfg: RunConfig) -> dict[str, str]:
+    """The files and folders that a run reads, by the key that names them; empty where a key is not set."""
+    return {
+        "teacher.path": cfg.teacher.path,
+        "student.init": cfg.student.init,
+        "student.fuse": cfg.student.fuse,
+        "data.images": cfg.data.images,
+        "data.control": cfg.data.control,
+        "data.prompts": cfg.data.prompts,
+    }
+
+
+def step_keys(cfg: RunConfig) -> tuple[str, ...]:
+    """The key that sets the length of each stage."""
+    if not cfg.stages:
+        return ("train.max_train_steps",)
+    return tuple(f"stages.{i}.max_train_steps" for i in range(len(cfg.stages)))
