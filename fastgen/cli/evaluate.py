@@ -6,7 +6,8 @@ fastgen-eval --images a --against b --metrics fid kid --weights inception=FILE
 fastgen-eval --images a.npz --against REF.npz --metrics fid is --weights inception=FILE
 fastgen-eval --images shard-{000..010}.tar --metrics clip hps --weights clip=FILE hps=FILE
 fastgen-eval statistics --images real --encoder inception --weights inception=FILE --out real.npz
-fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
+fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure; see its
+--help fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 fastgen-eval metrics                                        every metric: what it needs, where it is from
 
 In a checkout `python -m eval` is the same and keeps the leaderboard too.
@@ -16,23 +17,28 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastgen.cli import generate
+from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
+OWN_FLAGS = {"generate": generate}
+"""commands with flags of their own, by the module that has `flags` and `run`"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
 
-def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
+def flags() -> argparse.ArgumentParser:
+    """Of the commands in COMMANDS."""
+    found = CommandFlags(
         "fastgen-eval",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = flags.add_argument
+    add = found.add_argument
     add("command", nargs="?", default="measure", choices=COMMANDS)
     add("--run", default="", type=expand, metavar="DIR", help="run folder")
     add("--num_samples", type=int, default=0, help="default: the run's eval.num_samples")
@@ -54,14 +60,26 @@ def _flags() -> argparse.ArgumentParser:
     teacher = "card: the teacher to measure at 1, 4, 20 and 50 steps"
     add("--teacher", default="", type=expand, metavar="PATH", help=teacher)
     add("--guidance", type=float, default=1.0, help="card: classifier-free guidance w")
-    return flags
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of fastgen-eval; 0, or 2 for a user's mistake, 3 for samples that are not finite."""
-    args = _flags().parse_args(argv)
+    """Entry point of fastgen-eval; 0, or 2 for a user's mistake, 3 for samples that are not finite, 75 where
+    a signal stopped it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in OWN_FLAGS:
+        command = OWN_FLAGS[argv[0]]
+        args, run = command.flags().parse_args(argv[1:]), command.run
+    else:
+        args, run = flags().parse_args(argv), _run
     quiet()
-    return exit_code(lambda: _run(args))
+    with interrupt.handled():
+        try:
+            return exit_code(lambda: run(args))
+        except interrupt.Stopped as stop:
+            print(f"{stop}: stopped; the images drawn so far are kept", file=sys.stderr)
+            return interrupt.REQUEUE
 
 
 def _run(args) -> int:

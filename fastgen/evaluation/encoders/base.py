@@ -79,11 +79,11 @@ class TextImageEncoder(Encoder):
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file; of a folder, over the names and contents of its weights and configs."""
+    """sha256 of a file; of a folder, over the names and contents of the weights and configs in it."""
     if path.is_file():
         return sha256(path)
-    known = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    text = "".join(f"{p.name} {sha256(p)}\n" for p in known)
+    known = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json", ".txt"))
+    text = "".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in known)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
