@@ -16,8 +16,10 @@ In a checkout `python -m eval` is the same and keeps the leaderboard too.
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from fastgen.cli import generate
+from fastgen.cli import compare, generate
+from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
@@ -25,7 +27,7 @@ from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
-OWN_FLAGS = {"generate": generate}
+OWN_FLAGS: dict[str, ModuleType] = {"generate": generate, "compare": compare}
 """commands with flags of their own, by the module that has `flags` and `run`"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
@@ -110,15 +112,6 @@ def _card(args) -> None:
     measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
 
 
-def _encoders(args):
-    from fastgen.data.bundled import NAMES
-    from fastgen.evaluation.encoders.catalogue import Encoders, read_weights
-    from fastgen.networks.device import open_device
-
-    mini_set = args.extractor or (args.against if args.against in NAMES else "")
-    return Encoders(read_weights(args.weights), mini_set, args.clip, open_device(args.device))
-
-
 def _statistics(args) -> None:
     from fastgen.evaluation import features
     from fastgen.evaluation.inputs import open_source
@@ -128,7 +121,7 @@ def _statistics(args) -> None:
             raise UserError(f"--{flag}", "none given", "statistics needs --images, --encoder and --out")
     if not args.out.endswith(".npz"):
         raise UserError("--out", f"found {args.out}", "the name of an .npz file")
-    source, encoder = open_source(args.images), _encoders(args).open(args.encoder)
+    source, encoder = open_source(args.images), open_encoders(args).open(args.encoder)
     found = features.statistics(encoder, source)
     features.write_statistics(Path(args.out), found, encoder, source)
     print(f"wrote {args.out}: mean and covariance of {len(found.mean)} features of {found.num} images")
@@ -146,24 +139,6 @@ def measure_images(args) -> dict:
     found |= {label: e.value for label, e in estimates.items()}
     found["intervals"] = {label: list(e.interval()) for label, e in estimates.items()}
     return found | material.describe()
-
-
-def open_material(args, labelled: bool):
-    """Images, reference, prompts and encoders of the command line; labels where a metric asks for them."""
-    from fastgen.evaluation.features import holds_images, is_statistics
-    from fastgen.evaluation.inputs import open_source
-    from fastgen.evaluation.material import Material
-    from fastgen.evaluation.prompts import labels_of, prompts_of
-
-    source, encoders = open_source(args.images), _encoders(args)
-    known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
-    against = None
-    if args.against and (known is None or holds_images(known)):
-        against = open_source(args.against, "--against")
-    prompts = prompts_of(source, args.prompts)
-    labels = labels_of(source, prompts, encoders.mini_set) if labelled else {}
-    cache = Path(args.cache) if args.cache else None
-    return Material(source, encoders, against, known, prompts, labels, args.group_size, cache)
 
 
 if __name__ == "__main__":

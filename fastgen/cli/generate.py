@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import placed, to_json
 from fastgen.core.paths import expand
 from fastgen.core.reading import read_json
+from fastgen.evaluation.prompts import MOST_BYTES
+from fastgen.evaluation.prompts import SAMPLES as RECORD
 
-RECORD, REQUEST = "samples.json", "request.json"
+REQUEST = "request.json"
 
 
 @dataclass
@@ -74,7 +77,9 @@ def name_of(i: int) -> str:
 
 
 class Drawing:
-    """A model made ready to draw the images of a request."""
+    """A model made ready to draw the images of a request. measure: the bundled set whose net judges it, if
+    any.
+    """
 
     def __init__(self, request: Request):
         from fastgen.export.load import load_export
@@ -85,7 +90,8 @@ class Drawing:
         loaded = load_export(request.model)
         if len(loaded.codec.shape) == 1:
             raise UserError("--model", f"{request.model} makes points, not images", "a model of images")
-        self.codec = loaded.codec
+        self.codec: Any = loaded.codec
+        self.measure = str((loaded.teacher.info or {}).get("measure") or "")
         self.takes_text = isinstance(self.codec, TextCodec)
         if not request.texts:
             request.texts = default_texts(loaded)
@@ -144,12 +150,16 @@ def shares(num: int, batch_size: int, rank: int, world: int) -> Iterator[int]:
     yield from range(rank * batch_size, num, world * batch_size)
 
 
-def generate(request: Request, out: Path, rank: int = 0, world: int = 1) -> int:
-    """Draw what is missing of this process's share into a folder; how many images were drawn.
+def generate(
+    request: Request, out: Path, rank: int = 0, world: int = 1, drawing: Drawing | None = None
+) -> int:
+    """Draw what is missing of this process's share into a folder; how many images were drawn. A drawing of
+    the same model may be given, which takes on this request.
 
     A UserError where the folder holds images of another request.
     """
-    drawing = Drawing(request)
+    drawing = drawing or Drawing(request)
+    drawing.request = request
     _claim(request, out)
     drawn = 0
     for first in shares(request.num, request.batch_size, rank, world):
@@ -215,7 +225,9 @@ def _write_record(request: Request, drawing: Drawing, out: Path) -> None:
         for i in range(request.num)
     ]
     record = {"model": request.model, "name": drawing.generator.name, "nfe": drawing.nfe, "images": images}
-    if (out / RECORD).is_file() and len(read_json(out / RECORD, "--out")["images"]) >= request.num:
+    if (out / RECORD).is_file() and len(
+        read_json(out / RECORD, "--out", limit=MOST_BYTES)["images"]
+    ) >= request.num:
         return
     (out / RECORD).unlink(missing_ok=True)
     _write_first(out / RECORD, to_json(record))

@@ -51,6 +51,12 @@ class Material:
     keep: dict[str, str] = field(default_factory=dict)
     """by encoder, the beginning of the names of the outputs that any metric needs"""
 
+    def share(self, other: Material) -> None:
+        """Take over what another material with the same reference has opened and computed of it."""
+        self.encoders, self.against, self.known = other.encoders, other.against, other.known
+        self._statistics = other._statistics
+        self._outputs |= {k: v for k, v in other._outputs.items() if k[0] == "reference"}
+
     def outputs(self, encoder: str) -> Outputs:
         """Of the generated images, computed once."""
         return self._of("images", encoder, self.source)

@@ -12,6 +12,8 @@ from fastgen.evaluation.sources import Folder, Source
 
 SAMPLES = "samples.json"
 """written beside its pictures by sample.py, which goes round its prompts"""
+MOST_BYTES = 2**30
+"""of it: a million images"""
 
 
 def read_prompts(file: str | Path, num: int, drawn: bool = False, key: str = "--prompts") -> list[str]:
@@ -49,7 +51,7 @@ def prompts_of(source: Source, file: str = "") -> list[str] | None:
 
 def _drawn(source: Folder) -> list[str] | None:
     """The conditions in samples.json, where it is about these very files."""
-    images = read_json(source.folder / SAMPLES, "--images").get("images")
+    images = read_json(source.folder / SAMPLES, "--images", limit=MOST_BYTES).get("images")
     said = {}
     for entry in images if isinstance(images, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("file"), str):
