@@ -31,8 +31,7 @@ from fastgen.core.paths import expand
 from fastgen.core.reading import read_json
 from fastgen.evaluation.prompts import MOST_BYTES
 from fastgen.evaluation.prompts import SAMPLES as RECORD
-
-REQUEST = "request.json"
+from fastgen.evaluation.sources import REQUEST
 
 
 @dataclass

@@ -48,7 +48,7 @@ def compared(contenders: list[Contender], better: dict[str, Better]) -> dict:
 def _entry(contender: Contender, metric: str) -> dict:
     estimate = contender.pooled(metric)
     low, high = estimate.interval()
-    found = {"value": estimate.value, "low": low, "high": high}
+    found: dict[str, Any] = {"value": estimate.value, "low": low, "high": high}
     if len(contender.by_seed) > 1:
         found["by_seed"] = [e[metric].value for e in contender.by_seed]
     return found
@@ -66,7 +66,9 @@ def _difference(one: Contender, first: Contender, metric: str, better: Better) -
 
 def shown(value: float | None, digits: int = 4) -> str:
     """A number as tables have it; an empty cell for none."""
-    return "" if value is None or value != value else f"{value:.{digits}g}"
+    if value is None or value != value:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def cell(entry: dict) -> str:

@@ -54,13 +54,8 @@ def _figure(rows: list[dict], metric: str, cost: str, title: str) -> str:
                 [max(0.0, v - row["metrics"][metric]["low"]) for v, row in zip(values, own)],
                 [max(0.0, row["metrics"][metric]["high"] - v) for v, row in zip(values, own)],
             ]
-            style: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": "o",
-                "ms": 4,
-                "lw": 1.3,
-                "capsize": 2,
-            }
+            style: dict[str, Any] = {"marker": "o", "ms": 4, "lw": 1.3, "capsize": 2}
+            style["color"] = COLOURS[i % len(COLOURS)]
             axes.errorbar([row[cost] for row in own], values, yerr=bars, label=line, **style)
         axes.set_xscale("log")
         axes.set_xlabel(title, fontsize=9)

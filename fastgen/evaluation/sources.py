@@ -20,7 +20,7 @@ from fastgen.data.bundled import load_images
 from fastgen.data.folders import named, scan, some
 from fastgen.data.pictures import kind_of, read_picture, to_tensor
 
-BATCH = 64
+BATCH, REQUEST = 64, "request.json"
 KINDS = {"grey": "grey, repeated to three channels", "alpha": "with transparency, laid over white"}
 
 
@@ -82,7 +82,7 @@ class Folder(Source):
             warn(f"{key}: {len(listing.skipped)} skipped: {some(listing.skipped)}")
         if not self.files:
             raise UserError(key, f"{folder} holds no images", "png, jpg, webp or other picture files")
-        self._told = False
+        self._told = (self.folder / REQUEST).is_file()  # written by `generate`: nothing is converted
 
     def __len__(self) -> int:
         return len(self.files)

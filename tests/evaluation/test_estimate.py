@@ -102,3 +102,5 @@ def test_pooled_over_seeds():
     a, b = mean_of(torch.tensor([1.0, 2])), mean_of(torch.tensor([3.0, 6]))
     both = pooled([a, b])
     assert both.value == 3 and both.contributions().tolist() == [1, 2, 3, 6] and pooled([a]) is a
+    reached = [mean_of(torch.tensor(x), "references") for x in ([0.0, 1, 1], [0.0, 0, 1])]
+    assert pooled(reached).contributions().tolist() == [0, 0.5, 1], "the reference is one"

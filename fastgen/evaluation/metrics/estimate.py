@@ -100,7 +100,8 @@ def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
     p = successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return Interval(max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+    low = (centre - half) / scale if successes else 0.0
+    return Interval(max(0.0, low), min(1.0, (centre + half) / scale))
 
 
 class Difference(NamedTuple):
@@ -143,14 +144,15 @@ def _normal(x: Tensor, level: float) -> Interval:
 
 
 def pooled(estimates: list[Estimate]) -> Estimate:
-    """The mean over seeds, equally many contributions each: their values' mean, their contributions
-    joined.
+    """The mean over seeds: contributions of their samples are joined, those of the one reference that all
+    are compared with are averaged.
     """
     value = sum(e.value for e in estimates) / len(estimates)
     if len(estimates) == 1:
         return estimates[0]
 
     def contributions() -> Tensor:
-        return torch.cat([e.contributions() for e in estimates])
+        found = [e.contributions() for e in estimates]
+        return torch.stack(found).mean(0) if estimates[0].over == "references" else torch.cat(found)
 
     return Estimate(value, contributions, estimates[0].over)
