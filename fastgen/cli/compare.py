@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from fastgen.cli import sample
-from fastgen.cli.generate import Drawing, Request, generate
+from fastgen.cli.generate import PROMPTS, Drawing, Request, generate
 from fastgen.cli.measuring import open_material
 from fastgen.cli.pictures import grid
 from fastgen.core.console import CommandFlags
@@ -79,7 +79,9 @@ class Entry:
 def entries(args) -> list[Entry]:
     """The contenders, with names that differ."""
     if args.names and len(args.names) != len(args.contenders):
-        raise UserError("--names", f"{len(args.names)} for {len(args.contenders)} contenders", "one each")
+        raise UserError(
+            "--names", f"{len(args.names)} for {len(args.contenders)} contenders", "give one each"
+        )
     found = []
     for i, text in enumerate(args.contenders):
         path, at, steps = text.rpartition("@")
@@ -120,10 +122,10 @@ def run(args) -> int:
 
     for name, least in (("num_samples", 2), ("seeds", 1), ("seed", 0), ("repeats", 0), ("group_size", 1)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"{least} or more")
+            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {least} or more")
     found, out = entries(args), Path(args.out)
     if out.is_file():
-        raise UserError("--out", f"{out} is a file", "a folder")
+        raise UserError("--out", f"{out} is a file", "give a folder")
     drawings = {e.name: _drawing(args, e) for e in found if e.steps >= 0}
     contenders, better, protocol = _measured(args, found, drawings, out)
     document = compared(contenders, better) | {"protocol": protocol}
@@ -139,7 +141,7 @@ def run(args) -> int:
 def _request(args, entry: Entry, seed: int) -> Request:
     from fastgen.data.text import read_lines
 
-    texts = read_lines(args.prompts, "--prompts", "a text file, one prompt a line") if args.prompts else []
+    texts = read_lines(args.prompts, "--prompts", PROMPTS) if args.prompts else []
     known = {k: getattr(args, k) for k in ("guidance", "batch_size", "group_size", "dtype", "device")}
     return Request(entry.path, args.num_samples, texts, seed, entry.steps, **known)
 

@@ -108,7 +108,7 @@ def _card(args) -> None:
     from fastgen.cli.remeasure import measure_teacher
 
     if not args.teacher:
-        raise UserError("--teacher", "none given", "a teacher folder, e.g. assets:teachers/fashion")
+        raise UserError("--teacher", "none given", "give a teacher folder, e.g. assets:teachers/fashion")
     measure_teacher(args.teacher, args.guidance, args.num_samples or 1000, args.device)
 
 
@@ -118,9 +118,9 @@ def _statistics(args) -> None:
 
     for flag in ("images", "encoder", "out"):
         if not getattr(args, flag):
-            raise UserError(f"--{flag}", "none given", "statistics needs --images, --encoder and --out")
+            raise UserError(f"--{flag}", "none given", "give --images, --encoder and --out")
     if not args.out.endswith(".npz"):
-        raise UserError("--out", f"found {args.out}", "the name of an .npz file")
+        raise UserError("--out", f"found {args.out}", "give the name of an .npz file")
     source, encoder = open_source(args.images), open_encoders(args).open(args.encoder)
     found = features.statistics(encoder, source)
     features.write_statistics(Path(args.out), found, encoder, source)

@@ -33,6 +33,8 @@ from fastgen.evaluation.prompts import MOST_BYTES
 from fastgen.evaluation.prompts import SAMPLES as RECORD
 from fastgen.evaluation.sources import REQUEST
 
+PROMPTS = "give a text file, one prompt per line"
+
 
 @dataclass
 class Request:
@@ -88,7 +90,7 @@ class Drawing:
         self.request, self.device = request, open_device(request.device)
         loaded = load_export(request.model)
         if len(loaded.codec.shape) == 1:
-            raise UserError("--model", f"{request.model} makes points, not images", "a model of images")
+            raise UserError("--model", f"{request.model} makes points, not images", "give a model of images")
         self.codec: Any = loaded.codec
         self.measure = str((loaded.teacher.info or {}).get("measure") or "")
         self.takes_text = isinstance(self.codec, TextCodec)
@@ -107,7 +109,7 @@ class Drawing:
         for text in texts:
             if not (text.isdigit() and int(text) < num):
                 raise UserError(
-                    "--prompts", f"found {text[:40]!r}", f"class labels 0 to {num - 1}, one a line"
+                    "--prompts", f"found {text[:40]!r}", f"give class labels 0 to {num - 1}, one per line"
                 )
 
     def _cond(self, index: list[int]) -> dict[str, Tensor]:
@@ -141,7 +143,9 @@ def default_texts(loaded) -> list[str]:
         captions = load_labels("tinted", "heldout")[1]
         assert captions is not None
         return captions
-    raise UserError("--prompts", "none given", "this model takes text: a file, one prompt a line")
+    raise UserError(
+        "--prompts", "none given", "give a text file, one prompt per line, since this model takes text"
+    )
 
 
 def shares(num: int, batch_size: int, rank: int, world: int) -> Iterator[int]:
@@ -167,7 +171,7 @@ def generate(
             continue
         images = drawing.batch(first)
         if images.ndim != 4:
-            raise UserError("--model", f"{request.model} makes clips", "a model of images")
+            raise UserError("--model", f"{request.model} makes clips", "give a model of images")
         with interrupt.deferred():
             for i in range(first, last):
                 _save(images[i - first], out / name_of(i))
@@ -195,13 +199,13 @@ def _claim(request: Request, out: Path) -> None:
     wanted = request.identity(weights)
     file = out / REQUEST
     if not file.is_file() and out.is_dir() and any(p.suffix != ".part" for p in out.iterdir()):
-        raise UserError("--out", f"{out} is not empty", "another folder")
+        raise UserError("--out", f"{out} is not empty", "give another folder")
     _write_first(file, to_json({"model": request.model, **wanted}, 2))
-    before = read_json(file, "--out", "another folder, or delete this one")
+    before = read_json(file, "--out", "give another folder, or delete this one")
     differs = [k for k, v in wanted.items() if before.get(k) != v]
     if differs:
         found = f"{out} holds images of another {', '.join(d.removesuffix('_sha256') for d in differs)}"
-        raise UserError("--out", found, "another folder, or delete this one")
+        raise UserError("--out", found, "give another folder, or delete this one")
 
 
 def _write_first(file: Path, text: str) -> None:
@@ -267,7 +271,7 @@ def read_shard(text: str) -> tuple[int, int]:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first, _, of = text.partition("/")
     if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
-        raise UserError("--shard", f"found {text!r}", "I/N, from 1/N to N/N")
+        raise UserError("--shard", f"found {text!r}", "give I/N, from 1/N to N/N")
     return int(first) - 1, int(of)
 
 
@@ -277,8 +281,8 @@ def run(args) -> int:
 
     for name, least in (("num_samples", 1), ("batch_size", 1), ("group_size", 1), ("seed", 0), ("steps", 0)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"{least} or more")
-    texts = read_lines(args.prompts, "--prompts", "a text file, one prompt a line") if args.prompts else []
+            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {least} or more")
+    texts = read_lines(args.prompts, "--prompts", PROMPTS) if args.prompts else []
     known = {k: getattr(args, k) for k in ("seed", "steps", "guidance", "batch_size", "group_size", "dtype")}
     request = Request(args.model, args.num_samples, texts, device=args.device, **known)
     drawn = generate(request, Path(args.out), *read_shard(args.shard))

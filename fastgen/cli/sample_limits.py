@@ -25,9 +25,11 @@ def check_numbers(args) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise UserError(f"--{name}", f"found {value}", f"{low:g} or more, up to {high:g}")
+            raise UserError(f"--{name}", f"found {value}", f"give {low:g} or more, up to {high:g}")
     if args.seed + args.num_images > MOST_SEED:
-        raise UserError("--seed", f"found {args.seed}", f"the last image's seed is at most {MOST_SEED}")
+        raise UserError(
+            "--seed", f"found {args.seed}", f"lower it: the seed of the last image may be at most {MOST_SEED}"
+        )
 
 
 def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:

@@ -41,7 +41,7 @@ def _files(text: str, key: str) -> list[Path]:
     first, last = span.groups()
     numbers = range(int(first), int(last) + 1)
     if len(numbers) > 100_000:
-        raise UserError(key, f"{text} names {len(numbers)} files", "fewer shards")
+        raise UserError(key, f"{text} names {len(numbers)} files", "give fewer shards")
     return [
         Path(f"{text[: span.start()]}{i:0{len(first)}d}{text[span.end() :]}").expanduser() for i in numbers
     ]
@@ -66,7 +66,7 @@ class Archives(Source):
             if label is not None:
                 labels[index] = label
         if not self.names:
-            raise UserError(key, f"{self.name} holds no images", "png, jpg, webp or other picture files")
+            raise UserError(key, f"{self.name} holds no images", "add png, jpg, webp or other image files")
         num = len(self.names)
         self.captions = [texts[i] for i in range(num)] if len(texts) == num else None
         self.labels = [labels[i] for i in range(num)] if len(labels) == num else None
@@ -84,7 +84,7 @@ class Archives(Source):
                     yield from _grouped(archive, kinds, read_pictures)
             except (OSError, tarfile.TarError, EOFError) as error:
                 found = f"{file} cannot be read ({error})"
-                raise UserError(self.key, found, "a webdataset .tar file") from None
+                raise UserError(self.key, found, "give a webdataset .tar file") from None
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         seen: Counter = Counter()
@@ -160,6 +160,6 @@ def archives(text: str, key: str) -> Archives:
     files = _files(text, key)
     if missing := [f for f in files if not f.is_file()]:
         raise UserError(
-            key, f"{missing[0]} does not exist", "a webdataset .tar file, or shard-{000..010}.tar"
+            key, f"{missing[0]} does not exist", "give a webdataset .tar file, or shard-{000..010}.tar"
         )
     return Archives(files, key)

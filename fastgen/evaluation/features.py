@@ -87,7 +87,9 @@ def statistics(encoder: Encoder, source: Source) -> Statistics:
     for batch in computed(encoder, source):
         moments.add(batch["features"])
     if moments.num < 2:
-        raise UserError(source.key, f"{source.name} holds one image", "a covariance needs two or more")
+        raise UserError(
+            source.key, f"{source.name} holds one image", "give two or more: a covariance needs them"
+        )
     return moments.statistics()
 
 
@@ -108,17 +110,21 @@ def read_statistics(path: Path, encoder: Encoder | None, key: str = "--against")
             mean, cov = (torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma"))
             about = json.loads(str(file["fastgen"])) if "fastgen" in file.files else {}
     except KeyError:
-        raise UserError(key, f"{path} has no mu and sigma", "a statistics file, or images in arr_0") from None
+        raise UserError(
+            key, f"{path} has no mu and sigma", "give a statistics file, or images in arr_0"
+        ) from None
     except Exception as error:
-        raise UserError(key, f"{path} cannot be read ({error})", "an npz file without pickles") from None
+        raise UserError(key, f"{path} cannot be read ({error})", "give an npz file without pickles") from None
     mean = mean.flatten()
     if cov.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and cov.isfinite().all()):
         found = f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)}"
-        raise UserError(key, found, "finite mu [d] and sigma [d, d]")
+        raise UserError(key, found, "give finite mu [d] and sigma [d, d]")
     if about and encoder and about.get("key") != encoder.key:
         made = f"{about.get('encoder')} ({about.get('resize')}, weights {about.get('weights_sha256')})"
         asked = f"{encoder.name} ({encoder.preprocessing}, weights {encoder.weights[:12]})"
-        raise UserError(key, f"{path} was made with {made}, not {asked}", "make it again with `statistics`")
+        raise UserError(
+            key, f"{path} was made with {made}, not {asked}", "make it again with `fastgen-eval statistics`"
+        )
     if not about and encoder:
         warn(f"{key}: {path} does not say its encoder; taken for {encoder.name}, {encoder.preprocessing}")
     return Statistics(mean, cov, int(about.get("num", 0)))
@@ -149,4 +155,4 @@ def check_width(features: Tensor, reference: Statistics, encoder: Encoder, key: 
     """Refuse statistics of another number of features."""
     if features.shape[1] != len(reference.mean):
         found = f"statistics of {len(reference.mean)} features for an encoder of {features.shape[1]}"
-        raise UserError(key, found, f"those of {encoder.name}")
+        raise UserError(key, found, f"give those of {encoder.name}")

@@ -7,7 +7,7 @@ from fastgen.data.bundled import NAMES
 from fastgen.evaluation.archives import archives, is_archive
 from fastgen.evaluation.sources import Folder, Source, bundled, from_npz, from_safetensors
 
-WAYS = f"a folder of images, .npz, .safetensors, webdataset .tar, or {', '.join(NAMES)}"
+WAYS = f"give a folder of images, .npz, .safetensors, webdataset .tar, or {', '.join(NAMES)}"
 
 
 def open_source(text: str, key: str = "--images") -> Source:

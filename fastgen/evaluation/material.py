@@ -106,11 +106,11 @@ class Material:
         assert self.against is not None
         if len(self.source) != len(self.against):
             found = f"{len(self.against)} originals for {len(self.source)} images"
-            raise UserError("--against", found, "one original for each image, in their order")
+            raise UserError("--against", found, "give one original per image, in the same order")
         for a, b in zip(self.source.batches(), self.against.batches()):
             if a.shape != b.shape:
                 found = f"originals of {b.shape[3]} x {b.shape[2]} for images of {a.shape[3]} x {a.shape[2]}"
-                raise UserError("--against", found, "originals of the size of the images")
+                raise UserError("--against", found, "give originals of the size of the images")
             yield a, b
 
     def labels(self) -> dict[str, Tensor]:
@@ -141,12 +141,12 @@ def check(material: Material, wanted: list[Wanted]) -> None:
         _check_needs(material, label, metric)
         if len(material.source) < metric.least:
             found = f"{material.source.name} holds {_images(len(material.source))}"
-            raise UserError("--images", found, f"{label} needs {metric.least} or more")
+            raise UserError("--images", found, f"give more: {label} needs {metric.least} or more")
         if material.against is not None and "reference" in metric.needs:
             least = max(2, metric.least)
             if len(material.against) < least:
                 found = f"{material.against.name} holds {_images(len(material.against))}"
-                raise UserError("--against", found, f"{label} needs {least} or more")
+                raise UserError("--against", found, f"give more: {label} needs {least} or more")
         if encoder:
             keep = "features" if metric.name not in ("is", "agreement") else "logits"
             before = material.keep.get(encoder, keep)
@@ -172,7 +172,7 @@ def _check_needs(material: Material, label: str, metric) -> None:
         if need != "statistics" and not given[need]:
             flag, words = FLAGS[need]
             found = "statistics alone" if need == "reference" and given["statistics"] else "none given"
-            raise UserError(flag, found, f"{label} needs {words}")
+            raise UserError(flag, found, f"give {words}, which {label} needs")
 
 
 def measure(material: Material, wanted: list[Wanted]) -> dict[str, Estimate]:

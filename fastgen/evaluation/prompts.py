@@ -26,7 +26,7 @@ def read_prompts(file: str | Path, num: int, drawn: bool = False, key: str = "--
     lines = split_lines(text)
     filled = [line for line in lines if line]
     if not filled:
-        raise UserError(key, f"{file} is empty", "one prompt or label a line")
+        raise UserError(key, f"{file} is empty", "write one prompt or label per line")
     while lines[-1] == "" and len(lines) > num:
         lines.pop()
     if len(lines) == num:
@@ -34,10 +34,10 @@ def read_prompts(file: str | Path, num: int, drawn: bool = False, key: str = "--
     if len(filled) == num:
         return filled
     if drawn or (len(filled) < num and num % len(filled) == 0):
-        warn(f"{key}: {len(filled)} lines for {num} images, gone round in turn as sample.py does")
+        warn(f"{key}: {len(filled)} lines for {num} images, repeated in order, as sample.py does")
         return [filled[i % len(filled)] for i in range(num)]
     raise UserError(
-        key, f"{len(lines)} lines in {file} for {num} images", "one line for each image, in their order"
+        key, f"{len(lines)} lines in {file} for {num} images", "give one line per image, in the same order"
     )
 
 

@@ -54,16 +54,18 @@ def wanted(name: str) -> Wanted:
     if base not in METRICS:
         known = names()
         raise UserError(
-            "--metrics", f"no metric {name!r}{suggest(name, known)}", f"known: {', '.join(known)}"
+            "--metrics", f"no metric {name!r}{suggest(name, known)}", f"choose one of {', '.join(known)}"
         )
     metric = METRICS[base]
     encoder = encoder or metric.encoder
     if takes_encoder(metric) and not encoder:
         raise UserError(
-            "--metrics", f"{name} does not say on which encoder", f"{name}:mini, {name}:dinov2, ..."
+            "--metrics",
+            f"{name} does not say on which encoder",
+            f"name it as in {name}:mini or {name}:dinov2",
         )
     if encoder and not takes_encoder(metric):
-        raise UserError("--metrics", f"{name}: {base} looks through no encoder", base)
+        raise UserError("--metrics", f"{name}: {base} looks through no encoder", f"ask for {base}")
     label = f"{base}_mini" if encoder == "mini" else name
     return Wanted(label, metric, encoder)
 

@@ -53,7 +53,7 @@ class Source:
             size = size or image.shape
             if image.shape != size:
                 found = f"{name} is {_wide(image.shape)} pixels, others {_wide(size)}"
-                raise UserError(self.key, found, "images of one size")
+                raise UserError(self.key, found, "give images of one size")
             chunk.append(image)
             if len(chunk) == batch_size:
                 yield torch.stack(chunk)
@@ -81,7 +81,7 @@ class Folder(Source):
         if listing.skipped:
             warn(f"{key}: {len(listing.skipped)} skipped: {some(listing.skipped)}")
         if not self.files:
-            raise UserError(key, f"{folder} holds no images", "png, jpg, webp or other picture files")
+            raise UserError(key, f"{folder} holds no images", "add png, jpg, webp or other image files")
         self._told = (self.folder / REQUEST).is_file()  # written by `generate`: nothing is converted
 
     def __len__(self) -> int:
@@ -144,12 +144,12 @@ def from_npz(path: Path, key: str) -> Arrays:
             labels = file["arr_1"] if "arr_1" in names else None
     except KeyError:
         found = f"{path} has {', '.join(names)}"
-        raise UserError(key, found, "images in arr_0, or statistics in mu and sigma") from None
+        raise UserError(key, found, "give images in arr_0, or statistics in mu and sigma") from None
     except Exception as error:
-        raise UserError(key, f"{path} cannot be read ({error})", "an npz file without pickles") from None
+        raise UserError(key, f"{path} cannot be read ({error})", "give an npz file without pickles") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         found = f"{path} holds {images.dtype} {list(images.shape)}"
-        raise UserError(key, found, "images as uint8 [N, H, W, 3]")
+        raise UserError(key, found, "give images as uint8 [N, H, W, 3]")
     made = Arrays(torch.from_numpy(images).permute(0, 3, 1, 2), str(path), key)
     made.labels = None if labels is None else [int(v) for v in labels.flatten()]
     return made
@@ -165,11 +165,11 @@ def from_safetensors(path: Path, key: str) -> Arrays:
             images = file.get_tensor("images") if "images" in names else None
             labels = file.get_tensor("labels") if "labels" in names else None
     except Exception as error:
-        raise UserError(key, f"{path} cannot be read ({error})", "a safetensors file") from None
+        raise UserError(key, f"{path} cannot be read ({error})", "give a safetensors file") from None
     fits = images is not None and images.dtype == torch.uint8 and images.ndim == 4 and len(images)
     if images is None or not fits or images.shape[1] not in (1, 3):
         held = ", ".join(names) if images is None else f"images {images.dtype} {list(images.shape)}"
-        raise UserError(key, f"{path} holds {held}", "a tensor `images`, uint8 [N, 3, H, W]")
+        raise UserError(key, f"{path} holds {held}", "give a tensor `images`, uint8 [N, 3, H, W]")
     made = Arrays(images, str(path), key)
     made.labels = None if labels is None else labels.flatten().tolist()
     return made

@@ -86,7 +86,7 @@ def test_other_requests_and_wrong_ones_are_refused(model, tmp_path, capsys):
     for more, said in (
         (("--seed", 5), "holds images of another seed"),
         (("--prompts", tmp_path / "labels.txt"), "holds images of another texts"),
-        (("--prompts", tmp_path / "wrong.txt"), "--prompts: found 'a dress'; class labels 0 to"),
+        (("--prompts", tmp_path / "wrong.txt"), "--prompts: found 'a dress'; give class labels 0 to"),
         (("--shard", "3/2"), "--shard: found '3/2'"),
         (("--group_size", 0), "--group_size: found 0"),
     ):

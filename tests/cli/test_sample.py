@@ -27,8 +27,8 @@ def exports(tiny, tmp_path_factory):
 def call(capsys, *argv):
     """(exit code, stdout, stderr)."""
     code = main(last_of_each(argv))
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    message = capsys.readouterr()
+    return code, message.out, message.err
 
 
 def pictures(folder):

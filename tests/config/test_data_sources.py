@@ -24,8 +24,8 @@ def file(path, *keys):
 def test_a_flag_wins_over_a_file_and_says_so(tmp_path, capsys, old, new):
     cfg = load([file(tmp_path / "a.yaml", old)], [f"--data.{new}", VALUES[new]])
     assert (getattr(cfg.data, new), getattr(cfg.data, old)) == (VALUES[new], "")
-    said = capsys.readouterr().out
-    assert said == f"data.{old}: {VALUES[old]!r} is replaced by data.{new}, which was given later\n"
+    message = capsys.readouterr().out
+    assert message == f"data.{old}: {VALUES[old]!r} is replaced by data.{new}, which was given later\n"
 
 
 @pytest.mark.parametrize("old,new", PAIRS)

@@ -104,4 +104,4 @@ def needs(extra: str, name: str) -> UserError:
 def unreadable(name: str, path: Path, error: Exception, wanted: str) -> UserError:
     """What is said of a weight file that is not what it should be."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError("--weights", f"{name}: {path} cannot be read ({first})", f"expected {wanted}")
+    return UserError("--weights", f"{name}: {path} cannot be read ({first})", f"give {wanted}")

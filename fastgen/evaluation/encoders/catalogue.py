@@ -52,16 +52,16 @@ class Encoders:
     def preset(self) -> ClipPreset:
         """Of the CLIP score."""
         if self.clip not in CLIP_PRESETS:
-            raise UserError("--clip", f"found {self.clip!r}", f"allowed: {', '.join(CLIP_PRESETS)}")
+            raise UserError("--clip", f"found {self.clip!r}", f"choose one of {', '.join(CLIP_PRESETS)}")
         return CLIP_PRESETS[self.clip]
 
     def path(self, name: str, wanted: str, folder: bool = False) -> Path:
         """The weight given under a name; nothing is ever downloaded."""
         if name not in self.weights:
-            raise UserError("--weights", f"none given for {name}", f"--weights {name}=PATH of {wanted}")
+            raise UserError("--weights", f"none given for {name}", f"pass --weights {name}=PATH of {wanted}")
         path = Path(expand(self.weights[name]))
         if not (path.exists() if folder else path.is_file()):
-            raise UserError("--weights", f"{name}: {path} does not exist", f"the local file {wanted}")
+            raise UserError("--weights", f"{name}: {path} does not exist", f"give the local file {wanted}")
         return path
 
     def open(self, name: str) -> Encoder:
@@ -74,7 +74,7 @@ class Encoders:
         """One that also takes texts."""
         found = self.open(name)
         if not isinstance(found, TextImageEncoder):
-            raise UserError("--weights", f"{name} takes images only", "an encoder of images and texts")
+            raise UserError("--weights", f"{name} takes images only", "give an encoder of images and texts")
         return found
 
     def _load(self, name: str) -> Encoder:
@@ -83,7 +83,9 @@ class Encoders:
             return plugin.load(name, given)
         if name not in KNOWN:
             known = ", ".join([*KNOWN, *(k for k in self.weights if k not in KNOWN)])
-            raise UserError("--metrics", f"no encoder {name!r}{suggest(name, KNOWN)}", f"known: {known}")
+            raise UserError(
+                "--metrics", f"no encoder {name!r}{suggest(name, KNOWN)}", f"choose one of {known}"
+            )
         return KNOWN[name](self)
 
 
@@ -128,7 +130,7 @@ def read_weights(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, _, path = pair.partition("=")
         if not path or not (name in WEIGHTS or plugin.is_plugin(path)):
-            ways = f"{'=PATH, '.join(WEIGHTS)}=PATH, or NAME=package.module:function"
+            ways = f"give {'=PATH, '.join(WEIGHTS)}=PATH, or NAME=package.module:function"
             raise UserError("--weights", f"found {pair!r}", ways)
         found[name] = path
     return found

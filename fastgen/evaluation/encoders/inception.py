@@ -57,7 +57,11 @@ def _prepare(name: str):
 def _patch(images: Tensor) -> Tensor:
     if min(images.shape[-2:]) < SIZE:
         found = f"images of {images.shape[-1]} x {images.shape[-2]} pixels"
-        raise UserError("--metrics", f"patch_fid: {found}", f"it takes the middle {SIZE} x {SIZE} pixels")
+        raise UserError(
+            "--metrics",
+            f"patch_fid: {found}",
+            f"give larger ones: it takes the middle {SIZE} x {SIZE} pixels",
+        )
     return resize.centre(images, SIZE)
 
 

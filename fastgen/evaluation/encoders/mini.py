@@ -18,7 +18,7 @@ def load(name: str) -> Encoder:
     """
     if name not in NAMES:
         found = f"no mini network for {name!r}" if name else "no image set named"
-        raise UserError("--extractor", found, f"one of {', '.join(NAMES)}")
+        raise UserError("--extractor", found, f"give one of {', '.join(NAMES)}")
     folder = asset(f"measure/{name}")
     net = FeatureNet.load(folder)
     want = (net.config["channels"], net.config["size"], net.config["size"])
@@ -26,7 +26,7 @@ def load(name: str) -> Encoder:
     def prepare(images: Tensor) -> Tensor:
         if tuple(images.shape[2:]) != want[1:]:
             found = f"images of {images.shape[3]} x {images.shape[2]} pixels"
-            raise UserError("--images", found, f"the {name} mini network takes {want[2]} x {want[1]}")
+            raise UserError("--images", found, f"give {want[2]} x {want[1]} to the {name} mini network")
         return (grey(images) if want[0] == 1 else images).float() / 255
 
     def run(module: nn.Module, x: Tensor) -> Outputs:

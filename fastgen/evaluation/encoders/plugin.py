@@ -26,11 +26,11 @@ def load(name: str, where: str) -> Encoder:
     except Exception as error:
         found = f"{name}: {where} cannot be called ({type(error).__name__}: {first_line(error)})"
         raise UserError(
-            "--weights", found, "a function without arguments that returns a torch module"
+            "--weights", found, "give a function without arguments that returns a torch module"
         ) from None
     if not isinstance(net, nn.Module):
         found = f"{name}: {where} returned {type(net).__name__}"
-        raise UserError("--weights", found, "a function without arguments that returns a torch module")
+        raise UserError("--weights", found, "give a function without arguments that returns a torch module")
 
     def run(module: nn.Module, x: Tensor) -> Outputs:
         found = module(x)

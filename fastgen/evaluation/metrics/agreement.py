@@ -63,7 +63,7 @@ def _agreement(material: Any, encoder: str) -> Estimate:
     if not each:
         found = "the encoder has no logits for what the labels ask for"
         raise UserError(
-            "--metrics", f"agreement:{encoder}: {found}", "an encoder whose module returns logits"
+            "--metrics", f"agreement:{encoder}: {found}", "give an encoder whose module returns logits"
         )
     return mean_of(torch.stack(list(each.values())).all(0).double())
 

@@ -31,7 +31,7 @@ def _reference(name: str, device: str):
 
 
 class Measurer:
-    """Judge of one bundled image set."""
+    """Metrics in the features of the measuring network of one bundled image set."""
 
     primary = "fd_mini"
     least = 4
