@@ -47,12 +47,17 @@ def child() -> None:
     reference = statistics_of(_features(CHUNK, 0) for _ in range(2))
     start = time.process_time()
     estimate = frechet_estimate(features, reference)
-    middle = time.process_time()
+    middle, peak = time.process_time(), _peak_mb()
     estimate.interval()
-    spent = {"fid_seconds": middle - start, "interval_seconds": time.process_time() - middle}
+    found = {"fid_seconds": middle - start, "interval_seconds": time.process_time() - middle}
+    found |= {"fid_peak_mb": peak, "interval_peak_mb": _peak_mb()}
+    print(json.dumps({**found, "features": NUM, "dimensions": DIM, "threads": 2}))
+
+
+def _peak_mb() -> float:
+    """The most that this process has held."""
     status = Path("/proc/self/status").read_text().splitlines()
-    peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
-    print(json.dumps({**spent, "peak_mb": peak, "features": NUM, "dimensions": DIM, "threads": 2}))
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def _against_scipy() -> dict:

@@ -7,7 +7,8 @@ fastgen-eval --images a.npz --against REF.npz --metrics fid is --weights incepti
 fastgen-eval --images shard-{000..010}.tar --metrics clip hps --weights clip=FILE hps=FILE
 fastgen-eval statistics --images real --encoder inception --weights inception=FILE --out real.npz
 fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure; see its
---help fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
+--help fastgen-eval compare runs/a runs/b      fastgen-eval protocol coco2014-30k ...      see their --help
+fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 fastgen-eval metrics                                        every metric: what it needs, where it is from
 
 In a checkout `python -m eval` is the same and keeps the leaderboard too.
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from fastgen.cli import compare, generate
+from fastgen.cli import compare, generate, protocol
 from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, quiet
@@ -27,7 +28,7 @@ from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
-OWN_FLAGS: dict[str, ModuleType] = {"generate": generate, "compare": compare}
+OWN_FLAGS: dict[str, ModuleType] = {"generate": generate, "compare": compare, "protocol": protocol}
 """commands with flags of their own, by the module that has `flags` and `run`"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
@@ -69,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of fastgen-eval; 0, or 2 for a user's mistake, 3 for samples that are not finite, 75 where
     a signal stopped it.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] == "--protocol":  # as one may say it, too
+        argv[0] = "protocol"
     if argv and argv[0] in OWN_FLAGS:
         command = OWN_FLAGS[argv[0]]
         args, run = command.flags().parse_args(argv[1:]), command.run

@@ -19,13 +19,17 @@ def open_material(args, labelled: bool):
     from fastgen.evaluation.inputs import open_source
     from fastgen.evaluation.material import Material
     from fastgen.evaluation.prompts import labels_of, prompts_of
+    from fastgen.evaluation.sources import Squared
 
     source, encoders = open_source(args.images), open_encoders(args)
+    prompts = prompts_of(source, args.prompts)
+    resolution = getattr(args, "resolution", 0)
     known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
     against = None
     if args.against and (known is None or holds_images(known)):
         against = open_source(args.against, "--against")
-    prompts = prompts_of(source, args.prompts)
+    if resolution:
+        source, against = Squared(source, resolution), against and Squared(against, resolution)
     labels = labels_of(source, prompts, encoders.mini_set) if labelled else {}
     cache = Path(args.cache) if args.cache else None
     return Material(source, encoders, against, known, prompts, labels, args.group_size, cache)

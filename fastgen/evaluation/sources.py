@@ -122,6 +122,30 @@ class Arrays(Source):
         return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()
 
 
+class Squared(Source):
+    """Another source's images, cropped to the middle square and brought to `size` pixels with a Lanczos
+    filter, as GigaGAN and DMD2 do; mixed sizes are welcome.
+    """
+
+    def __init__(self, source: Source, size: int):
+        super().__init__(f"{source.name}, squared to {size} pixels", source.key)
+        self.source, self.size = source, size
+        self.captions, self.labels = source.captions, source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _images(self) -> Iterator[tuple[str, Tensor]]:
+        from PIL import Image, ImageOps
+
+        for name, image in self.source._images():
+            picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            yield name, to_tensor(ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS))
+
+    def digest(self) -> str:
+        return joined([self.source.digest(), f"squared {self.size}"])
+
+
 def warn_converted(key: str, kinds: Counter, num: int) -> None:
     """Say how many images were not plain colour."""
     for kind, words in KINDS.items():

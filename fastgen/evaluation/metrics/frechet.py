@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgen.evaluation.metrics.estimate import Estimate, around
 
-CHUNK = 2000
+CHUNK = 1000
 
 
 @dataclass
