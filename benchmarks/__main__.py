@@ -8,6 +8,7 @@
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
   python -m benchmarks frechet    a FID of 50,000 images: seconds and memory, and against scipy's matrix root
+  python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -29,6 +30,7 @@ from benchmarks.frechet import frechet  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
+from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,6 +257,7 @@ def main() -> None:
             "jvp",
             "methods",
             "startup",
+            "prompts",
             "faults",
             "mutations",
             "frechet",

@@ -149,7 +149,8 @@ class RunConfig(Section):
             has_data = self.data.name or self.data.images
             if requirements_of(stage.objective).real_data and not has_data:
                 raise ValueError(
-                    f"data: none given; {stage.objective.name} needs real data: set data.name or .images"
+                    f"data: no images are named; {stage.objective.name} needs real data: "
+                    "set data.name or data.images"
                 )
         return self
 
