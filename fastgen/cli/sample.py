@@ -21,14 +21,15 @@ from fastgen.core.paths import expand
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
+def flags() -> argparse.ArgumentParser:
+    """Of sample.py."""
+    found = CommandFlags(
         "sample.py",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = flags.add_argument
+    add = found.add_argument
     add(
         "--model",
         required=True,
@@ -76,14 +77,14 @@ def _flags() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
     add("--dtype", choices=DTYPES, default="fp32", help="precision of the denoiser")
     add("--device", default="", help="device; default: cuda if there is one")
-    return flags
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of sample.py; 0, 2 for a user's mistake, 3 for samples that are not finite, 75 where a
     signal stopped it and the pictures made so far are kept.
     """
-    args = _flags().parse_args(argv)
+    args = flags().parse_args(argv)
     quiet()
     with interrupt.handled():
         try:
