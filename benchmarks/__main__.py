@@ -7,8 +7,12 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
+  python -m benchmarks frechet    a FID of 50,000 images: seconds and memory, and against scipy's matrix root
+  python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
+  python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
+    --only NAME,NAME tries those of some methods, --quick leaves out the trainings
 
 Add --write to keep the result in assets/results/benchmarks/<name>.json with the command that made it.
 """
@@ -22,8 +26,11 @@ import time
 from pathlib import Path
 
 from benchmarks.faults import faults
+from benchmarks.frechet import frechet  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
+from benchmarks.mutations import mutated
+from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,15 +249,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", choices=("overhead", "memory", "sampling", "jvp", "methods", "startup", "faults")
+        "name",
+        choices=(
+            "overhead",
+            "memory",
+            "sampling",
+            "jvp",
+            "methods",
+            "startup",
+            "prompts",
+            "faults",
+            "mutations",
+            "frechet",
+        ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
+    parser.add_argument("--only", default="", help="mutations: those of these methods, with commas between")
+    parser.add_argument("--quick", action="store_true", help="mutations: without the tests that train")
     args = parser.parse_args()
     if args.child:
         return _memory_child(args.child)
-    result = faults(args.every) if args.name == "faults" else globals()[args.name]()
+    if args.name == "mutations":
+        result = mutated(args.only, args.quick, args.write)
+    else:
+        result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
         "command": f"python -m benchmarks {args.name}",
         **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},

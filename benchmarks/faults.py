@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.fault_inputs import Attack, bad_inputs, damages
+from benchmarks.page import put
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/reliability.md"
-BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
 TEACHER = ROOT / "assets/teachers/digits"
 SECONDS = 120
 """most that one command may take"""
@@ -233,7 +232,7 @@ def faults(every: int = 1) -> dict:
         found[kind] = {"tried": len(ended), "held": len(ended) - len(failed), "failed": failed}
         found[kind]["seconds"] = round(time.monotonic() - start)
     if every == 1:
-        write_page(found)
+        put("faults", page(found))
     return found
 
 
@@ -247,9 +246,3 @@ def page(found: dict) -> str:
         f"{kind}: {name}: {wrong}".replace("|", "\\|").replace("<", "&lt;") for kind, name, wrong in failed
     )
     return "\n".join([*lines, *(f"- {line}" for line in escaped)])
-
-
-def write_page(found: dict) -> None:
-    """Put the table into docs/reliability.md, between its marks."""
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{page(found).strip()}\n{END}{rest.partition(END)[2]}")

@@ -61,11 +61,11 @@ def common_network(folder: Path) -> str:
 
 
 def settings(name: str, teacher: str, batch: int) -> dict:
-    """A method's own config on the common network, as a full copy that no pipeline has to serve."""
+    """A method's own config on the common network, as a full copy, for no pipeline to sample."""
     own = yaml.safe_load(config_file(f"objectives/{name}.yaml").read_text())
-    asked = own.get("student", {})
-    sampler = "renoise" if asked.get("sampler", "renoise") == "renoise" else "ode"
-    steps = asked.get("num_steps", 1) if name != "tdm" else 4
+    student = own.get("student", {})
+    sampler = "renoise" if student.get("sampler", "renoise") == "renoise" else "ode"
+    steps = student.get("num_steps", 1) if name != "tdm" else 4
     guided = {"guidance": 1.5} if "guidance" in own.get("teacher", {}) else {}
     return {
         **COMMON,
@@ -82,8 +82,8 @@ def _wrapped(x) -> bool:
 
 
 def _bare(x):
-    """A copy of an input to call with later: a leaf that asks for gradient where the input did. Of what
-    forward-mode AD carries only the shape is kept; one number is as dear as another.
+    """A copy of an input to call with later: a leaf that requires a gradient where the input did. Of what
+    forward-mode AD carries only the shape is kept; its values do not change the cost.
     """
     if isinstance(x, dict):
         return {n: _bare(v) for n, v in x.items()}

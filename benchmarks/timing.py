@@ -9,7 +9,7 @@ from pathlib import Path
 def alternate(
     runs: dict[str, Callable], rounds: int, clock: Callable[[], float] = time.process_time, after=None
 ) -> dict[str, list[float]]:
-    """Seconds of each function by name, called in turn; one more round before them warms up, untold.
+    """Seconds of each function by name, called in turn; a first round warms up and is not recorded.
 
     `after` is called behind every call, outside the clock.
     """

@@ -9,7 +9,7 @@ python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
 
 python -m eval --run runs/quickstart [--num_samples 5000]
-python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
+python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd_mini agreement_mini
 """
 
 import argparse

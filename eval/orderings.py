@@ -38,7 +38,7 @@ def values(
     documents: list[dict], recipe: str, steps: int | None, metric: str, relative: bool = False
 ) -> list[float]:
     """The metric of a recipe's student at a step count (its own without one), one value per seed; relative
-    to its teacher's at as many samples where it says so.
+    to its teacher's at as many samples if `relative`.
     """
     found = []
     for document in (d for d in documents if d["recipe"] == recipe):

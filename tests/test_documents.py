@@ -132,8 +132,17 @@ def unknown_tasks(text: str) -> list[str]:
     return [task for tasks in named for task in tasks.split("|") if task not in words]
 
 
+def extras() -> set[str]:
+    """Packages of the optional extras: a document may call one that is not installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for extra in project["optional-dependencies"].values() for line in extra]
+    return {re.split(r"[^\w.-]", line)[0] for line in lines}
+
+
 def resolves(name: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one."""
+    """Whether a dotted name is a module, an attribute of one, or a package of an extra."""
+    if name in extras():
+        return True
     try:
         if importlib.util.find_spec(name):
             return True

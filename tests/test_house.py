@@ -37,7 +37,7 @@ METHODS = sorted(p for p in (ROOT / "fastgen/objectives").glob("*.py"))
 def test_no_module_imports_a_higher_room(path):
     if path.parent == ROOT / "fastgen":
         named = name_of(path) in ("fastgen", "fastgen.__main__")  # python -m fastgen
-        assert named, f"{path.name} stands in the hall: give it a room"
+        assert named, f"{path.name} is in no room: move it into one"
         return
     assert upward(name_of(path), imports(path)) == []
 

@@ -50,7 +50,9 @@ def read_images(args, codec: Codec, num: int):
         return None
     if len(args.image) not in (1, num):
         raise UserError(
-            "--image", f"found {len(args.image)} for {num} prompts", "give one for all, or one each"
+            "--image",
+            f"found {len(args.image)} for {num} prompts",
+            "give one image for all prompts, or one for each",
         )
     found = [_read_image(path, codec.pixels) for path in args.image]
     return torch.stack(found).expand(num, -1, -1, -1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastgen.cli.conditions import conditions, null_of
-from fastgen.cli.sample import DTYPES, Generator, _flags
+from fastgen.cli.sample import DTYPES, Generator, flags
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.export import lora
@@ -123,7 +123,7 @@ class DemoModel:
         words += [f"--image={request.image}"] if request.image else []
         if self.labels and request.label:
             words += [f"--labels={self.labels.index(request.label)}"]
-        return _flags().parse_args(words)
+        return flags().parse_args(words)
 
     @torch.no_grad()
     def _one(self, loaded: Loaded, args, request: Request, steps: int, weight: float) -> Drawn:

@@ -3,7 +3,6 @@
 python -m fastgen.cli.merge_students runs/a/export runs/b/export --out joined
 """
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from fastgen.core.copying import copy_inside
 from fastgen.core.errors import UserError, warn
-from fastgen.core.files import write_text
+from fastgen.core.files import write_model_json
 from fastgen.core.paths import expand, resolve
 from fastgen.export.info import FILE as INFO_FILE
 from fastgen.export.info import ExportInfo, read_document, read_info
@@ -24,29 +23,29 @@ def join(exports: list[str], out: str) -> Path:
     owner: dict[int, Path] = {}
     for folder in folders:
         if not (folder / FILE).is_file():
-            raise UserError(
-                "--exports", f"{folder} holds no {FILE}", "give exports of runs with objective msd"
-            )
+            raise UserError("exports", f"{folder} holds no {FILE}", "give exports of runs with objective msd")
         if (folder / FILE).read_bytes() != (folders[0] / FILE).read_bytes():
-            found = f"{folder} divides the conditions in another way than {folders[0]}"
-            raise UserError("--exports", found, "use the same data, teacher and num_students in every run")
+            found = f"{folder} divides the conditions differently from {folders[0]}"
+            raise UserError("exports", found, "use the same data, teacher and num_students in every run")
         info = _info(folder)
         for j in info.trained_students:
             if j in owner:
                 raise UserError(
-                    "--exports", f"student {j} was trained in {owner[j]} and {folder}", "give one of the two"
+                    "exports",
+                    f"student {j} was trained in {owner[j]} and {folder}",
+                    "give only one of the two",
                 )
             owner[j] = folder
     missing = sorted(set(range(_info(folders[0]).num_students)) - set(owner))
     if missing:
         raise UserError(
-            "--exports",
+            "exports",
             f"student {missing[0]} was trained in none",
             "add the run that trained it (objective.only)",
         )
     target = Path(expand(out))
     if target.exists():
-        raise UserError("--out", f"{target} exists", "give another folder")
+        raise UserError("--out", f"{target} exists", "give a folder that does not exist")
     copies = [(folders[0], target)]
     copies += [(folder / f"student{j}", target / f"student{j}") for j, folder in owner.items()]
     for source, place in copies:
@@ -54,19 +53,19 @@ def join(exports: list[str], out: str) -> Path:
         for name in copy_inside(source, place, source):
             warn(f"not copied: {name}")
     joined = replace(_info(target), trained_students=tuple(sorted(owner)))
-    document = read_document(target, "--exports") | {"export": joined.to_json()}
-    write_text(target / INFO_FILE, json.dumps(document, indent=2))
+    document = read_document(target, "exports") | {"export": joined.to_json()}
+    write_model_json(target / INFO_FILE, document)
     return target
 
 
 def _info(folder: Path) -> ExportInfo:
     """What an export of several students says of itself."""
-    info = read_info(folder, "--exports")
+    info = read_info(folder, "exports")
     if info is None:
-        raise UserError("--exports", f"{folder} holds no {INFO_FILE}", "copy the whole export folder")
+        raise UserError("exports", f"{folder} holds no {INFO_FILE}", "copy the whole export folder")
     if not info.num_students or not set(info.trained_students) <= set(range(info.num_students)):
         found = f"{folder / INFO_FILE} names no students"
-        raise UserError("--exports", found, "give exports of runs with objective msd")
+        raise UserError("exports", found, "give exports of runs with objective msd")
     return info
 
 

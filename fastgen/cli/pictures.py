@@ -20,13 +20,13 @@ def open_folder(out: Path, overwrite: bool) -> Path:
             raise UserError("--out", f"{out} is a file", "a folder")
         if out.is_dir() and any(out.iterdir()):
             if not overwrite:
-                raise UserError("--out", f"{out} is not empty", "another folder, or --overwrite")
+                raise UserError("--out", f"{out} is not empty", "choose another folder, or pass --overwrite")
             for name in _written(out):
                 (out / name).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError("--out", error, "a folder that can be written") from None
+        raise UserError("--out", error, "choose a folder that can be written") from None
     return out
 
 
@@ -34,12 +34,14 @@ def _written(out: Path) -> list[str]:
     """Names of the pictures that an earlier call wrote into a folder."""
     found = f"{out} was not written by sample.py"
     if not (out / "samples.json").is_file():
-        raise UserError("--out", found, "--overwrite replaces samples only")
+        raise UserError("--out", found, "choose another folder: --overwrite replaces samples only")
     try:
         images = json.loads((out / "samples.json").read_text(encoding="utf-8"))["images"]
         names = [str(image["file"]) for image in images]
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError("--out", f"{out}/samples.json is damaged", "another folder, or delete it") from None
+        raise UserError(
+            "--out", f"{out}/samples.json is damaged", "choose another folder, or delete it"
+        ) from None
     return [name for name in names if NAME.fullmatch(name)]
 
 
@@ -54,7 +56,7 @@ class Gallery:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError("--out", error, "a folder that can be made") from None
+            raise UserError("--out", error, "choose a folder that can be created") from None
 
     def contender(self, title: str) -> None:
         """What comes from now on is of this contender; the pictures of the first one are written."""

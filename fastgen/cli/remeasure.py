@@ -28,7 +28,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     from fastgen.training.assembly import make_protocol
 
     if not (run / "config.yaml").is_file():
-        raise UserError("--run", f"{run} is not a run folder", "the output_dir of a run")
+        raise UserError("--run", f"{run} is not a run folder", "give the output_dir of a run")
     cfg = validate(read_files([str(run / "config.yaml")]))
     if is_analytic(cfg.teacher.path):
         raise UserError(
@@ -70,7 +70,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     where = open_device(device)
     loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
-        raise UserError("--teacher", f"{path} names no measuring net", "one of assets:teachers/*")
+        raise UserError("--teacher", f"{path} names no measuring net", "use one of assets:teachers/*")
     uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
     cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
     results = measure(Evaluator(make_protocol(cfg), cast, SimpleNamespace(uncond=uncond)))

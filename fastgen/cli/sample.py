@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.sample_limits import asked_size, check_numbers, check_size, load_sized
+from fastgen.cli.sample_limits import add_size, asked_size, check_numbers, check_size, load_sized
 from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
@@ -21,57 +21,71 @@ from fastgen.core.paths import expand
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
+def flags() -> argparse.ArgumentParser:
+    """Of sample.py."""
+    found = CommandFlags(
         program("sample.py"),
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = flags.add_argument
+    add = found.add_argument
     add(
         "--model",
         required=True,
         type=expand,
         help="export folder, LoRA file, run folder, or a teacher's folder",
     )
-    add("--base", default="", type=expand, help="base of a LoRA file, if not the one its header names")
-    add("--prompt", action="append", default=[], help="what to draw; may be repeated")
-    add("--prompts", default="", type=expand, metavar="FILE", help="text file, one prompt a line")
+    add(
+        "--base",
+        default="",
+        type=expand,
+        help="base model of a LoRA file, instead of the one its header names",
+    )
+    add("--prompt", action="append", default=[], help="text prompt; may be repeated")
+    add("--prompts", default="", type=expand, metavar="FILE", help="text file, one prompt per line")
     add(
         "--image",
         action="append",
         default=[],
         type=expand,
         metavar="FILE",
-        help="first frame or control image; one for all, or one each",
+        help="first frame or control image: one for all prompts, or repeated, one for each",
     )
-    add("--negative_prompt", default="", help="for teachers, and for students with NASA")
-    add("--nasa_scale", type=float, default=None, help="negative prompt of a student; default: its export's")
-    add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; all if not given")
-    add("--num_images", type=int, default=0, help="in all, going round prompts or labels; default one each")
-    add("--height", type=int, default=0, help="in pixels, where the model is free in it; default: its own")
-    add("--width", type=int, default=0, help="in pixels, where the model is free in it; default: its own")
-    add("--num_frames", type=int, default=0, help="of a video; default: the model's own")
-    add("--steps", type=int, default=0, help="default: what the model was trained for")
-    add("--seed", type=int, default=0, help="of the first image")
-    add("--batch_size", type=int, default=50)
-    add("--out", default="samples", type=expand, help="folder of PNGs, grid.png and samples.json")
-    add("--insist", action="store_true", help="draw more than the disk, memory or a sane time allow")
+    add("--negative_prompt", default="", help="negative prompt, for teachers and for students with NASA")
+    add(
+        "--nasa_scale",
+        type=float,
+        default=None,
+        help="weight of a student's negative prompt; default: from its export",
+    )
+    add("--labels", default="", help="class labels: 3, 0-9 or 1,4,7; default: all")
+    add(
+        "--num_images",
+        type=int,
+        default=0,
+        help="total, repeating prompts or labels in order; default: one each",
+    )
+    add_size(found)
+    add("--steps", type=int, default=0, help="sampling steps; default: as trained")
+    add("--seed", type=int, default=0, help="seed of the first image")
+    add("--batch_size", type=int, default=50, help="images per batch; it changes no image")
+    add("--out", default="samples", type=expand, help="folder to write PNGs, grid.png and samples.json to")
+    add("--insist", action="store_true", help="do not refuse more than disk, memory or 100 days allow")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
-    add("--compare_teacher", action="store_true", help="draw the same seeds with the teacher, below")
-    add("--teacher_steps", type=int, default=0, help="default: what the run compared with")
-    add("--guidance", type=float, default=None, help="teacher's guidance; default: what the student learned")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the denoiser")
-    add("--device", default="", help="default: cuda if there is one")
-    return flags
+    add("--compare_teacher", action="store_true", help="add the teacher's images of the same seeds below")
+    add("--teacher_steps", type=int, default=0, help="steps of the teacher; default: as in the run")
+    add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
+    add("--dtype", choices=DTYPES, default="fp32", help="precision of the denoiser")
+    add("--device", default="", help="device; default: cuda if there is one")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of sample.py; 0, 2 for a user's mistake, 3 for samples that are not finite, 75 where a
     signal stopped it and the pictures made so far are kept.
     """
-    args = _flags().parse_args(argv)
+    args = flags().parse_args(argv)
     quiet()
     with interrupt.handled():
         try:
@@ -293,9 +307,9 @@ def _draw_into(gallery: Gallery, generator: Generator, cond: dict, batch_size: i
 def _stopped(stop: interrupt.Stopped, gallery: Gallery) -> int:
     """Say what is kept after a signal, and how to draw the rest."""
     made, num = gallery.count, len(gallery.seeds)
-    said = f"{stop}: stopped; {made} of {num} images are kept in {gallery.out}"
+    text = f"{stop}: stopped; {made} of {num} images are kept in {gallery.out}"
     if made < num:
         rest = f"--seed {gallery.seeds[0] + made} --num_images {num - made}"
-        said += f"; {rest} with another --out draws the rest"
-    print(said, file=sys.stderr)
+        text += f"; {rest} with another --out draws the rest"
+    print(text, file=sys.stderr)
     return interrupt.REQUEUE

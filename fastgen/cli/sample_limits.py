@@ -28,9 +28,11 @@ def check_numbers(args) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise UserError(f"--{name}", f"found {value}", f"{low:g} or more, up to {high:g}")
+            raise UserError(f"--{name}", f"found {value}", f"give {low:g} or more, up to {high:g}")
     if args.seed + args.num_images > MOST_SEED:
-        raise UserError("--seed", f"found {args.seed}", f"the last image's seed is at most {MOST_SEED}")
+        raise UserError(
+            "--seed", f"found {args.seed}", f"lower it: the seed of the last image may be at most {MOST_SEED}"
+        )
 
 
 def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
@@ -52,6 +54,14 @@ def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
     if seconds > DAYS * 86_400:
         found = f"{num:,} images take about {seconds / 86_400:,.0f} days or more"
         raise UserError("--num_images", found, "lower it, or pass --insist")
+
+
+def add_size(flags) -> None:
+    """Add --height, --width and --num_frames to a parser."""
+    meant = {"height": "height in pixels", "width": "width in pixels", "num_frames": "frames of a video"}
+    for key, text in meant.items():
+        told = f"{text}, where the model is free in it; default: its own"
+        flags.add_argument(f"--{key}", type=int, default=0, help=told)
 
 
 def asked_size(args) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One run from command line to report: load the config, build the cast, train, measure, export.
+"""One run from command line to report: load config, networks and data, train, export, evaluate.
 
 python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
 """
@@ -17,9 +17,10 @@ from fastgen.core.console import Flags, exit_code, not_finite, program, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
 from fastgen.core.paths import expand
+from fastgen.core.threads import threads_per_process
 
-EXIT_CODES = f"""exit codes: 0 the run ended; 2 a mistake or a disk that refuses, in one line; 3 numbers that
-are not finite; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
+EXIT_CODES = f"""exit codes: 0 success; 2 an error of the user or of the disk, in one line; 3 NaN or infinite
+numbers; {interrupt.REQUEUE} stopped by SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, with a checkpoint of the
 last step: the same command with --resume goes on (a scheduler may requeue it); 130 stopped at once by a
 second Ctrl-C."""
 
@@ -30,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return exit_code(lambda: _main(sys.argv[1:] if argv is None else argv))
         except interrupt.Stopped as stop:
-            said = "stopped before training began, nothing is lost; the same command starts it again"
-            print(f"{stop}: {said}", file=sys.stderr)
+            text = "stopped before training began, nothing is lost; the same command starts it again"
+            print(f"{stop}: {text}", file=sys.stderr)
             return interrupt.REQUEUE
         except KeyboardInterrupt:
-            said = "stopped at once; the same command with --resume goes on from the last checkpoint"
-            print(said, file=sys.stderr)
+            text = "stopped at once; the same command with --resume goes on from the last checkpoint"
+            print(text, file=sys.stderr)
             return 130
 
 
@@ -84,7 +85,7 @@ def _flags() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
         usage=f"{name} [--config YAML ...] [flags] [--section.key VALUE ...]",
-        description="Train one run: load the config, build the cast, train, measure, export. "
+        description="Train one run: load config, networks and data, train, export, evaluate. "
         "Keys of the config are flags too.",
         epilog=EXIT_CODES,
     )
@@ -109,7 +110,7 @@ def _flags() -> argparse.ArgumentParser:
         help="files, merged left to right; configs:NAME is bundled",
     )
     flags.add_argument("--resume", action="store_true", help="continue the run in output_dir, bit-exactly")
-    flags.add_argument("--overwrite", action="store_true", help="clear a run folder first")
+    flags.add_argument("--overwrite", action="store_true", help="delete the earlier run in output_dir first")
     flags.add_argument(
         "--allow_changed",
         nargs="+",
@@ -118,7 +119,9 @@ def _flags() -> argparse.ArgumentParser:
         help="with --resume: go on although these settings changed, e.g. optim data world_size",
     )
     flags.add_argument(
-        "--insist", action="store_true", help="start a run that needs more memory or time than seems sane"
+        "--insist",
+        action="store_true",
+        help="do not refuse a run whose estimate exceeds the memory there is, or 100 days",
     )
     flags.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print what would run, and start nothing"
@@ -129,7 +132,7 @@ def _flags() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="MODULE",
-        help="import objectives from elsewhere first",
+        help="import your own objectives first: dotted module names or .py files",
     )
     return flags
 
@@ -154,8 +157,7 @@ def run(cfg, known) -> int:
     last = checkpoint.newest_good(folder, main_process) if known.resume else None
     if last:
         checkpoint.check_same(last, assembly.fixed_settings(cfg), known.allow_changed, report=False)
-    if cfg.train.num_threads:
-        torch.set_num_threads(cfg.train.num_threads)
+    torch.set_num_threads(threads_per_process(cfg.train.num_threads, torch.get_num_threads()))
     _rehearse(cfg, known.insist, last)
     accelerator = _accelerator(cfg)
     trainer = _prepare(cfg, folder, accelerator)
@@ -288,7 +290,7 @@ def _open(cfg, folder: Path, last: Path | None, known) -> None:
 
 
 def _check_libraries(cfg) -> None:
-    """Optional libraries and hardware that a config asks for, before anything is loaded."""
+    """Optional libraries and hardware that a config needs, before anything is loaded."""
     import torch
 
     def need(library: str, key: str, extra: str) -> None:
@@ -302,7 +304,9 @@ def _check_libraries(cfg) -> None:
             if optim.name == "adamw8bit":
                 need("bitsandbytes", f"optim.{player}.name: adamw8bit", "gpu")
     if cfg.train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision", "found 'fp16' without a GPU", "allowed on a CPU: no, bf16")
+        raise UserError(
+            "train.mixed_precision", "found 'fp16' without a GPU", "use no or bf16, which a CPU can compute"
+        )
 
 
 def environment(command: list[str]) -> dict:

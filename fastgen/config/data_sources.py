@@ -13,7 +13,7 @@ def given(section: object) -> list[str]:
 
 
 def replaced(base: dict, over: dict) -> dict:
-    """base without the data sources that `over` replaces by one of its own; says so in one line."""
+    """base without the data sources that `over` replaces by one of its own, with one line of notice."""
     new, old = given(over.get("data")), given(base.get("data"))
     gone = [key for key in old if new and key not in new and key not in over["data"]]
     if not gone:

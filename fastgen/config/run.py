@@ -54,21 +54,21 @@ class RunConfig(Section):
     output_dir: UserPath = "runs/unnamed"
     """run folder; where not given, runs/ and the names of the --config files joined by +"""
     teacher: TeacherConfig = TeacherConfig()
-    """the slow generator"""
+    """the diffusion model that is distilled"""
     student: StudentConfig = StudentConfig()
-    """the few-step generator to be"""
+    """the few-step generator that is trained"""
     critic: CriticConfig = CriticConfig()
-    """the fake-score network"""
+    """the fake-score network of distribution-matching methods"""
     objective: Method | None = None
     """the method (of a single-stage run)"""
     data: DataConfig = DataConfig(name="fashion")
-    """real images, labels, prompts"""
+    """training images, labels, prompts"""
     optim: OptimConfig = OptimConfig()
     """optimizers (of a single-stage run)"""
     train: TrainConfig = TrainConfig()
-    """the loop"""
+    """the training loop"""
     eval: EvalConfig = EvalConfig()
-    """measuring"""
+    """evaluation during and after training"""
     stages: tuple[StageConfig, ...] = ()
     """stages run one after another; empty means one stage made of objective, optim and
     train.max_train_steps
@@ -108,40 +108,49 @@ class RunConfig(Section):
             )
         for key in (r for r in ("student", "critic") if getattr(self, r).lora.use_dora):
             raise ValueError(
-                f"{key}.lora.use_dora: found true; readers of LoRA files drop its magnitudes, rsLoRA is exact"
+                f"{key}.lora.use_dora: found true; set it to false: readers of LoRA files drop its magnitudes"
             )
         if clash := competing(self.data):
             raise ValueError(clash)
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
-            raise ValueError(f"student.timesteps: found {list(times)}; they must descend")
+            raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")
         if self.student.net and (self.student.kind == "lora" or is_analytic(self.teacher.path)):
-            raise ValueError("student.net: an adapter or exact teacher has no network to change; kind full")
+            raise ValueError(
+                "student.net: leave it out: an adapter or an exact teacher has no network to change"
+            )
         if self.student.fuse and self.student.kind == "lora":
-            raise ValueError("student.fuse: found student.kind lora; only a full network takes an average")
+            raise ValueError(
+                "student.fuse: found with student.kind lora; use full, since only full networks are averaged"
+            )
         if self.student.fuse_weight is not None and not self.student.fuse:
-            raise ValueError("student.fuse_weight: set without student.fuse, the export to average with")
+            raise ValueError("student.fuse_weight: set without student.fuse; name an export there")
         self._check_guidance()
         if self.student.smooth_time and self.student.kind != "full":
             raise ValueError("student.smooth_time: found true for an adapter; it needs student.kind full")
         if self.student.sprint and (self.student.kind != "full" or not self.student.guidance_embedding):
             raise ValueError("student.sprint: found true; it needs kind full and student.guidance_embedding")
         if self.eval.keep == "best" and not (self.train.validation_steps and self.eval.validation_samples):
-            raise ValueError("eval.keep: 'best' needs train.validation_steps and eval.validation_samples")
+            raise ValueError(
+                "eval.keep: found 'best'; set train.validation_steps and eval.validation_samples above 0"
+            )
         if self.student.gamma and self.student.sampler != "tcd":
-            raise ValueError(f"student.gamma: found {self.student.gamma}; only student.sampler tcd reads it")
+            raise ValueError(
+                f"student.gamma: found {self.student.gamma}; leave it out, or use student.sampler tcd"
+            )
         self._check_steps()
         counts = (self.student.num_steps, len(times), *self.eval.student_steps)
         two = [s.objective.name for s in self.all_stages() if requirements_of(s.objective).step_end]
         if two and max(counts) > 1 and self.student.sampler != "ode":
             raise ValueError(
-                f"student.sampler: found {self.student.sampler!r}; {two[0]} walks the ODE: use ode"
+                f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
         for stage in self.all_stages():
             has_data = self.data.name or self.data.images
             if requirements_of(stage.objective).real_data and not has_data:
                 raise ValueError(
-                    f"data: no images are named; {stage.objective.name} needs real data, data.name or .images"
+                    f"data: no images are named; {stage.objective.name} needs real data: "
+                    "set data.name or data.images"
                 )
         return self
 

@@ -251,7 +251,7 @@ class TrainConfig(Section):
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """number of checkpoints that are kept, the latest"""
     num_threads: int = Field(default=0, ge=0, le=4096)
-    """CPU threads of PyTorch; 0 is its own default"""
+    """CPU threads of PyTorch; 0 is its own default, at most the CPUs that affinity and the container allow"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """experiment trackers besides metrics.jsonl; each needs its package"""
 
@@ -283,5 +283,5 @@ class EvalConfig(Section):
         """Distances between distributions need two samples; better refused now than after training."""
         for name in ("num_samples", "teacher_samples", "validation_samples"):
             if getattr(self, name) == 1 and not (name == "validation_samples" and self.grid > 1):
-                raise ValueError(f"{name}: found 1; a distance needs 2 samples or more; 0 turns it off")
+                raise ValueError(f"{name}: found 1; use 2 samples or more, or 0 to turn it off")
         return self

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -70,6 +71,12 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def quiet() -> None:
-    """Hide the start-up messages of libraries."""
+    """Hide what libraries print below an error: fastgen's own messages are short and name the setting.
+
+    Diffusers and transformers set the level of their loggers when they are imported, from the environment;
+    where that names a level, it is kept.
+    """
     for name in ("diffusers", "transformers", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
+        if os.environ[f"{name.upper()}_VERBOSITY"] == "error":
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -95,6 +95,13 @@ def write_json(path: Path, value, indent: int | None = 2) -> None:
     write_text(path, to_json(value, indent))
 
 
+def write_model_json(path: Path, value) -> None:
+    """Write a JSON file that diffusers reads, or that repeats a config of its: infinities stand as Python's
+    json writes and reads them (-Infinity), since a scheduler without its `lambda_min_clipped` is another one.
+    """
+    write_text(path, json.dumps(value, indent=2))
+
+
 def write_tensors(path: Path, tensors: dict[str, "Tensor"], header: dict[str, str] | None = None) -> Path:
     """Write a safetensors file atomically, readable by everyone (safetensors alone writes for the owner)."""
     from safetensors.torch import save_file

@@ -16,7 +16,9 @@ NAMES = ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1")
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop; carries its name. No Exception: nobody catches it by accident."""
+    """Raised where a signal stops the process; carries its name. Not an Exception, so that no handler
+    catches it by accident.
+    """
 
 
 class _State:

@@ -27,30 +27,48 @@ def read_bytes(path: Path, key: str, instruction: str, limit: int) -> bytes:
     for; `key` is the setting that an error names.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             raise UserError(key, f"{path} is not a regular file", instruction)
+        if found.st_size > limit:
+            raise _too_large(path, key, limit, instruction)
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
         raise UserError(key, f"{path} does not exist", instruction) from None
     except OSError as error:
         raise UserError(key, f"{path} cannot be read ({error.strerror or error})", instruction) from None
-    except ValueError:  # a path with a zero byte
-        raise UserError(key, f"{str(path)!r} is not a path", instruction) from None
-    if len(data) > limit:
-        raise UserError(key, f"{path} is larger than {limit // 2**10} KiB", instruction)
+    except ValueError as error:  # a path with a zero byte
+        raise UserError(key, f"{str(path)!r} cannot be read ({error})", instruction) from None
+    if len(data) > limit:  # it grew
+        raise _too_large(path, key, limit, instruction)
     return data
 
 
-def read_text(path: Path, key: str, instruction: str, limit: int = MAX_JSON_BYTES) -> str:
-    """UTF-8 text of a file, without a byte-order mark."""
+def _too_large(path: Path, key: str, limit: int, instruction: str) -> UserError:
+    most = f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit} bytes"
+    return UserError(key, f"{path} is larger than {most}", instruction)
+
+
+def read_text(path: Path, key: str, instruction: str, limit: int = MAX_JSON_BYTES, not_utf8: str = "") -> str:
+    """UTF-8 text of a file, without a byte-order mark, newlines as they are. A UserError names the line and
+    the byte that is none; not_utf8 is its instruction, if another than that for a file that cannot be read.
+    """
     data = read_bytes(path, key, instruction, limit)
+    instruction = not_utf8 or instruction
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(key, f"{path} is UTF-16 text", instruction)
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
+        place = text.find("\0")
+        if place < 0:
+            return text
+        line, what = text.count("\n", 0, place) + 1, "holds a zero byte: no text"
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        found = f"{path} is not UTF-8 text (line {line}, byte 0x{data[error.start]:02x})"
-        raise UserError(key, found, instruction) from None
+        before = error.object[: error.start]  # the byte-order mark, if any, is already gone
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        what = f"byte {column} (0x{error.object[error.start]:02x}) is not UTF-8"
+    raise UserError(key, f"{path} line {line}: {what}", instruction)
 
 
 def read_json(path: Path, key: str, instruction: str = COPY, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

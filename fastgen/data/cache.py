@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError, warn
-from fastgen.core.files import write_tensors
+from fastgen.data import tables
 
 KEY = "data.cache_dir"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,11 +32,6 @@ def _bytes(tensor: Tensor):
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    about = [(k, str(v.dtype), tuple(v.shape)) for k, v in sorted(tensors.items())]
-    return fingerprint(about, (v for _, v in sorted(tensors.items())))
-
-
 def check_folder(cache_dir: str) -> None:
     """A UserError where the cache folder cannot be made or written."""
     if not cache_dir:
@@ -46,53 +41,59 @@ def check_folder(cache_dir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
-        raise UserError(KEY, f"{folder} {reason}", "a folder that can be written, or leave it out") from None
+        raise UserError(
+            KEY, f"{folder} {reason}", "choose a folder that can be written, or leave it out"
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise UserError(KEY, f"{folder} cannot be written", "a folder that can be, or leave it out")
+        raise UserError(
+            KEY, f"{folder} cannot be written", "choose a folder that can be written, or leave it out"
+        )
 
 
-def kept(cache_dir: str, name: str, num: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of one cache file, each of num rows; made, and written, where there is no sound file."""
+def kept(cache_dir: str, name: str, num: int, make: Callable[[], Iterable[tables.Rows]]) -> tables.Rows:
+    """The tables of one cache file, each of num rows, mapped from it. Where there is no sound file they are
+    made, part by part, and written.
+    """
     if not cache_dir:
-        return make()
+        return tables.made(num, make)
     file = Path(cache_dir).expanduser() / f"{name}.safetensors"
     found = _read(file, num)
-    if found is None:
-        found = make()
-        _write(file, found)
-    return found
+    return _made(file, num, make) if found is None else found
 
 
-def _read(file: Path, num: int) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError, safe_open
+def _read(file: Path, num: int) -> tables.Rows | None:
+    from safetensors import SafetensorError
 
     if not file.is_file():
         return None
     try:
-        with safe_open(file, "pt") as source:
-            wanted = (source.metadata() or {}).get("checksum")
-            tensors = {k: source.get_tensor(k) for k in source.keys()}  # noqa: SIM118
-        reason = "" if wanted == _checksum(tensors) else "its checksum differs"
-        if not tensors or any(len(v) != num for v in tensors.values()):
+        found = tables.mapped(file)
+        reason = "" if tables.recorded_checksum(file) == tables.checksum(file) else "its checksum differs"
+        if not found or any(len(v) != num for v in found.values()):
             reason = f"it does not hold {num} rows"
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0][:80] if str(error) else "it cannot be read"
     if not reason:
-        return tensors
+        return found
     warn(f"{KEY}: {file.name} is damaged ({reason}); made again")
     return None
 
 
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write under a name of this process's own, then rename; a full disk costs the cache, not the run."""
+def _made(file: Path, num: int, make: Callable[[], Iterable[tables.Rows]]) -> tables.Rows:
+    """Written under a name of this process's own, then renamed; a full disk costs the cache, not the run."""
     own = file.with_name(f"{file.name}.{os.getpid()}")
+    first, parts = tables.begun(make)
     try:
-        write_tensors(own, tensors, {"checksum": _checksum(tensors)})
+        if not tables.has_room(file.parent, first, num):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        tables.write(own, num, parts)
+        own.chmod(0o644)
         os.replace(own, file)
-    except Exception as error:  # safetensors wraps OSErrors in an exception of its own
-        for left in (own, own.with_name(own.name + ".tmp")):
-            with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in FULL or "os error 28" in str(error)
-        reason = "the disk is full" if full else str(error).splitlines()[0][:80]
+        return tables.mapped(file)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in FULL else str(error).splitlines()[0][:80]
         warn(f"{KEY}: {file.name} was not written ({reason}); the run goes on without it")
+        return tables.made(num, make)
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)

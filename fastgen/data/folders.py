@@ -66,7 +66,9 @@ def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool
     """The pictures (or clips) of a folder and, with deep, its sub-folders, in natural order."""
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise UserError(key, f"{folder} is not a folder", "a folder of png, jpg, webp or other picture files")
+        raise UserError(
+            key, f"{folder} is not a folder", "give a folder of png, jpg, webp or other image files"
+        )
     kinds, found = CLIPS if clips else formats(), Listing(folder)
     failed: list[OSError] = []
     for where, folders, files in os.walk(folder, onerror=failed.append):

@@ -5,7 +5,7 @@ The order of samples is a function of (seed, step), so a resumed run continues w
 iterator state exists.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastgen.core.batch import Batch, select
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
-from fastgen.data import cache
+from fastgen.data import cache, tables
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.media import read_files
 from fastgen.data.sources import Found, control_files, read_source
@@ -99,30 +99,16 @@ class Data:
 def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
 
-    def make() -> dict[str, Tensor]:
+    def make() -> Iterator[tables.Rows]:
         size = max(1, min(500, 1_536_000 // images[0].numel()))
-        parts = (codec.encode(c.to(device).float() / 127.5 - 1).cpu() for c in images.split(size))
-        return {"x0": _joined(len(images), ({"x0": part} for part in parts))["x0"]}
+        return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in images.split(size))
 
-    if not cache_dir:
-        return make()["x0"]
-    net = codec if codec.vae is None else codec.vae
-    about = (key, tuple(images.shape), tuple(codec.shape), repr(getattr(net, "config", None)))
-    name = f"latents-{cache.fingerprint(about, (images, *net.state_dict().values()))}"
+    name = ""
+    if cache_dir:
+        net = codec if codec.vae is None else codec.vae
+        about = (key, tuple(images.shape), tuple(codec.shape), repr(getattr(net, "config", None)))
+        name = f"latents-{cache.fingerprint(about, (images, *net.state_dict().values()))}"
     return cache.kept(cache_dir, name, len(images), make)["x0"]
-
-
-def _joined(num: int, parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tables of num rows filled batch by batch, so that none is held twice."""
-    table: dict[str, Tensor] = {}
-    first = 0
-    for part in parts:
-        for key, value in part.items():
-            if key not in table:
-                table[key] = torch.empty(num, *value.shape[1:], dtype=value.dtype)
-            table[key][first : first + len(value)] = value
-        first += len(next(iter(part.values())))
-    return table
 
 
 def _text_rows(
@@ -137,10 +123,10 @@ def _text_rows(
     rows = _rows_of(captions, unique)
     name = _prompt_name(codec, unique, key) if cache_dir else ""
 
-    def make() -> dict[str, Tensor]:
-        batches = (unique[i : i + 256] for i in range(0, len(unique), 256))
+    def make() -> Iterator[tables.Rows]:
         with _no_inversion(codec.pipe):
-            return _joined(len(unique), map(codec.prompts, batches))
+            for i in range(0, len(unique), 256):
+                yield codec.prompts(unique[i : i + 256])
 
     table = cache.kept(cache_dir, name, len(unique), make)
     return table, rows, unique
@@ -190,7 +176,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
         raise UserError("data", f"{name} takes an image beside the text, and none are given", where)
     parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in shown.split(4)]
-    cond, null = (_joined(len(shown), (p[i] for p in parts)) for i in (0, 1))
+    cond, null = (tables.joined(len(shown), (p[i] for p in parts)) for i in (0, 1))
     return cond, null
 
 

@@ -4,10 +4,10 @@ Only a newline ends a line (not U+2028, a form feed or a vertical tab), as in an
 is one line that names the file, the line and the byte.
 """
 
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgen.core import reading
 from fastgen.core.errors import UserError
 
 MAX_BYTES = 256 * 2**20
@@ -39,41 +39,7 @@ def read_text(path: str | Path, key: str, instruction: str) -> str:
     """The whole file as text, newlines as they are. key and instruction are those of the UserError raised for
     a file that is missing, no regular file (pipes and devices are never opened), too large, or not UTF-8.
     """
-    path = Path(path).expanduser()
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(key, f"{path} is not a regular file", instruction)
-        if found.st_size > MAX_BYTES:
-            size = f"{path} has {found.st_size / 2**20:.0f} MB"
-            raise UserError(key, size, f"a text file of at most {MAX_BYTES // 2**20} MB")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(key, f"{path} does not exist", instruction) from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero character
-        raise UserError(key, f"{path} cannot be read ({_reason(error)})", instruction) from None
-    return _decoded(data, path, key)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _decoded(data: bytes, path: Path, key: str) -> str:
-    """UTF-8 bytes as text, or a UserError that names line and byte."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(key, f"{path} is UTF-16 text", "save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-        place = text.find("\0")
-        if place < 0:
-            return text
-        line, what = text.count("\n", 0, place) + 1, "holds a zero byte: no text"
-    except UnicodeDecodeError as error:
-        whole = error.object[: error.start]  # the byte-order mark, if any, is already gone
-        line, column = whole.count(b"\n") + 1, error.start - (whole.rfind(b"\n") + 1) + 1
-        what = f"byte {column} (0x{error.object[error.start]:02x}) is not UTF-8"
-    raise UserError(key, f"{path} line {line}: {what}", "save the file as UTF-8")
+    return reading.read_text(Path(path).expanduser(), key, instruction, MAX_BYTES, "save the file as UTF-8")
 
 
 def split_lines(text: str) -> list[str]:

@@ -131,14 +131,14 @@ def global_mean(x: Tensor) -> Tensor:
     return total / num
 
 
-def bin_ratios(r: Tensor, where: Tensor, bins: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """(r divided by the running mean of its bin, the updated bins).
+def running_means(values: Tensor, where: Tensor, sums: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+    """(the running mean of each sample's bin, [B]; the updated sums).
 
-    The ratio's size depends on the noise level, and where [B] is the bin (of levels) of each sample. A bin
-    with samples becomes rho old + (1 - rho) mean.
+    where [B] is the bin of each of the values [B]; sums [2, bins], 0 at first, hold the bins' sums and counts
+    over this batch of all processes and the samples before it, which fade so that about `memory` of them
+    count. A batch of at least that size is its own mean.
     """
-    zeros = torch.zeros_like(bins)
-    count = global_sum(zeros.index_add(0, where, torch.ones_like(r)))
-    mean = global_sum(zeros.index_add(0, where, r)) / count.clamp(min=1)
-    bins = torch.where(count > 0, rho * bins + (1 - rho) * mean, bins)
-    return r / (bins[where] + 1e-6), bins
+    batch = sums.new_zeros(sums.shape).index_add(1, where, torch.stack([values, torch.ones_like(values)]))
+    batch = global_sum(batch)
+    sums = (1 - batch[1].sum() / memory).clamp(min=0) * sums + batch
+    return (sums[0] / sums[1].clamp(min=1e-12))[where], sums

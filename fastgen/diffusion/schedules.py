@@ -151,6 +151,14 @@ class Schedule:
         scale = (first or times[0]) / times[0]
         return [scale * times[int(i)] for i in np.linspace(0, grid or num, num, endpoint=False)]
 
+    def training_grid(self, num: int, final: int = 0) -> list[float]:
+        """num + 1 times, noise first and the clean end last, between whose neighbours a student is trained.
+
+        They are those at which it is sampled in num steps. A grid on the way to one of `final` steps, which
+        num divides into the same segments, has the edges of the segments in common with it.
+        """
+        return [*self.steps(num), self.t_min]
+
     def toward_data(self, u: Tensor, gamma: float) -> Tensor:
         """The time s = (1 - gamma) u of TCD's strategic stochastic sampling (arXiv 2402.19159)."""
         return ((1 - gamma) * u.double()).clamp(min=self.t_min)
@@ -225,6 +233,10 @@ class VP(Schedule):
 
     def student_times(self, num: int, grid: int = 0, first: float = 0.0) -> list[float]:
         return [float(round(t)) for t in super().student_times(num, grid, first)]
+
+    def training_grid(self, num: int, final: int = 0) -> list[float]:
+        """Picked from the final grid: whole timesteps of two numbers of steps do not divide alike."""
+        return [*self.student_times(num, final), self.t_min]
 
 
 class Flow(Schedule):

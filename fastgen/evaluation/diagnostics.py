@@ -34,7 +34,8 @@ def warnings(metrics: list[dict], results: dict) -> list[tuple[str, str]]:
     for student in sorted(p for p in players if p.startswith("student")):
         number = student.removeprefix("student")
         found += [*_student(metrics, student), *_critic(metrics, student, f"critic{number}")]
-        found += [*_heads(metrics, f"critic{number}"), *_heads(metrics, f"disc{number}")]
+        weighs = any(f"{student}/log_ratio" in r for r in metrics)  # f_distill, uni_instruct
+        found += [*_heads(metrics, f"critic{number}", weighs), *_heads(metrics, f"disc{number}", weighs)]
     return found
 
 
@@ -96,8 +97,10 @@ def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:
         yield symptom, cure
 
 
-def _heads(metrics: list[dict], player: str) -> Warnings:
+def _heads(metrics: list[dict], player: str, weighs: bool) -> Warnings:
+    """Logits far apart; `weighs`: they are also the density ratio that weighs the score, at its levels."""
     real, fake = fifths(metrics, f"{player}/logit_real"), fifths(metrics, f"{player}/logit_fake")
     if real and fake and real[-1] - fake[-1] > LOGITS:
         symptom = f"discriminator too strong: its logits stand {real[-1] - fake[-1]:.1f} apart"
-        yield symptom, "r1_weight, a lower disc_weight or optim.disc.lr, or noisier gan_time (gan.disc_time)"
+        levels = "noisier time and critic_time" if weighs else "noisier gan_time (gan.disc_time)"
+        yield symptom, f"r1_weight, a lower disc_weight or optim.disc.lr, or {levels}"

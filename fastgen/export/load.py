@@ -102,7 +102,9 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
         raise UserError(key, f"{found} is a pickled checkpoint", "fastgen reads .safetensors files only")
     if (found / "config.yaml").is_file():
         if not (found / "export").is_dir():
-            raise UserError(key, f"{found} is a run without an export", "let the run end, or --resume it")
+            raise UserError(
+                key, f"{found} is a run without an export", "let the run end, or continue it with --resume"
+            )
         return found / "export"
     if not found.exists():
         if found.suffix != ".safetensors" and text.count("/") == 1 and not text.startswith(("/", ".")):

@@ -99,7 +99,7 @@ def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
             metadata = handle.metadata() or {}
             tensors = {k: handle.get_tensor(k) for k in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(key, f"{file} cannot be read ({error})", "is it a whole .safetensors file?") from None
+        raise UserError(key, f"{file} cannot be read ({error})", "copy or download the file again") from None
     prefix, tensors = _without_prefix(tensors, file, key)
     ending = ".lora_A.weight"
     names = sorted(k.removesuffix(ending) for k in tensors if k.endswith(ending))

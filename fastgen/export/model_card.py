@@ -12,10 +12,16 @@ from fastgen.export.markdown import code, escape, fenced, visible
 from fastgen.export.snippet import hub_id, keywords, usage
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.files import hub_folder
+from fastgen.networks.linear_attention import linear_attention
 from fastgen.networks.teacher import Teacher
 from fastgen.roles.router import Router
 
 ROWS = (("teacher", "teacher"), ("untrained_student", "untrained student"), ("student", "student"))
+
+UNDER_AUTOCAST = (
+    "Under `torch.autocast` choose `torch.bfloat16`: the linear attention of plain diffusers divides 0 by 0 "
+    "in float16 autocast. Loading with `torch_dtype=torch.float16`, without autocast, is right."
+)
 
 
 SAMPLES = "samples.png"
@@ -91,6 +97,8 @@ def quoted(name: str) -> str:
 def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, notes = info.lora, []
+    if linear_attention(teacher.network.net):
+        notes.append(UNDER_AUTOCAST)
     if info.is_student and info.timestep_arguments:
         given = keywords(info.timestep_arguments)[2:]
         notes.append(f"The scheduler's plain grid is another one: pass {code(given)} as below.")

@@ -15,7 +15,7 @@ from torch import nn
 from fastgen import __version__
 from fastgen.core.copying import copy_inside, files_inside
 from fastgen.core.errors import UserError, warn
-from fastgen.core.files import replace_folder, write_text
+from fastgen.core.files import replace_folder, write_model_json, write_text
 from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
@@ -104,7 +104,7 @@ def _export_one(
         export_folder(teacher, net, folder, setup.scheduler, _document(teacher, info), dtype)
     else:
         info = _export_lora(teacher, student, folder, setup, info, dtype)
-        write_text(folder / FILE, json.dumps(_document(teacher, info), indent=2))
+        write_model_json(folder / FILE, _document(teacher, info))
     if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
 
@@ -134,7 +134,7 @@ def _export_members(
         _export_one(trained, member, folder / f"student{j}", setup, info)
     students.router.save(folder)
     info = replace(info, num_students=len(students.members), trained_students=tuple(students.trained))
-    write_text(folder / FILE, json.dumps(_document(trained.teacher, info), indent=2))
+    write_model_json(folder / FILE, _document(trained.teacher, info))
     write_text(folder / "README.md", members_card(info, students.router))
 
 
@@ -257,8 +257,8 @@ def export_folder(
             if part not in index:
                 index[part] = _library_class(source / part, part)
     index |= family.index_extra
-    write_text(folder / "model_index.json", json.dumps(index, indent=2))
-    write_text(folder / FILE, json.dumps(document, indent=2))
+    write_model_json(folder / "model_index.json", index)
+    write_model_json(folder / FILE, document)
     return folder
 
 

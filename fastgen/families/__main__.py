@@ -44,15 +44,15 @@ def table() -> str:
     """Markdown: one row per family, and the notes."""
     record = json.loads(RECORD.read_text())
     notes: list[str] = []
-    heads = ["family", "network", "pipelines", *COLUMNS, "kohya", "LoRA loader", "served by"]
+    heads = ["family", "network", "pipelines", *COLUMNS, "kohya", "LoRA loader", "scheduler"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for family in sorted(FAMILIES.values(), key=lambda f: f.name):
         cases = [c for c in record["cases"].values() if c["family"] == family.name]
-        served = sorted({f"{s} ({c['sampler']})" for c in cases for s in [c["scheduler"]] if s})
+        schedulers = sorted({f"{s} ({c['sampler']})" for c in cases for s in [c["scheduler"]] if s})
         cells = [family.name, f"`{family.net_class}`", ", ".join(family.pipelines)]
         cells += [verdict(cases, checks, notes) if cases else "no" for checks in COLUMNS.values()]
         cells += ["yes" if family.kohya_prefix else "-", "pipeline" if family.lora_loader else "fastgen"]
-        lines.append("| " + " | ".join([*cells, ", ".join(served)]) + " |")
+        lines.append("| " + " | ".join([*cells, ", ".join(schedulers)]) + " |")
     lines += ["", *(f"({i}) {note}." for i, note in enumerate(notes, 1)), ""]
     lines += ["Parameters that no gradient reaches, by family:", ""]
     for family in sorted(FAMILIES.values(), key=lambda f: f.name):

@@ -18,6 +18,7 @@ from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks.attention import kernel
 from fastgen.networks.denoiser import Denoiser
+from fastgen.networks.linear_attention import guard
 from fastgen.networks.lora_targets import adapter_layers
 
 __all__ = ["Backbone", "Cond", "Family"]
@@ -39,7 +40,7 @@ class Backbone(Denoiser):
 
     def __init__(self, net: DiffusersModel, family: Family, schedule: Schedule, prediction: str):
         super().__init__()
-        self.net, self.family, self.schedule, self.prediction = net, family, schedule, prediction
+        self.net, self.family, self.schedule, self.prediction = guard(net), family, schedule, prediction
         self.second_time = False
         """whether the network also takes the time at which its step ends, cond["r"] [B], as one more input
         channel
@@ -91,12 +92,12 @@ class Backbone(Denoiser):
 
     def add_guidance(self) -> None:
         """Make the guidance scale, cond["guidance"] [B], an input of the network; call before adapters."""
-        self.net = self.family.add_guidance(self.net).eval()
+        self.net = guard(self.family.add_guidance(self.net).eval())
 
     def add_second_time(self) -> None:
         """Make the end of a step, cond["r"] [B], an input of the network; call before adapters."""
         if not self.second_time:
-            self.net = self.family.add_second_time(self.net).eval()
+            self.net = guard(self.family.add_second_time(self.net).eval())
             self.second_time = True
 
     def fix(self, name: str) -> None:

@@ -16,6 +16,7 @@ from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel
+from fastgen.networks.linear_attention import float16_autocast, linear_attention
 
 
 class Codec(nn.Module):
@@ -258,11 +259,14 @@ def decode_latents(family: Family, vae, x0: Tensor) -> Tensor:
 
 
 def _no_overflow(vae) -> AbstractContextManager[Any]:
-    """Without autocast where that is to float16 and the autoencoder's config says force_upcast."""
-    config, device = getattr(vae, "config", None), vae.device.type
-    upcast = config is not None and getattr(config, "force_upcast", False)
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return torch.autocast(device, enabled=False) if upcast and half else nullcontext()
+    """Without autocast where that is to float16 and the autoencoder would overflow it: its config says
+    force_upcast, or it has linear attention.
+    """
+    device = vae.device.type
+    if not float16_autocast(device):
+        return nullcontext()
+    upcast = getattr(getattr(vae, "config", None), "force_upcast", False) or linear_attention(vae)
+    return torch.autocast(device, enabled=False) if upcast else nullcontext()
 
 
 def switch_vae(vae, teacher) -> None:

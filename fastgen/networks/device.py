@@ -13,5 +13,7 @@ def open_device(name: str = "") -> torch.device:
         torch.ones(1, device=device).cpu()  # meta devices hold no numbers
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError
         found = f"found {chosen!r} ({first_line(error)})"
-        raise UserError("--device", found, "cpu, or a device that torch finds here, e.g. cuda") from None
+        raise UserError(
+            "--device", found, "use cpu, or a device that PyTorch finds on this machine, e.g. cuda"
+        ) from None
     return device

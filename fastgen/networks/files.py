@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from fastgen.core.errors import UserError, first_line
-from fastgen.core.paths import inside, resolve
-from fastgen.core.reading import read_json
+from fastgen.core.paths import resolve
+from fastgen.core.reading import read_json, readable
 from fastgen.families.parts import cast_network
 from fastgen.networks.weight_files import (
     PICKLES,
     WEIGHTS,
+    check_indexes,
     check_quantised,
-    check_shards,
     choose_variant,
     component_dtype,
     single_file,
@@ -39,38 +39,21 @@ def load_part(
     stays in float32 where `dtype` is float16. With weights=False the network is built on the meta device, and
     only the headers of its weight files are read.
     """
-    from safetensors import SafetensorError
-
     files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
     if not any(f.endswith(WEIGHTS) for f in files):
         pickles = [f for f in files if f.endswith(PICKLES)]
         found = f"{folder} has only pickled weights ({pickles[0]})" if pickles else f"{folder} has no weights"
         raise UserError(key, found, "give a folder with .safetensors files, the only format that is read")
-    check_weight_files(folder, key)
     config = read_json(folder / "config.json", key)
     check_quantised(folder, config, key, denoiser)
     variant = choose_variant(folder, dtype, key)
-    check_shards(folder, variant, key)
+    check_indexes(folder, variant, key)
     dtype = component_dtype(config, cls, dtype)
-    try:
+    with readable(key, folder):
         if not weights:
             return cast_network(_build_on_meta(folder, cls), dtype)
         chosen = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         return cls.from_pretrained(folder, torch_dtype=dtype, **chosen)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
-        raise UserError(
-            key, f"{folder} cannot be read ({first_line(error)})", "copy or download the folder again"
-        ) from None
-
-
-def check_weight_files(folder: Path, key: str) -> None:
-    """Refuse a folder in which an index of weights names a file outside of it."""
-    for index in folder.glob("*.index.json"):
-        shards = read_json(index, key).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UserError(key, f"{index} has no weight_map", "copy or download the folder again")
-        for name in sorted({str(name) for name in shards.values()}):
-            inside(folder, name, key)
 
 
 def _build_on_meta(folder: Path, cls: Any) -> Any:
@@ -174,10 +157,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; UserError if it cannot be read."""
     import transformers
 
-    try:
+    with readable("teacher.path", folder):
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raise errors of many types
-        found = f"{folder} cannot be read ({first_line(error)})"
-        raise UserError("teacher.path", found, "copy or download the folder again") from None

@@ -11,17 +11,20 @@ than two passes: 3.2 against 2.7 times a plain training step on a UNet.)
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastgen.core.errors import UserError
 from fastgen.networks.attention import exact_attention
 
 SMALLEST_STEP = 1e-5
 """for a smaller h the difference of float32 passes is mostly rounding error, about 1e-6 / 2h"""
+NORMS = (F.layer_norm, F.group_norm, F.rms_norm)
 
 
 class TangentConfig(BaseModel):
@@ -53,6 +56,24 @@ class TangentConfig(BaseModel):
         return self.step if self.method == "difference" else 1e-6
 
 
+class _NormsInFloat32(TorchFunctionMode):
+    """Normalise layers of half precision in float32. PyTorch's derivative of a norm multiplies by 1 / std to
+    the third power, which float16 cannot hold for a std below 1/40.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        x = args[0] if args else kwargs.get("input")
+        if function not in NORMS or x.dtype not in (torch.float16, torch.bfloat16):
+            return function(*args, **kwargs)
+        raised = function(*map(_float32, args), **{k: _float32(v) for k, v in kwargs.items()})
+        return raised.to(x.dtype)
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
 def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
     """Derivative of f at the tensors `at` in the direction `along`, shaped like the output of f, detached."""
     device = at[0].device.type
@@ -66,7 +87,7 @@ def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfi
 def _forward_mode(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
     kernel: AbstractContextManager[None] = exact_attention() if cfg.math_attention else nullcontext()
     try:
-        with kernel:
+        with kernel, _NormsInFloat32():
             return torch.func.jvp(f, at, along)[1].detach()
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error) and "forward-mode AD" not in str(error):

@@ -9,7 +9,7 @@ import torch
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
-from fastgen.core.reading import COPY, check_types, read_json, reads_model
+from fastgen.core.reading import COPY, check_types, read_json, readable, reads_model
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
@@ -105,11 +105,8 @@ def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) 
         model = named_class(folder, name, library, cls) if own else component_class(folder / name)
         return load_part(folder / name, "teacher.path", model, options.weights, DTYPES[options.dtype])
     processor = named_class(folder, name, library, cls)
-    try:
+    with readable("teacher.path", folder / name):
         return processor.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # processors raise errors of many types
-        unread = f"{folder / name} cannot be read ({first_line(error)})"
-        raise UserError("teacher.path", unread, "copy or download the folder again") from None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -167,7 +164,9 @@ def _grid(
             raise UserError(f"teacher.{key}", f"found {size}", f"remove it: {family.name} has no image size")
         step = factor * family.divisor
         if size % step:
-            raise UserError(f"teacher.{key}", f"found {size}", f"{family.name} needs a multiple of {step}")
+            raise UserError(
+                f"teacher.{key}", f"found {size}", f"give a multiple of {step}, as {family.name} needs"
+            )
         grid[at] = size // factor
     if family.square and grid[-2] != grid[-1]:
         found = f"found {grid[-1] * factor} with a height of {grid[-2] * factor}"
@@ -178,7 +177,7 @@ def _grid(
             instruction = f"remove it: {family.name} generates images, not videos"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         if (frames - 1) % temporal:
-            instruction = f"the autoencoder of {family.name} needs 1 plus a multiple of {temporal}"
+            instruction = f"give 1 plus a multiple of {temporal}, as the autoencoder of {family.name} needs"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 
 from fastgen.core.errors import UserError
+from fastgen.core.paths import inside
+from fastgen.core.reading import read_json
 
 WEIGHTS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -61,17 +62,19 @@ def choose_variant(folder: Path, dtype: torch.dtype, key: str) -> str | None:
     return next(iter(known))
 
 
-def check_shards(folder: Path, variant: str | None, key: str) -> None:
-    """Every shard that the index of a component names exists in its folder; UserError otherwise."""
-    for name in variants([f.name for f in folder.iterdir()]).get(variant, []):
-        if not name.endswith(".json"):
-            continue
-        try:
-            shards = set(json.loads((folder / name).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            raise UserError(key, f"{folder / name} is no index of shards", "copy the file again") from None
-        for shard in sorted(map(str, shards)):
-            if Path(shard).name != shard or not (folder / shard).is_file():
+def check_indexes(folder: Path, variant: str | None, key: str) -> None:
+    """Every index of a component's shards names files inside of its folder, and the one of the variant to
+    read names files that exist; UserError otherwise.
+    """
+    names = [f.name for f in folder.iterdir() if ".index." in f.name and f.suffix == ".json"]
+    read = variants(names).get(variant, [])
+    for name in sorted(names):
+        shards = read_json(folder / name, key).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(key, f"{folder / name} has no weight_map", "copy or download the folder again")
+        for shard in sorted({str(s) for s in shards.values()}):
+            file = inside(folder, shard, key)
+            if name in read and (Path(shard).name != shard or not file.is_file()):
                 found = f"{folder} has no file {shard!r}, which {name} names"
                 raise UserError(key, found, "copy or download the folder again")
 

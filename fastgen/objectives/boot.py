@@ -113,6 +113,6 @@ class BOOT(Objective, config=BOOTConfig):
         return self.student(x_T, self.student.time(0, x_T), {**cond, "net_t": self.time(1 - u)})
 
     def estimate(self, x: Tensor, t: Tensor, batch: Batch, w: float | Tensor) -> Tensor:
-        """D^w of the teacher, clamped where the settings say so."""
+        """D^w of the teacher, clamped if the settings say to."""
         D = guided(self.teacher, x, t, batch, w)
         return D.clamp(-self.cfg.clamp, self.cfg.clamp) if self.cfg.clamp else D

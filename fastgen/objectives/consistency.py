@@ -17,6 +17,7 @@ Differs
   end J is D itself.
 - theta- is the student under no_grad unless target_decay is set (2310.14189, Sec. 3.2); CD of 2303.01469
   used 0.95.
+- the grid is the sampler's (on VP whole timesteps), and the student takes its steps from it.
 - the perceptual metric is not LPIPS with its VGG: it compares the bundled feature net's maps. That net also
   measures fd_mini, so a number of such a run is no fair comparison.
 - multistep: plain DDIM teacher steps in place of aDDIM; curriculum log is its growth of the teacher's steps.
@@ -100,6 +101,7 @@ class Consistency(Objective, config=ConsistencyConfig):
             network_calls,
             untrained=tuple(name for name, on in wanted.items() if on),
             auxiliaries={"perceptual": PerceptualSpec()} if cfg.metric == "perceptual" else {},
+            grid_steps=cfg.num_scales,
             why_not_sampled=partial(unfit_segments, cfg.num_scales, cfg.segments),
         )
 
@@ -157,4 +159,4 @@ class Consistency(Objective, config=ConsistencyConfig):
             done = min(k / cfg.curriculum_steps, 1.0)
             num = num_intervals(cfg.curriculum, cfg.start_scales, num, done)
             num = max(num - num % cfg.segments, cfg.segments)
-        return self.schedule.from_unit(torch.linspace(1, 0, num + 1, dtype=torch.float64))
+        return torch.tensor(self.schedule.training_grid(num, cfg.num_scales), dtype=torch.float64)

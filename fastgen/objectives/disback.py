@@ -69,7 +69,7 @@ class DisBackConfig(ObjectiveConfig):
         if (self.nodes > 0) != (self.record_steps > 0) or self.nodes > self.record_steps:
             raise ValueError(
                 f"objective.nodes: found {self.nodes} in {self.record_steps} steps of recording; "
-                "at least one step a node, or 0 of both"
+                "use at least one step per node, or 0 for both"
             )
         return self
 

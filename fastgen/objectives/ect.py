@@ -4,8 +4,10 @@ Paper: Geng et al. 2024, arXiv 2406.14548 (Alg. 1; the authors' code for the con
 
   n = sigma / alpha is the noise level;  n_t ~ exp N(-1.1, 2^2)
   n_r = n_t (1 - q^-(j+1) (1 + k sigmoid(-b n_t))), at least 0;     j grows every `double_every` steps
-  x_t = alpha x0 + sigma eps;  x_r with the same eps                or the teacher's Euler step from x_t to r
-  target = sg D_theta(x_r, r),  x0 itself where n_r = 0             j = -1 would be diffusion training
+  x_t = alpha x0 + sigma eps
+  D = x0,  x_r with the same eps                                    or the guided teacher's D(x_t, t), and
+                                                                    its Euler step from x_t to r
+  target = sg D_theta(x_r, r),  D itself where n_r = 0              j = -1 would be diffusion training
   loss = |D_theta(x_t, t) - target| / (n_t - n_r)                   the norm over the image, not its square
 
 Differs
@@ -25,7 +27,6 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, passes
-from fastgen.sampling.solvers import solver_step
 
 
 class ECTConfig(ObjectiveConfig):
@@ -81,8 +82,8 @@ class ECT(Objective, config=ECTConfig):
             eps = self.rng.randn_like(x0)
             x_t = S.noise(x0, eps, t)
             with torch.no_grad():
-                x_r = earlier(self, batch, x_t, eps, t, r)
-                target = torch.where(expand(clean, x0).bool(), x0, self.student(x_r, r, batch.cond))
+                D, x_r = earlier(self, batch, x_t, eps, t, r)
+                target = torch.where(expand(clean, x0).bool(), D, self.student(x_r, r, batch.cond))
             pred = self.student(x_t, t, batch.cond)
             loss = losses.sample_huber(pred, target, max(cfg.huber_c, 1e-6), 1 / (n_t - n_r))
             yield loss, {"gap": self.gap(k), "error": (pred - target).abs().mean()}
@@ -93,15 +94,15 @@ class ECT(Objective, config=ECTConfig):
         return max(self.cfg.q ** -(j + 1), 1 - self.cfg.max_ratio)
 
 
-def earlier(obj, batch, x_t, eps, t, r):
-    """x_r of the data with the same noise, or the guided teacher's Euler step from x_t."""
+def earlier(obj, batch, x_t, eps, t, r) -> tuple[Tensor, Tensor]:
+    """(D, x_r), [B, ...] each: the estimate of the clean image that leads from x_t at times t [B] to x_r at
+    times r [B], and is x_r where r is clean. It is the data point, x_r having the same noise; or the guided
+    teacher's, x_r being its Euler step.
+    """
     if obj.cfg.source == "data":
-        return obj.schedule.noise(data_of(batch), eps, r)
-
-    def D(x: Tensor, t: Tensor) -> Tensor:
-        return guided(obj.teacher, x, t, batch, obj.guidance)
-
-    return solver_step(obj.schedule, D, x_t, t, r, "euler")
+        return data_of(batch), obj.schedule.noise(data_of(batch), eps, r)
+    D = guided(obj.teacher, x_t, t, batch, obj.guidance)
+    return D, obj.schedule.ode_step(D, x_t, t, r)
 
 
 def level_time(schedule, n):

@@ -35,7 +35,7 @@ from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.grids import OnSolverGrid, SolverGridConfig, distance_weight
-from fastgen.sampling.solvers import solver_step, teacher_grid
+from fastgen.sampling.solvers import solver_step
 
 
 class LCMConfig(SolverGridConfig):
@@ -65,7 +65,7 @@ class LCM(OnSolverGrid, config=LCMConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
-        grid = torch.tensor(teacher_grid(S, cfg.grid_steps), dtype=torch.float64, device=x0.device)
+        grid = torch.tensor(S.training_grid(cfg.grid_steps), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(cfg.grid_steps, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
         w, cond = self.draw_guidance(batch)  # w ~ U(w_min, w_max), an input of the student

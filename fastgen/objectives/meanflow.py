@@ -20,6 +20,9 @@ Differs
 - end_ratio is ours, 0 in the paper: a single step goes from s = 1 to r = 0, a pair that two draws of one
   law hardly ever make.
 - c is 0.01 as in the authors' code; the paper's text says 0.001. |e|^2 is the sum over elements.
+- the loss is the paper's. The default of FastGen (`opt_grad`) is the normalised tangent
+  |u - sg[u + g/(|g| + 0.1)]|^2, g = v - u - (s - r) du/ds: gradients of one size, where eq. 22 at p = 1 has
+  those of size 1/|g|. Its `l2` is eq. 22 with c = 0.1. `norm_p: 0.5` here comes near its default.
 """
 
 from typing import Literal

@@ -36,7 +36,7 @@ from fastgen.objectives.base import Updates, data_of
 from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.gan import pair_turn
 from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
-from fastgen.sampling.solvers import jump, segment_ends, solver_step, teacher_grid
+from fastgen.sampling.solvers import jump, segment_ends, solver_step
 
 
 class PCMConfig(SegmentedConfig):
@@ -71,7 +71,7 @@ class PCM(Segmented, config=PCMConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S, x0, K = self.cfg, self.schedule, data_of(batch), self.cfg.grid_steps
-        grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
+        grid = torch.tensor(S.training_grid(K), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]
         t, r, e = grid[n], grid[n + 1], grid[end]

@@ -29,7 +29,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements, passes
-from fastgen.sampling.solvers import solver_step, teacher_grid, undo_jump
+from fastgen.sampling.solvers import solver_step, undo_jump
 
 
 class ProgressiveConfig(ObjectiveConfig):
@@ -79,7 +79,7 @@ class Progressive(Objective, config=ProgressiveConfig):
         """(t_i, m_i, t_{i+1}) of a random step for each row."""
         num = len(self.student.times)
         coarse = torch.tensor([*self.student.times, self.schedule.t_min], dtype=torch.float64)
-        middle = torch.tensor(teacher_grid(self.schedule, 2 * num)[1::2], dtype=torch.float64)
+        middle = torch.tensor(self.schedule.student_times(2 * num)[1::2], dtype=torch.float64)
         if self.student.times != self.schedule.student_times(num):  # custom times: half-way between them
             middle = (coarse[1:] + coarse[:-1]) / 2
         i = self.rng.randint(num, len(x0))

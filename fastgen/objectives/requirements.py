@@ -1,6 +1,6 @@
 """What a method needs of a run, declared by `Objective.requirements(cfg)` for the settings it is given.
 
-One declaration serves everybody who must know before anything is trained: the config checks, the code that
+One declaration for all code that must know it before anything is trained: the config checks, the code that
 builds the networks, the dry run, the memory estimate, the export. A method around another one (`msd`,
 `disback`) takes its host's declaration and changes it with `dataclasses.replace`.
 """

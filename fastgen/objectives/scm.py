@@ -83,8 +83,10 @@ class SCM(Objective, config=SCMConfig):
         w, cond = self.draw_guidance(batch)
         with self.turn("student"):
             teacher = self.teacher if self.cfg.mode == "distillation" else None
-            point = noised_point(self.cfg, self, batch, w, teacher)
-            yield consistency_loss(self.cfg, self, cond, point, k)
+            point = noised_point(self.cfg, self, batch, w, teacher)  # x_t, t, d = sd F_real^w(x_t, t)
+            yield consistency_loss(
+                self.cfg, self, cond, point, k
+            )  # J, g, then exp(-w) / s |F - F- - g|^2 + w
 
 
 Point = tuple[Tensor, Tensor, Tensor]

@@ -84,7 +84,7 @@ class TCM(Objective, config=TCMConfig):
             eps = self.rng.randn_like(x0)
             x_t = S.noise(x0, eps, t)
             with torch.no_grad():
-                x_r = earlier(self, batch, x_t, eps, t, r)
+                _, x_r = earlier(self, batch, x_t, eps, t, r)
                 target = self.target(x_r, r, batch.cond, n_r < cfg.boundary)
             pred = self.student(x_t, t, batch.cond)
             loss = losses.sample_huber(pred, target, 1e-6, weight / (n_t - n_r))

@@ -36,7 +36,7 @@ from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.gan import pair_turn
 from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
-from fastgen.sampling.solvers import segment_ends, solver_step, teacher_grid
+from fastgen.sampling.solvers import segment_ends, solver_step
 
 
 class TSCDConfig(SegmentedConfig):
@@ -68,7 +68,7 @@ class TSCD(Segmented, config=TSCDConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S, x0, K = self.cfg, self.schedule, data_of(batch), self.cfg.grid_steps
-        grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64, device=x0.device)
+        grid = torch.tensor(S.training_grid(K), dtype=torch.float64, device=x0.device)
         n = self.rng.randint(K, len(x0))
         end = segment_ends(K, cfg.segments).to(n.device)[n]
         inside = n + 1 + (self.rng.rand(len(x0)) * (end - n)).long()

@@ -19,6 +19,7 @@ Differs
 - the ratio is a function of x_t. `logit` differentiates it through the discriminator; `score` uses
   grad r = r Delta, exact for exact scores but of third order in their error; `none` leaves it out.
 - their divergence starts after 200k images, ours after `warmup_steps`; the mean of h is divided out by batch.
+- no `gan_time` but for f = rkl: the ratio is that of the score's own x_t.
 - authors use channel means of the critic's features as logits (`disc_mean`); learned heads are the default
   here.
 """
@@ -34,7 +35,13 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import TimeConfig, Updates, guided
 from fastgen.objectives.requirements import Requirements
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, calls_through_scores, diagnostics
+from fastgen.objectives.shared.critic import (
+    GanMatchingConfig,
+    Matching,
+    calls_through_scores,
+    check_ratio_level,
+    diagnostics,
+)
 from fastgen.roles.roles import Role
 
 
@@ -69,7 +76,7 @@ class UniInstructConfig(GanMatchingConfig):
     def _ratio_needs_a_discriminator(self):
         if self.f != "rkl" and not self.gan_weight:
             raise ValueError(f"f: {self.f} needs a density ratio, set gan_weight above 0 (and real data)")
-        return self
+        return check_ratio_level(self)
 
 
 class UniInstruct(Matching, config=UniInstructConfig):

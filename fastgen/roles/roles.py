@@ -279,7 +279,7 @@ def members(part: Part) -> Sequence[Part]:
 
 
 def learned(part: Part) -> dict[str, nn.Parameter]:
-    """What a part learns: a role says so itself, of a plain module it is everything."""
+    """The trainable parameters of a part: a role declares them, of a plain module they are all."""
     return dict(part.named_parameters()) if isinstance(part, nn.Module) else part.trainable()
 
 

@@ -32,7 +32,7 @@ from fastgen.training.checks import check_fits
 
 
 class Cast:
-    """The networks of a run by part name. Parts are made when a stage first asks for them and kept for
+    """The networks of a run by part name. Parts are made when a stage first needs them and kept for
     later stages.
     """
 
@@ -195,7 +195,9 @@ class Cast:
             with torch.device(self.device):
                 net = type(base.net).from_config({**config, **changes})
         except Exception as error:  # whatever a network's constructor raises
-            raise UserError("student.net", f"refused ({first_line(error)})", "change its values") from None
+            raise UserError(
+                "student.net", f"refused ({first_line(error)})", "correct the value that it names"
+            ) from None
         return Backbone(net, base.family, base.schedule, base.prediction)
 
     def divide(self, data) -> None:
@@ -219,6 +221,9 @@ class Cast:
         if s.sampler == "tcd" and not isinstance(schedule, VP):
             found = f"'tcd' for a {type(schedule).__name__} teacher; TCDScheduler is made for VP"
             raise UserError("student.sampler", found, "use ode (as tcd with gamma 0) or renoise (gamma 1)")
+        if isinstance(schedule, VP) and grid > schedule.num_timesteps:
+            found = f"found a grid of {grid} steps"
+            raise UserError("objective", found, f"the teacher has {schedule.num_timesteps} timesteps")
         times = list(s.timesteps) or schedule.student_times(s.num_steps, grid)
         if isinstance(schedule, VP) and any(t != round(t) for t in times):
             raise UserError(
@@ -228,7 +233,7 @@ class Cast:
             raise UserError(
                 "student.timesteps",
                 f"found {times}",
-                f"the teacher's times lie in ({schedule.t_min}, {schedule.t_max}]",
+                f"give times of the teacher's schedule, in ({schedule.t_min}, {schedule.t_max}]",
             )
         return times
 

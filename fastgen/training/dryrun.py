@@ -29,7 +29,11 @@ def rehearse(cast: Cast, train: TrainConfig, resume: Path | None = None) -> None
             _check_progress(resume, meta["k"], stage.max_train_steps)
             checkpoint.check_tensors(resume, _shapes(cast, train.ema_decay), ("part/", "ema/"))
     if writer >= len(cast.stages):
-        raise UserError("--resume", f"{resume} is of stage {writer}", "this run has fewer stages")
+        raise UserError(
+            "--resume",
+            f"{resume} is of stage {writer}",
+            "restore the stages of the config, or start a new output_dir",
+        )
 
 
 def _make(cast: Cast, stage: StageConfig, seed: int) -> None:

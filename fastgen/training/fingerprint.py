@@ -139,7 +139,7 @@ def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], repor
     unknown = [a for a in allowed if not any(_matches(k, (a,)) for k in (*before, *now, *FOUND))]
     if unknown:
         found = f"no setting is named {unknown[0]!r}"
-        raise UserError("--allow_changed", found, "e.g. optim, data, world_size")
+        raise UserError("--allow_changed", found, "name a setting, e.g. optim, data or world_size")
     refused = [k for k in changed if k not in free]
     if refused:
         spelled = ", ".join(_change(k, before, now) for k in refused[:4])

@@ -49,7 +49,7 @@ def check_folder(output_dir: str, inputs: Mapping[str, str], resume: bool, overw
     if not output_dir.strip():
         raise UserError("output_dir", "found an empty name", "name a folder, e.g. runs/first")
     if "\0" in output_dir:
-        raise UserError("output_dir", f"found {output_dir!r}", "a name without a null character")
+        raise UserError("output_dir", f"found {output_dir!r}", "give a name without a null character")
     folder = Path(output_dir)
     try:
         _check_usable(folder, inputs, resume, overwrite)
@@ -65,9 +65,9 @@ def _check_usable(folder: Path, inputs: Mapping[str, str], resume: bool, overwri
         raise UserError("output_dir", f"{folder} is a file", "give a folder")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir():
-        raise UserError("output_dir", f"{parent} is a file", "give a folder that can be made")
+        raise UserError("output_dir", f"{parent} is a file", "choose a folder that can be created")
     if not os.access(parent, os.W_OK):
-        raise UserError("output_dir", f"{parent} cannot be written", "choose a folder that can be")
+        raise UserError("output_dir", f"{parent} cannot be written", "choose a folder that can be written")
     used = folder.is_dir() and any(p.name != LOCK for p in folder.iterdir())
     if used and not (resume or overwrite):
         found = f"{folder} is not empty"
@@ -86,12 +86,16 @@ def _check_overwrite(folder: Path, inputs: Mapping[str, str]) -> None:
     protected = {"the working directory": Path.cwd(), "the home folder": Path.home()}
     for what, path in protected.items():
         if path.resolve().is_relative_to(real):
-            raise UserError("output_dir", f"{folder} is or holds {what}", "--overwrite never clears that")
+            raise UserError(
+                "output_dir",
+                f"{folder} is or holds {what}",
+                "choose another output_dir: --overwrite never clears that",
+            )
     if folder.is_symlink():
         raise UserError("output_dir", f"{folder} is a link to {real}", "give --overwrite the folder itself")
     if not is_ours(folder):
         found = f"{folder} was not written by fastgen"
-        raise UserError("output_dir", found, "--overwrite clears run folders only")
+        raise UserError("output_dir", found, "choose another output_dir: --overwrite clears run folders only")
     for key, value in inputs.items():
         if value and any(Path(value).resolve().is_relative_to(real / name) for name in WRITTEN):
             found = f"{value} lies in what --overwrite would clear"
@@ -182,4 +186,6 @@ def _read(lock: int) -> dict:
 
 def _in_use(folder: Path, owner: dict) -> UserError:
     who = f"process {owner.get('pid')} on {owner.get('host')}"
-    return UserError("output_dir", f"{folder} is in use by {who}", "wait until it ends, or choose another")
+    return UserError(
+        "output_dir", f"{folder} is in use by {who}", "wait until it ends, or choose another output_dir"
+    )

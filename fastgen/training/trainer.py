@@ -20,6 +20,7 @@ from fastgen.core.ema import EMA
 from fastgen.core.errors import NotFinite, UserError
 from fastgen.core.files import append_line, to_json
 from fastgen.core.rng import Rng
+from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
@@ -98,6 +99,7 @@ class Trainer:
         self.rng = Rng(train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.step = 0  # windows over all stages
         self.seconds = 0.0
+        self.cpu = CpuShare()
         self.total = sum(s.max_train_steps for s in cast.stages)
         cast.divide(data)
         self.student = cast.student
@@ -187,7 +189,7 @@ class Trainer:
             self._stop(stopping)
 
     def _stopping(self) -> str:
-        """The signal that asked this process, or any other of the run, to stop."""
+        """The name of the signal that stops this process or another one of the run; empty without one."""
         name = interrupt.requested()
         if torch.distributed.is_initialized():
             some = torch.tensor([int(bool(name))], device=self.acc.device)
@@ -253,6 +255,8 @@ class Trainer:
         self.logs.clear()
         record = {"step": self.step, "stage": stage.name, "seconds": round(self.seconds, 2), **means}
         record["steps_per_second"] = self.step / max(self.seconds, 1e-9)
+        if self.acc.device.type == "cpu":
+            record["cpu_share"] = self.cpu.since()
         record["rss_mb"] = psutil.Process().memory_info().rss / 2**20
         self.write_metrics(record)
         bar.set_postfix({n.split("/")[0]: f"{v:.4g}" for n, v in means.items() if n.endswith("/loss")})

@@ -27,8 +27,8 @@ def exports(tiny, tmp_path_factory):
 def call(capsys, *argv):
     """(exit code, stdout, stderr)."""
     code = main(last_of_each(argv))
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    message = capsys.readouterr()
+    return code, message.out, message.err
 
 
 def pictures(folder):
@@ -203,9 +203,9 @@ def test_a_full_student_in_another_size_beside_its_teacher(tiny, tmp_path, capsy
 @pytest.mark.parametrize(
     ("model", "ask", "said"),
     [
-        ("sd", ("--height", 25), "--height: found 25; sd needs a multiple of"),
+        ("sd", ("--height", 25), "--height: found 25; give a multiple of 2, as sd needs"),
         ("sd", ("--num_frames", 5), "--num_frames: found 5; leave it out: sd generates images"),
-        ("flow", ("--height", 33), "--height: found 33; unet2d needs a multiple of 2"),
+        ("flow", ("--height", 33), "--height: found 33; give a multiple of 2, as unet2d needs"),
         ("sd", ("--width", -8), "--width: found -8"),
     ],
 )

@@ -86,8 +86,8 @@ def test_help_shows_every_key_with_its_text(method, capsys):
         lines = text.splitlines()
         at = next((i for i, line in enumerate(lines) if line.strip().startswith(key + " ")), None)
         assert at is not None, f"{key} is not in the help"
-        said = " ".join(lines[at : at + 3]).replace(lines[at].strip(), "", 1)
-        assert len(said.strip()) > 5, f"{key} has no text"
+        message = " ".join(lines[at : at + 3]).replace(lines[at].strip(), "", 1)
+        assert len(message.strip()) > 5, f"{key} has no text"
     assert "\x1b[" not in text and all(line == line.rstrip() for line in text.splitlines())
 
 
@@ -129,7 +129,7 @@ def test_dry_run_counts_the_guidance_a_method_trains_under(capsys):
 
 
 def test_dry_run_needs_no_room_for_the_weights(tmp_path, capsys):
-    """A billion parameters are described in seconds: networks are laid out, not filled."""
+    """A billion parameters are described in seconds: networks have shapes and no weights."""
     net = {
         "_class_name": "UNet2DModel", "sample_size": 64, "in_channels": 3, "out_channels": 3,
         "block_out_channels": [1024, 1024, 1024], "layers_per_block": 4, "num_class_embeds": 11,

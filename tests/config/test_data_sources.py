@@ -24,8 +24,8 @@ def file(path, *keys):
 def test_a_flag_wins_over_a_file_and_says_so(tmp_path, capsys, old, new):
     cfg = load([file(tmp_path / "a.yaml", old)], [f"--data.{new}", VALUES[new]])
     assert (getattr(cfg.data, new), getattr(cfg.data, old)) == (VALUES[new], "")
-    said = capsys.readouterr().out
-    assert said == f"data.{old}: {VALUES[old]!r} is replaced by data.{new}, which was given later\n"
+    message = capsys.readouterr().out
+    assert message == f"data.{old}: {VALUES[old]!r} is replaced by data.{new}, which was given later\n"
 
 
 @pytest.mark.parametrize("old,new", PAIRS)
@@ -57,5 +57,5 @@ def test_one_sample_is_refused_before_anything_runs(key):
         if fine:
             assert getattr(validate(values).eval, key) == num
             continue
-        with pytest.raises(UserError, match=f"{key}: found 1; a distance needs 2 samples or more"):
+        with pytest.raises(UserError, match=f"{key}: found 1; use 2 samples or more"):
             validate(values)

@@ -98,7 +98,7 @@ def test_bundled_bases_stay_inside_configs():
 
 # -- mistakes, each in one line
 @pytest.mark.parametrize(
-    "texts, said",
+    "texts, message",
     [
         ({"a": "base: none.yaml"}, r"base: .*none.yaml \(the base of .*a.yaml\) does not exist; give the "),
         ({"a": "base: a.yaml"}, r"base: a.yaml -> a.yaml is a circle; remove one of these base keys"),
@@ -122,9 +122,9 @@ def test_bundled_bases_stay_inside_configs():
         ({"a": "train: {base: b.yaml}"}, r"config: train.base: unknown key"),
     ],
 )  # fmt: skip
-def test_a_bad_base_is_one_line(write, texts, said):
+def test_a_bad_base_is_one_line(write, texts, message):
     file = write(**texts)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load([file], ["--objective.name", "dmd2"])
     assert "\n" not in str(error.value)
 
@@ -137,8 +137,8 @@ def test_a_base_is_a_yaml_file(write, tmp_path):
 
 def test_a_bundled_name_that_is_none_exits_with_two(capsys):
     assert main(["--config", "configs:recipes/digit_dmd2.yaml", "--dry_run"]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean 'configs:recipes/digits_dmd2.yaml'?" in said and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "did you mean 'configs:recipes/digits_dmd2.yaml'?" in message and message.count("\n") == 1
 
 
 # -- the run folder

@@ -15,13 +15,13 @@ BROKEN = {
     "list": (b"[]", "contains no JSON object"),
     "null": (b"null", "contains no JSON object"),
     "number": (b"3", "contains no JSON object"),
-    "binary": (b"\xff\x80", "is not UTF-8 text (line 1, byte 0xff)"),
+    "binary": (b"\xff\x80", "line 1: byte 1 (0xff) is not UTF-8"),
     "empty": (b"", "is not valid JSON"),
     "cut": (b'{"a": ', "is not valid JSON"),
     "deep": (b'{"a": ' + b"[" * 100_000, "is nested too deeply"),
     "rather deep": (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "is nested too deeply"),
     "long number": (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),
-    "huge": (b'{"a": "' + b"x" * 17 * 2**20 + b'"}', "is larger than 16384 KiB"),
+    "huge": (b'{"a": "' + b"x" * 17 * 2**20 + b'"}', "is larger than 16 MiB"),
 }
 
 

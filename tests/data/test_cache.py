@@ -1,6 +1,7 @@
 """Caches are made of content, checked when read, and cost no run its life."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def made(tmp_path):
 
     def make():
         count.append(1)
-        return {"x0": torch.arange(12.0).reshape(4, 3)}
+        return ({"x0": part} for part in torch.arange(12.0).reshape(4, 3).split(3))
 
     def read():
         found = cache.kept(str(tmp_path), "latents-a", 4, make)["x0"]
@@ -47,8 +48,8 @@ def test_a_damaged_file_is_made_again(made, kind, capsys):
     read, file = made
     damage(kind, file)
     assert read() == 2 and read() == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "data.cache_dir: latents-a.safetensors is damaged (" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "data.cache_dir: latents-a.safetensors is damaged (" in message
     assert os.listdir(file.parent) == [file.name], "nothing else is left"
 
 
@@ -60,9 +61,27 @@ def test_a_full_disk_costs_the_cache_only(made, monkeypatch, capsys):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "write_tensors", full)
-    assert read() == 2 and os.listdir(file.parent) == []
+    monkeypatch.setattr(cache.tables, "write", full)
+    assert read() == 3 and os.listdir(file.parent) == []
     assert "was not written (the disk is full); the run goes on without it" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(made, monkeypatch, capsys):
+    read, file = made
+    file.unlink()
+    monkeypatch.setattr(cache.tables.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert read() == 3 and os.listdir(file.parent) == []
+    assert "was not written (the disk is full)" in capsys.readouterr().err
+
+
+def test_an_error_while_it_is_made_leaves_no_file(tmp_path):
+    def broken():
+        yield {"x0": torch.zeros(2, 3)}
+        raise RuntimeError("encoder")
+
+    with pytest.raises(RuntimeError, match="encoder"):
+        cache.kept(str(tmp_path), "latents-a", 4, broken)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_cache_folder_that_is_none(tmp_path):

@@ -54,8 +54,8 @@ def rows_of(folder, some_teacher, pixels=True):
 def test_classes_from_folders(tmp_path, capsys, pixels):
     pictures(tmp_path, "cat/1.png", "cat/2.png", "ant/1.png", "dog/x/1.png")
     assert rows_of(tmp_path, teacher(), pixels) == [0, 1, 1, 2]
-    said = capsys.readouterr().out
-    assert "classes from folders: ant is 0, cat is 1, dog is 2" in said and "4 labels" in said
+    message = capsys.readouterr().out
+    assert "classes from folders: ant is 0, cat is 1, dog is 2" in message and "4 labels" in message
     assert rows_of(tmp_path, teacher(4, ["dog", "Cat", "eel", "ant"]), pixels) == [3, 1, 1, 0], "by name"
 
 
@@ -146,8 +146,8 @@ def test_mistakes_in_metadata_name_file_and_line(tmp_path, lines, wanted):
     metadata(pictures(tmp_path, "0.png"), *lines)
     with pytest.raises(UserError) as error:
         gather(scan(tmp_path))
-    said = str(error.value)
-    assert wanted in said and "metadata.jsonl" in said and "\n" not in said and len(said) < 400
+    message = str(error.value)
+    assert wanted in message and "metadata.jsonl" in message and "\n" not in message and len(message) < 400
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_one_caption_of_many_is_missing(tmp_path, capsys):
     for pixels in (True, False):
         found = read_source(DataConfig(images=str(tmp_path)), text_codec(), "cpu", pixels)
         assert found.captions == ["a", "c"] and found.num == 2
-        said = capsys.readouterr().out
-        assert "2 captions" in said and "1 skipped: 1.png (no caption)" in said
+        message = capsys.readouterr().out
+        assert "2 captions" in message and "1 skipped: 1.png (no caption)" in message
     assert found.images is None
     with pytest.raises(UserError, match="1 of 3 files have no caption: 1.png"):
         read_source(DataConfig(images=str(tmp_path), on_bad_image="error"), text_codec(), "cpu", True)

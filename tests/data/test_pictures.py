@@ -151,8 +151,8 @@ def test_natural_order_and_strange_names(tmp_path, capsys):
     (tmp_path / "bad\n\x1b[31m.png").write_bytes(b"")
     found, _ = read_folder(tmp_path, GREY, "skip")
     assert found[:, 0, 0, 0].tolist() == [10, 90, 100, 200]
-    said = capsys.readouterr().out
-    assert "bad\\n\\x1b[31m.png" in said and "\x1b" not in said
+    message = capsys.readouterr().out
+    assert "bad\\n\\x1b[31m.png" in message and "\x1b" not in message
 
 
 def test_a_long_strip_is_not_blown_up(tmp_path):

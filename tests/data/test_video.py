@@ -74,11 +74,11 @@ def test_two_experts_from_clips_to_plain_diffusers(tmp_path, built, monkeypatch)
     with Image.open(export / "sample.gif") as film:
         assert film.n_frames == FRAMES and film.size == (SIZE, SIZE)
     out = tmp_path / "out"
-    asked = ["--model", str(export), "--prompt", "clip 1", "--num_images", "2", "--compare_teacher"]
-    assert sample.main([*asked, "--out", str(out)]) == 0
+    arguments = ["--model", str(export), "--prompt", "clip 1", "--num_images", "2", "--compare_teacher"]
+    assert sample.main([*arguments, "--out", str(out)]) == 0
     assert (out / "00001_1.gif").is_file() and (out / "grid.png").is_file()
     (export / files[0]).unlink()
-    assert sample.main([*asked, "--out", str(tmp_path / "again")]) == 2
+    assert sample.main([*arguments, "--out", str(tmp_path / "again")]) == 2
 
 
 def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
@@ -95,19 +95,21 @@ def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     assert not torch.equal(cond["image_latents"][0], cond["image_latents"][1])
     assert not torch.equal(cond["encoder_hidden_states"], null["encoder_hidden_states"])
     Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "first.png")
-    asked = ["--model", str(built("wan-i2v")), "--prompt", "a", "--steps", "2", "--guidance", "2"]
-    assert sample.main([*asked, "--image", str(tmp_path / "first.png"), "--out", str(tmp_path / "o")]) == 0
+    arguments = ["--model", str(built("wan-i2v")), "--prompt", "a", "--steps", "2", "--guidance", "2"]
+    assert (
+        sample.main([*arguments, "--image", str(tmp_path / "first.png"), "--out", str(tmp_path / "o")]) == 0
+    )
     capsys.readouterr()
-    assert sample.main([*asked, "--out", str(tmp_path / "p")]) == 2
+    assert sample.main([*arguments, "--out", str(tmp_path / "p")]) == 2
     assert "--image: found 0 for 1 prompts" in capsys.readouterr().err
 
 
 def test_an_image_alone(tmp_path, built, capsys):
-    """SVD is asked without a prompt."""
+    """SVD is sampled without a prompt."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "first.png")
-    asked = ["--model", str(built("svd")), "--steps", "2", "--image", str(tmp_path / "first.png")]
-    assert sample.main([*asked, "--out", str(tmp_path / "o")]) == 0
-    assert sample.main([*asked, "--prompt", "a dog", "--out", str(tmp_path / "p")]) == 2
+    arguments = ["--model", str(built("svd")), "--steps", "2", "--image", str(tmp_path / "first.png")]
+    assert sample.main([*arguments, "--out", str(tmp_path / "o")]) == 0
+    assert sample.main([*arguments, "--prompt", "a dog", "--out", str(tmp_path / "p")]) == 2
     assert "takes an image alone" in capsys.readouterr().err
 
 
@@ -115,16 +117,19 @@ def test_an_image_alone(tmp_path, built, capsys):
 def test_sizes_that_an_autoencoder_cannot_make(tmp_path, built, capsys, key, value):
     teacher = {"path": str(built("wan22")), key: value}
     assert train(tmp_path, built("wan22"), teacher=teacher) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and f"teacher.{key}: found {value}" in told
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"teacher.{key}: found {value}" in error
 
 
 def test_no_checkpointing_where_diffusers_has_none(tmp_path, built, capsys):
     values = {"gradient_checkpointing": True, "max_train_steps": 2}
     (tmp_path / "p.txt").write_text("a chair\n")
-    asked = {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"prompts": str(tmp_path / "p.txt")}}
+    arguments = {
+        "objective": {"name": "dmd2", "gan_weight": 0.0},
+        "data": {"prompts": str(tmp_path / "p.txt")},
+    }
     teacher = {"path": str(built("shap-e"))}
-    assert train(tmp_path, built("shap-e"), teacher=teacher, train=values, **asked) == 2
+    assert train(tmp_path, built("shap-e"), teacher=teacher, train=values, **arguments) == 2
     assert "diffusers' PriorTransformer does not support" in capsys.readouterr().err
 
 

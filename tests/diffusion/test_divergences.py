@@ -60,8 +60,11 @@ def test_log_ratio_takes_heads_and_maps():
 def test_bins_divide_each_noise_level_by_its_own_mean():
     r = torch.tensor([1.0, 3.0, 10.0, 30.0])
     where = torch.tensor([0, 0, 2, 2])
-    found, bins = divergences.bin_ratios(r, where, torch.ones(3), 0.0)
-    torch.testing.assert_close(found, torch.tensor([0.5, 1.5, 0.5, 1.5]))
-    torch.testing.assert_close(bins, torch.tensor([2.0, 1.0, 20.0]))  # an empty bin keeps what it had
-    _, bins = divergences.bin_ratios(r, where, torch.ones(3), 0.5)
-    torch.testing.assert_close(bins, torch.tensor([1.5, 1.0, 10.5]))
+    mean, sums = divergences.running_means(r, where, torch.zeros(2, 3), 8)
+    torch.testing.assert_close(r / mean, torch.tensor([0.5, 1.5, 0.5, 1.5]))
+    torch.testing.assert_close(sums, torch.tensor([[4.0, 0.0, 40.0], [2.0, 0.0, 2.0]]))
+    mean, sums = divergences.running_means(2 * r[:2], where[:2], sums, 8)  # 2 of 8 samples: 3/4 is kept
+    torch.testing.assert_close(sums, torch.tensor([[11.0, 0.0, 30.0], [3.5, 0.0, 1.5]]))
+    torch.testing.assert_close(mean, torch.full((2,), 11 / 3.5))
+    mean, sums = divergences.running_means(r, where, sums, 4)  # a batch as large as the memory: its own
+    torch.testing.assert_close(sums, torch.tensor([[4.0, 0.0, 40.0], [2.0, 0.0, 2.0]]))

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from fastgen.diffusion import losses
@@ -72,3 +73,69 @@ def test_huber_limits():
     torch.testing.assert_close(
         losses.sample_huber(pred, target, 1e-6), expected.double(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_weights_multiply_each_sample():
+    """Of distances, of the matching gradient, of the generator's loss and of the denoising loss."""
+    x, y = torch.randn(2, 4, 6, dtype=torch.float64)
+    w, d = torch.linspace(0.5, 3, 4, dtype=torch.float64), x - y
+    for found, each in (
+        (losses.mse(x, y, w), d.square().mean(1)),
+        (losses.l1(x, y, w), d.abs().mean(1)),
+        (losses.pseudo_huber(x, y, 0.3, w), ((d.square() + 0.09).sqrt() - 0.3).mean(1)),
+        (
+            losses.sample_huber(x, y, 0.3, w),
+            ((d.square().sum(1) + 0.09 * 6).sqrt() - 0.3 * 6**0.5) / 6**0.5,
+        ),
+        (losses.gan_generator([x[:, 0]], "hinge", w), -x[:, 0]),
+        (losses.gan_generator([x[:, 0], y[:, 0]], "softplus", w), torch.log1p((-x[:, 0]).exp()) / 2
+         + torch.log1p((-y[:, 0]).exp()) / 2),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, (w * each).mean())
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(losses.distribution_matching(x, y, torch.zeros_like(y), w), x)
+    scale = (x - y).abs().mean(1).detach()
+    torch.testing.assert_close(grad, -(w / scale)[:, None] * y / x.numel())
+    S, t = Flow(), torch.linspace(0.3, 0.8, 4, dtype=torch.float64)
+    wanted = (w[:, None] * (x - y) ** 2).mean()
+    torch.testing.assert_close(losses.denoising(S, x, y, t, "x0", w), wanted)
+
+
+def test_weights_of_the_signal_to_noise_ratio():
+    S, t = Flow(), torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    snr = torch.tensor([16.0, 1.0, 1 / 16], dtype=torch.float64)
+    torch.testing.assert_close(losses.error_weight(S, t, "eps"), snr)
+    torch.testing.assert_close(losses.error_weight(S, t, "snr1"), snr.clamp(min=1))
+    torch.testing.assert_close(losses.error_weight(S, t, "snr_plus_1"), snr + 1)
+
+
+def test_clamped_feels_what_is_below_the_margin():
+    assert float(losses.clamped(torch.tensor([0.1, 0.7]), 0.5)) == pytest.approx(0.2)
+
+
+def test_feature_distance_is_of_unit_vectors_and_summed_over_maps():
+    """Orthogonal features are at squared distance 2 wherever they stand, whatever their length."""
+    one, other = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    one[:, 0], other[:, 1] = 5.0, 0.2
+    assert float(losses.feature_distance([one], [other])) == pytest.approx(2.0)
+    assert float(losses.feature_distance([one, one], [other, 2 * one])) == pytest.approx(2.0)
+    weight = torch.tensor([1.0, 3.0])
+    assert float(losses.feature_distance([one], [other], weight)) == pytest.approx(4.0)
+
+
+def test_tempered_ratio():
+    """exp((mean n^2 - mean n'^2) / 2) with n' the noise that makes x_t of x."""
+    S, t = Flow(), torch.tensor([0.25, 0.5], dtype=torch.float64)
+    x, n = torch.tensor([[1.0, 2.0], [0.5, -1.0]]).double(), torch.tensor([[1.0, 0.0], [2.0, 1.0]]).double()
+    x_t = S.noise(x, n, t) + torch.tensor([[0.25, 0.5], [0.0, 0.0]])  # n' = (2, 2) in the first row
+    found = losses.tempered_ratio(S, x, x_t, t, n)
+    torch.testing.assert_close(found, torch.tensor([math.exp((0.5 - 4) / 2), 1.0]).double())
+
+
+def test_r1_is_the_squared_norm_of_the_mean_logits_gradient():
+    """Heads a . x and maps whose tokens are b . x and c . x: the mean of a and (b + c) / 2."""
+    x, (a, b, c) = torch.randn(5, 3, requires_grad=True), torch.randn(3, 3)
+    logits = [x @ a, torch.stack([x @ b, x @ c], 1)]
+    torch.testing.assert_close(losses.r1(logits, x), ((a + (b + c) / 2) / 2).square().sum())
+    near = [torch.zeros(5), torch.ones(5)]
+    assert float(losses.approximate_r1([torch.zeros(5), torch.zeros(5)], near)) == 0.5

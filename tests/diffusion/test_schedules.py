@@ -33,6 +33,16 @@ def test_derivatives_agree_with_autograd(schedule):
 
 
 @each
+def test_velocity_is_the_slope_of_the_pair_and_level_that_of_a_flow_at_the_same_ratio(schedule):
+    t = times(schedule)
+    x0, eps = torch.randn(2, len(t), 3, dtype=torch.float64)
+    _, slope = torch.func.jvp(lambda t: schedule.noise(x0, eps, t), (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(schedule.velocity(x0, eps, t), slope, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(Flow().log_snr(schedule.level(t)), schedule.log_snr(t))
+    assert schedule.gap(t, t).abs().max() == 0 and (schedule.gap(t[1:], t[:-1]) > 0).all()
+
+
+@each
 @pytest.mark.parametrize("kind", KINDS)
 def test_conversions_are_inverse_and_true_to_definition(schedule, kind):
     t = times(schedule)

@@ -289,19 +289,19 @@ def test_missing_markers_are_named():
 # -- the command line
 def test_command_line_mistakes(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("0\n")
-    for argv, said in (
+    for argv, message in (
         ([], "either --run DIR or --images DIR"),
         (["--run", str(tmp_path)], "is not a run folder"),
         (["--images", str(tmp_path), "--against", "digits"], "holds no images"),
         (["--images", "none", "--against", "digits"], "is not a folder"),
-        (["--images", str(tmp_path), "--metrics", "clip"], "need the prompts"),
+        (["--images", str(tmp_path), "--metrics", "clip"], "give the file of"),
         (["--images", str(tmp_path)], "--against: none given"),
         (["--images", "x", "--against", "y", "--weights", "inception="], "--weights: found 'inception'"),
         (["record", "--run", "x"], "needs --run DIR and --recipe NAME"),
     ):
         assert main(argv) == 2, argv
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1, (argv, error)
+        assert message in error and error.count("\n") == 1, (argv, error)
 
 
 def test_defaults_of_a_run_are_hashable():

@@ -361,8 +361,8 @@ def test_card_holds_settings_numbers_and_command(replayed):
 
 
 def test_sample_command_names_the_export(replayed):
-    asked = {"sd-lora-renoise-4": "--prompt", "sana-full-renoise-4": "--prompt", "flow-full-ode-4": "--num"}
-    for name, ask in asked.items():
+    flags = {"sd-lora-renoise-4": "--prompt", "sana-full-renoise-4": "--prompt", "flow-full-ode-4": "--num"}
+    for name, ask in flags.items():
         command = sample_command(replayed.folder[name])
         assert str(replayed.folder[name]) in command and ask in command
 

@@ -86,8 +86,8 @@ def test_anything_else_is_refused_in_one_line(name, tmp_path):
     (tmp_path / "fastgen.json").write_text(json.dumps({"export": values}))
     with pytest.raises(UserError) as error:
         read_info(tmp_path, "--model")
-    said = str(error.value)
-    assert wanted in said and said.startswith("--model: ") and "\n" not in said, said
+    message = str(error.value)
+    assert wanted in message and message.startswith("--model: ") and "\n" not in message, message
 
 
 FILES = {

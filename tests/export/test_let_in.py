@@ -59,9 +59,9 @@ def test_a_description_that_is_none(export, tiny, tmp_path):
     with pytest.raises(UserError, match="--model: "):
         load_export(str(tmp_path / "t"))
     if isinstance(export, dict) and export.get("lora"):
-        said = "lora in .*valid string" if export["lora"] == 3 else ".*not inside of it"
+        message = "lora in .*valid string" if export["lora"] == 3 else ".*not inside of it"
         student = Role(load_teacher(str(tiny("flow"))).backbone)
-        with pytest.raises(UserError, match=f"student.init: {said}"):
+        with pytest.raises(UserError, match=f"student.init: {message}"):
             init_student(student, str(tmp_path / "t"))
 
 
@@ -138,5 +138,5 @@ def test_joined_students_are_numbers_of_the_export(trained, tmp_path, capsys):
     document = {"export": written() | {"num_students": 1, "trained_students": trained}}
     (tmp_path / "a/fastgen.json").write_text(json.dumps(document))
     assert merge([str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 2
-    assert "--exports" in capsys.readouterr().err and (tmp_path / "victim/file").read_text() == "kept"
+    assert "exports" in capsys.readouterr().err and (tmp_path / "victim/file").read_text() == "kept"
     assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def test_edm_serving():
 
 
 def test_lcm_boundary_factors_are_negligible():
-    """LCMScheduler mixes c_skip x_t into x0; at every time we serve, up to 64 steps, that is below 2e-5."""
+    """LCMScheduler mixes c_skip x_t into x0; up to 64 steps that is below 2e-5."""
     from diffusers import LCMScheduler
 
     scheduler, worst = LCMScheduler(), 0.0

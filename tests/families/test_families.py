@@ -85,9 +85,9 @@ def test_gradient_reaches_everything(world):
     assert to_x is not None and torch.isfinite(to_x).all() and to_x.abs().max() > 0
     sizes = {n: 0.0 if g is None else float(g.abs().max()) for n, g in to_weights.items()}
     dead = {n for n, size in sizes.items() if not size}
-    told = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
-    alive = {n for n in told if sizes[n] > 1e-8 * max(sizes.values())}  # more than rounding
-    assert dead <= told and not alive, (sorted(dead - told)[:8], sorted(alive)[:8])
+    declared = {n for n in to_weights if world.family.is_unreached(n, world.backbone.net)}
+    alive = {n for n in declared if sizes[n] > 1e-8 * max(sizes.values())}  # more than rounding
+    assert dead <= declared and not alive, (sorted(dead - declared)[:8], sorted(alive)[:8])
 
 
 @each
@@ -258,7 +258,7 @@ REAL = [(*p, 0.0)[:4] for c in CASES.values() for p in c.published]
 
 @pytest.mark.parametrize("model,config,count,tolerance", REAL, ids=[r[0] for r in REAL])
 def test_real_size(model, config, count, tolerance):
-    """What a checkpoint of the real network stores, laid out on the meta device, against the published count;
+    """What a checkpoint of the real network stores, built on the meta device, against the published count;
     the relative tolerance is for the rounding of what was published.
     """
     with torch.device("meta"):

@@ -132,9 +132,9 @@ def test_dit_is_square(world, name):
 
 @each(["sana-sprint"])
 def test_embedded_guidance_is_not_guidance(world, name):
-    asked = {"teacher": {"path": str(world.folder), "guidance": 4.5}, "data": {"name": "fashion"}}
+    values = {"teacher": {"path": str(world.folder), "guidance": 4.5}, "data": {"name": "fashion"}}
     with pytest.raises(UserError, match="teacher.guidance: found 4.5 .* teacher.embedded_guidance"):
-        make_cast(validate({**asked, "objective": {"name": "dmd2", "gan_weight": 0.0}}))
+        make_cast(validate({**values, "objective": {"name": "dmd2", "gan_weight": 0.0}}))
 
 
 @each(TEXT)
@@ -156,14 +156,14 @@ def test_encoding_is_the_pipelines(world, name):
 
 
 def test_pixart_alpha_tells_the_size(tmp_path):
-    """The network made for 1024 pixels (sample_size 128) is told resolution and aspect ratio."""
+    """The network made for 1024 pixels (sample_size 128) takes resolution and aspect ratio as inputs."""
     from tests.families.cases.image_transformers import pixart_folder
 
     teacher = load_teacher(str(pixart_folder(tmp_path, sigma=False, additional=True)), height=32, width=16)
     net, codec = teacher.backbone.net, teacher.codec
     cond, x, t = codec.prompts(PROMPTS), torch.randn(2, *codec.shape), torch.tensor([500.0, 20.0])
-    told = {"resolution": torch.tensor([[128.0, 64.0]] * 2), "aspect_ratio": torch.tensor([[2.0]] * 2)}
-    wanted = net(x, timestep=t, added_cond_kwargs=told, **cond).sample[:, :4]
+    sizes = {"resolution": torch.tensor([[128.0, 64.0]] * 2), "aspect_ratio": torch.tensor([[2.0]] * 2)}
+    wanted = net(x, timestep=t, added_cond_kwargs=sizes, **cond).sample[:, :4]
     torch.testing.assert_close(teacher.backbone.raw(x, t, cond), wanted)
 
 

@@ -114,7 +114,7 @@ def test_anyflow_takes_the_time_that_a_step_ends_at(built):
 
 
 def test_a_first_frame_comes_back_from_any_time(built):
-    """TI2V-5B: D's first frame is the image's latent, and its tokens stand at time zero."""
+    """TI2V-5B: D's first frame is the image's latent, and its tokens have time zero."""
     teacher = load_teacher(str(built("wan-ti2v-image")))
     images = torch.rand(2, 3, *teacher.codec.pixels) * 2 - 1
     cond = teacher.codec.prompts(PROMPTS, images)

@@ -31,22 +31,22 @@ class World:
     def __init__(self, name: str, folder):
         self.case, self.folder = CASES[name], folder
         self.case.build(folder)
-        self.asked_for = dict(self.case.asked)
-        self.teacher = load_teacher(str(folder), **self.asked_for)
+        self.options = dict(self.case.options)
+        self.teacher = load_teacher(str(folder), **self.options)
         free = self.teacher.backbone.family.has_size and self.case.images is None
         if free and hasattr(
             self.teacher.codec, "pixels"
         ):  # so that height and width cannot be mixed up unseen
-            self.asked_for["width"] = 2 * self.teacher.codec.pixels[1]
-            self.teacher = load_teacher(str(folder), **self.asked_for)
+            self.options["width"] = 2 * self.teacher.codec.pixels[1]
+            self.teacher = load_teacher(str(folder), **self.options)
         self.backbone, self.codec = self.teacher.backbone, self.teacher.codec
         self.family, self.schedule = self.backbone.family, self.backbone.schedule
         generator = torch.Generator().manual_seed(3)
         self.noise, self.x0 = torch.randn(2, 2, *self.codec.shape, generator=generator)
         self.images = self.case.images() if self.case.images else None
-        self.cond, self.uncond = self.asked(PROMPTS), self.null()
+        self.cond, self.uncond = self.conditions(PROMPTS), self.null()
 
-    def asked(self, prompts):
+    def conditions(self, prompts):
         if isinstance(self.codec, TextCodec):
             return self.codec.prompts(prompts, self.images)
         return self.codec.labels(torch.arange(len(prompts)) % max(self.codec.num_classes, 1))
@@ -72,7 +72,7 @@ class World:
         more = {} if objective != "sft" or self.codec.has_null else {"cond_dropout": 0.0}
         cfg = validate(
             {
-                "teacher": {"path": str(self.folder), **self.asked_for},
+                "teacher": {"path": str(self.folder), **self.options},
                 "student": {"kind": kind, "lora": {"rank": 2, "lora_alpha": 3}, **student},
                 "critic": {"lora": {"rank": 2}},
                 "objective": {"name": objective, **SHORT[objective], **more},

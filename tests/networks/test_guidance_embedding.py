@@ -24,7 +24,9 @@ W = 4.0
 SEEDS = [5, 6]
 
 
-def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillation", init="", w=W, told=None):
+def make(
+    tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillation", init="", w=W, sampled_w=None
+):
     cfg = validate(
         {
             "teacher": {"path": str(tiny(family)), "guidance": w, "num_steps": 4},
@@ -33,7 +35,7 @@ def make(tiny, family, kind="full", span=(1.0, 8.0), method="guidance_distillati
                 "num_steps": 4,
                 "sampler": "ode",
                 "guidance_embedding": span,
-                "guidance": told,
+                "guidance": sampled_w,
                 "lora": {"rank": 4, "lora_alpha": 8},
                 "init": init,
             },
@@ -63,8 +65,8 @@ def test_the_student_starts_as_the_teacher_and_learns_w(tiny, kind):
     with torch.no_grad():
         before = plain(one.noise, t, one.cond)
         torch.testing.assert_close(teacher(one.noise, t, one.cond), before, rtol=1e-5, atol=1e-5)
-        for told in ws:
-            torch.testing.assert_close(student(one.noise, t, told), before, rtol=1e-5, atol=1e-5)
+        for cond in ws:
+            torch.testing.assert_close(student(one.noise, t, cond), before, rtol=1e-5, atol=1e-5)
     names = [n for n in student.trainable() if "cond_proj" in n]
     assert names, "the new layer is not trained"
     loss, _ = next(objective.step(one, 0))
@@ -73,9 +75,9 @@ def test_the_student_starts_as_the_teacher_and_learns_w(tiny, kind):
     moved(cast, kind)
     with torch.no_grad():
         torch.testing.assert_close(teacher(one.noise, t, one.cond), before, rtol=1e-5, atol=1e-5)
-        low, high = (student(one.noise, t, told) for told in ws)
+        low, high = (student(one.noise, t, cond) for cond in ws)
         assert not torch.allclose(low, high, atol=1e-4), "w has no effect"
-        missing = student(one.noise, t, one.cond)  # nobody told it: the run's own guidance
+        missing = student(one.noise, t, one.cond)  # without w in cond: the run's own guidance
         own = student(one.noise, t, {**one.cond, "guidance": torch.full((2,), W)})
     assert torch.equal(missing, own)
 
@@ -88,17 +90,17 @@ def test_sana_takes_w_beside_its_time(tiny):
     with torch.no_grad():
         before = backbone(x, t, cond)
         backbone.add_guidance()
-        told = [{**cond, "guidance": torch.full((2,), w)} for w in (1.0, 6.0)]
-        for one in (cond, *told):
+        with_w = [{**cond, "guidance": torch.full((2,), w)} for w in (1.0, 6.0)]
+        for one in (cond, *with_w):
             torch.testing.assert_close(backbone(x, t, one), before, rtol=1e-5, atol=1e-5)
         targets = (*backbone.family.lora_targets, *backbone.family.guidance_layers)
         backbone.add_adapter("student", 4, 8, targets)
         for name, parameter in backbone.named_parameters():
             if "guidance_embedder" in name and "lora_B" in name:
                 parameter.normal_(0, 0.3)
-        torch.testing.assert_close(backbone(x, t, told[1]), before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(backbone(x, t, with_w[1]), before, rtol=1e-5, atol=1e-5)
         with backbone.using("student"):
-            low, high = (backbone(x, t, one) for one in told)
+            low, high = (backbone(x, t, one) for one in with_w)
     assert not torch.allclose(low, high, atol=1e-4)
 
 
@@ -134,7 +136,7 @@ for w in (2.0, 6.0):
     streams = [torch.Generator().manual_seed(s) for s in (5, 6)]
     found[str(w)] = pipe(%r, generator=streams, guidance_scale=w, num_inference_steps=4, height=16,
                          width=16, output_type="pt").images.contiguous()
-assert calls == [2] * 8, calls  # one pass a step: w is told, not guided with
+assert calls == [2] * 8, calls  # one pass a step: w is an input, there is no second pass
 save_file(found, "images.safetensors")
 """
 
@@ -161,12 +163,12 @@ def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, 
     assert "guidance_scale=4.0" in card and "trained for 1 to 8" in card
 
 
-def test_a_student_starts_from_an_export_told_or_not(tiny, tmp_path):
+def test_a_student_starts_from_an_export_with_or_without_w(tiny, tmp_path):
     cfg, cast, _ = make(tiny, "sd")
     moved(cast, "full")
     run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
-    told = export_run(run, tmp_path / "told", {})
-    _, again, _ = make(tiny, "sd", init=str(told))
+    exported = export_run(run, tmp_path / "with_w", {})
+    _, again, _ = make(tiny, "sd", init=str(exported))
     for name, value in again.parts["student"].trainable().items():
         assert torch.equal(value, cast.parts["student"].trainable()[name])
     _, fresh, _ = make(tiny, "sd", init=str(tiny("sd")))
@@ -187,37 +189,37 @@ def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"family": "flow"}, "UNet2DModel has no input for the guidance scale"),
         ({"family": "sana"}, "no pipeline passes the guidance scale to a plain SanaTransformer2DModel"),
         ({"method": "dmd2"}, "dmd2 trains teacher.guidance alone"),
         ({"span": (5.0, 8.0)}, r"allowed: \[low, high\] around teacher.guidance 4"),
         ({"span": (8.0, 1.0)}, r"allowed: \[low, high\]"),
-        ({"told": 9.0}, r"around teacher.guidance 4 and student.guidance 9"),
-        ({"span": None, "told": 5.0}, r"student.guidance: found 5 without student.guidance_embedding"),
+        ({"sampled_w": 9.0}, r"around teacher.guidance 4 and student.guidance 9"),
+        ({"span": None, "sampled_w": 5.0}, r"student.guidance: found 5 without student.guidance_embedding"),
     ],
 )
-def test_refusals(tiny, change, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_refusals(tiny, change, message):
+    with pytest.raises(UserError, match=message) as error:
         make(tiny, **{"family": "sd", **change})
     assert "student.guidance_embedding" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_student_may_be_told_more_than_its_teacher_is_sampled_with(tiny, tmp_path):
+def test_a_student_may_be_sampled_with_more_guidance_than_its_teacher(tiny, tmp_path):
     """student.guidance is what samples of the run use and what the export's description says."""
     found = {}
-    for told in (None, 6.0):
-        cfg, cast, objective = make(tiny, "sd", told=told)
+    for sampled_w in (None, 6.0):
+        cfg, cast, objective = make(tiny, "sd", sampled_w=sampled_w)
         moved(cast, "full")
         student, one = cast.parts["student"], batch(cast)
         with torch.no_grad():
-            found[told] = student.generate(one.noise, one.cond, torch.randn_like)
-            asked = student.with_guidance(told or W).generate(one.noise, one.cond, torch.randn_like)
-        torch.testing.assert_close(found[told], asked)
+            found[sampled_w] = student.generate(one.noise, one.cond, torch.randn_like)
+            wanted = student.with_guidance(sampled_w or W).generate(one.noise, one.cond, torch.randn_like)
+        torch.testing.assert_close(found[sampled_w], wanted)
         assert objective.guidance == W
         run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, folder=tmp_path)
-        assert load_export(export_run(run, tmp_path / f"{told}", {})).role.guidance == (told or W)
+        assert load_export(export_run(run, tmp_path / f"{sampled_w}", {})).role.guidance == (sampled_w or W)
     assert not torch.allclose(found[None], found[6.0], atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a family: attention kernels, text encoders, caches, clips, and mistakes told in one line."""
+"""What surrounds a family: attention kernels, text encoders, caches, clips, errors of one line."""
 
 import copy
 import json
@@ -127,7 +127,7 @@ def test_prompts_are_kept_on_disk_and_encoders_let_go(folder, tmp_path, monkeypa
 
 
 def test_null_conditions_are_the_pipelines_own(folder):
-    """SDXL: zeros where the folder says so, and the empty prompt where it does not."""
+    """SDXL: zeros where the folder declares them, and the empty prompt where it does not."""
     zeros = load_teacher(str(folder("sdxl"))).codec.null(1)
     assert not zeros["encoder_hidden_states"].any() and not zeros["text_embeds"].any()
     other = folder("sdxl").with_name("sdxl-prompt")
@@ -141,11 +141,11 @@ def test_null_conditions_are_the_pipelines_own(folder):
 
 def test_tiling_and_slicing_reach_the_autoencoder_or_are_refused(folder):
     codec = load_teacher(str(folder("sd"))).codec
-    asked = TeacherConfig(vae_tiling=True, vae_slicing=True)
-    switch_vae(codec.vae, asked)
+    settings = TeacherConfig(vae_tiling=True, vae_slicing=True)
+    switch_vae(codec.vae, settings)
     assert codec.vae.use_tiling and codec.vae.use_slicing
     with pytest.raises(UserError, match="teacher.vae_tiling: this teacher has no autoencoder"):
-        switch_vae(None, asked)
+        switch_vae(None, settings)
 
 
 # -- pictures, clips and what a network is shown ------------------------------------------------------------
@@ -205,14 +205,14 @@ def test_rank_stabilised_adapters_keep_their_strength_in_the_file(folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "targets,told",
+    "targets,message",
     [
         (["to_qqq"], "no layer of UNet2DConditionModel ends in 'to_qqq'; give endings of its layers' names"),
         (["linear_1"], "'linear_1' also matches 'time_embedding.linear_1'"),
         (["conv_out"], None),  # named whole, it is meant
     ],
 )
-def test_lora_endings_that_match_nothing_or_too_much(folder, targets, told, tmp_path, capsys):
+def test_lora_endings_that_match_nothing_or_too_much(folder, targets, message, tmp_path, capsys):
     argv = [
         *FLAT,
         "--teacher.path",
@@ -224,11 +224,11 @@ def test_lora_endings_that_match_nothing_or_too_much(folder, targets, told, tmp_
         "--dry_run",
     ]
     argv += ["--objective.name", "sft", "--student.lora.target_modules", *targets]
-    if told is None:
+    if message is None:
         backbone = load_teacher(str(folder("sd"))).backbone
         assert adapter_layers(backbone.family, backbone.net, tuple(targets)) == targets
     else:
-        assert told in refused(capsys, *argv)
+        assert message in refused(capsys, *argv)
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------
@@ -237,11 +237,15 @@ def edit(file, **changes):
 
 
 BAD = {
-    "height": ("sd3", ["--teacher.height", "33"], "teacher.height: found 33; sd3 needs a multiple of 4"),
+    "height": (
+        "sd3",
+        ["--teacher.height", "33"],
+        "teacher.height: found 33; give a multiple of 4, as sd3 needs",
+    ),
     "frames": (
         "wan",
         ["--teacher.num_frames", "8"],
-        "teacher.num_frames: found 8; the autoencoder of wan needs 1 plus a multiple of 4",
+        "teacher.num_frames: found 8; give 1 plus a multiple of 4, as the autoencoder of wan needs",
     ),
     "no size": ("shap-e", ["--teacher.width", "64"], "remove it: shap-e has no image size"),
     "frames of an image": ("sd", ["--teacher.num_frames", "9"], "remove it: sd generates images, not videos"),
@@ -266,11 +270,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_mistakes_are_one_line(name, folder, tmp_path, capsys):
-    teacher, argv, told = BAD[name]
+    teacher, argv, message = BAD[name]
     run = tmp_path / "run"
     common = [*FLAT, "--teacher.path", folder(teacher), "--objective.name", "sft", "--data.name", "tinted"]
     line = refused(capsys, *common, *argv, "--dry_run", "--output_dir", run)
-    assert told in line and not run.exists(), line
+    assert message in line and not run.exists(), line
 
 
 def test_a_scheduler_of_another_kind_is_told(folder, tmp_path):
@@ -290,10 +294,10 @@ def test_a_missing_part_is_named(part, folder, tmp_path):
         load_teacher(str(tmp_path / "sdxl"))
 
 
-def test_an_unknown_network_is_told_how_to_declare_it(folder, tmp_path):
+def test_the_error_of_an_unknown_network_names_the_declaration(folder, tmp_path):
     with pytest.raises(UserError, match="no family for 'AuraFlowTransformer2DModel'.*teacher.family"):
         load_teacher(str(folder("declared")))
-    for values, told in (
+    for values, message in (
         ({"flow_tim": "unit"}, "flow_tim: unknown key .did you mean 'flow_time'"),
         ({"pipelines": ["AuraFlowPipeline"]}, "cond_shapes: not given"),
         (DECLARATION | {"divisor": "two"}, "divisor: found 'two'"),
@@ -303,7 +307,7 @@ def test_an_unknown_network_is_told_how_to_declare_it(folder, tmp_path):
             "no 'blocks'; choose from its lists of blocks: joint",
         ),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             teacher = load_teacher(str(folder("declared")), family=values)
             teacher.backbone.family.taps(teacher.backbone.net)
             teacher.codec.prompts(["a bag"])

@@ -15,7 +15,7 @@ from fastgen.export.load import load_export
 from fastgen.families.parts import cast_network, compute_dtype
 from fastgen.networks.load import load_teacher
 from fastgen.networks.schedulers import load_scheduler, schedule_of
-from fastgen.networks.weight_files import component_dtype, drop_variant, variants
+from fastgen.networks.weight_files import check_indexes, component_dtype, drop_variant, variants
 from tests.families.cases import CASES
 
 MEAN, STD = [-1.6, 1.9, -1.4, 2.5], [8.5, 5.9, 6.5, 5.2]
@@ -103,11 +103,29 @@ def test_an_index_must_name_files_of_its_own_folder(folder):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     load_teacher(str(path))
     gone = "diffusion_pytorch_model-00002-of-00002.safetensors"
-    for name, said in (("../" + shard, "is not inside of it"), (gone, "has no file")):
+    for name, message in (("../" + shard, "is not inside of it"), (gone, "has no file")):
         index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weight_map, name)}))
         for weights in (True, False):
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=message):
                 load_teacher(str(path), weights=weights)
+
+
+def test_every_index_is_checked_and_read_within_bounds(folder):
+    """Also the one of a variant that is not read, and of its name a second spelling."""
+    part = folder("sd") / "unet"
+    for name in ("x.safetensors.index.fp16.json", "x.safetensors.index.json", "pytorch_model.bin.index.json"):
+        for text, said in (("[]", "no JSON object"), ("{}", "has no weight_map"), ("[" * 9999, "too deeply")):
+            (part / name).write_text(text)
+            with pytest.raises(UserError, match=said):
+                check_indexes(part, None, "key")
+        (part / name).write_text(json.dumps({"weight_map": {"a": "../x"}}))
+        with pytest.raises(UserError, match="is not inside of it"):
+            check_indexes(part, None, "key")
+        (part / name).unlink()
+    (part / "x.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": {"a": "x"}}))
+    check_indexes(part, None, "key")
+    with pytest.raises(UserError, match="has no file 'x'"):
+        check_indexes(part, "fp16", "key")
 
 
 def test_an_exported_component_needs_no_variant(folder):

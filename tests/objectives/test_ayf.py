@@ -11,8 +11,9 @@ from fastgen.objectives import ayf, requirements_of
 from fastgen.objectives.ayf import AYF, AYFConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.assembly import make_cast
-from tests.objectives.test_meanflow import S0, FlowMapNet
+from tests.objectives.test_meanflow import S0, FlowMapNet, average
 from tests.support.replay import card_replay
+from tests.support.spelled import Classes, Heard, TwoTimes, World, at_x, gradient
 from tests.support.toys import batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"warmup_steps": 2}
@@ -39,6 +40,37 @@ def test_p1_the_exact_flow_map_has_no_residual(schedule, loss):
     """The Gaussian's average velocity is the common fixed point; a scaled one is not."""
     assert residual_of(make(schedule, loss=loss)) < 1e-6
     assert residual_of(make(schedule, FlowMapNet(schedule, 1.2), loss=loss)) > 0.03
+
+
+@pytest.mark.parametrize("loss", ["emd", "lmd"])
+def test_p1_step_is_the_formula(loss):
+    """Theorems 3.1 and 3.2 half-way through the warm-up, autoguided, at a scale that is told."""
+    S, net = Flow(), TwoTimes(Flow(), -0.6, 0.4)
+    weak = Heard(Classes(S, 0.1, 0.8).requires_grad_(False))
+    cfg = {"loss": loss, "warmup_steps": 10, "autoguidance": 2.5, "tangent_c": 0.3}
+    world = World(AYF, S, sampler="ode", span=(1.0, 5.0), student=net, parts={"weak": weak}, **cfg)
+    (turn,), (call,) = world.turns(5), [c for c in world.student.calls if c.grad]
+    x, s, r, cond = call.x_t, call.t, call.cond["r"], call.cond
+    world.noise_in(x, s, world.batch.x0)
+    w = cond["guidance"].double()
+    assert w.std() > 0.5 and (s > r).all()
+
+    def velocity(x, s):
+        strong = world.guided(x, s, w)
+        D = strong + 1.5 * (strong - weak.backbone(x, s, world.batch.cond))
+        return (x - D) / s[:, None]
+
+    u, way = average(net, cond, x, s, r).detach(), (r - s)[:, None]
+    v, one, zero = velocity(x, s), torch.ones_like(s), torch.zeros_like(s)
+    ways = (v, one, zero) if loss == "emd" else (0 * v, zero, one)
+    _, slope = torch.func.jvp(lambda *at: average(net, cond, *at), (x, s, r), ways)
+    if loss == "emd":
+        residual = v - u + 0.5 * way * slope
+    else:
+        residual = velocity(x + way * u, r) - u - 0.5 * way * slope
+    goal = (u + residual / (residual.square().mean(1, keepdim=True).sqrt() + 0.3)).detach()
+    wanted = at_x(lambda D: ((x - D) / s[:, None] - goal).square().mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["emd", "lmd"])
@@ -115,7 +147,7 @@ def test_the_weak_model_is_a_folder_of_the_same_kind(tiny):
 
 @pytest.mark.parametrize("steps, sampler", [(2, "renoise")])
 def test_a_walk_without_the_ode_is_refused(tiny, steps, sampler):
-    with pytest.raises(UserError, match="student.sampler: found 'renoise'; ayf walks the ODE: use ode"):
+    with pytest.raises(UserError, match="student.sampler: found 'renoise'; use ode, which ayf learns"):
         validate(
             {
                 "teacher": {"path": str(tiny("flow"))},

@@ -12,6 +12,7 @@ from fastgen.objectives.boot import BOOT, BOOTConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
+from tests.support.spelled import World, at_x, gradient
 from tests.support.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
 
 SHORT = {}
@@ -58,6 +59,34 @@ def target_of(objective, eps, i, y, monkeypatch):
     next(objective.step(batch_of(y, eps), 0))
     monkeypatch.setattr(losses, "mse", mse)
     return seen[0]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_p1_step_is_the_formula(solver):
+    """Four levels, a told scale: the gradient in y_theta, and the boundary on a quarter of the rows."""
+    world = World(BOOT, Flow(), span=(1.0, 5.0), num=16, num_times=4, solver=solver)
+    (turn,), (below, call) = world.turns(), world.student.calls
+    eps, w = world.batch.noise, call.cond["guidance"][:16].double()
+    assert w.std() > 0.5 and torch.equal(below.cond["guidance"], call.cond["guidance"][:16])
+    i = ((1 - call.cond["net_t"]) * 4).round()[:16] + 1
+    assert set(i.tolist()) == {1.0, 2.0, 3.0, 4.0} and not below.grad
+    t, s = i / 4, (i - 1) / 4
+    torch.testing.assert_close(below.cond["net_t"], 1 - t)
+    assert torch.equal(call.x_t, torch.cat([eps, eps[:4]])) and set(call.t.tolist()) == {1.0}
+    assert call.cond["net_t"][16:].tolist() == [0.0] * 4
+    y, r = below.out, (s * (1 - t) / (t * (1 - s)))[:, None]
+    at = lambda y, t: (1 - t)[:, None] * y + t[:, None] * eps  # noqa: E731
+    f = world.guided(at(y, t), t, w)
+    target = (1 - r) * f + r * y
+    if solver == "heun":
+        more = world.guided(at(target, s), s.clamp(min=1e-6), w)
+        target = torch.where((i > 1)[:, None], (1 - r) * (f + more) / 2 + r * y, f)
+    end = world.guided(eps, torch.ones(16).double(), w)[:4]
+
+    def loss(D):
+        return (D[:16] - target.detach()).square().mean() + 0.25 * (D[16:] - end).square().mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("S", SCHEDULES)
@@ -125,19 +154,19 @@ def test_p1_the_boundary_is_the_teachers_estimate_from_noise(S):
 
 
 def test_p1_the_sample_is_an_ordinary_one_step_draw():
-    """y_theta at the clean end is the student's D at (eps, T), told T: what samplers and pipelines do."""
+    """y_theta at the clean end is the student's D at (eps, T), given T: what samplers and pipelines do."""
     for S in SCHEDULES:
         objective = make(S)
-        told = []
-        objective.student.backbone.y = lambda x, net_t: (told.append(net_t), x)[1]  # noqa: B023
+        times = []
+        objective.student.backbone.y = lambda x, net_t: (times.append(net_t), x)[1]  # noqa: B023
         objective.signal(torch.randn(3, 2), torch.zeros(3, dtype=torch.float64), {})
-        assert told[0].tolist() == [S.steps(1)[0]] * 3
+        assert times[0].tolist() == [S.steps(1)[0]] * 3
         objective.signal(torch.randn(3, 2), torch.ones(3, dtype=torch.float64), {})
-        assert told[1].tolist() == pytest.approx([S.t_min] * 3)
+        assert times[1].tolist() == pytest.approx([S.t_min] * 3)
 
 
 def test_p1_a_later_start_keeps_the_grid_below_it():
-    """VP from 850: the boundary is told 0, the clean end 850, and every level in between lies under 850."""
+    """VP from 850: the boundary is at time 0, the clean end at 850, every level between them below 850."""
     objective = make(VP.scaled_linear(), [850.0])
     assert objective.time(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0.0, 425.0, 850.0]
     seen = []

@@ -13,6 +13,7 @@ from fastgen.objectives.shared.grids import draw_intervals, num_intervals
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import jump, solver_step, undo_jump
 from tests.support.replay import replay
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     Constant,
     GaussianNet,
@@ -96,7 +97,7 @@ def test_p1_fixed_point_is_the_product_of_solver_gains():
     expected = torch.stack([gains[i:].prod() for i in range(N)])
     exact = ((s0**2 + grid[-1] ** 2) / (s0**2 + grid[:-1] ** 2)).sqrt()
     torch.testing.assert_close(net.gain[:-1].detach(), expected, rtol=0.03, atol=0.003)
-    assert (expected - exact).abs().max() > 0.05  # the two are told apart
+    assert (expected - exact).abs().max() > 0.05  # the two differ
 
 
 def test_p1_huber_constant_grows_with_the_root_of_the_dimension(monkeypatch):
@@ -122,6 +123,38 @@ def test_p1_huber_constant_grows_with_the_root_of_the_dimension(monkeypatch):
     torch.testing.assert_close(loss, huber(c * dim**0.5))
     assert (loss - huber(c * dim)).abs() > 1e-3
     torch.testing.assert_close(losses.sample_huber(pred, target, c), loss)
+
+
+@pytest.mark.parametrize("space", ["state", "x0"])
+def test_p1_step_is_the_formula(space):
+    """Two segments of a four-step grid at guidance 3, over 1 / (t - r): the gradient in D_theta."""
+    cfg = {"num_scales": 4, "segments": 2, "metric": "l2", "weighting": "inverse_gap", "space": space}
+    world = World(Consistency, Flow(), num=32, **cfg)
+    (turn,), (earlier, call) = world.turns(), world.student.calls
+    x_t, t = call.x_t, call.t
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1.0, 0.75, 0.5, 0.25} and not earlier.grad
+    r, e = t - 0.25, torch.where(t > 0.5, 0.5, 0.0).double()
+    x_r = line(world.guided(x_t, t), x_t, t, r)
+    inner = r > e
+    torch.testing.assert_close(earlier.x_t[inner], x_r[inner])
+    assert torch.equal(earlier.t[inner], r[inner])
+    target = torch.where(inner[:, None], line(earlier.out, x_r, r.clamp(min=0.25), e), x_r).detach()
+    share = (e / t)[:, None]
+
+    def loss(D):
+        gap = D - (target - share * x_t) / (1 - share) if space == "x0" else line(D, x_t, t, e) - target
+        return (gap.square().mean(1) / (t - r)).mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out))
+
+
+def test_p1_step_weight_is_of_the_huber_distance_too():
+    cfg = {"num_scales": 4, "weighting": "inverse_gap", "huber_c": 0.2}
+    found = [
+        World(Consistency, Flow(), **{**cfg, **more}).turns()[0] for more in ({}, {"weighting": "uniform"})
+    ]
+    torch.testing.assert_close(found[0].loss, 4 * found[1].loss)  # every gap is a quarter
 
 
 def test_p1_target_carries_no_gradient():
@@ -287,13 +320,13 @@ def test_p1_perceptual_metric_reads_the_feature_net(tiny):
 def test_bad_input_in_one_line():
     from fastgen.config.run import validate
 
-    for objective, said in (
+    for objective, message in (
         ({"num_scales": 10, "segments": 4}, "objective.segments: 4 segments do not divide"),
         ({"start_scales": 4}, "objective.curriculum_steps"),
         ({"metric": "perceptual", "segments": 2}, "objective.metric"),
         ({"segments": 2, "num_scales": 4}, "student.sampler ode"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             validate({"data": {"name": "digits"}, "objective": {"name": "consistency", **objective}})
     with pytest.raises(UserError, match="data: no images are named; consistency"):
         validate({"data": {"name": ""}, "objective": {"name": "consistency", "mode": "training"}})

@@ -14,6 +14,7 @@ from fastgen.objectives.diff_instruct import DiffInstruct, DiffInstructConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from tests.objectives.test_dmd2 import kl
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, gradient
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -63,6 +64,15 @@ def test_p1_weight_one_on_denoisers_is_the_kl_gradient_times_t_squared():
         found = torch.autograd.grad(x, (mm, ss), pixels * x.numel() * w.reshape(-1, 1))
         exact = torch.autograd.grad(kl(mm, ss, m_p, s_p, torch.tensor(t, dtype=torch.float64)), (mm, ss))
         torch.testing.assert_close(torch.stack(found), t**2 * torch.stack(exact), rtol=0, atol=1e-6)
+
+
+def test_p1_step_is_the_formula():
+    """D_fake - D_real^w at guidance 3 as it is, and the critic at its own times."""
+    world = World(DiffInstruct, time=NEAR, critic_time=FAR)
+    student, critic = world.turns()
+    x = world.student.calls[0].out
+    torch.testing.assert_close(gradient(student.loss, x), world.score_gradient(x, lambda *_: 1.0))
+    assert abs(world.check_critic(critic, x)) < 1e-12
 
 
 def descend(follow, steps=400, lr=0.05):

@@ -7,6 +7,7 @@ from fastgen.diffusion.schedules import EDM
 from fastgen.objectives.base import REGISTRY
 from fastgen.objectives.disback import DisBack, DisBackConfig
 from tests.support.replay import replay
+from tests.support.spelled import Classes, Heard, World
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -54,29 +55,29 @@ def train_one(objective, optimizers, k, num):
     """One step; (k, player, logs) of every turn."""
     objective.rng.reset(k)
     noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    told = []
+    records = []
     for loss, logs in objective.step(batch_of(noise, noise), k):
-        told.append((k, objective.active, logs))
+        records.append((k, objective.active, logs))
         for player in objective.players.values():
             player.requires_grad_(player.name == objective.active)
         optimizers[objective.active].zero_grad()
         loss.backward()
         optimizers[objective.active].step()
-    return told
+    return records
 
 
 @pytest.fixture(scope="module")
 def recorded():
     """400 steps of recording on a student at N(-1, 0.3^2), eight nodes."""
     objective = make(record_steps=400, nodes=8, switch_every=10)
-    told = train(objective, 400, {"student": 0.1, "critic": 0.02})
-    return objective, told
+    records = train(objective, 400, {"student": 0.1, "critic": 0.02})
+    return objective, records
 
 
 def test_p1_the_path_ends_at_the_students_own_score(recorded):
     """P_N is the closed-form denoiser of G_0; the nodes between lead there from the teacher."""
-    objective, told = recorded
-    assert {active for _, active, _ in told} == {"critic"}, "recording leaves the student alone"
+    objective, records = recorded
+    assert {active for _, active, _ in records} == {"critic"}, "recording leaves the student alone"
     m, s = (float(p) for p in objective.nodes[-1])
     assert abs(m + 1.0) < 0.05 and abs(abs(s) - 0.3) < 0.05, (m, s)
     means = [float(node[0]) for node in objective.nodes]
@@ -92,6 +93,28 @@ def test_p1_no_gradient_against_the_last_node(recorded):
         _, logs = next(objective.host.step(batch, 0, objective.node(j)))
         gaps.append(float(logs["real_fake_gap"]))
     assert gaps[0] < 0.05 * gaps[1], gaps
+
+
+def test_p1_step_hands_on_guidance_and_the_hosts_own_count():
+    """Guidance 3 is the host's too; its steps count from the end of the recording, whose nodes stay put."""
+    path = {"path": Heard(Classes(S, 0.0, 0.1))}
+    world = World(DisBack, S, parts=path, host=HOST, record_steps=2, nodes=1, switch_every=1)
+    objective, shares, counts = world.objective, [], []
+    assert objective.guidance == objective.host.guidance == 3.0
+    objective.host.drop_batch_condition = lambda batch, share: shares.append(share) or batch.cond
+    step = objective.host.step
+    objective.host.step = lambda batch, k, teacher: (counts.append(k), step(batch, k, teacher))[1]
+    for k in range(4):
+        if k == 1:
+            world.critic.backbone.m.data.fill_(0.8)
+        for turn in world.turns(k):
+            assert turn.player == "critic" or k >= 2
+        world.critic.backbone.m.data.add_(1.0)
+    assert counts == [0, 1] and shares == [0.1, 0.1]
+    assert float(objective.nodes[0][0]) == pytest.approx(0.8), "recorded in the last step of its span"
+    objective.guidance = 1.0
+    list(objective.step(world.batch, 0))
+    assert shares[-1] == 0, "no null condition where guidance is not used"
 
 
 def test_p1_targets_descend_to_the_teacher():
@@ -170,7 +193,7 @@ def test_nodes_are_part_of_a_resumed_run():
 
 
 @pytest.mark.parametrize(
-    "cfg,said",
+    "cfg,message",
     [
         ({"nodes": 5, "record_steps": 0}, "objective.nodes"),
         ({"nodes": 0, "record_steps": 5}, "objective.nodes"),
@@ -181,8 +204,8 @@ def test_nodes_are_part_of_a_resumed_run():
         ({"host": {"name": "dmd2", "student_every": 0}}, "objective.host.student_every"),
     ],
 )
-def test_settings_that_make_no_path_are_refused(cfg, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_make_no_path_are_refused(cfg, message):
+    with pytest.raises(ValueError, match=message):
         DisBackConfig(**cfg)
 
 

@@ -6,6 +6,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.dmd import DMD, DMDConfig
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -85,6 +86,32 @@ def test_p1_gradient_only_in_ones_own_turn():
             assert all((g is not None) == (name == objective.active) for g in grads)
             for p in player.trainable().values():
                 p.grad = None
+
+
+def test_p1_step_is_the_formula(monkeypatch):
+    """Equations 6 to 9 at guidance 3, on the second of two steps: gradients in x, times and weights."""
+    world = World(DMD, times=[1.0, 0.5], time=NEAR, critic_time=FAR, teacher_steps=4)
+    monkeypatch.setattr(world.tape, "shared_randint", lambda high: high - 1)
+    student, critic = world.turns()
+    x, x_ref = (call.out for call in world.student.calls if call.grad)
+    torch.testing.assert_close(gradient(student.loss, x), world.score_gradient(x, dmd_weight))
+    state, y = world.student.calls[-1], torch.stack([world.objective.pairs.rows[i][0] for i in range(8)])
+    for t, u in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)):
+        if t == state.t[0]:
+            torch.testing.assert_close(state.x_t, y, rtol=1e-4, atol=1e-4)
+        t, u = (torch.full((8,), v, dtype=torch.float64) for v in (t, u))
+        y = world.schedule.ode_step(world.guided(y, t), y, t, u)
+    assert state.t.tolist() == [0.5] * 8
+    wanted = at_x(lambda r: 0.25 * ((r - y) ** 2).mean(), x_ref)
+    torch.testing.assert_close(gradient(student.loss, x_ref), wanted, rtol=1e-4, atol=1e-6)
+    assert abs(world.check_critic(critic, x)) < 1e-12
+
+
+def test_p1_huber_constant():
+    """C = 0.00054 dim of sqrt(|d|^2 + C^2) - C, over sqrt(dim)."""
+    d, C = torch.full((1, 100), 1e-3, dtype=torch.float64), 0.054
+    wanted = ((100 * 1e-6 + C**2) ** 0.5 - C) / 10
+    torch.testing.assert_close(make(regression="huber").distance(d, 0 * d), torch.tensor(wanted).double())
 
 
 def test_p2_distils_the_mixture(tmp_path):

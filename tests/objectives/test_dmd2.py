@@ -11,6 +11,7 @@ from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives import requirements_of
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from tests.support.replay import replay, replay_counts
+from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient, softplus_pair
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -158,6 +159,32 @@ def test_p1_update_ratio_and_turns():
     assert count == {"student": 4, "critic": 20}
 
 
+def test_p1_step_is_the_formula():
+    """Both turns with the GAN at guidance 3: the gradient in x, the critic's loss and its times."""
+    cfg = {"time": NEAR, "critic_time": FAR, "gan_weight": 0.3, "disc_weight": 0.2, "r1_weight": 0.7}
+    world = World(DMD2, **cfg)
+    (student, critic), disc = world.turns(), world.disc
+    x, t = world.student.calls[0].out, world.shown(world.teacher)[1]
+    eps = world.noise_in(*world.shown(world.teacher), x)
+
+    def gan(x):
+        return (
+            0.3 * nn.functional.softplus(-disc.logit(world.schedule.noise(x, eps, t), t, batch.cond)).mean()
+        )
+
+    batch = world.batch
+    torch.testing.assert_close(gradient(student.loss, x), world.score_gradient(x, dmd_weight) + at_x(gan, x))
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    assert torch.equal(disc.seen[1][1], disc.seen[2][1])  # one time for both
+    world.noise_in(*disc.seen[2][:2], batch.x0)
+    wanted = 0.2 * softplus_pair(fake, real) + 0.7 * disc.a.square().sum()
+    torch.testing.assert_close(world.check_critic(critic, x), wanted.detach())
+    assert set(critic.grads) == {"critic.m", "critic.s", "disc.a"} and set(student.grads) == {
+        "student.m",
+        "student.s",
+    }
+
+
 class StepNet(GaussianNet):
     """Counts calls and keeps the inputs of a several-step student."""
 
@@ -201,6 +228,7 @@ def test_p1_without_backward_simulation_the_input_is_noised_data():
     objective.sample(batch, 2)
     assert len(net.seen) == 1
     torch.testing.assert_close(net.seen[0][0], 0.5 * batch.x0 + 0.5 * batch.noise)
+    assert float(net.seen[0][1][0]) == 0.5
 
 
 def test_p1_discriminator_learns_the_log_density_ratio():
@@ -254,39 +282,6 @@ def test_p4_dmd2_adapter_between_renoise_and_ode(tiny, tmp_path):
         sampler="tcd", gamma=0.3,
     )  # fmt: skip
     assert found.info.step_arguments == {"eta": 0.3}
-
-
-class LinearDisc(nn.Module):
-    """l(x) = a . x: its squared gradient is |a|^2 everywhere. Keeps what it was shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.seen = nn.Parameter(torch.tensor([0.6, -0.8, 2.0])), []
-
-    def forward(self, x_t, t, cond, score=False):
-        self.seen.append(x_t.detach().clone())
-        return [x_t @ self.a]
-
-
-def test_p1_r1_at_the_same_noised_input():
-    """Exact: |a|^2. Approximate: E (a . step n)^2 = step^2 |a|^2, one more pass at exactly that distance."""
-    from types import SimpleNamespace
-
-    from fastgen.objectives.shared.critic import real_side
-
-    obj = SimpleNamespace(disc=LinearDisc(), rng=rng())
-    x_t, t = torch.randn(4000, 3), torch.ones(4000)
-    _, exact = real_side(obj, x_t.clone(), t, {}, 0.0)
-    assert math.isclose(float(exact), 5.0, rel_tol=1e-5)
-    exact.backward()
-    torch.testing.assert_close(obj.disc.a.grad, 2 * obj.disc.a.detach())
-    obj.disc.seen.clear()
-    _, near = real_side(obj, x_t, t, {}, 0.1)
-    first, second = obj.disc.seen
-    assert torch.equal(first, x_t) and 0.09 < float((second - first).std()) < 0.11
-    assert math.isclose(float(near) / 0.01, 5.0, rel_tol=0.1)
-    logits, none = real_side(obj, x_t, t, {}, None)
-    assert none is None and len(logits) == 1
 
 
 @pytest.mark.parametrize("step", [0.0, 0.05])

@@ -7,6 +7,7 @@ from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.ect import ECT, ECTConfig, level_time, noise_level, shrink
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
+from tests.support.spelled import World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {}
@@ -35,6 +36,30 @@ def test_p1_gap_law():
     assert (shrink(n, 0.5, 8.0, 1.0)[n < 1] == 0).all()  # 1 + 8 sigmoid(-t) > 2 there
     assert objective.gap(10_000) == pytest.approx(0.001)  # the cap on r / t
     torch.testing.assert_close(shrink(n, 1.0, 0.0, 1.0), torch.zeros_like(n))  # j = -1
+
+
+@pytest.mark.parametrize("source", ["data", "teacher"])
+def test_p1_step_is_the_formula(source):
+    """In the second gap: x_r of the data, or the step of the guided teacher; D itself where r is clean."""
+    world = World(ECT, EDM(), num=64, source=source, double_every=10, huber_c=0.1)
+    (turn,), (earlier, call) = world.turns(15), world.student.calls
+    x_t, t, x0 = call.x_t, call.t, world.batch.x0
+    world.noise_in(x_t, t, x0)
+    assert not earlier.grad
+    r = (t * (1 - 0.25 * (1 + 8 * torch.sigmoid(-t)))).clamp(min=0)
+    clean = r <= 0.002
+    assert 0 < clean.sum() < 64
+    D = x0 if source == "data" else world.guided(x_t, t)
+    eps = (x_t - D) / t[:, None]
+    torch.testing.assert_close(earlier.x_t[~clean], (D + r[:, None] * eps)[~clean])
+    torch.testing.assert_close(earlier.t[~clean], r[~clean])
+    target = torch.where(clean[:, None], D, earlier.out).detach()
+
+    def loss(y):
+        norm = ((y - target).square().sum(1) + 0.1**2 * 3).sqrt() - 0.1 * 3**0.5
+        return (norm / 3**0.5 / (t - r)).mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("S", [EDM(), Flow(), VP.scaled_linear()])

@@ -7,11 +7,12 @@ from fastgen.cli.train import main
 from fastgen.diffusion import divergences, losses
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import REGISTRY, requirements_of
-from fastgen.objectives.f_distill import FDistillConfig
+from fastgen.objectives.f_distill import FDistill, FDistillConfig
 from fastgen.roles.heads import Discriminator
 from fastgen.roles.roles import Role
 from tests.support.modes import far_share
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient, softplus_pair
 from tests.support.toys import batch_of, rng, run_mixture
 
 SHORT = {"student_every": 2, "f": "kl", "gan_weight": 0.1, "disc_weight": 0.1}
@@ -57,6 +58,28 @@ def test_p1_reverse_kl_is_dmd2_bit_for_bit():
     assert not all(torch.equal(a, b) for a, b in zip(other, wanted))
 
 
+def test_p1_step_is_the_formula():
+    """DMD2's gradient times r / mean r at guidance 3, and the GAN; the critic's turn is DMD2's."""
+    cfg = {"time": NEAR, "critic_time": FAR, "gan_weight": 0.3, "disc_weight": 0.2, "r1_weight": 0.7}
+    world = World(FDistill, f="kl", bins=0, student_every=1, **cfg)
+    (student, critic), disc = world.turns(), world.disc
+    x, (x_t, t) = world.student.calls[0].out, world.shown(world.teacher)
+    eps, cond = world.noise_in(x_t, t, x), world.batch.cond
+    r = disc.logit(x_t, t, cond).exp()
+    h = (r / r.mean())[:, None].detach()
+
+    def gan(x):
+        logit = disc.logit(world.schedule.noise(x, eps, t), t, cond)
+        return 0.3 * torch.nn.functional.softplus(-logit).mean()
+
+    wanted = world.score_gradient(x, lambda *at: h * dmd_weight(*at)) + at_x(gan, x)
+    torch.testing.assert_close(gradient(student.loss, x), wanted)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    assert torch.equal(disc.seen[1][1], disc.seen[2][1])
+    pair = 0.2 * softplus_pair(fake, real) + 0.7 * disc.a.square().sum()
+    torch.testing.assert_close(world.check_critic(critic, x), pair.detach())
+
+
 def logits_of(r):
     return [torch.as_tensor(r).log()]
 
@@ -86,12 +109,36 @@ def test_p1_the_ratio_is_clamped_and_binned():
     t = torch.tensor([0.15, 0.15, 0.95, 0.95]).double()
     h, _ = make(f="kl", bins=10).weight(logits_of([1.0, 3.0, 4.0, 12.0]), t)
     torch.testing.assert_close(h[:2], h[2:], rtol=1e-4, atol=1e-5)  # 1 : 3 at both levels
-    objective = make(f="kl", bins=10, bin_decay=0.5)
-    objective.weight(logits_of([1.0, 3.0, 4.0, 12.0]), t)
-    torch.testing.assert_close(objective.state()["bins"][[1, 9, 5]], torch.tensor([1.5, 4.5, 1.0]))
+    objective = make(f="kl", bins=10, ratio_memory=8)
+    for logits in (logits_of([1.0, 3.0, 4.0, 12.0]), logits_of([1.0, 1.0, 4.0, 4.0])):
+        objective.weight(logits, t)
+    sums, counts = objective.state()["ratio_sums"]
+    torch.testing.assert_close(sums[[1, 9, 5]] / 3, torch.tensor([4.0 / 3, 16.0 / 3, 0.0]))
+    torch.testing.assert_close(counts[[1, 9, 5]], torch.tensor([3.0, 3.0, 0.0]))
     where = make(f="kl", schedule=EDM())
     where.weight(logits_of([2.0, 2.0]), torch.tensor([0.01, 80.0]).double())
-    assert (where.state()["bins"] == 2).nonzero().flatten().tolist() == [0, 9]
+    assert where.state()["ratio_sums"][1].nonzero().flatten().tolist() == [0, 9]
+
+
+def spread_of_h(batch, steps, f="kl", **cfg):
+    """Spread of h once the means are known, for ratios whose size and spread depend on the noise level."""
+    objective, generator, seen = make(f=f, **cfg), torch.Generator().manual_seed(1), []
+    for k in range(steps):
+        t, z = (draw(batch, generator=generator) for draw in (torch.rand, torch.randn))
+        h, _ = objective.weight([0.5 * t + (1 - t) * z], t.double())
+        if k >= steps // 2:
+            seen.append(h)
+    return float(torch.cat(seen).std())
+
+
+def test_p1_small_batches_weigh_as_a_large_one_does():
+    """Batches of 24 to 64 have the spread of h that batches of 2,048 have; their own means take it away."""
+    for f in ("kl", "js"):
+        large = spread_of_h(2048, 20, f)
+        for batch in (24, 64):
+            assert spread_of_h(batch, 24_000 // batch, f) == pytest.approx(large, rel=0.08), (f, batch)
+            alone = spread_of_h(batch, 24_000 // batch, f, ratio_memory=batch)
+            assert alone < 0.95 * large and (f != "kl" or alone < 0.82 * large), (f, batch, alone, large)
 
 
 def test_p1_no_gradient_through_the_weight():
@@ -119,8 +166,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-edm'}, objective: {name: f_distill}, data: {name: digits}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert all(n in said for n in named) and len(said.strip().splitlines()) == 1, said
+    message = capsys.readouterr().err
+    assert all(n in message for n in named) and len(message.strip().splitlines()) == 1, message
     assert not (tmp_path / "run").exists() and requirements_of(FDistillConfig()).real_data
 
 

@@ -1,5 +1,6 @@
-"""Guidance distillation: the target's identities, the told range on an exact mixture, the export replayed."""
+"""Guidance distillation: the target's identities, the range of w on an exact mixture, the export replayed."""
 
+import pytest
 import torch
 
 from fastgen.diffusion.schedules import Flow
@@ -7,6 +8,7 @@ from fastgen.objectives.guidance_distillation import GuidanceDistillation, Guida
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
 
 SHORT = {}
@@ -24,7 +26,7 @@ class TwoMeans(GaussianNet):
 
 
 class Recorder(Student):
-    """Keeps what it was told; its answer is right for w = 1."""
+    """Records its inputs; its output is right for w = 1."""
 
     def __call__(self, x_t, t, cond):
         self.seen = x_t, t, cond
@@ -52,6 +54,27 @@ def test_p1_without_guidance_the_teacher_is_the_answer():
     assert float(loss.detach()) > 1e-2
 
 
+@pytest.mark.parametrize("weighting", ["snr1", "native"])
+@pytest.mark.parametrize("span", [None, (1.0, 5.0)])
+def test_p1_step_is_the_formula(weighting, span):
+    """max(SNR, 1), or the error of a flow, of the guided teacher at 3 or at the scale that is told."""
+    world = World(GuidanceDistillation, span=span, time=NEAR, weighting=weighting)
+    (turn,), (call,) = world.turns(), world.student.calls
+    x_t, t, w = call.x_t, call.t, call.cond["guidance"].double() if span else 3.0
+    world.within(t, NEAR)
+    world.noise_in(x_t, t, world.batch.x0)
+    weight = (((1 - t) / t) ** 2).clamp(min=1) if weighting == "snr1" else world.native(t)
+    target = world.guided(x_t, t, w)
+    wanted = at_x(lambda D: (weight[:, None] * (D - target) ** 2).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_p1_step_keeps_off_the_clean_end():
+    world = World(GuidanceDistillation, time={"low": 0.0, "high": 5e-4})
+    world.turns()
+    assert world.student.calls[0].t.tolist() == pytest.approx([1e-3] * 8)
+
+
 def test_p1_target_is_affine_in_w_and_told_as_drawn():
     """D^w - D_c = (w - 1)(D_c - D_u), whose second difference in w is zero; w = 0 is D_u."""
     objective, one = make((0.0, 8.0))
@@ -69,7 +92,7 @@ def test_p1_target_is_affine_in_w_and_told_as_drawn():
 
 
 def test_p1_w_taken_for_omega_moves_the_mean():
-    """Negative check: told w - 1 where w is meant, every target is off by D_c - D_u."""
+    """Negative check: given w - 1 where w is meant, every target is off by D_c - D_u."""
     objective, one = make((1.0, 8.0))
     next(objective.step(one, 0))
     x_t, t, cond = objective.student.seen

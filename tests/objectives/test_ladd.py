@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen.diffusion.schedules import Flow
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.ladd import LADD, LADDConfig
 from fastgen.objectives.shared.gan import different
 from fastgen.roles.heads import Discriminator, PatchHead
 from fastgen.roles.roles import Role, Student, StudentSpec
 from tests.support.replay import replay
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}}
@@ -74,6 +75,44 @@ def test_p1_values_at_zero_and_at_perfect_logits():
     for kind, d, g in (("hinge", 1.0, 0.0), ("softplus", 2 * math.log(2), math.log(2))):
         turns = make(loss=kind).step(batch_of(torch.randn(8, 2)), 0)
         assert float(next(turns)[0]) == pytest.approx(g) and float(next(turns)[0]) == pytest.approx(d)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), EDM()], ids=["flow", "edm"])
+@pytest.mark.parametrize("loss", ["hinge", "softplus"])
+def test_p1_step_is_the_formula(schedule, loss):
+    """Two steps, told the scale: the gradient in the sample, the heads' loss of real, fake and misaligned."""
+    S, gan = schedule, {"loss": loss, "disc_time": NEAR, "r1_weight": 0.7}
+    times = S.steps(2)
+    world = World(LADD, S, times, span=(1.0, 5.0), num=16, gan=gan)
+    (student, heads), (call,) = world.turns(), world.student.calls
+    disc, batch, first = world.disc, world.batch, call.t == times[0]
+    assert set(call.t.tolist()) == set(times) and call.cond["guidance"].std() > 0.5
+    pure = batch.noise * S.prior_std(times[0])
+    wanted = torch.where(first[:, None], pure, S.noise(batch.x0, batch.noise, call.t))
+    torch.testing.assert_close(call.x_t, wanted)
+    (x_t, t, cond), *seen = disc.seen
+    world.within(t, NEAR)
+    eps = world.noise_in(x_t, t, call.out)
+    g = {"hinge": lambda y: -y, "softplus": lambda y: nn.functional.softplus(-y)}[loss]
+    wanted = at_x(lambda x: g(disc.logit(S.noise(x, eps, t), t, batch.cond)).mean(), call.out)
+    torch.testing.assert_close(gradient(student.loss, call.out), wanted)
+    for (x_t, t, _), x in zip(seen, (batch.x0, call.out, batch.x0.roll(1, 0))):
+        world.within(t, NEAR)
+        world.noise_in(x_t, t, x)
+    real, fake, other = (disc.logit(*one) for one in seen)
+    fake = torch.cat([fake, other])  # every neighbour is of another class
+    if loss == "hinge":
+        pair = 0.5 * (nn.functional.relu(1 + fake).mean() + nn.functional.relu(1 - real).mean())
+    else:
+        pair = nn.functional.softplus(fake).mean() + nn.functional.softplus(-real).mean()
+    torch.testing.assert_close(heads.loss, pair + 0.7 * disc.a.square().sum())
+
+
+def test_p1_step_weights_choose_the_time():
+    world = World(LADD, Flow(), [1.0, 0.75, 0.5], num=400, step_weights=(3.0, 0.0, 1.0))
+    world.turns()
+    t = world.student.calls[0].t
+    assert float((t == 1).double().mean()) == pytest.approx(0.75, abs=0.06) and not (t == 0.75).any()
 
 
 def test_p1_gradients_stay_with_their_player():

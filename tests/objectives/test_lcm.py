@@ -14,6 +14,7 @@ from fastgen.sampling.solvers import teacher_grid
 from fastgen.training.exporting import export_run
 from tests.export.test_export import make_run
 from tests.support.replay import replay_counts
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     Constant,
@@ -69,7 +70,34 @@ def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
     check_weight(make, kind)
 
 
-class Told(Student):
+@pytest.mark.parametrize("metric", ["l2", "huber"])
+@pytest.mark.parametrize("span", [None, (1.0, 5.0)])
+def test_p1_step_is_the_formula(metric, span):
+    """On a four-step grid, at guidance 3 or at a scale given to the student: the gradient in D_theta."""
+    cfg = {"grid_steps": 4, "metric": metric, "huber_c": 0.3, "weighting": "snr1"}
+    world = World(LCM, Flow(), num=32, span=span, **cfg)
+    (turn,), (earlier, call) = world.turns(), world.student.calls
+    x_t, t = call.x_t, call.t
+    w = call.cond["guidance"].double() if span else 3.0
+    assert not span or (w.min() > 1 and w.max() < 5 and w.std() > 0.5)
+    assert not span or torch.equal(call.cond["guidance"], earlier.cond["guidance"])
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1.0, 0.75, 0.5, 0.25} and not earlier.grad
+    r = t - 0.25
+    x_r = line(world.guided(x_t, t, w), x_t, t, r)
+    torch.testing.assert_close(earlier.x_t, x_r, rtol=1e-4, atol=1e-5)
+    assert torch.equal(earlier.t, r.clamp(min=0.25))
+    target = torch.where((r > 0)[:, None], earlier.out, x_r).detach()
+    weight = (((1 - t) / t) ** 2).clamp(min=1)[:, None]
+
+    def loss(D):
+        d2 = (D - target) ** 2
+        return (weight * (d2 if metric == "l2" else (d2 + 0.3**2).sqrt() - 0.3)).mean()
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
+
+
+class WithGuidance(Student):
     """Notes the times and conditions it is given."""
 
     def __init__(self, student, guidance_range=None):
@@ -88,7 +116,7 @@ def test_p1_solver_skips_k_timesteps():
     S = SCHEDULES["vp"]
     objective = make(S, GaussianNet(S, 0.0, 0.5), grid_steps=50)
     objective.rng.randint = lambda high, num: torch.arange(50)
-    objective.student = Told(objective.student)
+    objective.student = WithGuidance(objective.student)
     next(objective.step(batch_of(torch.randn(50, 1)), 0))
     t, (r, again) = objective.teacher.seen[0][1], objective.student.times_seen
     assert len(objective.teacher.seen) == 1 and torch.equal(t, again)
@@ -104,7 +132,7 @@ def test_p1_one_interval_is_regression_on_the_teachers_one_step_estimate(monkeyp
     assert torch.equal(target, objective.teacher.seen[0][2])
 
 
-class Asked(GaussianNet):
+class Conditional(GaussianNet):
     """Its mean is the condition, so that guidance moves its estimate."""
 
     def forward(self, x_t, t, cond):
@@ -119,13 +147,15 @@ def test_p1_guidance_counts_from_one(monkeypatch):
     batch.cond, batch.uncond = {"m": torch.full((8,), 2.0)}, {"m": torch.full((8,), 0.5)}
     targets = {}
     for w in (1.0, 2.5):
-        for told in (False, True):
-            objective = at(make(S, Asked(S, 0.0, 0.5), Spy(Asked(S, 0.0, 0.5)), guidance=w, grid_steps=4), 3)
+        for as_input in (False, True):
+            objective = at(
+                make(S, Conditional(S, 0.0, 0.5), Spy(Conditional(S, 0.0, 0.5)), guidance=w, grid_steps=4), 3
+            )
             objective.rng.randn_like = torch.zeros_like
-            if told:
-                objective.guidance, objective.student = 9.0, Told(objective.student, (w, w))
-            targets[w, told] = captured(monkeypatch, "mse", objective, batch)[1].detach()
-            if told:
+            if as_input:
+                objective.guidance, objective.student = 9.0, WithGuidance(objective.student, (w, w))
+            targets[w, as_input] = captured(monkeypatch, "mse", objective, batch)[1].detach()
+            if as_input:
                 assert [c["guidance"].unique().tolist() for c in objective.student.conds] == [[w], [w]]
     conditional = targets[1.0, False]  # w = 1 is no guidance
     for (w, _), target in targets.items():
@@ -133,7 +163,7 @@ def test_p1_guidance_counts_from_one(monkeypatch):
 
 
 def test_p1_fixed_point_is_the_product_of_ddim_gains():
-    """A linear student learns the teacher's K-step DDIM map, and the exact flow is told apart from it."""
+    """A linear student learns the teacher's K-step DDIM map, and differs from the exact flow."""
     S, s0, K = VP.scaled_linear(), 0.5, 6
     grid = torch.tensor(teacher_grid(S, K), dtype=torch.float64)
     net = PerTime(S, grid)

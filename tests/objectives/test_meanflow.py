@@ -9,6 +9,7 @@ from fastgen.objectives import meanflow, requirements_of
 from fastgen.objectives.meanflow import MeanFlow, MeanFlowConfig
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import card_replay
+from tests.support.spelled import TwoTimes, World, at_x, gradient
 from tests.support.toys import batch_of, each, gaussian_role, rng, run_mixture
 
 SHORT = {"flow_ratio": 0.5}
@@ -61,6 +62,45 @@ def test_p1_the_average_velocity_is_the_fixed_point(schedule, method):
     cfg = {"tangent": {"method": method}, "time": {"kind": "uniform", "low": 0.1, "high": 0.9}}
     assert loss_of(make(schedule, **cfg)) < 1e-8  # a VP table has kinks at whole times
     assert loss_of(make(schedule, FlowMapNet(schedule, 1.2), **cfg)) > 1e-3
+
+
+def average(net, cond, x, s, r):
+    """u of a two-time flow network."""
+    return (x - net(x, s, {**cond, "r": r})) / s[:, None]
+
+
+@pytest.mark.parametrize("mode", ["distillation", "training"])
+def test_p1_step_is_the_formula(mode):
+    """Equations 10, 19 to 22 with rows of all three kinds: the gradient in D_theta."""
+    cfg = {"mode": mode, "flow_ratio": 0.25, "end_ratio": 0.25, "norm_p": 0.75, "norm_c": 0.05}
+    mixed = {"omega": 0.2, "kappa": 0.5, "label_drop": 0.0} if mode == "training" else {}
+    span = None if mixed else (1.0, 5.0)
+    net = TwoTimes(Flow(), -0.6, 0.4)
+    world = World(MeanFlow, Flow(), sampler="ode", span=span, student=net, **cfg, **mixed)
+    (turn,), call = world.turns(), world.student.calls[-1]
+    x, s, r, cond = call.x_t, call.t, call.cond["r"], call.cond
+    eps = world.noise_in(x, s, world.batch.x0)
+    assert torch.equal(s[:2], r[:2]) and (r[6:] < 1e-4).all() and (s > r)[2:].all() and (r[2:6] > 0.01).all()
+    if mode == "training":
+        null, own = (average(net, c, x, s, s) for c in (world.batch.uncond, world.batch.cond))
+        v = 0.2 * (eps - world.batch.x0) + 0.3 * null + 0.5 * own
+    else:
+        w = cond["guidance"].double()
+        assert w.std() > 0.5
+        v = (x - world.guided(x, s, w)) / s[:, None]
+    ways = (v.detach(), torch.ones_like(s), torch.zeros_like(r))
+    _, slope = torch.func.jvp(lambda *at: average(net, cond, *at), (x, s, r), ways)
+    target = (v - (s - r)[:, None] * slope).detach()
+
+    def loss(D):
+        error = ((x - D) / s[:, None] - target).square().sum(1)
+        return (error / (error.detach() + 0.05) ** 0.75).mean()
+
+    torch.testing.assert_close(turn.loss, loss(call.out), rtol=1e-4, atol=1e-5)
+    wanted = at_x(loss, call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
+    (alone,) = torch.autograd.grad(call.out, net.m, wanted)  # nothing by another way, through the target
+    torch.testing.assert_close(turn.grads["student.m"], alone, rtol=1e-3, atol=1e-6)
 
 
 def test_p1_negative_other_directions_of_the_derivative(monkeypatch):
@@ -159,6 +199,35 @@ def test_p1_adaptive_weight_bounds_the_gradient():
     objective = make(Flow(), FlowMapNet(Flow(), 50.0), norm_p=1.0)
     assert 0.9 < loss_of(objective) < 1
     assert loss_of(make(Flow(), FlowMapNet(Flow(), 50.0))) > 10
+
+
+def gradient_sizes(p):
+    """|d loss / du| of each sample, without the batch's 2 / B."""
+    net, seen = FlowMapNet(Flow(), 50.0), []
+    forward = net.forward
+
+    def spy(x_t, t, cond):
+        out = forward(x_t, t, cond)
+        if out.requires_grad:
+            out.retain_grad()
+            seen.append((t, out))
+        return out
+
+    net.forward = spy
+    objective = make(Flow(), net, norm_p=p, flow_ratio=1.0)
+    objective.rng.reset(0)
+    torch.manual_seed(1)
+    next(objective.step(batch_of(S0 * torch.randn(64, 1, dtype=torch.float64)), 0))[0].backward()
+    t, out = seen[-1]
+    return (out.grad[:, 0] * t).abs() * 32  # u = (x - D) / t
+
+
+def test_p1_sizes_of_gradients():
+    """|g| / (|g|^2 + c)^p: 1 / |g| at p = 1; at p = 1/2 nearly FastGen's default, |g| / (|g| + 0.1)."""
+    g = gradient_sizes(0.0)
+    for p in (1.0, 0.5):
+        torch.testing.assert_close(gradient_sizes(p), g / (g**2 + 0.01) ** p)
+    assert (gradient_sizes(0.5) - g / (g + 0.1)).abs().max() < 0.3 < (gradient_sizes(1.0) - 1).abs().max()
 
 
 P2 = {

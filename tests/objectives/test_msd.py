@@ -19,6 +19,7 @@ from fastgen.roles.roles import Students, StudentSpec
 from fastgen.roles.router import Router
 from fastgen.training.assembly import make_cast
 from tests.support import replay
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import AffineStudent, CountingRole, GaussianNet, batch_of, gaussian_role, run_mixture
 
 HOST = {"name": "diff_instruct", "student_every": 1}
@@ -98,6 +99,37 @@ def test_p1_students_do_not_see_each_other():
         for i, (one, other) in enumerate(zip(alone.student.members, together.student.members)):
             same = all(torch.equal(a, b) for a, b in zip(values(one), values(other)))
             assert same == (i == j)
+
+
+def test_p1_step_hands_on_guidance_and_step_with_a_stream_for_each():
+    objective = build(2)
+    made = MSD(objective.cfg, objective.parts, Rng(0), 3.0)
+    seen = []
+
+    def step(batch, k):
+        seen.append((k, float(made.rng.rand(1))))
+        return iter(())
+
+    for host in made.hosts.values():
+        assert host.guidance == 3.0
+        host.step = step
+    list(made.step(labelled(0), 7))
+    assert [k for k, _ in seen] == [7, 7] and seen[0][1] != seen[1][1]
+
+
+def test_p1_step_of_score_matching_is_the_formula():
+    """w(t) |D_k - D_real|^2 with the weight of the teacher's own prediction, without guidance."""
+    host = {"host": HOST, "score_matching": True}
+    plain = World(REGISTRY["diff_instruct"])
+    student = plain.student
+    parts = {"student": Students([student], Router.for_codec(Codec(4), 1)), "student0": student}
+    world = World(MSD, num_students=1, time=NEAR, parts=parts, **host)
+    (turn,), (call,) = world.turns(), student.calls
+    world.within(call.t, NEAR)
+    world.noise_in(call.x_t, call.t, world.batch.x0)
+    real, weight = world.guided(call.x_t, call.t, 1.0), world.native(call.t)[:, None]
+    wanted = at_x(lambda D: (weight * (D - real) ** 2).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted)
 
 
 @pytest.mark.parametrize("num,classes", [(1, 10), (2, 10), (3, 10), (4, 10), (10, 10), (3, 7)])
@@ -294,10 +326,10 @@ def test_text_students_route_prompts_in_sample(tiny, tmp_path):
 
     code, export = run(tiny, tmp_path, "sd", kind="lora")
     assert code == 0
-    asked = ["--prompt", "a red dress on a grey background", "--prompt", "a blue bag on a white background"]
-    assert sample(["--model", str(export), *asked, "--out", str(tmp_path / "out")]) == 0
+    prompts = ["--prompt", "a red dress on a grey background", "--prompt", "a blue bag on a white background"]
+    assert sample(["--model", str(export), *prompts, "--out", str(tmp_path / "out")]) == 0
     (export / "router.safetensors").unlink()
-    assert sample(["--model", str(export), *asked, "--out", str(tmp_path / "none")]) == 2
+    assert sample(["--model", str(export), *prompts, "--out", str(tmp_path / "none")]) == 2
 
 
 def test_students_of_separate_runs_are_joined(tiny, tmp_path, capsys):

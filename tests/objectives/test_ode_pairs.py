@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fastgen.core.errors import UserError
-from fastgen.diffusion.schedules import EDM, Flow
+from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.ode_pairs import ODEPairs, ODEPairsConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import replay
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"teacher_steps": 2}
@@ -24,22 +25,51 @@ def make(schedule, steps, **cfg):
     return objective
 
 
-def test_p1_pair_is_the_teachers_own_sample():
-    S = Flow()
+@pytest.mark.parametrize("S", [Flow(), EDM(), VP.scaled_linear()], ids=["flow", "edm", "vp"])
+def test_p1_pair_is_the_teachers_own_sample(S):
     objective = make(S, 1, teacher_steps=10)
     batch = batch_of(torch.randn(5, 2))
     next(objective.step(batch, 0))
     noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(i)) for i in range(5)])
     sample = sample_teacher(objective.teacher, noise, {}, {}, 10)
     for i in range(5):
-        torch.testing.assert_close(objective.pairs.rows[i][0].float(), noise[i])
-        torch.testing.assert_close(
-            objective.pairs.rows[i][1].float(), sample[i].float(), rtol=1e-5, atol=1e-6
-        )
+        first, last = objective.pairs.rows[i].float()
+        torch.testing.assert_close(first, noise[i] * S.prior_std(S.steps(1)[0]))
+        torch.testing.assert_close(last, sample[i].float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["l2", "huber"])
+def test_p1_step_is_the_formula(metric):
+    """The state at a random time of the student and the end of the teacher's walk at guidance 3."""
+    world = World(ODEPairs, Flow(), [1.0, 0.5], num=16, teacher_steps=4, metric=metric)
+    (turn,), (call,) = world.turns(), world.student.calls
+    x = torch.stack([world.objective.pairs.rows[i][0] for i in range(16)])  # the noise
+    assert len({float(v) for v in x[:, 0]}) == 16 and set(call.t.tolist()) == {1.0, 0.5}
+    for t, u in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)):
+        torch.testing.assert_close(call.x_t[call.t == t], x[call.t == t], rtol=1e-4, atol=1e-5)
+        t, u = (torch.full((16,), v, dtype=torch.float64) for v in (t, u))
+        x = line(world.guided(x, t), x, t, u)
+    C2 = (0.00054 * 3) ** 2
+
+    def loss(D):
+        d2 = (D - x) ** 2
+        return d2.mean() if metric == "l2" else (d2.sum(1) + C2).sqrt().mean() / 3**0.5
+
+    torch.testing.assert_close(gradient(turn.loss, call.out), at_x(loss, call.out), rtol=1e-4, atol=1e-6)
+
+
+def test_p1_huber_constant():
+    """sqrt(|d|^2 + C^2) - C with C = 0.00054 dim, over sqrt(dim)."""
+    objective, batch = make(Flow(), 1, teacher_steps=1), batch_of(torch.randn(4, 100))
+    next(objective.step(batch, 0))
+    y = torch.stack([objective.pairs.rows[i][-1] for i in range(4)])
+    objective.student.backbone.forward = lambda x, t, cond: y + 1e-3
+    loss, _ = next(objective.step(batch, 1))
+    assert float(loss) == pytest.approx(((100 * 1e-6 + 0.054**2) ** 0.5 - 0.054) / 10, rel=1e-2)
 
 
 def test_p1_noise_may_enter_below_the_top_of_the_schedule():
-    """A one-step student told t = 0.6 still gets pure noise, not the state there, half an image."""
+    """A one-step student evaluated at t = 0.6 still gets pure noise, not the state there, half an image."""
     S = Flow()
     student = Student(GaussianNet(S, 0.0, 1.0), None, StudentSpec([0.6]))
     parts = {"student": student, "teacher": gaussian_role(S, 0.5, 0.3)}

@@ -14,6 +14,7 @@ from fastgen.objectives.pcm import PCM, PCMConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import jump, teacher_grid
 from tests.support.replay import replay_counts
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
@@ -67,6 +68,51 @@ def test_p1_one_phase_is_lcm(schedule):
     one, two = (next(make(schedule, net, grid_steps=8, segments=m).step(batch_of(x0), 0))[0] for m in (1, 2))
     torch.testing.assert_close(one, lcm)
     assert (two - lcm).abs() > 1e-4
+
+
+def test_p1_step_is_the_formula():
+    """Two phases of eight steps at guidance 3: the gradient in D_theta of both parts, and the heads' loss."""
+    cfg = {"grid_steps": 8, "segments": 2, "huber_c": 0.3, "weighting": "snr1", "gan_weight": 0.2}
+    world = World(PCM, Flow(), num=64, **cfg)
+    (student, heads), (earlier, call) = world.turns(), world.student.calls
+    x_t, t, disc = call.x_t, call.t, world.disc
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1 - i / 8 for i in range(8)} and not earlier.grad
+    r, e = t - 0.125, torch.where(t > 0.5, 0.5, 0.0).double()
+    x_r = line(world.guided(x_t, t), x_t, t, r)
+    inner = (r > e)[:, None]
+    torch.testing.assert_close(earlier.x_t, x_r)
+    target = torch.where(inner, line(earlier.out, x_r, r.clamp(min=0.125), e), x_r).detach()
+    weight = (((1 - t) / t) ** 2).clamp(min=1)[:, None]
+    (x_v, v, cond), (_, v_fake, _), (real, v_real, _) = disc.seen
+    assert torch.equal(v, v_fake) and torch.equal(v, v_real)
+    assert set(v[t > 0.5].tolist()) == {0.625, 0.75, 0.875, 1.0} and ((v > 0) & (v <= 0.5))[t <= 0.5].all()
+    ratio = ((1 - v) / (1 - e))[:, None]
+    more = (v[:, None] ** 2 - (ratio * e[:, None]) ** 2).sqrt()
+    n, n_real = (
+        (x - ratio * m).detach() / more for x, m in ((x_v, line(call.out, x_t, t, e)), (real, target))
+    )
+    for noise in (n, n_real):
+        assert any(torch.allclose(d.double(), noise, atol=1e-4) for d in world.tape.drawn)
+
+    def loss(D):
+        pred = line(D, x_t, t, e)
+        huber = weight * (((pred - target) ** 2 + 0.3**2).sqrt() - 0.3)
+        return huber.mean() - 0.2 * disc.logit(ratio * pred + more * n, v, cond).mean()
+
+    wanted = at_x(loss, call.out)
+    torch.testing.assert_close(gradient(student.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    wanted = 0.5 * (torch.relu(1 + fake).mean() + torch.relu(1 - real).mean())
+    torch.testing.assert_close(heads.loss, wanted)
+
+
+def test_p1_step_drops_conditions_for_all_networks():
+    world = World(PCM, Flow(), num=64, cond_dropout=0.5, guided_solver=False)
+    world.turns()
+    told = [call.cond["class_labels"] for call in (*world.student.calls, *world.teacher.calls)]
+    told += [cond["class_labels"] for _, _, cond in world.disc.seen]
+    assert all(torch.equal(labels, told[0]) for labels in told) and 16 < (told[0] == 0).sum() < 48
 
 
 def test_p1_fixed_point_is_the_product_of_ddim_gains_over_the_phase():
@@ -123,7 +169,7 @@ def test_p1_cfg_free_asks_the_teacher_once_and_drops_conditions():
 
 
 def test_p1_edge_target_is_the_solvers_output(monkeypatch):
-    """At the last interval of a phase the student's own jump is not asked, inside it is."""
+    """At the last interval of a phase the student's own jump is not evaluated, inside it is."""
     S, x0, targets = SCHEDULES["vp"], torch.randn(16, 1, dtype=torch.float64), {}
     for n in (3, 1):
         for mean in (0.0, 9.0):
@@ -135,12 +181,12 @@ def test_p1_edge_target_is_the_solvers_output(monkeypatch):
 
 
 def test_bad_input_in_one_line():
-    for values, said in (
+    for values, message in (
         ({"objective": {"name": "pcm", "grid_steps": 50}}, "objective.segments: 4 segments do not divide"),
         ({"objective": {"name": "pcm"}, "student": {"sampler": "ode"}}, "student.num_steps: found 1"),
         ({"objective": {"name": "pcm"}, "student": {"num_steps": 4}}, "student.sampler ode"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             validate({"data": {"name": "fashion"}, **values})
 
 

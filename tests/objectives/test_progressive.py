@@ -1,5 +1,6 @@
 """Progressive distillation: two steps become one exactly, stage after stage, and on a mixture."""
 
+import pytest
 import torch
 
 from fastgen.config.run import validate
@@ -9,6 +10,7 @@ from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher, solver_step
 from fastgen.training.assembly import make_cast
 from tests.support.replay import replay
+from tests.support.spelled import Classes, Heard, World, at_x, gradient, line
 from tests.support.toys import GaussianNet, batch_of, energy_distance, gaussian_role, rng, run_mixture
 
 SHORT = {}
@@ -74,6 +76,36 @@ def test_p1_the_chain_of_targets_is_the_first_teachers_sampler():
     torch.testing.assert_close(
         x, sample_teacher(gaussian_role(S, 0.5, 0.3), z, {}, {}, 8), rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("source", ["original", "previous"])
+@pytest.mark.parametrize("times", [[1.0, 0.5], [0.9, 0.6]])
+def test_p1_step_is_the_formula(source, times):
+    """Two steps of the guided teacher, or of the last stage's student told the same scale, become one."""
+    S = Flow()
+    previous = Heard(Classes(S, 0.9, 0.7).requires_grad_(False))
+    span, parts = (1.0, 5.0), {"previous": previous}
+    world = World(
+        Progressive, S, times, "ode", span, num=16, parts=parts, ode_teacher=source, weighting="snr_plus_1"
+    )
+    (turn,), (call,) = world.turns(), world.student.calls
+    z, t, w = call.x_t, call.t, call.cond["guidance"].double()
+    world.noise_in(z, t, world.batch.x0)
+    first = t == times[0]
+    assert set(t.tolist()) == set(times) and w.std() > 0.5
+    end = torch.where(first, times[1], 0.0).double()
+    mid = (t + end) / 2
+    if source == "previous":
+        assert [float(p) for p in previous.backbone.parameters()] == pytest.approx([-0.6, 0.4])
+        D = lambda x, t: previous.backbone(x, t, call.cond)  # noqa: E731
+    else:
+        D = lambda x, t: world.guided(x, t, w)  # noqa: E731
+    z_mid = line(D(z, t), z, t, mid)
+    z_end, share = line(D(z_mid, mid), z_mid, mid, end), (end / t)[:, None]
+    target = ((z_end - share * z) / (1 - share)).detach()
+    weight = ((1 - t) ** 2 / t**2 + 1)[:, None]
+    wanted = at_x(lambda D: (weight * (D - target) ** 2).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_p1_later_stages_step_with_the_student_the_last_one_left():

@@ -9,7 +9,9 @@ from fastgen.objectives.dmd2 import DMD2, DMD2Config
 from fastgen.objectives.rcm import RCM, RCMConfig
 from fastgen.objectives.scm import SCM
 from fastgen.roles.roles import Student, StudentSpec
+from tests.objectives.test_scm import SD, alg_1
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient
 from tests.support.toys import CountingRole, GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"student_every": 1, "scm": {"warmup_steps": 0, "sigma_data": 1.0}}
@@ -84,6 +86,22 @@ def test_p1_fixed_point_of_the_matching_part():
     x = torch.randn(4, 2, requires_grad=True)
     losses.distribution_matching(x, x.detach() + 1, x.detach() + 1).backward()
     assert not x.grad.any()
+
+
+def test_p1_step_is_the_formula():
+    """Both parts at guidance 3, each with its weight: the gradients in F_theta's pass and in the sample."""
+    scm = {"name": "scm", "sigma_data": SD, "adaptive": False, "warmup_steps": 10}
+    world = World(
+        RCM, Flow(), time=NEAR, critic_time=FAR, scm_weight=0.7, dm_weight=0.3, scm=scm, student_every=1
+    )
+    student, critic = world.turns(10)
+    F, sample = (call for call in world.student.calls if call.grad)
+    formula = alg_1(world.student.backbone, F.cond, F.x_t, F.t, world.guided(F.x_t, F.t), 1.0)
+    wanted = 0.7 * at_x(formula, F.out)
+    torch.testing.assert_close(gradient(student.loss, F.out), wanted, rtol=1e-3, atol=1e-6)
+    wanted = 0.3 * world.score_gradient(sample.out, dmd_weight, i=1)
+    torch.testing.assert_close(gradient(student.loss, sample.out), wanted)
+    assert abs(world.check_critic(critic, sample.out)) < 1e-12
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])

@@ -22,8 +22,10 @@ from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.objectives.test_ladd import LinearDisc
+from tests.objectives.test_scm import SD, alg_1
 from tests.support.plain import run_plain
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, gradient
 from tests.support.tiny import PROMPTS
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
@@ -50,6 +52,34 @@ def test_p1_without_the_gan_it_is_scm_bit_for_bit():
     more, logs = next(SanaSprint(cfg.model_copy(update={"gan_weight": 0.25}), parts(), rng()).step(batch, 0))
     torch.testing.assert_close(more, alone + 0.25 * logs["gan"])
     assert requirements_of(cfg).players == {"student": ("student",)}
+
+
+def test_p1_step_is_the_formula():
+    """Both losses with their weights, told the scale: the gradients in F_theta's pass and in the sample."""
+    mid = {"low": 0.5, "high": 0.6}
+    scm = {"name": "scm", "sigma_data": SD, "adaptive": False, "warmup_steps": 10, "time": mid}
+    world = World(
+        SanaSprint, Flow(), [1.0, 0.5], span=(1.0, 5.0), num=64, scm=scm, gan={"disc_time": NEAR},
+        student_time=FAR, scm_weight=0.7, gan_weight=0.3, max_time_prob=0.2,
+    )  # fmt: skip
+    student, heads = world.turns(5)
+    F, sample = (call for call in world.student.calls if call.grad)
+    w = F.cond["guidance"].double()
+    assert w.std() > 0.5 and torch.equal(F.cond["guidance"], sample.cond["guidance"])
+    world.within(F.t, mid)
+    formula = alg_1(world.student.backbone, F.cond, F.x_t, F.t, world.guided(F.x_t, F.t, w), 0.5)
+    wanted = 0.7 * at_x(formula, F.out)
+    torch.testing.assert_close(gradient(student.loss, F.out), wanted, rtol=1e-3, atol=1e-6)
+    first = sample.t == 1
+    assert 0 < first.sum() < 24
+    world.within(sample.t[~first], FAR)
+    torch.testing.assert_close(sample.x_t, Flow().noise(world.batch.x0, world.batch.noise, sample.t))
+    x_t, t, cond = world.disc.seen[0]
+    world.within(t, NEAR)
+    eps = world.noise_in(x_t, t, sample.out)
+    wanted = at_x(lambda x: -0.3 * world.disc.logit(Flow().noise(x, eps, t), t, cond).mean(), sample.out)
+    torch.testing.assert_close(gradient(student.loss, sample.out), wanted)
+    assert heads.player == "disc" and set(heads.grads) == {"disc.a"}
 
 
 def test_p1_max_time_weighting_starts_half_of_the_judged_samples_from_noise():
@@ -80,14 +110,14 @@ def test_p1_times_in_the_unit_interval_keep_the_teacher_and_bound_its_slope():
     sprint = make_sprint(copy.deepcopy(teacher.backbone), SCHEDULE)
     x = torch.randn(4, *teacher.codec.shape)
     cond = teacher.codec.prompts(["a red dress on a grey background"] * 4)
-    told = {**cond, "guidance": torch.full((4,), 3.0)}
+    with_w = {**cond, "guidance": torch.full((4,), 3.0)}
     slopes = []
     for u in (1.0, 0.6, 0.2, 0.02):
         t = torch.full((4,), u, dtype=torch.float64)
         with torch.no_grad():
-            before, after = teacher.backbone.raw(x, t, cond), sprint.raw(x, t, told)
+            before, after = teacher.backbone.raw(x, t, cond), sprint.raw(x, t, with_w)
         assert (before - after).norm() < 0.05 * before.norm()
-    for net, c in ((teacher.backbone, cond), (sprint, told)):
+    for net, c in ((teacher.backbone, cond), (sprint, with_w)):
         t = torch.full((4,), 0.6, dtype=torch.float64)
         f = lambda x, t, net=net, c=c: net.raw(x, t, c)  # noqa: E731
         slopes.append(tangent(f, (x, t), (0 * x, torch.ones_like(t)), TangentConfig()).norm())
@@ -108,15 +138,15 @@ def cast_of(tiny, family="sana", **student):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"family": "sd"}, "a teacher of family sd"),
         ({"kind": "lora"}, "needs kind full and student.guidance_embedding"),
         ({"guidance_embedding": None}, "needs kind full and student.guidance_embedding"),
     ],
 )
-def test_refusals(tiny, change, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_refusals(tiny, change, message):
+    with pytest.raises(UserError, match=message) as error:
         cast_of(tiny, **change)
     assert "student.sprint" in str(error.value) and "\n" not in str(error.value)
 

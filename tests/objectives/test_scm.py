@@ -11,6 +11,7 @@ from fastgen.objectives.scm import SCM, SCMConfig, normalised
 from fastgen.roles.heads import LogVariance
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {"warmup_steps": 2}
@@ -197,6 +198,58 @@ def test_p1_adaptive_weight_starts_neutral_and_learns_the_log_of_the_loss():
         ((-w(t)).exp() * error + w(t)).mean().backward()
         optimizer.step()
     torch.testing.assert_close(w(t).detach(), error.log(), atol=0.05, rtol=0)
+
+
+SD, C = 0.5, 0.1
+"""sigma_data and tangent_c of the formula below"""
+
+
+def trig(tau):
+    """TrigFlow's (t, c) of a flow's time, where x_tau = c x_t."""
+    t = torch.atan(tau / ((1 - tau) * SD))
+    return t, torch.hypot(1 - tau, tau) / torch.hypot(t.cos(), SD * t.sin())
+
+
+def alg_1(net, cond, x_tau, tau, D_real, r, w=None):
+    """sCM's loss as a function of D_theta: a flow network at x_tau, following D_real; w is w(t) or None."""
+    (t, c), row = trig(tau), lambda v: v[:, None]
+    x, cos, sin = x_tau / row(c), row(t.cos()), row(t.sin())
+    d = (cos * x - D_real) / sin
+
+    def F(x, t):
+        tau = SD * t.sin() / (t.cos() + SD * t.sin())
+        c = torch.hypot(1 - tau, tau) / torch.hypot(t.cos(), SD * t.sin())
+        return (row(t.cos()) * x - net(row(c) * x, tau, cond)) / row(SD * t.sin())
+
+    value, slope = torch.func.jvp(F, (x, t), (d, torch.ones_like(t)))
+    g = -(cos**2) * (SD * value - d) - r * cos * sin * (x + SD * slope)
+    target = value + g / (g.square().mean(1, keepdim=True).sqrt() + C)
+
+    def loss(D):
+        error = (((cos * x - D) / (SD * sin) - target.detach()) ** 2).mean(1) / (SD * t.tan())
+        return (error if w is None else (-w).exp() * error + w).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("span", [None, (1.0, 5.0)])
+def test_p1_step_is_the_formula(span):
+    """Alg. 1 half-way through the warm-up with a learned weight, at guidance 3 or at a scale that is told."""
+    torch.manual_seed(2)
+    logvar = LogVariance()
+    torch.nn.init.normal_(logvar.out.weight, 0, 0.1)
+    world = World(SCM, Flow(), span=span, parts={"logvar": logvar}, time=NEAR, warmup_steps=10)
+    (turn,), call = world.turns(5), world.student.calls[-1]
+    x_tau, tau, w = call.x_t, call.t, call.cond["guidance"].double() if span else 3.0
+    world.within(tau, NEAR)
+    world.noise_in(x_tau, tau, world.batch.x0)
+    real = world.guided(x_tau, tau, w)
+    found = logvar(trig(tau)[0]).detach().double()
+    formula = alg_1(world.student.backbone, call.cond, x_tau, tau, real, 0.5, found)
+    torch.testing.assert_close(turn.loss, formula(call.out), rtol=1e-4, atol=1e-5)
+    wanted = at_x(formula, call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
+    assert {name.split(".")[0] for name in turn.grads} == {"student", "logvar"}
 
 
 P2 = {

@@ -11,6 +11,7 @@ from fastgen.objectives.sft import SFT, SFTConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import plainly, train
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {}
@@ -52,6 +53,17 @@ def test_p1_loss_is_the_native_regression(kind, schedule):
     torch.testing.assert_close(
         loss, (out - schedule.from_x0(kind, x0, x_t, t)).square().mean(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_p1_step_is_the_formula():
+    """The error of the native prediction, here a flow's, at times drawn as the settings say."""
+    world = World(SFT, time=NEAR, cond_dropout=0.0)
+    (turn,), (call,) = world.turns(), world.student.calls
+    world.within(call.t, NEAR)
+    world.noise_in(call.x_t, call.t, world.batch.x0)
+    weight = world.native(call.t)[:, None]
+    wanted = at_x(lambda D: (weight * (D - world.batch.x0) ** 2).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted)
 
 
 def test_p1_condition_dropout_rate():

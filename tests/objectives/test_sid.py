@@ -12,6 +12,7 @@ from fastgen.objectives import requirements_of
 from fastgen.objectives.sid import SiD, SiDConfig
 from tests.support import gaussians
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, at_x, gradient, softplus_pair
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -172,6 +173,42 @@ def test_p1_the_guided_critic_is_what_is_regressed():
         torch.testing.assert_close(loss, (k1 - x).square().mean().to(loss), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("distance", ["l2", "huber"])
+def test_p1_step_is_the_formula(distance):
+    """Guidance 3, 2 and 1.5 as k4, k2 and k1, with the GAN: gradients through both scores, W held."""
+    guidance = {"score_guidance": 2.0, "train_guidance": 1.5}
+    cfg = {"time": NEAR, "critic_time": FAR, "gan_weight": 0.3, "disc_weight": 0.2, "distance": distance}
+    world = World(SiD, **cfg, **guidance)
+    (critic, student), disc = world.turns(), world.disc
+    x, fresh = world.student.calls
+    assert not x.grad and not torch.equal(x.x_t, fresh.x_t), "z' is drawn anew"
+    x_t, t = world.shown(world.teacher)
+    world.within(t, NEAR)
+    eps = world.noise_in(x_t, t, fresh.out)
+    W = (fresh.out - world.guided(x_t, t)).abs().mean(1).detach()
+
+    def loss(x):
+        x_t = world.schedule.noise(x, eps, t)
+        real, fake = world.guided(x_t, t), world.guided(x_t, t, 2.0, world.critic)
+        gap = real - fake
+        sid = ((gap * ((real - x) - 1.2 * gap)).mean(1) / W).mean()
+        if distance == "huber":
+            norm = (gap.square().mean(1) + 0.01**2).sqrt()
+            sid = ((gap * (fake - x)).mean(1) / norm + 2 * (1 - 1.2) * (norm - 0.01)).mean()
+        gan = nn.functional.softplus(-disc.logit(x_t, t, world.batch.cond))
+        return sid + 0.3 * (gan / W).mean()
+
+    torch.testing.assert_close(gradient(student.loss, fresh.out), at_x(loss, fresh.out))
+    call = world.critic.calls[0]
+    x_t, t = call.x_t[:8], call.t[:8]
+    world.within(t, FAR)
+    world.noise_in(x_t, t, x.out)
+    D = world.guided(x_t, t, 1.5, world.critic)
+    denoising = (world.native(t)[:, None] * (D - x.out) ** 2).mean()
+    fake, real = (disc.logit(*seen) for seen in disc.seen[:2])
+    torch.testing.assert_close(critic.loss, denoising + 0.2 * softplus_pair(fake, real))
+
+
 def test_reads_no_image_without_the_gan():
     objective = make({})
     one = batch_of(torch.randn(8, 1))
@@ -194,8 +231,8 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
         "{teacher: {path: 'analytic:gaussian-edm'}, objective: {name: sid}, data: {name: ''}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert named in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert named in message and len(message.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_p2_distils_the_mixture(tmp_path):

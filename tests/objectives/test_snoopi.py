@@ -19,7 +19,7 @@ SHORT = {"min_guidance": 0.5, "max_guidance": 3.0}
 """settings of the contract battery"""
 
 
-class Told(CountingRole):
+class Recorder(CountingRole):
     """A Gaussian denoiser that the condition shifts, so that guidance has something to act on."""
 
     def __call__(self, x_t, t, cond):
@@ -32,7 +32,7 @@ def gradient(low, high, seed, num=4096):
 
     S = VP.scaled_linear()
     players = parts(S)
-    players = {n: Told(p.backbone) if n != "student" else p for n, p in players.items()}
+    players = {n: Recorder(p.backbone) if n != "student" else p for n, p in players.items()}
     objective = Snoopi(SnoopiConfig(min_guidance=low, max_guidance=high), players, Rng(seed))
     noise = torch.randn(num, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     batch = batch_of(noise, noise, {"shift": torch.ones(num, dtype=torch.float64)})
@@ -226,8 +226,8 @@ def test_p4_snoopi_negative_prompt_in_plain_diffusers(exported, tmp_path, capsys
     assert (images[0] - images[1]).abs().max() > 1e-3, "the negative prompt acts"
     for i, flags in enumerate(([], ["--negative_prompt", "red"])):
         out = tmp_path / f"out{i}"
-        asked = ["--model", str(exported), "--prompt", "a red dress", "--seed", "5", "--out", str(out)]
-        assert sample([*asked, *flags]) == 0
+        arguments = ["--model", str(exported), "--prompt", "a red dress", "--seed", "5", "--out", str(out)]
+        assert sample([*arguments, *flags]) == 0
         drawn = torch.from_numpy(np.array(Image.open(out / "00000_5.png"))).permute(2, 0, 1) / 255
         assert (drawn - images[i]).abs().max() < 1.5 / 255
     assert "no effect" not in capsys.readouterr().err
@@ -243,10 +243,10 @@ def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_pa
     document = json.loads((work / "fastgen.json").read_text())
     document["export"]["nasa_scale"] = 0.0
     (work / "fastgen.json").write_text(json.dumps(document))
-    asked = ["--model", str(work), "--prompt", "a red dress", "--negative_prompt", "red"]
-    assert sample([*asked, "--out", str(tmp_path / "a")]) == 0
+    arguments = ["--model", str(work), "--prompt", "a red dress", "--negative_prompt", "red"]
+    assert sample([*arguments, "--out", str(tmp_path / "a")]) == 0
     assert "--negative_prompt has no effect" in capsys.readouterr().err
-    assert sample([*asked, "--nasa_scale", "0.5", "--out", str(tmp_path / "b")]) == 0
+    assert sample([*arguments, "--nasa_scale", "0.5", "--out", str(tmp_path / "b")]) == 0
     assert "no effect" not in capsys.readouterr().err
     assert (tmp_path / "a/grid.png").read_bytes() != (tmp_path / "b/grid.png").read_bytes()
 
@@ -262,9 +262,10 @@ def test_p4_snoopi(tiny, tmp_path):
 
 
 def test_a_negative_prompt_removes_the_named_colour():
-    """On the bundled captioned network: asked for red things but not "red", it hardly draws any."""
+    """On the bundled captioned network: red things with the negative prompt "red" are hardly drawn."""
     from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
-    from fastgen.evaluation.metrics.fd_mini import Measurer, agreement
+    from fastgen.evaluation.metrics.agreement import agreement
+    from fastgen.evaluation.metrics.fd_mini import Measurer
     from fastgen.export.load import load_export
     from fastgen.networks.feature_net import measure
     from fastgen.sampling.solvers import ImageNoise, sample_teacher

@@ -9,6 +9,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow, expand
 from fastgen.objectives.swiftbrush import SwiftBrush, SwiftBrushConfig
 from tests.support.replay import replay
+from tests.support.spelled import FAR, NEAR, World, gradient
 from tests.support.toys import (
     AffineStudent,
     CountingRole,
@@ -45,15 +46,15 @@ def test_p1_guidance_is_linear_in_both_branches():
     x_t, t = torch.randn(6, 2, dtype=torch.float64), torch.full((6,), 0.6, dtype=torch.float64)
     nets = {n: gaussian_role(S, *v) for n, v in {"T": (0.5, 1.0), "L": (-0.2, 0.7)}.items()}
 
-    class Told(CountingRole):
+    class Recorder(CountingRole):
         def __call__(self, x_t, t, cond):
             return super().__call__(x_t, t, cond) + cond["shift"][:, None] * self.backbone.s
 
-    told = {n: Told(r.backbone) for n, r in nets.items()}
+    recorders = {n: Recorder(r.backbone) for n, r in nets.items()}
     cond, null = ({"shift": torch.full((6,), v, dtype=torch.float64)} for v in (1.0, 0.0))
 
     def g(w, c=cond):
-        return told["L"].guided(x_t, t, c, null, w) - told["T"].guided(x_t, t, c, null, w)
+        return recorders["L"].guided(x_t, t, c, null, w) - recorders["T"].guided(x_t, t, c, null, w)
 
     torch.testing.assert_close(g(4.5), -3.5 * g(1.0, null) + 4.5 * g(1.0))
     torch.testing.assert_close(g(torch.full((6,), 4.5)), g(4.5))
@@ -89,6 +90,35 @@ def test_p1_where_the_step_vanishes(plain, rest):
         batch.uncond = null
         _, logs = next(objective.step(batch, 0))
         assert (float(logs["real_fake_gap"]) < 1e-9) == (shift == rest), (shift, logs)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_p1_step_is_the_formula(plain):
+    """alpha sigma (D_L - D_T), both at guidance 3 or the critic plain; the critic under alpha^2."""
+    world = World(SwiftBrush, VP.scaled_linear(), time=NEAR, critic_time=FAR, plain_critic=plain)
+    student, critic = world.turns()
+    x, S = world.student.calls[0].out, world.schedule
+    x_t, t = world.shown(world.teacher)
+    world.within(t, NEAR)
+    world.noise_in(x_t, t, x)
+    fake = world.guided(x_t, t, 1.0 if plain else 3.0, world.critic)
+    weight = (S.alpha(t) * S.sigma(t))[:, None]
+    wanted = (weight * (fake - world.guided(x_t, t)) / x.numel()).detach()
+    torch.testing.assert_close(gradient(student.loss, x), wanted, rtol=1e-4, atol=1e-7)
+    assert abs(world.check_critic(critic, x, lambda t: S.alpha(t) ** 2)) < 1e-12
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_p1_step_drops_the_condition_where_guidance_is_used(guidance, monkeypatch):
+    """c' is null with probability critic_drop, and never without guidance."""
+    world = World(SwiftBrush)
+    world.objective.guidance, shares = guidance, []
+    monkeypatch.setattr(
+        world.objective, "drop_batch_condition", lambda batch, share: shares.append(share) or batch.uncond
+    )
+    world.turns()
+    assert shares == [0.1 if guidance != 1 else 0]
+    assert world.critic.calls[-1].cond is world.batch.uncond
 
 
 def descend(follow, steps=400, lr=0.05):
@@ -182,6 +212,18 @@ def test_p1_clamped_cosine_stops_at_the_margin():
     assert cos.grad.tolist() == pytest.approx([-1 / 3, 0.0, 0.0])
 
 
+def test_p1_step_draws_the_samples_to_their_words():
+    """The image-text term reaches x: its gradient is -weight / numel where the cosine is below tau."""
+    cfg = {"clip_weight": 0.1, "clip_steps": 10, "clip_margin": 1.0}
+    found = []
+    for more in (cfg, {}):
+        world = World(SwiftBrush, parts={"clip": Fixed()}, **more)
+        world.batch.texts = ["a"] * 8
+        found.append(gradient(world.turns(5)[0].loss, world.student.calls[0].out))
+    below = (world.student.calls[0].out.mean(1) < 1).double()[:, None].expand(-1, 3)
+    torch.testing.assert_close(found[0] - found[1], -0.05 * below / 24)
+
+
 class Fixed:
     """An image-text net whose cosine is the mean pixel."""
 
@@ -261,16 +303,16 @@ def test_p1_version_2_fuses_a_full_and_a_lora_student(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "student,said",
+    "student,message",
     [
         ({"kind": "lora", "lora": {"rank": 2}, "fuse": "x"}, "student.fuse"),
         ({"kind": "full", "fuse": "/nowhere/at/all"}, "student.fuse"),
         ({"kind": "full", "fuse_weight": 0.3}, "student.fuse_weight"),
     ],
 )
-def test_a_fusion_that_cannot_be_is_refused_at_once(tiny, tmp_path, capsys, student, said):
+def test_a_fusion_that_cannot_be_is_refused_at_once(tiny, tmp_path, capsys, student, message):
     code, export = text_run(tiny, tmp_path, "bad", student, {})
-    assert code == 2 and said in capsys.readouterr().err and not export.parent.exists()
+    assert code == 2 and message in capsys.readouterr().err and not export.parent.exists()
 
 
 def test_p2_distils_the_mixture(tmp_path):

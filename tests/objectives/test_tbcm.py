@@ -8,8 +8,9 @@ from fastgen.diffusion.reparametrization import TrigView
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives.tbcm import TBCM, TBCMConfig
 from fastgen.roles.roles import Student, StudentSpec
-from tests.objectives.test_scm import PLAIN, S0, FlowMapNet
+from tests.objectives.test_scm import PLAIN, S0, SD, FlowMapNet, alg_1, trig
 from tests.support.replay import replay
+from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import CountingRole, GaussianNet, batch_of, rng, run_mixture
 
 SHORT = {"points": 2, "scm": {"name": "scm", "warmup_steps": 2}}
@@ -71,6 +72,33 @@ def test_p1_no_loss_at_the_flow_map(S):
     right = float(next(make(S).step(batch, 1))[0].detach())
     wrong = float(next(make(S, FlowMapNet(S, 0.5)).step(batch, 1))[0].detach())
     assert right < 1e-6 and wrong > 100 * right + 1e-4, (right, wrong)
+
+
+def test_p1_step_is_the_formula():
+    """Three points of a walk that starts at noise, and Alg. 1 at each, told the scale of its row."""
+    scm = {"name": "scm", "sigma_data": SD, "time": NEAR, "warmup_steps": 10, "adaptive": False}
+    world = World(TBCM, Flow(), span=(1.0, 5.0), points=3, scm=scm)
+    world.batch.x0 = None
+    (turn,), call = world.turns(5), world.student.calls[-1]
+    w = world.student.calls[-1].cond["guidance"].double().reshape(3, 8)
+    assert torch.equal(w[0], w[2]) and w[0].std() > 0.5
+    labels = call.cond["class_labels"].reshape(3, 8)
+    assert torch.equal(labels[1], world.batch.cond["class_labels"])
+    states, taus = call.x_t.reshape(3, 8, 3), call.t.reshape(3, 8)
+    assert (taus[0] > 0.999).all() and (taus[1] >= taus[2]).all()
+    world.within(taus[1:], NEAR)
+    x, real = world.batch.noise * SD, []
+    for i, tau in enumerate(taus):
+        t, c = trig(tau)
+        torch.testing.assert_close(states[i], c[:, None] * x, rtol=1e-4, atol=1e-5)
+        real.append(world.guided(states[i], tau, w[0]))
+        d = (t.cos()[:, None] * x - real[-1]) / t.sin()[:, None]
+        if i < 2:
+            gap = (t - trig(taus[i + 1])[0])[:, None]
+            x = gap.cos() * x - gap.sin() * d
+    formula = alg_1(world.student.backbone, call.cond, call.x_t, call.t, torch.cat(real), 0.5)
+    wanted = at_x(formula, call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_training_without_a_teacher_is_refused():

@@ -9,6 +9,7 @@ from fastgen.objectives.ect import noise_level
 from fastgen.objectives.tcm import TCM, TCMConfig
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
+from tests.support.spelled import Classes, Heard, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
 
 SHORT = {}
@@ -38,6 +39,30 @@ def test_p1_levels_hold_the_boundary_and_a_heavy_tail():
         assert float((log_n < level).double().mean()) == pytest.approx(share, abs=0.01)
     ones = torch.ones_like(weight)
     assert float((weight * ones).mean()) == pytest.approx(1 + 0.1)  # mean of the rest + 0.1 boundary's
+
+
+@pytest.mark.parametrize("source", ["data", "teacher"])
+def test_p1_step_is_the_formula(source):
+    """A quarter of the rows at the boundary, with their weight; f- for the rows whose r lies below it."""
+    previous = Heard(Classes(EDM(), 0.2, 0.9).requires_grad_(False))
+    cfg = {"source": source, "gap": 0.02, "boundary_weight": 0.3}
+    world = World(TCM, EDM(), num=32, parts={"previous": previous}, **cfg)
+    world.student.backbone.m.data.fill_(0.7)
+    world.objective.follow = lambda name: None  # f- and the student apart, as later in the stage
+    (turn,), call = world.turns(), world.student.calls[-1]
+    x_t, t, x0 = call.x_t, call.t, world.batch.x0
+    world.noise_in(x_t, t, x0)
+    r = t * (1 - 0.02 * (1 + 8 * torch.sigmoid(-t)))
+    below = r < 1
+    torch.testing.assert_close(t[:8], torch.ones(8).double())
+    assert below[:8].all() and (~below).sum() > 0
+    D = x0 if source == "data" else world.guided(x_t, t)
+    x_r, cond = D + (r / t)[:, None] * (x_t - D), world.batch.cond
+    answers = (net(x_r, r, cond) for net in (previous.backbone, world.student.backbone))
+    target = torch.where(below[:, None], *answers).detach()
+    weight = torch.where(torch.arange(32) < 8, 0.3 * 32 / 8, 32 / 24).double() / (t - r)
+    wanted = at_x(lambda y: (weight * (y - target).norm(dim=1) / 3**0.5).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_p1_the_frozen_network_answers_below_the_boundary_only():
@@ -86,7 +111,7 @@ def test_p1_teacher_source_steps_along_its_ode():
 
 
 def collapsed(**cfg):
-    """Loss of a student that says the same whatever it is given."""
+    """Loss of a student with a constant output."""
     objective = make(**cfg)
     next(objective.step(batch_of(torch.randn(4, 2)), 0))
     objective.student.backbone.forward = lambda x, t, cond: objective.student.backbone.m + 0 * x

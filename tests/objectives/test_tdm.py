@@ -19,6 +19,7 @@ from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.gaussians import nodes
 from tests.support.replay import plainly, replay
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.tiny import PROMPTS
 from tests.support.toys import (
     SCHEDULES,
@@ -64,7 +65,8 @@ def test_p1_tau_stays_inside_its_segment(schedule):
     position = torch.searchsorted(objective.grid, tau - 1e-9)
     for j in range(4):
         inside, low, high = position[i == j], max(place[j + 1], 20), place[j] - 10
-        assert inside.min() >= low and inside.max() <= high
+        assert inside.min() == low and inside.max() <= high
+        assert inside.max() == high or isinstance(schedule, VP)  # its whole timesteps stand in the grid twice
         assert inside.max() - inside.min() > 0.95 * (high - low)
         assert abs(len(inside) / 20_000 - 0.25) < 0.02
 
@@ -142,6 +144,52 @@ def test_p1_one_step_is_distribution_matching():
     torch.testing.assert_close(found, wanted)
 
 
+def kernel(world, X, x, x_tau, tau):
+    """n of x_tau ~ q(x_tau | x_m), a draw, for two steps of a flow: m is 1/2 above it and 0 below."""
+    upper, ratio = (tau >= 0.5)[:, None], ((1 - tau) / 0.5)[:, None]
+    x_m = line(x, X, torch.ones_like(tau), 0.5 * torch.ones_like(tau))
+    n = (x_tau - ratio * x_m) / (tau[:, None] ** 2 - (ratio * 0.5) ** 2).clamp(min=1e-12).sqrt()
+    n = torch.where(upper, n, (x_tau - (1 - tau[:, None]) * x) / tau[:, None]).detach()
+    assert any(torch.allclose(d.double(), n, atol=1e-4) for d in world.tape.drawn if d.shape == n.shape)
+    return n
+
+
+@pytest.mark.parametrize("metric", ["huber", "l2"])
+@pytest.mark.parametrize("importance", [True, False])
+def test_p1_step_is_the_formula(metric, importance):
+    """Two steps at guidance 3: the critic's weighted loss, and the gradient in the sample."""
+    cfg = {"metric": metric, "huber_c": 0.2, "importance": importance}
+    world = World(TDM, Flow(), [1.0, 0.5], "ode", num=32, **cfg)
+    (critic, student), (first, second, call) = world.turns(), world.student.calls
+    one = torch.ones(32, dtype=torch.float64)
+    torch.testing.assert_close(second.x_t, line(first.out, first.x_t, one, 0.5 * one))
+    x_tau, tau = world.shown(world.critic)
+    upper = (tau >= 0.5)[:, None]
+    X, x = (torch.where(upper, a, b) for a, b in zip((first.x_t, first.out), (second.x_t, second.out)))
+    n = kernel(world, X, x, x_tau, tau)
+    implied = (x_tau - (1 - tau[:, None]) * x) / tau[:, None]
+    ratio = (0.5 * (n.square().mean(1) - implied.square().mean(1))).exp() if importance else one
+    weight = (ratio * (((1 - tau) / tau) ** 2).clamp(max=5))[:, None]
+    assert (weight == 5).any() or importance
+    wanted = (weight * (world.critic.calls[0].out - x) ** 2).mean()
+    torch.testing.assert_close(critic.loss, wanted)
+
+    upper = (call.t == 1)[:, None]
+    torch.testing.assert_close(call.x_t, torch.where(upper, first.x_t, second.x_t))
+    x_tau, tau = world.shown(world.teacher)
+    assert torch.equal(tau >= 0.5, upper[:, 0]) and 0 < upper.sum() < 32
+    kernel(world, call.x_t, call.out, x_tau, tau)
+    real, fake = world.guided(x_tau, tau), world.critic.backbone(x_tau, tau, world.batch.cond)
+    goal = (call.out + real - fake).detach()
+    scale = (call.out - real).abs().mean(1, keepdim=True).detach()
+
+    def loss(x):
+        d2 = (x - goal) ** 2
+        return ((0.5 * d2 if metric == "l2" else (d2 + 0.2**2).sqrt()) / scale).mean()
+
+    torch.testing.assert_close(gradient(student.loss, call.out), at_x(loss, call.out))
+
+
 def test_p1_the_walk_is_deterministic_and_on_policy():
     """X_{i+1} is the DDIM step from X_i with the student's own noise: what its sampler visits."""
     objective = make(VP.scaled_linear())
@@ -162,19 +210,19 @@ def test_reads_no_image():
     assert len(list(objective.step(one, 0))) == 2 and not requirements_of(TDMConfig()).real_data
 
 
-class Told(GaussianNet):
-    """Keeps what it was told and when."""
+class Recorder(GaussianNet):
+    """Records the guidance input and the time of each call."""
 
     def forward(self, x_t, t, cond):
         self.seen.append((float(cond["guidance"][0]), float(t[0])))
         return super().forward(x_t, t, cond)
 
 
-def test_p1_several_step_counts_are_told(monkeypatch):
-    """K is drawn per batch; student and critic hear it, the walk is every (4 / K)-th time of the grid."""
+def test_p1_the_step_count_is_an_input(monkeypatch):
+    """K is drawn per batch, an input of student and critic; the times are every (4 / K)-th of the grid."""
     S = Flow()
     objective = make(S, step_counts=(1, 2, 4))
-    nets = {n: Told(S, -0.5, 0.6) for n in ("student", "critic")}
+    nets = {n: Recorder(S, -0.5, 0.6) for n in ("student", "critic")}
     student = objective.student.with_network(Role(nets["student"]))
     objective.student, objective.critic = student.with_times(student.times, grid=4), Role(nets["critic"])
     walks = {1: [1.0], 2: [1.0, 0.5], 4: [1.0, 0.75, 0.5, 0.25]}
@@ -193,8 +241,12 @@ def test_renoising_is_refused(capsys, tmp_path):
         "{teacher: {path: 'analytic:gmm2d-flow'}, objective: {name: tdm}, student: {num_steps: 4}}"
     )
     assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "deterministic" in said and len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert (
+        "deterministic" in message
+        and len(message.strip().splitlines()) == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_p2_four_steps_on_the_mixture(tmp_path):
@@ -244,7 +296,7 @@ images = torch.stack(found)
 
 
 def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
-    """Four deterministic steps, or two, by the stock pipeline told the count as its guidance scale."""
+    """Four deterministic steps, or two, by the stock pipeline with the count as its guidance scale."""
     cfg = validate(
         {
             "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
@@ -274,6 +326,6 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
     for num, plain in ((4, images[0]), (2, images[1])):
         mine = draw(Generator(loaded, num, 1.0, null), cond, [5, 6], batch_size=2)[0]
         assert (mine - plain).abs().max() < 1e-3, num
-    assert (images[1] - images[2]).abs().max() > 1e-2, "the count it is told does nothing"
+    assert (images[1] - images[2]).abs().max() > 1e-2, "the count has no effect"
     card = (folder / "README.md").read_text()
     assert "guidance_scale=4.0" in card and "num_inference_steps=2, guidance_scale=2.0" in card

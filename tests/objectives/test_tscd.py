@@ -12,6 +12,7 @@ from fastgen.objectives.tscd import TSCD, TSCDConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import segment_ends, teacher_grid
 from tests.support.replay import replay_counts
+from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
@@ -64,6 +65,45 @@ def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeyp
     assert losses[8] < 1e-9 and losses[1] > 1e-4
 
 
+@pytest.mark.parametrize("end_prob", [0.0, 1.0])
+def test_p1_step_is_the_formula(end_prob, monkeypatch):
+    """Two segments of eight steps at guidance 3: the gradient in D_theta of both parts, the heads' loss."""
+    S, cfg = Flow(), {"grid_steps": 8, "segments": 2, "weighting": "snr1", "end_prob": end_prob}
+    steps, original = [], S.ode_step
+    monkeypatch.setattr(S, "ode_step", lambda D, x, t, u: steps.append(u) or original(D, x, t, u))
+    world = World(TSCD, S, num=64, mse_weight=0.7, gan_weight=0.2, gan_loss="softplus", **cfg)
+    (student, heads), (earlier, call) = world.turns(), world.student.calls
+    x_t, t, disc, u = call.x_t, call.t, world.disc, steps[-1]
+    world.noise_in(x_t, t, world.batch.x0)
+    assert set(t.tolist()) == {1 - i / 8 for i in range(8)} and not earlier.grad
+    r, e = t - 0.125, torch.where(t > 0.5, 0.5, 0.0).double()
+    assert torch.equal(u, e) if end_prob else ((u >= e) & (u <= r)).all() and (u > e).any() and (u < r).any()
+    x_r = line(world.guided(x_t, t), x_t, t, r)
+    torch.testing.assert_close(earlier.x_t, x_r)
+    torch.testing.assert_close(earlier.t, r.clamp(min=0.125))
+    target = torch.where((u < r)[:, None], line(earlier.out, x_r, earlier.t, u), x_r).detach()
+    weight = (((1 - t) / t) ** 2).clamp(min=1)[:, None]
+    (x_v, v, cond), (_, v_fake, _), (real, v_real, _) = disc.seen
+    assert torch.equal(v, v_fake) and torch.equal(v, v_real)
+    assert ((v > u) & (v <= e + 0.5)).all() and (v == e + 0.5).any()
+    world.noise_in(real, v, world.batch.x0)
+    ratio = ((1 - v) / (1 - u))[:, None]
+    more = (v[:, None] ** 2 - (ratio * u[:, None]) ** 2).sqrt()
+    n = (x_v - ratio * line(call.out, x_t, t, u)).detach() / more
+    assert any(torch.allclose(d.double(), n, atol=1e-4) for d in world.tape.drawn)
+
+    def loss(D):
+        pred = line(D, x_t, t, u)
+        gan = torch.nn.functional.softplus(-disc.logit(ratio * pred + more * n, v, cond)).mean()
+        return 0.7 * (weight * (pred - target) ** 2).mean() + 0.2 * gan
+
+    wanted = at_x(loss, call.out)
+    torch.testing.assert_close(gradient(student.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
+    fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
+    wanted = torch.nn.functional.softplus(fake).mean() + torch.nn.functional.softplus(-real).mean()
+    torch.testing.assert_close(heads.loss, wanted)
+
+
 @outputs
 def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
     check_weight(partial(make, segments=1, end_prob=1.0), kind)
@@ -71,7 +111,7 @@ def test_p1_weight_makes_it_the_error_of_the_networks_output(kind):
 
 def test_p1_one_d_serves_one_u_only():
     """The denoiser that makes Psi the exact flow of Gaussian data depends on u (the restriction that a
-    network not told u has to live with).
+    network without u as an input cannot avoid).
     """
     S, s0 = SCHEDULES["vp"], 0.5
     t, r, end = (torch.tensor([v], dtype=torch.float64) for v in (999.0, 874.0, 0.0))
@@ -174,13 +214,15 @@ def refused(**values):
 
 
 def test_bad_input_in_one_line():
-    said = refused(objective={"name": "tscd", "grid_steps": 40, "segments": 3})
-    assert said.startswith("config: objective.segments: 3 segments do not divide a grid of 40 steps")
+    message = refused(objective={"name": "tscd", "grid_steps": 40, "segments": 3})
+    assert message.startswith("config: objective.segments: 3 segments do not divide a grid of 40 steps")
     stage = {"name": "last", "objective": {"name": "tscd", "segments": 4}}
-    said = refused(stages=[stage], student={"num_steps": 2, "sampler": "ode"})
-    assert "student.num_steps: found 2" in said and "multiple of 4" in said
-    said = refused(stages=[stage], student={"num_steps": 4, "sampler": "ode"}, eval={"student_steps": [4, 6]})
-    assert "eval.student_steps: found 6" in said
+    message = refused(stages=[stage], student={"num_steps": 2, "sampler": "ode"})
+    assert "student.num_steps: found 2" in message and "multiple of 4" in message
+    message = refused(
+        stages=[stage], student={"num_steps": 4, "sampler": "ode"}, eval={"student_steps": [4, 6]}
+    )
+    assert "eval.student_steps: found 6" in message
     assert "student.sampler ode" in refused(stages=[stage], student={"num_steps": 4})
     assert "student.gamma" in refused(objective={"name": "lcm"}, student={"gamma": 0.3})
 

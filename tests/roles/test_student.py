@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fastgen.diffusion.schedules import Flow
+from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.roles.roles import Role, Student, Students, StudentSpec
 from fastgen.roles.router import Router
+from tests.support.spelled import HeardStudent, TwoTimes, World
 from tests.support.toys import AffineStudent, GaussianNet
 
 S = Flow()
@@ -91,3 +92,51 @@ def test_several_students_vary_together():
     assert two(x, t, {"class_labels": torch.tensor([1, 0])})[:, 0].tolist() == [2.0, 1.0]
     with pytest.raises(AttributeError):
         both.spec = StudentSpec([1.0])
+
+
+def test_guided_is_the_condition_over_its_absence():
+    """D_null + w (D_cond - D_null), w a number or one a row; a single pass at 1 and at 0."""
+    from fastgen.objectives.diff_instruct import DiffInstruct
+
+    world = World(DiffInstruct)
+    x, t, teacher = world.batch.noise, torch.full((8,), 0.4, dtype=torch.float64), world.teacher
+    for w in (0.0, 1.0, 2.5, torch.linspace(0, 3, 8, dtype=torch.float64)):
+        teacher.calls.clear()
+        found = teacher.guided(x, t, world.batch.cond, world.batch.uncond, w)
+        torch.testing.assert_close(found, world.guided(x, t, w))
+        once = isinstance(w, float) and w in (0, 1)
+        assert len(teacher.calls) == 1 and len(teacher.calls[0].x_t) == (8 if once else 16)
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "ode", "tcd"])
+@pytest.mark.parametrize("schedule", [Flow(), EDM()], ids=["flow", "edm"])
+def test_generation_is_the_samplers_walk(sampler, schedule):
+    """Three steps from noise at the first time: between them fresh noise, the ODE, or TCD's mixture; gradient
+    in the last call alone; each told where it ends.
+    """
+    S, times = schedule, schedule.steps(3)
+    student = HeardStudent(TwoTimes(S, 0.3, 0.5), times, sampler)
+    student = student._copy(dataclasses.replace(student.spec, gamma=0.3 if sampler == "tcd" else 0.0))
+    student.calls.clear()
+    noise, fresh = torch.randn(2, 4, 3, dtype=torch.float64)
+    cond = {"class_labels": torch.arange(4)}
+    student.generate(noise, cond, lambda x: fresh)
+    assert [call.grad for call in student.calls] == [False, False, True]
+    torch.testing.assert_close(student.calls[0].x_t, noise * S.prior_std(times[0]))
+    ends = [*(times[1:] if sampler == "ode" else [S.t_min] * 2), S.t_min]
+    for call, t, end in zip(student.calls, times, ends):
+        assert set(call.t.tolist()) == {t} and set(call.cond["r"].tolist()) == {end}
+    for call, after in zip(student.calls, student.calls[1:]):
+        t, u = call.t, after.t
+        D, x_t = call.out, call.x_t
+        if sampler == "renoise":
+            wanted = S.noise(D, fresh, u)
+        elif sampler == "ode":
+            wanted = S.noise(D, (x_t - S.alpha(t)[:, None] * D) / S.sigma(t)[:, None], u)
+        else:
+            s = 0.7 * u
+            x_s = S.noise(D, (x_t - S.alpha(t)[:, None] * D) / S.sigma(t)[:, None], s)
+            ratio = (S.alpha(u) / S.alpha(s))[:, None]
+            more = (S.sigma(u)[:, None] ** 2 - (ratio * S.sigma(s)[:, None]) ** 2).sqrt()
+            wanted = ratio * x_s + more * fresh
+        torch.testing.assert_close(after.x_t, wanted, rtol=1e-5, atol=1e-5)

@@ -81,8 +81,8 @@ def serve() -> None:
                 os._exit(child(json.loads(line), log.fileno()))
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             log.seek(0)
-            said = log.read().decode(errors="replace")[-3000:]
-        print(json.dumps({"returncode": code, "stderr": said}), flush=True)
+            message = log.read().decode(errors="replace")[-3000:]
+        print(json.dumps({"returncode": code, "stderr": message}), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,25 @@ class GaussianNet(Denoiser):
     raw = forward
 
 
+class FlowMap(GaussianNet):
+    """Where the probability flow of N(m, s^2 I) leads from x_t: the estimate D whose step ends on it, at
+    cond["r"] or at clean data; m and s learnable.
+    """
+
+    second_time = False
+
+    def forward(self, x_t, t, cond):
+        S, r = self.schedule, cond.get("r", torch.zeros_like(t))
+        a, sig, a_r, sig_r = (f(u).double()[:, None] for u in (t, r) for f in (S.alpha, S.sigma))
+        if "r" not in cond:
+            a_r, sig_r = torch.ones_like(a), torch.zeros_like(sig)
+        spread = ((a_r**2 * self.s**2 + sig_r**2) / (a**2 * self.s**2 + sig**2)).sqrt()
+        x_r = a_r * self.m + spread * (x_t - a * self.m)
+        return (x_r - sig_r / sig * x_t) / (a_r - sig_r / sig * a)
+
+    raw = forward
+
+
 class PerTime(Denoiser):
     """D(x, t_i) = gain_i x: one free number per grid time."""
 
@@ -57,7 +76,7 @@ class PerTime(Denoiser):
 
 
 class Constant(Denoiser):
-    """D = c whatever it is asked."""
+    """D = c for every input."""
 
     prediction = "x0"
 
@@ -126,13 +145,15 @@ def check_weight(make, kind: str):
 
 
 def fit(objective, draw, steps, lr=0.05):
-    """Plain training of a closed-form student; `draw(rng)` makes x0."""
+    """Plain training of a closed-form student; `draw(rng)` makes x0, or the whole batch."""
     params = list(objective.players["student"].trainable().values())
     optimizer = torch.optim.Adam(params, lr)
     for k in range(steps):
         objective.rng.reset(k)
         optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
-        for loss, _ in objective.step(batch_of(draw(objective.rng)), k):
+        drawn = draw(objective.rng)
+        batch = drawn if isinstance(drawn, Batch) else batch_of(drawn)
+        for loss, _ in objective.step(batch, k):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Released models laid out from their published configs: --dry_run at full size, the page of memory needs."""
+"""Released models from their published configs: --dry_run at full size, the page of memory needs."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,9 +58,9 @@ def ask(name, *more):
 def test_dry_run_at_full_size(capsys):
     """Everything up to loading, without weights: a video model with its encoders."""
     assert ask("wan2.1-1.3b") == 0
-    told = capsys.readouterr().out
-    assert "1,418,996,800" in told and "adapter over the teacher's base" in told
-    assert "student times: 1, 0.9, 0.75, 0.5" in told and "text and image encoders" in told
+    printed = capsys.readouterr().out
+    assert "1,418,996,800" in printed and "adapter over the teacher's base" in printed
+    assert "student times: 1, 0.9, 0.75, 0.5" in printed and "text and image encoders" in printed
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_dry_run_at_full_size(capsys):
 )
 def test_sizes_that_do_not_fit(capsys, flag, value, allowed):
     code = ask("wan2.1-1.3b", flag, value)
-    told = capsys.readouterr().err
-    assert code == 2 and told.count("\n") == 1 and allowed in told and value in told
+    printed = capsys.readouterr().err
+    assert code == 2 and printed.count("\n") == 1 and allowed in printed and value in printed
 
 
 def test_frames_of_an_image_model(capsys):

@@ -73,7 +73,7 @@ def state(run, step):
 
 def losses(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "steps_per_second", "rss_mb")
+    timed = ("seconds", "steps_per_second", "cpu_share", "rss_mb")
     return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
 

@@ -50,9 +50,9 @@ def test_a_signal_saves_the_step_and_says_so(number, argv, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_at(patch, 3, number)
         assert main(argv) == interrupt.REQUEUE == 75
-    said = capfd.readouterr().err
-    assert f"{signal.Signals(number).name}: stopped after step 3 of 6" in said
-    assert f"{tmp_path}/run/checkpoints/checkpoint-3 is saved" in said and "--resume" in said
+    printed = capfd.readouterr().err
+    assert f"{signal.Signals(number).name}: stopped after step 3 of 6" in printed
+    assert f"{tmp_path}/run/checkpoints/checkpoint-3 is saved" in printed and "--resume" in printed
     assert signal.getsignal(number) == before
     assert main([*argv, "--resume"]) == 0
     assert main([*argv[:-1], str(tmp_path / "whole")]) == 0

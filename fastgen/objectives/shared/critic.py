@@ -71,6 +71,18 @@ def has_gan(cfg: ObjectiveConfig) -> bool:
     return isinstance(cfg, GanMatchingConfig) and cfg.gan_weight > 0
 
 
+def check_ratio_level(cfg):
+    """Validator of configs with a divergence f that is weighed by the density ratio p_t / q_t: the
+    discriminator must be trained and read where the score is, at its noise levels and its x_t.
+    """
+    if cfg.gan_time is not None and cfg.f != "rkl":
+        raise ValueError(
+            f"gan_time: f: {cfg.f} weighs the score by the discriminator's ratio at the very same x_t, so "
+            "the two share their noise levels; leave gan_time out (critic_time is where both are trained)"
+        )
+    return cfg
+
+
 def critic_calls(cfg, guidance: float, earlier: float = 0) -> Calls:
     """Expected network calls of one step; `earlier` counts the student's calls before its last one."""
     gan, r = has_gan(cfg), 1 / cfg.student_every

@@ -24,7 +24,7 @@ class Case:
     """writes the folder"""
     name: str = ""
     """defaults to the family's; several cases may share one family"""
-    asked: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     """keywords of load_teacher: size, frames, guidance"""
     images: Callable[[], torch.Tensor] | None = None
     """what families with needs_image are shown, [2, 3, H, W] in [-1, 1]"""

@@ -52,6 +52,6 @@ CASES = [
         "declared-AuraFlowTransformer2DModel",
         auraflow_folder,
         name="declared",
-        asked={"family": DECLARATION},
+        options={"family": DECLARATION},
     )
 ]

@@ -123,7 +123,7 @@ def ddpm_call(world, pipe, info, noise):
     """DDPMPipeline takes a generator, not latents: hand it one that draws our noise."""
     generator = torch.Generator().manual_seed(3)
     steps = {"num_inference_steps": info["steps"]}
-    return torch.from_numpy(pipe(2, generator, output_type="np", **steps).images).permute(0, 3, 1, 2)
+    return pipe(2, generator, output_type="pt", **steps).images
 
 
 def consistency_call(world, pipe, info, noise):

@@ -81,12 +81,12 @@ def plain_video(world, pipe, info, noise):
     call |= family.size_call(codec) | family.guidance_call(codec.guidance) | family.plain_call(document)
     found = []
     for i, prompt in enumerate(PROMPTS):
-        asked = {"prompt": prompt} if family.takes_text else {}
+        arguments = {"prompt": prompt} if family.takes_text else {}
         if family.needs_image:
-            asked["image"] = pictures(world.images)[i]
-        asked["latents"] = family.pipeline_latents(noise[i : i + 1], world.schedule)
+            arguments["image"] = pictures(world.images)[i]
+        arguments["latents"] = family.pipeline_latents(noise[i : i + 1], world.schedule)
         generator = [torch.Generator().manual_seed(0)]  # of the image's condition, where one is drawn
-        found.append(pipe(**asked, generator=generator, output_type="pt", **call).frames)
+        found.append(pipe(**arguments, generator=generator, output_type="pt", **call).frames)
     return torch.cat(found).transpose(1, 2)
 
 

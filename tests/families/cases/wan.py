@@ -104,7 +104,7 @@ def wan_5b_vae():
 
 
 def wan_ti2v(folder: Path) -> Path:
-    """Wan 2.2 TI2V-5B asked for by text."""
+    """Wan 2.2 TI2V-5B with text as its condition."""
     from diffusers import WanPipeline
 
     parts = wan_parts(15)
@@ -114,7 +114,7 @@ def wan_ti2v(folder: Path) -> Path:
 
 
 def wan_ti2v_image(folder: Path) -> Path:
-    """Wan 2.2 TI2V-5B asked for by text and a first frame, whose tokens stand at time zero."""
+    """Wan 2.2 TI2V-5B with text and a first frame as conditions, whose tokens have time zero."""
     from diffusers import WanImageToVideoPipeline
 
     parts = wan_parts(16)
