@@ -7,6 +7,8 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
+  python -m benchmarks frechet    a FID of 50,000 images: seconds and memory, and against scipy's matrix root
+  python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -24,9 +26,11 @@ import time
 from pathlib import Path
 
 from benchmarks.faults import faults
+from benchmarks.frechet import frechet  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
+from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +250,18 @@ def main() -> None:
     )
     parser.add_argument(
         "name",
-        choices=("overhead", "memory", "sampling", "jvp", "methods", "startup", "faults", "mutations"),
+        choices=(
+            "overhead",
+            "memory",
+            "sampling",
+            "jvp",
+            "methods",
+            "startup",
+            "prompts",
+            "faults",
+            "mutations",
+            "frechet",
+        ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -2,17 +2,19 @@
 
 python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]                   the tables, configs/README.md and the guide
+python -m eval leaderboard --html PAGE [--runs runs]   a page to look at: filter, plots, pictures of runs
 python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
 
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
 
 python -m eval --run runs/quickstart [--num_samples 5000]
-python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd agreement
+python -m eval --images out --against fashion --prompts labels.txt --metrics fd_mini mmd_mini agreement_mini
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from fastgen.cli import evaluate
 from fastgen.core.console import fail, quiet
@@ -36,6 +38,10 @@ def _flags() -> argparse.ArgumentParser:
         "--check",
         action="store_true",
         help="leaderboard: change nothing; exit 1 where table and evidence differ",
+    )
+    add("--html", default="", metavar="PAGE", help="leaderboard: write this page to look at, and no table")
+    add(
+        "--runs", default="", metavar="DIR", help="with --html: run folders named after recipes, for pictures"
     )
     return flags
 
@@ -67,6 +73,12 @@ def _negative(args) -> int:
 def _leaderboard(args) -> int:
     from eval.leaderboard import README, leaderboard
 
+    if args.html:
+        from eval.evidence import read_all
+        from eval.gallery import write_gallery
+
+        print(f"wrote {write_gallery(read_all(), Path(args.html), Path(args.runs) if args.runs else None)}")
+        return 0
     problems = leaderboard(args.check)
     for problem in problems:
         print(problem, file=sys.stderr)

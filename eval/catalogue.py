@@ -10,6 +10,7 @@ import yaml
 from eval.evidence import teacher_name
 from eval.ladder import paper
 from eval.results_table import cell, distance, markdown, numbers, teacher_value
+from fastgen.config.catalogue import first_sentence, head_comment
 from fastgen.config.parse import read_files
 from fastgen.config.run import RunConfig, validate
 from fastgen.core.errors import UserError, suggest
@@ -88,17 +89,8 @@ def misnamed(stem: str, cfg: RunConfig) -> list[str]:
 
 
 def summary(file: Path) -> str:
-    """The comment at the head of a YAML file, as one paragraph."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# "))
-    return " ".join(lines).replace("|", "\\|")
-
-
-def _sentence(text: str) -> str:
-    return re.split(r"\. |\.$", text, maxsplit=1)[0]
+    """The comment at the head of a YAML file, as a cell of a table."""
+    return head_comment(file).replace("|", "\\|")
 
 
 def _link(file: Path, text: str = "") -> str:
@@ -162,7 +154,8 @@ def bases(_: list[dict]) -> str:
         found = yaml.safe_load(file.read_text(encoding="utf-8")).get("base", "")
         used[found] = used.get(found, 0) + 1
     rows = [
-        [_link(f), _sentence(summary(f)), str(used.get(f"../bases/{f.name}", 0))] for f in _files("bases")
+        [_link(f), first_sentence(summary(f)), str(used.get(f"../bases/{f.name}", 0))]
+        for f in _files("bases")
     ]
     return "\n".join(markdown(("base", "what", "files on it"), rows))
 
@@ -175,7 +168,7 @@ def teachers(_: list[dict]) -> str:
         size = [str(teacher[k]) for k in ("num_frames", "height", "width") if k in teacher]
         guidance = teacher.get("embedded_guidance", teacher.get("guidance", 1.0))
         kind = "trained here" if "blueprint" in teacher else f"`{teacher['path']}`"
-        row = [_link(file), _sentence(summary(file)), kind, " x ".join(size), f"{guidance:g}"]
+        row = [_link(file), first_sentence(summary(file)), kind, " x ".join(size), f"{guidance:g}"]
         rows.append([*row, str(teacher["num_steps"])])
     header = ("teacher", "what", "model", "frames x height x width", "guidance", "steps")
     return "\n".join(markdown(header, rows))
@@ -183,7 +176,7 @@ def teachers(_: list[dict]) -> str:
 
 def objectives(_: list[dict]) -> str:
     """The published settings of each method."""
-    rows = [[_link(f), paper(f.stem), _sentence(summary(f))] for f in _files("objectives")]
+    rows = [[_link(f), paper(f.stem), first_sentence(summary(f))] for f in _files("objectives")]
     return "\n".join(markdown(("objective", "paper", "settings"), rows))
 
 

@@ -21,7 +21,8 @@ from fastgen.sampling.solvers import sample_student
 @torch.no_grad()
 def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repeats: int = 1, seed: int = 0):
     """By attribute and scale: share of images that still show the named value, and the others' agreement."""
-    from fastgen.evaluation.metrics.fd_mini import Measurer, agreement
+    from fastgen.evaluation.metrics.agreement import agreement
+    from fastgen.evaluation.metrics.fd_mini import Measurer
     from fastgen.networks.feature_net import measure
 
     loaded = load_export(model, key="--model")

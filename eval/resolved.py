@@ -18,8 +18,9 @@ from fastgen.core.paths import PACKAGE
 KINDS = ("recipes", "teachers", "objectives")
 
 
-def resolved(folder: Path) -> dict[str, RunConfig]:
-    """Every recipe, teacher and objective of a configs folder with its bases and defaults, by kind/name.
+def resolved(folder: Path, unread: dict[str, str] | None = None) -> dict[str, RunConfig]:
+    """Every recipe, teacher and objective of a configs folder with its bases and defaults, by kind/name. Why
+    a file cannot be read goes to `unread` by its name, where one is given.
 
     What a teacher or an objective alone leaves open (a method, images) is filled in alike for all.
     """
@@ -30,7 +31,13 @@ def resolved(folder: Path) -> dict[str, RunConfig]:
             values = merge({"objective": {"name": "sft"}}, values)
         if not (values.get("data") or {}).get("name"):
             values = merge(values, {"data": {"name": "", "images": "images"}})
-        found[f"{file.parent.name}/{file.stem}"] = validate({**values, "output_dir": "runs/any"})
+        name = f"{file.parent.name}/{file.stem}"
+        try:
+            found[name] = validate({**values, "output_dir": "runs/any"})
+        except UserError as error:
+            if unread is None:
+                raise
+            unread[name] = first_line(error)
     return found
 
 
@@ -63,5 +70,8 @@ def since(revision: str, root: Path = PACKAGE.parent) -> tuple[int, list[str], l
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
             archive.extractall(folder, filter="data")
-        old = resolved(Path(folder) / "configs")
-    return len(old), *changes(old, resolved(root / "configs"))
+        old = resolved(Path(folder) / "configs", unread := {})
+    new = resolved(root / "configs")
+    renamed, changed = changes(old, {n: c for n, c in new.items() if n not in unread})
+    changed += [f"{name} was written otherwise: {why.split(';')[0]}" for name, why in unread.items()]
+    return len(old) + len(unread), renamed, changed

@@ -8,6 +8,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "distill": "fastgen.cli.python_api",
+    "load_student": "fastgen.cli.python_api",
+    "Run": "fastgen.cli.python_api",
+    "Interrupted": "fastgen.cli.python_api",
+    "UserError": "fastgen.core.errors",
     "Schedule": "fastgen.diffusion.schedules",
     "VP": "fastgen.diffusion.schedules",
     "EDM": "fastgen.diffusion.schedules",

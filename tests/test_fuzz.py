@@ -144,7 +144,7 @@ def command_lines(num):
         with bounded():
             known, rest = _flags().parse_known_args(words)
             assert isinstance(load(known.config, rest), RunConfig)
-        for command in (sample._flags(), evaluate._flags()):
+        for command in (sample.flags(), evaluate.flags()):
             with bounded():
                 try:
                     parsed = command.parse_args(

@@ -72,8 +72,9 @@ def imports(path: Path) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """The room a module of the package stands in; empty for any other module."""
-    return module.split(".")[1] if module.startswith("fastgen.") else ""
+    """The room a module of the package stands in; empty for any other module, and for the hall itself."""
+    room = module.split(".")[1] if module.startswith("fastgen.") else ""
+    return "" if room == "__main__" else room
 
 
 def upward(module: str, imported: set[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""The commands: train, sample, evaluate, merge_students."""
+"""The commands; `main` is the one name for all of them."""

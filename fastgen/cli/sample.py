@@ -12,23 +12,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.sample_limits import check_numbers, check_size
+from fastgen.cli.sample_limits import add_size, asked_size, check_numbers, check_size, load_sized
 from fastgen.core import interrupt
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import CommandFlags, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
 from fastgen.core.paths import expand
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
-        "sample.py",
+def flags() -> argparse.ArgumentParser:
+    """Of sample.py."""
+    found = CommandFlags(
+        program("sample.py"),
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = flags.add_argument
+    add = found.add_argument
     add(
         "--model",
         required=True,
@@ -65,6 +66,7 @@ def _flags() -> argparse.ArgumentParser:
         default=0,
         help="total, repeating prompts or labels in order; default: one each",
     )
+    add_size(found)
     add("--steps", type=int, default=0, help="sampling steps; default: as trained")
     add("--seed", type=int, default=0, help="seed of the first image")
     add("--batch_size", type=int, default=50, help="images per batch; it changes no image")
@@ -76,14 +78,14 @@ def _flags() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
     add("--dtype", choices=DTYPES, default="fp32", help="precision of the denoiser")
     add("--device", default="", help="device; default: cuda if there is one")
-    return flags
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of sample.py; 0, 2 for a user's mistake, 3 for samples that are not finite, 75 where a
     signal stopped it and the pictures made so far are kept.
     """
-    args = _flags().parse_args(argv)
+    args = flags().parse_args(argv)
     quiet()
     with interrupt.handled():
         try:
@@ -255,13 +257,12 @@ def _nasa_scale(args, loaded) -> float:
 def run(args) -> int:
     """Load, draw and write; the exit code."""
     from fastgen.cli.conditions import conditions
-    from fastgen.export.load import load_export
     from fastgen.networks.device import open_device
 
     check_numbers(args)
     out = open_folder(Path(args.out), args.overwrite)
     device = open_device(args.device)
-    loaded = load_export(args.model, args.base or None)
+    loaded = load_sized(args.model, args.base, asked_size(args))
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     loaded.teacher.to(device)

@@ -1,4 +1,4 @@
-"""Refusal of sample.py's numbers that no call can use, before anything is loaded or drawn."""
+"""Sizes and numbers of sample.py's flags: those that no call can use are refused before anything is drawn."""
 
 import math
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastgen.core.errors import UserError
 
-MOST_STEPS, MOST_SEED = 100_000, 2**63 - 1
+MOST_STEPS, MOST_SEED, MOST_SIZE = 100_000, 2**63 - 1, 65_536
 DAYS, PASS_SECONDS, NETWORK = 100, 2e-3, 16
 """NETWORK: what a network holds of a sample, in multiples of its pixels, where it is smallest"""
 
@@ -14,6 +14,9 @@ DAYS, PASS_SECONDS, NETWORK = 100, 2e-3, 16
 def check_numbers(args) -> None:
     """Bounds of every number on the command line."""
     bounds = {
+        "height": (0, MOST_SIZE),
+        "width": (0, MOST_SIZE),
+        "num_frames": (0, MOST_SIZE),
         "num_images": (0, MOST_SEED),
         "steps": (0, MOST_STEPS),
         "teacher_steps": (0, MOST_STEPS),
@@ -51,3 +54,31 @@ def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
     if seconds > DAYS * 86_400:
         found = f"{num:,} images take about {seconds / 86_400:,.0f} days or more"
         raise UserError("--num_images", found, "lower it, or pass --insist")
+
+
+def add_size(flags) -> None:
+    """Add --height, --width and --num_frames to a parser."""
+    meant = {"height": "height in pixels", "width": "width in pixels", "num_frames": "frames of a video"}
+    for key, text in meant.items():
+        told = f"{text}, where the model is free in it; default: its own"
+        flags.add_argument(f"--{key}", type=int, default=0, help=told)
+
+
+def asked_size(args) -> dict[str, int]:
+    """Height, width and number of frames that were asked for."""
+    return {key: getattr(args, key) for key in ("height", "width", "num_frames") if getattr(args, key)}
+
+
+def load_sized(model: str, base: str, size: dict[str, int]):
+    """An export or teacher at this size; what a size breaks is said of the flag that gave it."""
+    from fastgen.export.load import load_export
+
+    try:
+        return load_export(model, base or None, size=size)
+    except UserError as error:
+        name = error.key.removeprefix("teacher.")
+        if name not in ("height", "width", "num_frames"):
+            raise
+        flag = name if name in size else next(iter(size))  # a square model may complain of the other side
+        way = error.instruction.replace("remove it", "leave it out")
+        raise UserError(f"--{flag}", str(error.found), way) from None

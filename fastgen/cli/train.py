@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastgen.core import interrupt
-from fastgen.core.console import Flags, exit_code, not_finite, quiet
+from fastgen.core.console import Flags, exit_code, not_finite, program, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
 from fastgen.core.paths import expand
@@ -43,17 +43,26 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     flags = _flags()
     known, rest = flags.parse_known_args(argv)
+    script = Path(sys.argv[0]).name == "train.py"
+    known.command = [*(["train.py"] if script else ["fastgen", "train"]), *argv]
     for module in known.plugin:
         _import_plugin(module)
-    from fastgen.config.run import help_text, load
-    from fastgen.core.paths import config
+    if known.list:
+        from fastgen.config.catalogue import listing
+
+        print(listing())
+        return 0
+    from fastgen.cli.train_start import help_page, refused, starting_config
 
     switches = tuple(n.lstrip("-") for a in flags._actions for n in a.option_strings)
-    cfg = load(known.config or [str(config("recipes/quickstart.yaml"))], rest, switches)
-    if known.help:
-        print(flags.format_help() + "\n" + help_text(cfg))
-        return 0
-    return run(cfg, known)
+    try:
+        cfg = starting_config(known, rest, switches)
+        if known.help is not None:
+            print(help_page(flags, cfg, known.help))
+            return 0
+        return run(cfg, known)
+    except UserError as error:
+        raise refused(error, known) from None
 
 
 def _import_plugin(module: str) -> None:
@@ -70,17 +79,28 @@ def _import_plugin(module: str) -> None:
 
 
 def _flags() -> argparse.ArgumentParser:
+    name = program("train.py")
     flags = Flags(
-        "train.py",
+        name,
         add_help=False,
         allow_abbrev=False,
-        usage="train.py [--config YAML ...] [flags] [--section.key VALUE ...]",
+        usage=f"{name} [--config YAML ...] [flags] [--section.key VALUE ...]",
         description="Train one run: load config, networks and data, train, export, evaluate. "
-        "Keys of the config are flags too; "
-        "the list below shows those of the chosen objective, with the values of files and flags.",
+        "Keys of the config are flags too.",
         epilog=EXIT_CODES,
     )
-    flags.add_argument("-h", "--help", action="store_true", help="show this and every key of the config")
+    flags.add_argument(
+        "-h", "--help", nargs="*", metavar="SECTION", help="show this; the keys of a section, or all"
+    )
+    flags.add_argument("--list", action="store_true", help="methods, teachers and recipes, a line each")
+    flags.add_argument("--method", default="", help="start from the recommended settings of a method ...")
+    flags.add_argument("--teacher", default="", metavar="PATH", help="... for this teacher, without a file")
+    flags.add_argument(
+        "--max_steps",
+        type=int,
+        metavar="N",
+        help="a smoke run: at most N steps a stage, few samples measured",
+    )
     flags.add_argument(
         "--config",
         nargs="+",
@@ -149,7 +169,7 @@ def run(cfg, known) -> int:
         with interrupt.deferred():
             return _train(cfg, trainer, last)
     with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
-        _open(cfg, folder, last, known.resume)
+        _open(cfg, folder, last, known)
         accelerator.wait_for_everyone()
         return _train(cfg, trainer, last)
 
@@ -252,7 +272,7 @@ def _accelerator(cfg):
     )
 
 
-def _open(cfg, folder: Path, last: Path | None, resume: bool) -> None:
+def _open(cfg, folder: Path, last: Path | None, known) -> None:
     """Write what a run folder starts with; a resumed run's newer, damaged checkpoints go aside."""
     from fastgen.config.run import dump
     from fastgen.core.files import write_json, write_text
@@ -260,11 +280,13 @@ def _open(cfg, folder: Path, last: Path | None, resume: bool) -> None:
 
     if last:
         checkpoint.set_aside(folder, int(last.name.removeprefix("checkpoint-")), "damaged")
-    elif resume:
+    elif known.resume:
         warn(f"--resume: {folder} has no checkpoint yet; starting from the beginning")
         checkpoint.rewind_metrics(folder, -1)
     write_text(folder / "config.yaml", dump(cfg))
-    write_json(folder / "environment.json", environment())
+    if known.recipe:
+        write_text(folder / "recipe.yaml", known.recipe)
+    write_json(folder / "environment.json", environment(known.command))
 
 
 def _check_libraries(cfg) -> None:
@@ -287,7 +309,7 @@ def _check_libraries(cfg) -> None:
         )
 
 
-def environment() -> dict:
+def environment(command: list[str]) -> dict:
     """What a run ran on: versions, command, platform."""
     libraries = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "fastgen-distill")
     found = {}
@@ -297,7 +319,7 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return {
-        "command": ["train.py", *sys.argv[1:]],
+        "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **found,

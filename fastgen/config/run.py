@@ -4,10 +4,10 @@ wrong is one line that names the key.
 
 from typing import TYPE_CHECKING, Annotated, Union
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fastgen.config.data_sources import competing, replaced
-from fastgen.config.parse import as_user_error, merge, model_in, overrides, read_files, run_folder
+from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
 from fastgen.config.sections import (
     CriticConfig,
     DataConfig,
@@ -149,7 +149,8 @@ class RunConfig(Section):
             has_data = self.data.name or self.data.images
             if requirements_of(stage.objective).real_data and not has_data:
                 raise ValueError(
-                    f"data: none given; {stage.objective.name} needs real data: set data.name or .images"
+                    f"data: no images are named; {stage.objective.name} needs real data: "
+                    "set data.name or data.images"
                 )
         return self
 
@@ -193,36 +194,6 @@ def validate(values: dict) -> RunConfig:
         raise as_user_error(error, RunConfig) from None
 
 
-def help_text(base: RunConfig) -> str:
-    """Every key of this config with its text and value."""
-    import contextlib
-    import io
-
-    import tyro
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        tyro.cli(
-            RunConfig, prog="train.py", default=base, args=["--help"], config=markers, use_underscores=True
-        )
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    first = next(i for i, line in enumerate(lines) if "--output_dir" in line)
-    return "\n".join(["keys", *lines[first:], "", *_unset_sections(base, "--")]) + "\n"
-
-
-def _unset_sections(section: BaseModel, prefix: str):
-    """Lines for sections that are null and so have no keys to list."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _unset_sections(value, f"{prefix}{name}.")
-        elif value is None and (model := model_in(field.annotation)):
-            keys = ", ".join(model.model_fields)
-            yield f"  {prefix}{name} {{{keys}}}"
-            yield f"        {field.description} (default: null)"
-
-
 def dump(cfg: RunConfig) -> str:
     """YAML that loads back to the same config."""
     return dump_yaml(cfg.model_dump(mode="json"))
@@ -232,8 +203,32 @@ def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> R
     """Files, then flags; `switches` are the flags that are no keys, for suggestions. Where neither names an
     output_dir, it follows from the names of the files.
     """
-    base, over = read_files(files), overrides(argv, RunConfig, switches)
+    over = overrides(argv, RunConfig, switches)
+    return validate(with_flags(read_files(files), over, run_folder(files) if files else ""))
+
+
+def with_flags(base: dict, over: dict, output_dir: str = "") -> dict:
+    """Values of files under those of flags; `output_dir` where neither names one."""
     values = merge(replaced(base, over), over)
-    if files:
-        values.setdefault("output_dir", run_folder(files))
+    if output_dir:
+        values.setdefault("output_dir", output_dir)
+    return values
+
+
+def shortened(cfg: RunConfig, most: int) -> RunConfig:
+    """A config for a smoke run: every stage takes at most `most` steps on no more examples than they use, and
+    at most a hundred samples are measured.
+    """
+    values = cfg.model_dump(mode="json")
+    train, evaluation = values["train"], values["eval"]
+    used = most * train["train_batch_size"] * train["gradient_accumulation_steps"]
+    least = lambda count, bound: min(count, bound) if count else bound  # noqa: E731  (0 is all)
+    for stage in values["stages"]:
+        stage["max_train_steps"] = min(stage["max_train_steps"], most)
+        stage["limit"] = least(stage["limit"], used)
+    if not values["stages"]:
+        train["max_train_steps"] = min(train["max_train_steps"], most)
+        values["data"]["limit"] = least(values["data"]["limit"], used)
+    for key in ("num_samples", "teacher_samples", "validation_samples"):
+        evaluation[key] = min(evaluation[key], 100)
     return validate(values)

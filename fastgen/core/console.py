@@ -37,6 +37,11 @@ class CommandFlags(Flags):
         sys.exit(fail(UserError("command line", message, "see --help")))
 
 
+def program(name: str) -> str:
+    """What a command calls itself: `fastgen WORD` where it was called so, else its own name."""
+    return sys.argv[0] if sys.argv[0].startswith("fastgen ") else name
+
+
 def fail(error: UserError) -> int:
     """Print a user's mistake as one line on stderr; returns the exit code 2."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,9 +8,10 @@ Whatever is wrong with a file's content is an OSError with a short reason.
 """
 
 import contextlib
+import io
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,36 @@ def decoding() -> Iterator[None]:
 
 def read_picture(path: Path, mode: str = "RGB"):
     """The file as a PIL image of mode "RGB" or "L", as a viewer shows it."""
-    from PIL import Image
-
     with decoding():
         check_regular(path)
-        with Image.open(path, formats=sorted(set(formats().values()))) as image:
-            check_size(image)
-            _check_scans(image, path)
-            return as_shown(image, mode)
+        return _read(path, mode, path.read_bytes)
+
+
+def decode_picture(data: bytes, mode: str = "RGB"):
+    """The same of a file's bytes, for members of an archive."""
+    with decoding():
+        return _read(io.BytesIO(data), mode, lambda: data)
+
+
+def _read(file, mode: str, data: Callable[[], bytes]):
+    from PIL import Image
+
+    with Image.open(file, formats=sorted(set(formats().values()))) as image:
+        check_size(image)
+        _check_scans(image, data)
+        return as_shown(image, mode)
+
+
+def kind_of(file) -> str:
+    """What a picture (a path or an open file) holds beside plain colour: "grey", "alpha", or nothing; its
+    header alone is read.
+    """
+    from PIL import Image
+
+    with decoding(), Image.open(file, formats=sorted(set(formats().values()))) as image:
+        if image.mode in TRANSPARENT or "transparency" in image.info:
+            return "alpha"
+        return "grey" if image.mode in ("1", "L", "F") or image.mode.startswith("I") else ""
 
 
 def check_size(image) -> None:
@@ -102,9 +125,9 @@ def check_size(image) -> None:
         raise OSError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are read")
 
 
-def _check_scans(image, path: Path) -> None:
+def _check_scans(image, data: Callable[[], bytes]) -> None:
     if image.info.get("progressive") or image.info.get("progression"):
-        scans = path.read_bytes().count(b"\xff\xda")
+        scans = data().count(b"\xff\xda")
         if scans * image.width * image.height > MAX_SCAN_PIXELS:
             raise OSError(f"a progressive JPEG of {scans} scans")
 
@@ -149,8 +172,6 @@ def _eight_bits(image):
 
 def _srgb(image, info: dict):
     """Colours in sRGB where the file names another profile (Display P3 photos, CMYK prints)."""
-    import io
-
     profile = info.get("icc_profile")
     if image.mode not in ("RGB", "CMYK") or not profile or len(profile) > MAX_PROFILE:
         return image

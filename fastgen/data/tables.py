@@ -115,7 +115,7 @@ def write(path: Path, num: int, parts: Iterable[Rows]) -> None:
 
 
 def _raw(value: Tensor) -> memoryview:
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _header(part: Rows, num: int) -> tuple[bytes, dict[str, int]]:

@@ -182,7 +182,7 @@ def _plot(metrics: list[dict], keys: list[str], marks: dict) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return _uri(buffer.getvalue())
+    return uri(buffer.getvalue())
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -193,7 +193,8 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 # -- samples
-def _uri(data: bytes) -> str:
+def uri(data: bytes) -> str:
+    """A PNG inside a page."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
@@ -211,4 +212,4 @@ def _grids(folder: Path, most: int = 6) -> list[tuple[str, str]]:
         way = [way[round(i * (len(way) - 1) / (most - 1))] for i in range(most)]
     shown += [(f"at step {int(p.stem.split('_')[1])}", p) for p in way]
     shown = [(caption, p) for caption, p in shown if p.exists()]
-    return [(caption, _uri(p.read_bytes())) for caption, p in shown]
+    return [(caption, uri(p.read_bytes())) for caption, p in shown]

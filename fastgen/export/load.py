@@ -1,7 +1,8 @@
 """Exports read back: for sample.py, for measuring, and to start the next run from."""
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Loaded:
     info: ExportInfo | None = None
     """the export's description; None for a folder that fastgen did not write"""
     path: str = ""
+    size: dict[str, Any] = field(default_factory=dict)
+    """height, width and num_frames that were asked for in place of its own"""
 
     @property
     def is_student(self) -> bool:
@@ -67,7 +70,8 @@ class Loaded:
         if not base:
             found = f"{self.path} does not name a teacher"
             raise UserError("--compare_teacher", found, "leave it out; only exports of fastgen name one")
-        return Loaded(*_as_role(load_teacher(base, **_settings(self.info, self.teacher))), self.info, base)
+        settings = _settings(self.info, self.teacher) | self.size
+        return Loaded(*_as_role(load_teacher(base, **settings)), self.info, base)
 
 
 def _settings(info: ExportInfo | None, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -112,28 +116,37 @@ def locate(path: str | Path, key: str = "--model") -> Path | None:
 
 
 @reads_model("--model")
-def load_export(path: str | Path, base: str | None = None, key: str = "--model") -> Loaded:
+def load_export(
+    path: str | Path, base: str | None = None, key: str = "--model", size: dict[str, Any] | None = None
+) -> Loaded:
     """A student (or teacher) from an export folder, LoRA file, run folder, or any teacher path.
 
-    A LoRA stands on the base its header names unless `base` says another.
+    A LoRA stands on the base its header names unless `base` says another. `size` is height, width and
+    num_frames in place of the model's own, where it is free in them; else a UserError.
     """
+    loaded = _load_export(path, base, key, size or {})
+    loaded.size = size or {}
+    return loaded
+
+
+def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     found = locate(path, key)
     if found is None:
-        return Loaded(*_as_role(load_teacher(str(path))), None, str(path))
+        return Loaded(*_as_role(load_teacher(str(path), **size)), None, str(path))
     if found.is_file():
-        return _load_lora(found, base, key)
+        return _load_lora(found, base, key, size)
     info = read_info(found, key)
     if info and info.num_students:
-        return _load_members(found, info, base, key)
+        return _load_members(found, info, base, key, size)
     if info and info.lora:
-        return _load_lora(inside(found, info.lora, key), base, key)
+        return _load_lora(inside(found, info.lora, key), base, key, size)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
         pickles = [f.name for f in found.iterdir() if f.suffix in PICKLES]
         what = f"holds only pickled weights ({pickles[0]})" if pickles else "holds no network"
         raise UserError(
             key, f"{found} {what}", "give an export folder, a LoRA .safetensors or a teacher folder"
         )
-    role, teacher = _as_role(load_teacher(str(found)))
+    role, teacher = _as_role(load_teacher(str(found), **size))
     if info and info.is_student:
         role = _student(role.backbone, None, info, key)
         if info.guidance_range:
@@ -141,13 +154,13 @@ def load_export(path: str | Path, base: str | None = None, key: str = "--model")
     return Loaded(role, teacher, info, str(path))
 
 
-def _load_members(found: Path, info: ExportInfo, base: str | None, key: str) -> Loaded:
+def _load_members(found: Path, info: ExportInfo, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     """Several students and their router."""
     router = Router.load(found, key)
     num = info.num_students
     if num != router.num:
         raise UserError(key, f"{found} names {num} students, its router {router.num}", "export the run again")
-    loaded = [load_export(inside(found, f"student{j}", key), base, key) for j in range(num)]
+    loaded = [_load_export(inside(found, f"student{j}", key), base, key, size) for j in range(num)]
     return Loaded(Students([one.student for one in loaded], router), loaded[0].teacher, info, str(found))
 
 
@@ -165,7 +178,7 @@ def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str
     return Student(backbone, adapter, spec)
 
 
-def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
+def _load_lora(file: Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
     header = lora.read_lora(file, key)[1]
     info = ExportInfo.from_json(header, file, key) if header else None
     base = base or (info.base if info else "")
@@ -174,7 +187,7 @@ def _load_lora(file: Path, base: str | None, key: str) -> Loaded:
     if info is None:
         found = f"{file} was not written by fastgen: its header does not say how many steps to take"
         raise UserError(key, found, "use diffusers' load_lora_weights")
-    role, teacher = _as_role(load_teacher(base, **_settings(info)))
+    role, teacher = _as_role(load_teacher(base, **(_settings(info) | size)))
     if teacher.is_analytic:
         raise UserError("--base", f"{base} has no weights to adapt", "give a diffusers folder")
     network = teacher.network
@@ -244,11 +257,11 @@ def _init_full(network: Backbone, guided: bool, path: str, key: str) -> None:
 
 
 @torch.no_grad()
-def fuse(own: dict[str, torch.Tensor], path: str, weight: float) -> None:
+def fuse(own: Mapping[str, torch.Tensor], path: str, weight: float | None = None) -> None:
     """own <- weight own + (1 - weight) other, by name; other is the student at path, its LoRA merged
-    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4).
+    (SwiftBrush v2, arXiv 2408.14176, Sec. 4.4). None is equal weights.
     """
-    key = "student.fuse"
+    key, weight = "student.fuse", 0.5 if weight is None else weight
     other = load_export(path, key=key)
     if not isinstance(other.role.backbone, Backbone):
         raise UserError(key, f"found {path}, an exact teacher", "give a student of this teacher")

@@ -6,7 +6,8 @@ rank is multiplied into B, so that a reader gets B A whether it assumes alpha = 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import write_tensors
 from fastgen.core.reading import parse_json, read_json
 from fastgen.families.parts import DiffusersModel, part_name
+from fastgen.roles.roles import Role
 
 COMPONENTS = {"unet", "transformer", "transformer_2", "prior", "controlnet", "diffusion_model"}
 """folders of denoisers, by which diffusers prefixes the keys of a LoRA file"""
@@ -56,7 +58,7 @@ def delta(a: Tensor, b: Tensor) -> Tensor:
     return (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
 
 
-def _rank(layers: Layers) -> int:
+def highest_rank(layers: Layers) -> int:
     return max(a.shape[0] for a, _ in layers.values())
 
 
@@ -65,7 +67,7 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
     from peft import LoraConfig
 
     ranks = {name: a.shape[0] for name, (a, _) in layers.items()}
-    rank = _rank(layers)
+    rank = highest_rank(layers)
     pattern = {n: r for n, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
@@ -82,19 +84,6 @@ def write_peft(file: Path, layers: Layers, prefix: str, header: dict[str, str], 
         tensors[f"{prefix}.{name}.lora_B.weight"] = b.to(dtype)
     described = json.dumps(packed, sort_keys=True, default=str)
     return write_tensors(file, tensors, {"format": "pt", "lora_adapter_metadata": described, **header})
-
-
-def write_kohya(file: Path, layers: Layers, prefix: str, header: dict[str, str], dtype=torch.float32) -> Path:
-    """The same adapter under kohya's names, for tools that read only those; alpha equals the rank."""
-    tensors = {}
-    for name, (a, b) in layers.items():
-        key = f"{prefix}_{name.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = a.to(dtype)
-        tensors[f"{key}.lora_up.weight"] = b.to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[0]))
-    rank = str(_rank(layers))
-    kohya = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    return write_tensors(file, tensors, {**kohya, **header})
 
 
 def read_lora(file: Path, key: str = "lora") -> tuple[Layers, dict]:
@@ -211,7 +200,7 @@ def inject(net: nn.Module, layers: Layers, adapter: str) -> None:
 
     check_keys(net, layers)
     ranks = {n: a.shape[0] for n, (a, _) in layers.items()}
-    rank = _rank(layers)
+    rank = highest_rank(layers)
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=sorted(layers), rank_pattern=ranks, alpha_pattern=dict(ranks)
     )
@@ -239,6 +228,22 @@ def put(net: nn.Module, layers: Layers, adapter: str, key: str = "lora") -> None
             raise UserError(key, f"the file has rank {a.shape[0]}", allowed)
         a_to[: a.shape[0]] = a.to(a_to)
         b_to[:, : b.shape[1]] = (b / module.scaling[adapter]).to(b_to)
+
+
+@contextmanager
+def strength(role: Role, weight: float) -> Iterator[None]:
+    """A role's adapter at `weight` times its strength inside the block; nothing happens without one."""
+    name, own = role.adapter, []
+    if name is not None and weight != 1:
+        layers: list[Any] = [m for m in role.backbone.modules() if name in getattr(m, "lora_A", {})]
+        own = [(layer.scaling, layer.scaling[name]) for layer in layers]
+    try:
+        for scaling, trained in own:
+            scaling[name] = weight * trained
+        yield
+    finally:
+        for scaling, trained in own:
+            scaling[name] = trained
 
 
 @torch.no_grad()

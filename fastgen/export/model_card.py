@@ -5,12 +5,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fastgen.core.paths import resolve
+from fastgen.core.errors import UserError
 from fastgen.core.reading import COPY, MAX_JSON_BYTES, read_bytes, read_json
 from fastgen.export.info import ExportInfo
 from fastgen.export.markdown import code, escape, fenced, visible
-from fastgen.export.snippet import keywords, shown_path, usage
+from fastgen.export.snippet import hub_id, keywords, usage
 from fastgen.networks.codecs import TextCodec
+from fastgen.networks.files import hub_folder
 from fastgen.networks.linear_attention import linear_attention
 from fastgen.networks.teacher import Teacher
 from fastgen.roles.router import Router
@@ -23,15 +24,24 @@ UNDER_AUTOCAST = (
 )
 
 
+SAMPLES = "samples.png"
+"""pictures of the student in its export's folder, which the card shows"""
+
+
 def license_of(base: str) -> str:
-    """The licence the teacher's own card names; an export inherits it."""
-    card = resolve(base) / "README.md" if base else None
+    """The licence that the teacher's own card names, which an export inherits; empty where none is known.
+    Of a hub id the card is read where the model has been downloaded.
+    """
+    try:
+        card = hub_folder(base, False) / "README.md" if base else None
+    except UserError:
+        card = None
     if card is not None and card.is_file():
         text = read_bytes(card, "teacher.path", COPY, MAX_JSON_BYTES).decode("utf-8", "replace")
         for line in text.split("---")[1].splitlines() if text.startswith("---") else ():
             if line.startswith("license:"):
-                return visible(line.partition(":")[2])[:100]
-    return "other"
+                return visible(line.partition(":")[2]).strip("\"'")[:100]
+    return ""
 
 
 def _numbers(results: dict) -> list[str]:
@@ -71,11 +81,10 @@ def _front_matter(info: ExportInfo, what: dict, teacher: Teacher) -> str:
     tags += ["distillation", "few-step"] if info.is_student else []
     tags += ["lora"] if info.lora else []
     tags += [_task(teacher)]
-    base = info.base and shown_path(info.base)
-    base = base if base.count("/") == 1 and not base.startswith(("/", ".")) else Path(base).name
+    base = visible(hub_id(info.base)) if info.base else ""
     licence = visible(what.get("license") or license_of(info.base))
     data = ModelCardData(
-        base_model=visible(base) or None, library_name="diffusers", license=licence, tags=tags
+        base_model=base or None, library_name="diffusers", license=licence or None, tags=tags
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -134,8 +143,10 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     return notes
 
 
-def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[str]) -> str:
-    """README.md of an export."""
+def model_card(
+    teacher: Teacher, info: ExportInfo, results: dict, command: list[str], place: Path, pictures: bool = False
+) -> str:
+    """README.md of the export that stands in the folder `place`; with `pictures` it shows SAMPLES."""
     what = teacher.info or {}
     trained = f"{info.training_steps} steps"
     settings: dict[str, Any] = {"method": info.objective, "trained for": trained, "steps": info.steps}
@@ -163,6 +174,7 @@ def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[
         "",
         f"{first} with fastgen {info.fastgen_version}.",
         "",
+        *([f"![samples]({SAMPLES})", ""] if pictures else []),
         "| setting | value |",
         "|---|---|",
         *(f"| {k} | {escape(v)} |" for k, v in settings.items()),
@@ -170,7 +182,7 @@ def model_card(teacher: Teacher, info: ExportInfo, results: dict, command: list[
         *(f"{n}\n" for n in notes),
         "## Use",
         "",
-        *fenced("python", usage(what, teacher, info, info.lora)),
+        *fenced("python", usage(what, teacher, info, place)),
         "",
         "## Numbers",
         "",
@@ -215,4 +227,5 @@ def read_command(folder: Path) -> list[str]:
     """The command that made a run folder."""
     file = folder / "environment.json"
     found = read_json(file, "output_dir").get("command") if file.is_file() else None
-    return ["python", *found] if found else ["python", "train.py", "--config", "config.yaml"]
+    found = found or ["train.py", "--config", "config.yaml"]
+    return ["python", *found] if found[0].endswith(".py") else found

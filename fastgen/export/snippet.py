@@ -1,5 +1,9 @@
 """The snippet in an export's card: plain diffusers, and it runs."""
 
+import os
+from pathlib import Path
+
+from fastgen.core.paths import resolve
 from fastgen.export.info import ExportInfo
 from fastgen.families.base import Family
 from fastgen.networks.codecs import Codec, TextCodec
@@ -8,9 +12,17 @@ from fastgen.networks.teacher import Teacher
 PROMPT = "a red dress on a grey background"
 
 
-def shown_path(base: str) -> str:
-    """A teacher's path as plain diffusers takes it from a checkout."""
-    return base.replace("assets:", "assets/", 1)
+def hub_id(base: str) -> str:
+    """The hub id that a teacher's path is; empty for folders and bundled models."""
+    is_id = base.count("/") == 1 and not base.startswith(("/", ".", "~")) and ":" not in base
+    return base if is_id and not resolve(base).exists() else ""
+
+
+def shown_path(base: str, place: Path) -> str:
+    """A teacher's path as plain diffusers takes it inside the export folder `place`."""
+    if hub_id(base):
+        return base
+    return Path(os.path.relpath(resolve(base).resolve(), Path(place).resolve())).as_posix()
 
 
 def keywords(arguments: dict) -> str:
@@ -18,7 +30,7 @@ def keywords(arguments: dict) -> str:
     return "".join(f", {k}={v!r}" for k, v in arguments.items())
 
 
-def _keywords_of_call(what: dict, family: Family, codec: Codec, info: ExportInfo) -> dict:
+def call_keywords(what: dict, family: Family, codec: Codec, info: ExportInfo) -> dict:
     """Sizes, steps and guidance as this pipeline's call takes them."""
     call = {**family.size_call(codec), "num_inference_steps": info.steps}
     given = info.timestep_arguments if not info.set_on_scheduler else {}
@@ -34,16 +46,16 @@ def _keywords_of_call(what: dict, family: Family, codec: Codec, info: ExportInfo
     return call
 
 
-def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str) -> list[str]:
+def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> list[str]:
     """Text to image or video: an ordinary pipeline call."""
     family, codec, scheduler = teacher.family, teacher.codec, info.scheduler_class
-    name = teacher.pipeline
-    call = _keywords_of_call(what, family, codec, info)
+    name, lora = teacher.pipeline, info.lora
+    call = call_keywords(what, family, codec, info)
     own = info.guidance_range or info.step_lengths  # an input that the base has not
     on_base = lora and family.lora_loader and not own
     names = sorted([name, *([scheduler] if on_base else [])])
-    source = repr(shown_path(info.base)) if on_base else '"merged"' if lora else '"."'
-    note = "" if lora else "  # this folder"
+    source = repr(shown_path(info.base, place)) if on_base else '"merged"' if lora else '"."'
+    note = "  # this folder" if not lora else "  # the base, from this folder" if on_base else ""
     moving = family.temporal or family.views
     tools = [*(["export_to_gif"] if moving else []), *(["load_image"] if family.needs_image else [])]
     lines = [
@@ -51,7 +63,9 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str) -
         f"from diffusers import {', '.join(names)}",
         *([f"from diffusers.utils import {', '.join(tools)}"] if tools else []),
         "",
-        f"pipe = {name}.from_pretrained({source}, torch_dtype=torch.float32){note}",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.bfloat16 if device == "cuda" else torch.float32  # a CPU is slow in halves, or cannot',
+        f"pipe = {name}.from_pretrained({source}, torch_dtype=dtype){note}",
     ]
     if on_base:
         calls = family.lora_calls(lora, list(family.adapted(teacher.network.net)))
@@ -59,6 +73,7 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str) -
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{keywords(c)})' for c in calls),
         ]
+    lines.append("pipe.to(device)")
     if info.step_lengths:
         call["latents"] = "latents"
         lines += _step_length_lines(family, info.step_lengths, codec.shape)
@@ -100,12 +115,13 @@ def _step_length_lines(family: Family, lengths: tuple[float, ...], shape: tuple[
         "",
         f"pipe.{family.component}.forward = with_gap",
         f"latents = torch.randn(1, {', '.join(map(str, shape))}, generator=torch.Generator().manual_seed(0))",
+        "latents = latents.to(device, dtype)",
     ]
 
 
-def _label_usage(what: dict, info: ExportInfo, shape: tuple[int, ...], folder: str) -> list[str]:
+def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> list[str]:
     """UNet2DModel: the loop that its diffusers pipeline lacks (labels, patches, EDM scaling)."""
-    scheduler, classes = info.scheduler_class, what.get("num_classes", 0)
+    scheduler, classes, shape = info.scheduler_class, codec.num_classes, codec.shape
     edm, w = scheduler.startswith("EDM"), 1.0 if info.is_student else info.guidance
     label = ", class_labels=label" if classes else ""
     step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
@@ -170,11 +186,13 @@ def _renoise_loop(times: list[float], label: str) -> list[str]:
     ]
 
 
-def usage(what: dict, teacher: Teacher, info: ExportInfo, lora: str = "") -> str:
-    """Python code that loads the export and writes sample.png, importing diffusers and never fastgen."""
+def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
+    """Python code that, in the export's folder `place`, loads it and writes sample.png (or sample.gif): it
+    imports diffusers and never fastgen, and computes in a precision that the device has.
+    """
     if isinstance(teacher.codec, TextCodec) or teacher.family.label_key:
-        return "\n".join(_pipeline_usage(what, teacher, info, lora))
-    return "\n".join(_label_usage(what, info, teacher.codec.shape, "merged" if lora else "."))
+        return "\n".join(_pipeline_usage(what, teacher, info, place))
+    return "\n".join(_label_usage(what, info, teacher.codec, "merged" if info.lora else "."))
 
 
 def _wrapped(items: list[str], width: int = 90) -> list[str]:

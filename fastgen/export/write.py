@@ -19,8 +19,9 @@ from fastgen.core.files import replace_folder, write_model_json, write_text
 from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
-from fastgen.export.info import FILE, ExportInfo
-from fastgen.export.model_card import members_card, model_card
+from fastgen.export.info import FILE, ExportInfo, read_info
+from fastgen.export.kohya import write_kohya
+from fastgen.export.model_card import SAMPLES, members_card, model_card
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network, part_name
@@ -86,16 +87,17 @@ def export_student(trained: Trained, folder: Path, results: dict) -> Path:
         setup = scheduler_setup(student, teacher)
     info = describe(trained, setup)
     if isinstance(student, Students):
-        _export_members(trained, student, temporary, setup, info, results)
+        _export_members(trained, student, temporary, setup, info)
     else:
-        _export_one(trained, student, temporary, setup, info, results)
+        _export_one(trained, student, temporary, setup, info)
+    write_cards(temporary, teacher, results, trained.command, folder)
     return replace_folder(temporary, folder)
 
 
 def _export_one(
-    trained: Trained, student: Student, folder: Path, setup: SchedulerSetup, info: ExportInfo, results: dict
+    trained: Trained, student: Student, folder: Path, setup: SchedulerSetup, info: ExportInfo
 ) -> None:
-    """One student's files and card."""
+    """One student's files."""
     teacher, dtype = trained.teacher, trained.dtype
     if student.adapter is None:
         net = _network(student).net
@@ -105,16 +107,31 @@ def _export_one(
         write_model_json(folder / FILE, _document(teacher, info))
     if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
-    write_text(folder / "README.md", model_card(teacher, info, results, trained.command))
+
+
+def write_cards(
+    folder: Path, teacher: Teacher, results: dict, command: list[str], place: Path | None = None
+) -> None:
+    """Write the cards of an export: with what was measured, and the pictures that are in its folder. `place`
+    is where the folder will stand.
+    """
+    for file in (folder / FILE, *sorted(folder.glob(f"student*/{FILE}"))):
+        info = read_info(file.parent, "export")
+        if info is None or info.num_students:  # the folder of several has a card without numbers
+            continue
+        where = (place or folder) / file.parent.relative_to(folder)
+        shown = (file.parent / SAMPLES).is_file()
+        card = model_card(teacher, info, results, command, where, shown)
+        write_text(file.parent / "README.md", card)
 
 
 def _export_members(
-    trained: Trained, students: Students, folder: Path, setup: SchedulerSetup, info: ExportInfo, results: dict
+    trained: Trained, students: Students, folder: Path, setup: SchedulerSetup, info: ExportInfo
 ) -> None:
     """A folder for each student, whole in itself, and the router that says whose condition is whose."""
     for j, member in enumerate(students.members):
         (folder / f"student{j}").mkdir()
-        _export_one(trained, member, folder / f"student{j}", setup, info, results)
+        _export_one(trained, member, folder / f"student{j}", setup, info)
     students.router.save(folder)
     info = replace(info, num_students=len(students.members), trained_students=tuple(students.trained))
     write_model_json(folder / FILE, _document(trained.teacher, info))
@@ -303,7 +320,7 @@ def _export_lora(
         lora.write_peft(file, layers, family.component, header, dtype)
         if not i and family.reads_kohya(layers) and not extra_input:
             twin = folder / f"{name}-lora-kohya.safetensors"
-            lora.write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
+            write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
             info = replace(info, kohya=twin.name)
         base[part] = lora.without_adapters(adapted)
         _verify(base[part], file, layers, dtype)
@@ -311,10 +328,17 @@ def _export_lora(
             lora.merge(base[part], layers)
     setup.scheduler.save_pretrained(folder / "scheduler")
     if not loads:
-        whole = family.assemble(base, _index(teacher))
-        document = _document(teacher, described)
-        export_folder(teacher, whole, folder / "merged", setup.scheduler, document, dtype)
+        export_parts(teacher, base, folder / "merged", setup.scheduler, described, dtype)
     return info
+
+
+def export_parts(
+    teacher: Teacher, parts: dict, folder: Path, scheduler, info: ExportInfo | None, dtype=torch.float32
+) -> Path:
+    """Write networks by component folder, adapters merged, as the denoiser of a whole folder."""
+    document = _document(teacher, info) if info else dict(teacher.info or {})
+    whole = teacher.family.assemble(parts, _index(teacher))
+    return export_folder(teacher, whole, folder, scheduler, document, dtype)
 
 
 def _verify(base: nn.Module, file: Path, layers: lora.Layers, dtype) -> None:

@@ -188,8 +188,9 @@ def _label_codec(folder: Path | None, found: DenoiserParts, options: TeacherOpti
     family, net, _, info, _ = found
     rows = net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
     classes = info.get("num_classes", rows)
-    grid = _grid(family, net, options, family.factor)
-    codec = LabelCodec((family.channels(net), *grid), info.get("patch", 1), classes, info.get("class_names"))
+    patch = info.get("patch", 1)
+    grid = _grid(family, net, options, family.factor * patch)
+    codec = LabelCodec((family.channels(net), *grid), patch, classes, info.get("class_names"))
     codec.has_null = family.has_null(net, classes)
     codec.family = family
     if folder is not None and found.model_index.get("vae", [None])[0] and not (folder / "vae").is_dir():

@@ -55,7 +55,7 @@ def newest_good(folder: Path, report: bool = True) -> Path | None:
     why = ""
     for path in reversed(checkpoints(folder)):
         try:
-            _verify(path)
+            verify(path)
             return path
         except Damaged as error:
             why = why or f"{path.name} is damaged ({error})"
@@ -117,7 +117,7 @@ def rotate(folder: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _verify(path: Path) -> None:
+def verify(path: Path) -> None:
     """Raises Damaged unless a checkpoint holds exactly what was saved."""
     try:
         for name in (SUMS, STATE, TENSORS):

@@ -1,12 +1,13 @@
 """A run as its export describes it: what its last stage trained, and the files of `fastgen.export`."""
 
+import shutil
 from pathlib import Path
 
 import torch
 
-from fastgen.core.files import write_text
-from fastgen.export.info import FILE, read_info
-from fastgen.export.model_card import model_card, read_command
+from fastgen.export import write
+from fastgen.export.info import read_info
+from fastgen.export.model_card import SAMPLES, read_command
 from fastgen.export.write import Trained, export_student
 from fastgen.objectives import requirements_of
 from fastgen.roles.sana_sprint import as_exported
@@ -48,10 +49,15 @@ def export_run(trainer, folder: Path, results: dict) -> Path:
 
 
 def write_cards(trainer, folder: Path, results: dict) -> None:
-    """Write the cards of an export again, with the numbers that were measured since."""
+    """Write the cards of an export again, with what was measured since and pictures of the student."""
     teacher, _ = as_exported(trainer.cast.teacher, trainer.cast.student)
-    command = read_command(Path(trainer.folder))
-    for file in (folder / FILE, *sorted(folder.glob(f"student*/{FILE}"))):
-        info = read_info(file.parent, "export")
-        if info is not None and not info.num_students:  # the folder of several has a card without numbers
-            write_text(file.parent / "README.md", model_card(teacher, info, results, command))
+    pictures = Path(trainer.folder) / "samples" / "student.png"
+    if pictures.is_file() and not is_composite(folder):
+        shutil.copyfile(pictures, folder / SAMPLES)
+    write.write_cards(folder, teacher, results, read_command(Path(trainer.folder)))
+
+
+def is_composite(folder: Path) -> bool:
+    """Whether an export is of several students, each in a folder of its own."""
+    info = read_info(folder, "export")
+    return info is not None and info.num_students > 0

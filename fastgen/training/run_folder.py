@@ -24,6 +24,7 @@ except ImportError:  # no such locks on this system
 LOCK = "run.lock"
 WRITTEN = (
     "config.yaml",
+    "recipe.yaml",
     "environment.json",
     "metrics.jsonl",
     "results.json",

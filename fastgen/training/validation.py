@@ -106,8 +106,7 @@ def _choose_weights(trainer, keep: str) -> bool:
     if best:
         _load_best(trainer, kept)
     if student.fuse:
-        weight = 0.5 if student.fuse_weight is None else student.fuse_weight
-        fuse(_kept(trainer), student.fuse, weight)
+        fuse(_kept(trainer), student.fuse, student.fuse_weight)
     return best
 
 

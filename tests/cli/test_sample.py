@@ -172,3 +172,44 @@ def test_wrong_requests_are_one_line(exports, tmp_path, capsys, case):
 
 def test_parse_labels():
     assert parse_labels("3") == [3] and parse_labels("0-2,7") == [0, 1, 2, 7]
+
+
+# -- size ----------------------------------------------------------------------------------------------------
+def test_another_size_where_the_model_is_free_in_it(exports, tiny, tmp_path, capsys):
+    """A LoRA, its teacher beside it, and a teacher's own folder."""
+    ask = ("--prompt", "a red dress", "--height", 24, "--width", 40)
+    code, _, _ = call(capsys, "--model", exports["sd"], *ask, "--compare_teacher", "--out", tmp_path / "a")
+    assert code == 0 and Image.open(next((tmp_path / "a").glob("0*.png"))).size == (40, 24)
+    assert call(capsys, "--model", tiny("sd"), *ask, "--steps", 2, "--out", tmp_path / "b")[0] == 0
+    assert Image.open(next((tmp_path / "b").glob("0*.png"))).size == (40, 24)
+    one = ("--prompt", "a red dress", "--width", 24, "--out", tmp_path / "c")
+    assert call(capsys, "--model", exports["sd"], *one)[0] == 0
+    assert Image.open(next((tmp_path / "c").glob("0*.png"))).size == (24, 16), "the other side stays"
+
+
+def test_pixels_that_are_folded_into_channels_count_as_pixels(exports, tmp_path, capsys):
+    ask = ("--labels", "3", "--height", 32, "--width", 24)
+    assert call(capsys, "--model", exports["flow"], *ask, "--out", tmp_path / "o")[0] == 0
+    assert Image.open(next((tmp_path / "o").glob("0*.png"))).size == (24, 32)
+
+
+def test_a_full_student_in_another_size_beside_its_teacher(tiny, tmp_path, capsys):
+    export = export_run(make_run(tiny("sd"), out=tmp_path), tmp_path / "export", {})
+    ask = ("--prompt", "a red dress", "--height", 24, "--compare_teacher", "--teacher_steps", 2)
+    assert call(capsys, "--model", export, *ask, "--out", tmp_path / "o")[0] == 0
+    assert Image.open(next((tmp_path / "o").glob("0*.png"))).size == (16, 24)
+
+
+@pytest.mark.parametrize(
+    ("model", "ask", "said"),
+    [
+        ("sd", ("--height", 25), "--height: found 25; give a multiple of 2, as sd needs"),
+        ("sd", ("--num_frames", 5), "--num_frames: found 5; leave it out: sd generates images"),
+        ("flow", ("--height", 33), "--height: found 33; give a multiple of 2, as unet2d needs"),
+        ("sd", ("--width", -8), "--width: found -8"),
+    ],
+)
+def test_a_wrong_size_is_one_line(exports, tmp_path, capsys, model, ask, said):
+    code, _, err = call(capsys, "--model", exports[model], *ask, "--out", tmp_path / "o")
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()

@@ -73,7 +73,7 @@ def leaves(values, prefix=""):
 
 @pytest.mark.parametrize("method", ["dmd2", "consistency", "sft", "ode_pairs"])
 def test_help_shows_every_key_with_its_text(method, capsys):
-    assert main([*FLAT, "--objective.name", method, "--help"]) == 0
+    assert main([*FLAT, "--objective.name", method, "--help", "all"]) == 0
     text = capsys.readouterr().out
     for switch in ("--config", "--resume", "--overwrite", "--dry_run", "--plugin"):
         assert switch in text

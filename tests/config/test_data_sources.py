@@ -57,5 +57,5 @@ def test_one_sample_is_refused_before_anything_runs(key):
         if fine:
             assert getattr(validate(values).eval, key) == num
             continue
-        with pytest.raises(UserError, match=f"{key}: found 1; a distance needs 2 samples or more"):
+        with pytest.raises(UserError, match=f"{key}: found 1; use 2 samples or more"):
             validate(values)

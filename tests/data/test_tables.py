@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.prompts import prompts
 from fastgen.data import tables
 
 NUM = 7
@@ -102,3 +103,13 @@ def test_rows_that_are_not_used_take_no_memory(temporary, monkeypatch):
     monkeypatch.setattr(tables, "LARGE", 2**40)
     again = tables.made(16_000, lambda: ({"x0": rows} for _ in range(16)))
     assert resident() - before > 250e6 and torch.equal(again["x0"][:9], found["x0"][:9])
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_prompts():
+    """Libraries and all, with and without a cache; their table alone is 410 MB."""
+    found = prompts()
+    for name in ("no_cache", "making_cache", "from_cache"):
+        grown = found[name]["peak_megabytes"] - found[name]["before_the_prompts"]["peak_megabytes"]
+        assert found[name]["table_megabytes"] == 410 and grown < 150, (name, found[name])
+        assert found[name]["peak_megabytes"] < 1200, (name, found[name])

@@ -1,84 +1,21 @@
 """Measures against closed forms and, where one exists, a published implementation."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import load_images
-from fastgen.evaluation.metrics import frechet, mixtures, speed
-from fastgen.evaluation.metrics.fd_mini import Measurer, agreement, measurer_for
+from fastgen.evaluation.metrics import mixtures, speed
+from fastgen.evaluation.metrics.agreement import agreement, forgetting
+from fastgen.evaluation.metrics.fd_mini import Measurer, measurer_for
 from fastgen.networks.analytic import load_analytic
 
 
 def draw(num: int, dim: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# -- frechet -----------------------
-def test_frechet_closed_form():
-    eye = torch.eye(3, dtype=torch.float64)
-    mean = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)
-    assert frechet.frechet_from(0 * mean, eye, mean, 4 * eye) == pytest.approx(9 + 3, abs=1e-9)
-    assert frechet.frechet_from(mean, 4 * eye, 0 * mean, eye) == pytest.approx(12, abs=1e-9)
-    assert frechet.frechet_from(mean, 4 * eye, mean, 4 * eye) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_of_samples_is_rotation_invariant_and_rank_deficient_safe():
-    a, b = draw(50, 6), 2 * draw(50, 6, 1) + 1
-    turn = torch.linalg.qr(draw(6, 6, 2)).Q
-    assert frechet.frechet(a @ turn, b @ turn) == pytest.approx(frechet.frechet(a, b), rel=1e-9)
-    assert frechet.frechet(a[:4], a[:4]) == pytest.approx(0, abs=1e-6)
-
-
-def test_frechet_agrees_with_torchmetrics():
-    image = pytest.importorskip("torchmetrics.image.fid")
-
-    class Extractor(torch.nn.Module):
-        num_features = 5
-
-        def forward(self, x):
-            return x.double().flatten(1)[:, :5] / 255
-
-    metric = image.FrechetInceptionDistance(feature=Extractor(), input_img_size=(3, 4, 4)).set_dtype(
-        torch.float64
-    )
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(lo, 256, (60, 3, 4, 4), generator=generator).to(torch.uint8) for lo in (0, 90))
-    metric.update(a, real=True)
-    metric.update(b, real=False)
-    flat = [x.double().flatten(1)[:, :5] / 255 for x in (a, b)]
-    assert float(metric.compute()) == pytest.approx(frechet.frechet(*flat), rel=1e-5)
-
-
-def test_mmd_equals_its_definition_and_is_unbiased():
-    a, b = draw(7, 3), draw(9, 3, 1) + 1
-
-    def kernel(x, y):
-        return (x @ y.T / 3 + 1) ** 3
-
-    own = sum(kernel(x, x).fill_diagonal_(0).sum() / (len(x) * (len(x) - 1)) for x in (a, b))
-    assert frechet.polynomial_mmd(a, b) == pytest.approx(float(own - 2 * kernel(a, b).mean()), rel=1e-9)
-    same = [frechet.polynomial_mmd(draw(40, 3, s), draw(40, 3, 1000 + s)) for s in range(200)]
-    assert abs(sum(same) / 200) < 3 * torch.tensor(same).std().item() / math.sqrt(200) < 0.1
-    assert frechet.kid(a, b, 20, 5)[0] == pytest.approx(1000 * frechet.polynomial_mmd(a, b), rel=0.8)
-
-
-def test_precision_and_recall_see_different_failures():
-    real = torch.cat([draw(200, 2), draw(200, 2, 1) + 30])
-    half = draw(400, 2, 2)  # one of the two clusters, all plausible
-    precision, recall = frechet.precision_recall(real, half)
-    assert precision > 0.85 and 0.35 < recall < 0.55
-    wide = torch.cat([real[::2] + 0.01 * draw(200, 2, 3), draw(200, 2, 4) * 0.1 - 60])  # half is nonsense
-    precision, recall = frechet.precision_recall(real, wide)
-    assert 0.4 < precision < 0.6 and recall > 0.7
-    assert all(math.isnan(v) for v in frechet.precision_recall(real[:3], real[:3]))
-
-
-def test_evenly_keeps_the_spread():
-    assert frechet.evenly(torch.arange(10), 5).tolist() == [0, 2, 4, 6, 8]
-    assert len(frechet.evenly(torch.arange(10), 99)) == 10
 
 
 # -- the bundled measuring nets -----------------------
@@ -106,6 +43,15 @@ def test_tinted_agreement_needs_every_attribute():
     found = agreement(logits, asked)
     assert found == pytest.approx({"agreement": 1 / 3, "agreement_colour": 2 / 3, "agreement_garment": 2 / 3})
     assert agreement(logits, {}) == {}
+
+
+def test_forgetting_counts_each_side_alone():
+    wanted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
+    predicted = torch.tensor([0, 1, 1, 1, 1, 1, 2, 2, 2, 0])
+    found = forgetting(predicted, wanted, 0)
+    assert found["unlearning_accuracy"] == 0.75 and found["retained_accuracy"] == pytest.approx(5 / 6)
+    assert found["harmonic_mean"] == pytest.approx(2 * 0.75 * (5 / 6) / (0.75 + 5 / 6))
+    assert forgetting(predicted, wanted, 9) == {"retained_accuracy": pytest.approx(0.6)}
 
 
 def test_measurer_for():
@@ -144,6 +90,27 @@ def test_speed_is_interleaved_and_per_image():
     found = speed.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 4, repeats=2)
     assert order == ["a", "b"] * 3 and set(found) == {"a", "b"} and all(v >= 0 for v in found.values())
     assert speed.nfe(20, 3.0) == 40 and speed.nfe(20, 1.0) == 20 and speed.nfe(20, 0) == 20
+
+
+def test_latency_leaves_out_the_warm_up():
+    calls = []
+
+    def call():
+        calls.append(1)
+        time.sleep(0.2 if len(calls) <= 2 else 0.002)
+
+    found = speed.latency(call, repeats=5, warm_up=2)
+    assert len(calls) == 7 and found.least <= found.p50 <= found.p95 < 0.2 and found.as_dict()["repeats"] == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory there")
+def test_peak_memory_sees_an_allocation():
+    def allocate():
+        held = torch.ones(2**26)
+        time.sleep(0.05)
+        return held
+
+    assert speed.peak_memory(allocate) > 200 and speed.peak_memory(lambda: time.sleep(0.02)) < 50
 
 
 # -- prompt alignment

@@ -127,6 +127,13 @@ def test_a_revision_is_read_from_git(tmp_path, capsys):
     assert resolved.since("HEAD", tmp_path) == (1, [], [])
     write(tmp_path / "configs", a=toy + "train: {seed: 3}\n")
     assert resolved.since("HEAD", tmp_path) == (1, [], ["recipes/a differs in train.seed"])
+    file = tmp_path / "configs/recipes/a.yaml"  # a key of then that is none today
+    file.write_text(toy.replace("sid", "sid, omega: 2"))
+    git("commit", "-qam", "two")
+    file.write_text(toy)
+    count, renamed, changed = resolved.since("HEAD", tmp_path)
+    assert (count, renamed, len(changed)) == (1, [], 1) and "recipes/a was written otherwise" in changed[0]
+    assert "objective.omega: unknown key" in changed[0]
     with pytest.raises(UserError, match="--since: none cannot be read"):
         resolved.since("none", tmp_path)
     assert main(["resolved", "--since", "no-such-revision"]) == 2

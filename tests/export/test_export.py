@@ -351,7 +351,6 @@ def test_card_holds_settings_numbers_and_command(replayed):
         "library_name: diffusers",
         "- lora",
         "- text-to-image",
-        "license: other",
         "| student | 4 | 1.5 |",
         "num_samples 10",
         "999, 749, 499, 249",

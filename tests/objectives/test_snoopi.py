@@ -264,7 +264,8 @@ def test_p4_snoopi(tiny, tmp_path):
 def test_a_negative_prompt_removes_the_named_colour():
     """On the bundled captioned network: red things with the negative prompt "red" are hardly drawn."""
     from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
-    from fastgen.evaluation.metrics.fd_mini import Measurer, agreement
+    from fastgen.evaluation.metrics.agreement import agreement
+    from fastgen.evaluation.metrics.fd_mini import Measurer
     from fastgen.export.load import load_export
     from fastgen.networks.feature_net import measure
     from fastgen.sampling.solvers import ImageNoise, sample_teacher

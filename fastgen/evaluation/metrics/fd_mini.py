@@ -13,13 +13,10 @@ from torch import Tensor
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
 from fastgen.data.bundled import NAMES, VOCABULARY, attributes_of, caption, load_images
-from fastgen.evaluation.metrics.frechet import (
-    evenly,
-    frechet_from,
-    polynomial_mmd,
-    precision_recall,
-    statistics,
-)
+from fastgen.evaluation.metrics.agreement import agreement
+from fastgen.evaluation.metrics.frechet import frechet_from, statistics
+from fastgen.evaluation.metrics.mmd import polynomial_mmd
+from fastgen.evaluation.metrics.neighbours import evenly, precision_recall
 from fastgen.networks.feature_net import FeatureNet, measure
 
 NOTE = "fd_mini is a mini metric on a small net of our own; it is not comparable with an Inception FID"
@@ -131,20 +128,6 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
         raise UserError("--prompts", f"found {bad[0]!r}", f"0 to {len(names) - 1} or {', '.join(names)}")
     return {"class": torch.tensor(wanted)}
-
-
-def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, float]:
-    """Share of images that show every requested attribute, and with several attributes the share for each."""
-    right = {}
-    for key, wanted in attributes.items():
-        if key in logits:
-            wanted = wanted.to(logits[key].device)
-            right[key] = (logits[key].argmax(1) == wanted) | (wanted < 0)
-    if not right:
-        return {}
-    together = torch.stack(list(right.values())).all(0).double().mean()
-    each = {f"agreement_{k}": float(v.double().mean()) for k, v in right.items()} if len(right) > 1 else {}
-    return {"agreement": float(together), **each}
 
 
 def measurer_for(info_or_name: dict | str | None, device="cpu") -> Measurer | None:

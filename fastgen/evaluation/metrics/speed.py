@@ -1,8 +1,12 @@
-"""Seconds per sample of several samplers, side by side so that a busy machine slows all alike."""
+"""Seconds per sample of several samplers, side by side so that a busy machine slows all alike; latency of one
+call; peak memory.
+"""
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -32,6 +36,58 @@ def interleaved(
         for name, call in calls.items():
             times[name].append(seconds(call) / num_images)
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+@dataclass
+class Latency:
+    """Seconds of one call over its repeats: median, 95th percentile, least and mean."""
+
+    p50: float
+    p95: float
+    least: float
+    mean: float
+    repeats: int
+
+    def as_dict(self) -> dict[str, float]:
+        """For results.json."""
+        return asdict(self)
+
+
+def latency(call: Callable[[], object], repeats: int = 10, warm_up: int = 2) -> Latency:
+    """Of a call that makes one batch; the first `warm_up` calls are not timed."""
+    for _ in range(warm_up):
+        call()
+    times = torch.tensor([seconds(call) for _ in range(repeats)], dtype=torch.float64)
+    p50, p95 = (float(torch.quantile(times, q)) for q in (0.5, 0.95))
+    return Latency(p50, p95, float(times.min()), float(times.mean()), repeats)
+
+
+def peak_memory(call: Callable[[], object], every: float = 0.005) -> float:
+    """Megabytes that a call needs at its peak: on a GPU what it had allocated; on the CPU how far the process
+    grew, looked at `every` so many seconds (the system's own peak also counts what was before the call).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**20
+    import psutil
+
+    process, done = psutil.Process(), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(every):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return (max(peak, process.memory_info().rss) - before) / 2**20
 
 
 def nfe(num_steps: int, guidance: float = 1.0) -> int:

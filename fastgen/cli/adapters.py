@@ -1,0 +1,102 @@
+"""LoRA files: what is in them, merged into their base, under other names.
+
+fastgen adapters list runs/tinted-sd_dmd2_lora                         rank, layers, base, steps
+fastgen adapters merge FILE --out merged [--base BASE] [--dtype fp16]    a whole model folder
+fastgen adapters convert FILE --to kohya --out OTHER.safetensors       or --to peft --base BASE
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.errors import UserError
+from fastgen.core.paths import expand
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = CommandFlags(
+        "fastgen adapters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("command", choices=RUN)
+    add("paths", nargs="+", type=expand, metavar="PATH", help="LoRA file; for list also a folder")
+    add("--base", default="", type=expand, help="model that the LoRA adapts, if its header names none")
+    add("--to", choices=("kohya", "peft"), default="", help="convert: whose names")
+    add("--out", default="", type=expand, help="merge: folder to write; convert: file to write")
+    add("--dtype", choices=DTYPES, default="fp32", help="merge: of the weights")
+    add("--overwrite", action="store_true", help="replace what is there")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `fastgen adapters`; 0, or 2 for a user's mistake."""
+    args = _flags().parse_args(argv)
+    quiet()
+    return exit_code(lambda: RUN[args.command](args))
+
+
+def _one(args: argparse.Namespace) -> Path:
+    """The one file that merge and convert are about."""
+    from fastgen.export.adapters import lora_files
+
+    if len(args.paths) > 1:
+        raise UserError("adapters", f"found {len(args.paths)} files", "give one")
+    path = Path(args.paths[0])
+    files = [f for f in lora_files(path) if f == path or not f.stem.endswith("-kohya")]
+    if len(files) > 1:
+        raise UserError("adapters", f"{path} holds {len(files)} LoRA files", "name one of them")
+    return files[0]
+
+
+def _out(args: argparse.Namespace) -> Path:
+    if not args.out:
+        raise UserError("--out", "none given", "where to write")
+    return Path(args.out)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from fastgen.export.adapters import describe, lora_files, open_adapter
+
+    for path in args.paths:
+        for file in lora_files(Path(path)):
+            print("\n".join(describe(open_adapter(file))))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastgen.cli.export import check_place
+    from fastgen.export.adapters import merge
+
+    out = _out(args)
+    check_place(out, args.overwrite)
+    print(f"wrote {merge(_one(args), args.base, out, getattr(torch, DTYPES[args.dtype]))}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from fastgen.export.adapters import convert
+
+    out = _out(args)
+    if not args.to:
+        raise UserError("--to", "none given", "kohya or peft")
+    if out.suffix != ".safetensors":
+        raise UserError("--out", f"found {out}", "give a .safetensors file")
+    if out.exists() and not args.overwrite:
+        raise UserError("--out", f"{out} exists", "give another file, or --overwrite")
+    print(f"wrote {convert(_one(args), args.to, out, args.base)}")
+    return 0
+
+
+RUN = {"list": _list, "merge": _merge, "convert": _convert}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Compare generators, or sets of images that are there already.
+
+fastgen-eval compare runs/a runs/b --num_samples 1000 --seeds 3 --out compared
+fastgen-eval compare runs/a@1 runs/a@4 assets:teachers/fashion@20 --metrics fd_mini kid_mini agreement_mini
+fastgen-eval compare folder_a folder_b --against real --metrics fid kid --weights inception=FILE
+
+MODEL@STEPS takes another number of steps. Generators draw the same requests from the same noise, seed by
+seed, into the output folder (a killed comparison goes on); differences to the first one are paired image by
+image. Writes comparison.md, comparison.json and comparison.html.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+from fastgen.cli import sample
+from fastgen.cli.generate import PROMPTS, Drawing, Request, generate
+from fastgen.cli.measuring import open_material
+from fastgen.cli.pictures import grid
+from fastgen.core.console import CommandFlags
+from fastgen.core.errors import UserError
+from fastgen.core.files import placed, write_json, write_text
+from fastgen.core.paths import expand
+
+SEED_STRIDE = 1_000_000
+"""between the first images of two seeds"""
+SHOWN = 10
+
+
+def flags() -> argparse.ArgumentParser:
+    """Of the command."""
+    found = CommandFlags(
+        "fastgen-eval compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = found.add_argument
+    add("contenders", nargs="+", metavar="MODEL[@STEPS] or SOURCE")
+    add("--names", nargs="+", default=[], metavar="NAME", help="of the contenders in tables, in their order")
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="see `fastgen-eval metrics`")
+    add("--num_samples", type=int, default=1000, help="of each generator and seed")
+    add("--seeds", type=int, default=1, help="sets that each generator draws")
+    add("--seed", type=int, default=0, help="of the first image of the first set")
+    add("--out", default="compared", type=expand, metavar="DIR")
+    add("--guidance", type=float, default=None, help="of teachers; default: what their runs compared with")
+    add("--repeats", type=int, default=3, help="timed calls of each generator; 0: none")
+    add(
+        "--against",
+        default="",
+        type=expand,
+        metavar="SOURCE",
+        help="reference; default: of the mini teachers",
+    )
+    add("--extractor", default="", help="digits, fashion or tinted: whose mini network measures")
+    add("--weights", nargs="+", default=[], metavar="NAME=PATH", help="local files of networks")
+    add("--prompts", default="", type=expand, metavar="FILE", help="prompts or labels, one a line")
+    add("--group_size", type=int, default=1, help="images of each prompt, following each other")
+    add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
+    add("--cache", default="", type=expand, metavar="DIR", help="keep features there between calls")
+    add("--batch_size", type=int, default=50)
+    add("--dtype", choices=sample.DTYPES, default="fp32", help="of the denoisers")
+    add("--device", default="", help="default: cuda if there is one")
+    return found
+
+
+@dataclass
+class Entry:
+    """A contender as the command names it: a model to draw with, or a source of images (steps -1)."""
+
+    name: str
+    path: str
+    steps: int
+    line: str
+
+
+def entries(args) -> list[Entry]:
+    """The contenders, with names that differ."""
+    if args.names and len(args.names) != len(args.contenders):
+        raise UserError(
+            "--names", f"{len(args.names)} for {len(args.contenders)} contenders", "give one each"
+        )
+    found = []
+    for i, text in enumerate(args.contenders):
+        path, at, steps = text.rpartition("@")
+        if not (at and steps.isdigit()):
+            path, steps = text, "0"
+        path = expand(path)
+        line = Path(path.removesuffix("/export")).name or path
+        name = args.names[i] if args.names else line + (f" at {steps}" if at and steps != "0" else "")
+        found.append(Entry(name, path, int(steps) if is_model(path) else -1, line))
+    names = [e.name for e in found]
+    if double := next((n for n in names if names.count(n) > 1), None):
+        raise UserError("--names", f"two contenders are called {double!r}", "give each a name with --names")
+    return found
+
+
+def is_model(path: str) -> bool:
+    """Whether a path names something that draws; everything else is a source of images."""
+    from fastgen.core.paths import is_analytic, resolve
+
+    if path.startswith("assets:") or is_analytic(path):
+        return True
+    place = resolve(path)
+    known = ("config.yaml", "fastgen.json", "model_index.json", "unet", "transformer", "prior")
+    if place.is_dir():
+        return any((place / name).exists() for name in known)
+    if place.suffix == ".safetensors" and place.is_file():
+        from safetensors import safe_open
+
+        with safe_open(place, "pt") as file:
+            return "images" not in file.keys()  # noqa: SIM118 (no mapping)
+    return not place.exists() and path.count("/") == 1 and not place.suffix
+
+
+def run(args) -> int:
+    """The command; its exit code."""
+    from fastgen.evaluation.comparison import compared, markdown
+    from fastgen.evaluation.comparison_page import page
+
+    for name, least in (("num_samples", 2), ("seeds", 1), ("seed", 0), ("repeats", 0), ("group_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {least} or more")
+    found, out = entries(args), Path(args.out)
+    if out.is_file():
+        raise UserError("--out", f"{out} is a file", "give a folder")
+    drawings = {e.name: _drawing(args, e) for e in found if e.steps >= 0}
+    contenders, better, protocol = _measured(args, found, drawings, out)
+    document = compared(contenders, better) | {"protocol": protocol}
+    write_json(out / "comparison.json", document)
+    write_text(out / "comparison.md", markdown(document))
+    picture = _grid(args, found, out)
+    write_text(out / "comparison.html", page(document, picture.read_bytes() if picture else b""))
+    print(markdown(document))
+    print(f"wrote comparison.md, .json and .html to {out}")
+    return 0
+
+
+def _request(args, entry: Entry, seed: int) -> Request:
+    from fastgen.data.text import read_lines
+
+    texts = read_lines(args.prompts, "--prompts", PROMPTS) if args.prompts else []
+    known = {k: getattr(args, k) for k in ("guidance", "batch_size", "group_size", "dtype", "device")}
+    return Request(entry.path, args.num_samples, texts, seed, entry.steps, **known)
+
+
+def _drawing(args, entry: Entry) -> Drawing:
+    return Drawing(_request(args, entry, args.seed))
+
+
+def _folder(out: Path, entry: Entry, seed: int) -> Path:
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in entry.name)
+    return out / "images" / plain / f"seed_{seed}"
+
+
+def _measured(args, found: list[Entry], drawings: dict[str, Drawing], out: Path):
+    """(contenders, which way is better by metric, what the numbers were made with)."""
+    from fastgen.evaluation.comparison import Contender
+    from fastgen.evaluation.material import measure
+    from fastgen.evaluation.registry import wanted
+
+    mini = args.extractor or next((d.measure for d in drawings.values() if d.measure), "")
+    asked = [wanted(n) for n in dict.fromkeys(args.metrics or default_metrics(mini))]
+    seconds = _seconds(args, drawings)
+    shared: SimpleNamespace | None = None
+    contenders, protocol = [], {}
+    for entry in found:
+        by_seed = []
+        for seed in range(args.seeds if entry.name in drawings else 1):
+            place = entry.path
+            if entry.name in drawings:
+                place = str(_folder(out, entry, seed))
+                request = drawings[entry.name].request
+                request = replace(request, seed=args.seed + seed * SEED_STRIDE)
+                generate(request, Path(place), drawing=drawings[entry.name])
+            material, shared = _material(args, place, mini, asked, shared)
+            by_seed.append(measure(material, asked))
+        drawing = drawings.get(entry.name)
+        nfe = drawing.nfe if drawing else 0
+        contenders.append(Contender(entry.name, by_seed, nfe, seconds.get(entry.name, 0.0), entry.line))
+        protocol = material.describe()
+    protocol.pop("images_sha256", None)
+    protocol = {"num_samples": args.num_samples, "seeds": args.seeds, "seed": args.seed, **protocol}
+    return contenders, {w.label: w.metric.better for w in asked}, protocol
+
+
+def _material(args, place: str, mini: str, asked, shared):
+    """The material of one set; encoders and reference features are shared with the sets before it."""
+    labelled = any("labels" in w.metric.needs for w in asked)
+    own = SimpleNamespace(
+        images=place,
+        against=args.against or mini,
+        extractor=args.extractor or mini,
+        prompts="" if (Path(place) / "samples.json").is_file() else args.prompts,
+        weights=args.weights,
+        clip=args.clip,
+        device=args.device,
+        cache=args.cache,
+        group_size=args.group_size,
+    )
+    material = open_material(own, labelled)
+    if shared is None:
+        shared = material
+    else:
+        material.share(shared)
+    return material, shared
+
+
+def default_metrics(mini: str) -> list[str]:
+    """For the bundled teachers their own, for others what needs no weights."""
+    if mini:
+        return ["fd_mini", "kid_mini", "recall_mini", "agreement_mini"]
+    return ["saturation", "contrast", "sharpness"]
+
+
+def _seconds(args, drawings: dict[str, Drawing]) -> dict[str, float]:
+    """Seconds per image of every generator, timed in turns."""
+    from fastgen.evaluation.metrics.speed import interleaved
+
+    if not args.repeats or not drawings:
+        return {}
+    calls = {name: partial(drawing.batch, 0) for name, drawing in drawings.items()}
+    return interleaved(calls, args.batch_size, args.repeats)
+
+
+def _grid(args, found: list[Entry], out: Path) -> Path | None:
+    """samples.png: a row a contender, the same requests and noise above each other."""
+    from itertools import islice
+
+    from fastgen.evaluation.inputs import open_source
+
+    rows = []
+    for entry in found:
+        source = open_source(str(_folder(out, entry, 0)) if entry.steps >= 0 else entry.path)
+        rows.append(next(iter(source.batches(SHOWN))).float() / 255)
+    num = min(map(len, rows))
+    if len({row.shape[1:] for row in rows}) > 1:
+        return None
+    path = out / "samples.png"
+    with placed(path) as temporary:
+        grid([row[:num] for row in list(islice(rows, len(rows)))], [e.name for e in found]).save(temporary)
+    return path

@@ -1,0 +1,84 @@
+"""A page in the browser to try an export in: fastgen demo --model runs/quickstart/export
+
+It offers what the model takes: a prompt, a label or a picture, its numbers of steps, a guidance scale, the
+weight of a LoRA, the teacher beside it. The page is served to this machine alone (127.0.0.1), never shared.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.errors import UserError
+from fastgen.core.paths import expand
+
+HOST = "127.0.0.1"
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = CommandFlags(
+        "fastgen demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = flags.add_argument
+    add("--model", required=True, type=expand, help="export folder, LoRA file, run folder, or a teacher")
+    add("--base", default="", type=expand, help="base of a LoRA file, if not the one its header names")
+    add("--port", type=int, default=7860, help="of the page, on 127.0.0.1")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the denoiser")
+    add("--device", default="", help="default: cuda if there is one")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `fastgen demo`: serves until Ctrl-C; 0, or 2 for a user's mistake."""
+    args = _flags().parse_args(argv)
+    quiet()
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model and serve its page."""
+    import importlib.util
+
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("demo", "gradio is not installed", 'pip install "fastgen-distill[demo]"')
+    check_port(args.port)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no request leaves this machine
+    from fastgen.cli.demo_model import DemoModel
+    from fastgen.cli.demo_page import STYLE, build, theme
+
+    model = DemoModel(args.model, args.base, args.device, args.dtype)
+    with tempfile.TemporaryDirectory(prefix="fastgen-demo-") as folder:
+        page = build(model, Path(folder))
+        print(f"demo    http://{HOST}:{args.port}   (Ctrl-C ends it)", flush=True)
+        page.queue(default_concurrency_limit=1).launch(
+            server_name=HOST,
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            allowed_paths=[folder],
+            head=f"<style>{STYLE}</style>",  # css= would lose its media queries
+            theme=theme(),
+        )
+    return 0
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that cannot be served on."""
+    if not 1 <= port <= 65_535:
+        raise UserError("--port", f"found {port}", "give 1 to 65535")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError("--port", f"{port} cannot be used ({error.strerror})", "give another") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The flags of commands that measure, as encoders and as the material of metrics."""
+
+from pathlib import Path
+
+
+def open_encoders(args):
+    """Encoders by the flags --weights, --extractor, --clip and --device."""
+    from fastgen.data.bundled import NAMES
+    from fastgen.evaluation.encoders.catalogue import Encoders, read_weights
+    from fastgen.networks.device import open_device
+
+    mini_set = args.extractor or (args.against if args.against in NAMES else "")
+    return Encoders(read_weights(args.weights), mini_set, args.clip, open_device(args.device))
+
+
+def open_material(args, labelled: bool):
+    """Images, reference, prompts and encoders of the command line; labels where a metric asks for them."""
+    from fastgen.evaluation.features import holds_images, is_statistics
+    from fastgen.evaluation.inputs import open_source
+    from fastgen.evaluation.material import Material
+    from fastgen.evaluation.prompts import labels_of, prompts_of
+    from fastgen.evaluation.sources import Squared
+
+    source, encoders = open_source(args.images), open_encoders(args)
+    prompts = prompts_of(source, args.prompts)
+    resolution = getattr(args, "resolution", 0)
+    known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
+    against = None
+    if args.against and (known is None or holds_images(known)):
+        against = open_source(args.against, "--against")
+    if resolution:
+        source, against = Squared(source, resolution), against and Squared(against, resolution)
+    labels = labels_of(source, prompts, encoders.mini_set) if labelled else {}
+    cache = Path(args.cache) if args.cache else None
+    return Material(source, encoders, against, known, prompts, labels, args.group_size, cache)

@@ -1,0 +1,99 @@
+"""fastgen adapters: what is in a LoRA file, merged into its base, under kohya's names and back."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgen.cli.adapters import main
+from fastgen.export import lora
+from fastgen.export.load import load_export
+from fastgen.training.exporting import export_run
+from tests.export.test_export import make_run, ours
+from tests.support.tiny import PROMPTS
+
+
+@pytest.fixture(scope="module")
+def export(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lora")
+    return export_run(make_run(tiny("sd"), "lora", out, num_steps=2), out / "export", {})
+
+
+def file_of(export, kohya=False):
+    return next(f for f in export.glob("*.safetensors") if f.stem.endswith("-kohya") == kohya)
+
+
+def test_list_says_what_a_file_is(export, tiny, capsys):
+    assert main(["list", str(export)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("layers of") == 2, "the PEFT file and its kohya twin"
+    assert "rank 4, float32" in text and "peft names" in text and "kohya names" in text
+    assert f"dmd2 student of {tiny('sd')}, 2 steps with LCMScheduler" in text
+    assert len(load_file(file_of(export))) // 2 == int(text.split(" layers")[0].split()[-1])
+
+
+def test_merge_is_the_student_without_an_adapter(export, tmp_path):
+    assert main(["merge", str(export), "--out", str(tmp_path / "merged")]) == 0
+    whole, adapted = load_export(tmp_path / "merged"), load_export(export)
+    assert whole.role.adapter is None and whole.student.times == adapted.student.times
+    prompts = list(PROMPTS)
+    torch.testing.assert_close(ours(whole, prompts), ours(adapted, prompts), rtol=0, atol=2e-4)
+    base = ours(adapted.reference(), prompts)
+    assert (base - ours(whole, prompts)).abs().max() > 1e-2
+    assert "from_pretrained" in (tmp_path / "merged/README.md").read_text()
+
+
+def test_kohya_and_back_is_the_same_adapter(export, tiny, tmp_path):
+    kohya, peft = tmp_path / "k.safetensors", tmp_path / "p.safetensors"
+    assert main(["convert", str(export), "--to", "kohya", "--out", str(kohya)]) == 0
+    twin, made = load_file(file_of(export, kohya=True)), load_file(kohya)
+    assert made.keys() == twin.keys() and all(torch.equal(made[k], twin[k]) for k in made)
+    back = ["convert", str(kohya), "--to", "peft", "--base", str(tiny("sd")), "--out", str(peft)]
+    assert main(back) == 0
+    first, again = (lora.read_lora(f)[0] for f in (file_of(export), peft))
+    assert first.keys() == again.keys()
+    for name in first:
+        torch.testing.assert_close(lora.delta(*again[name]), lora.delta(*first[name]))
+
+
+def test_kohya_s_alpha_is_its_strength(export, tiny, tmp_path):
+    """alpha half the rank: half the update, merged and converted alike."""
+    tensors = load_file(file_of(export, kohya=True))
+    weak = {k: v / 2 if k.endswith(".alpha") else v for k, v in tensors.items()}
+    save_file(weak, tmp_path / "weak.safetensors")
+    base = ["--base", str(tiny("sd"))]
+    assert main(["convert", str(tmp_path / "weak.safetensors"), "--to", "peft", *base,
+                 "--out", str(tmp_path / "p.safetensors")]) == 0  # fmt: skip
+    full, half = (lora.read_lora(f)[0] for f in (file_of(export), tmp_path / "p.safetensors"))
+    for name in full:
+        torch.testing.assert_close(2 * lora.delta(*half[name]), lora.delta(*full[name]))
+    assert main(["merge", str(tmp_path / "weak.safetensors"), *base, "--out", str(tmp_path / "m")]) == 0
+    merged, plain = (
+        load_file(f / "unet/diffusion_pytorch_model.safetensors") for f in (tmp_path / "m", tiny("sd"))
+    )
+    name = next(iter(half))
+    torch.testing.assert_close(merged[f"{name}.weight"] - plain[f"{name}.weight"], lora.delta(*half[name]),
+                               rtol=1e-3, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("list", "nowhere"), "nowhere does not exist"),
+        (("list", "{sd}"), "holds no LoRA file"),
+        (("list", "{sd}/unet/diffusion_pytorch_model.safetensors"), "holds no LoRA"),
+        (("merge", "{lora}"), "--out: none given"),
+        (("merge", "{kohya}", "--out", "m"), "does not name its base"),
+        (("merge", "{kohya}", "--base", "{sana}", "--out", "m"), "has no layer for 'lora_unet_"),
+        (("convert", "{lora}", "--out", "x.safetensors"), "--to: none given"),
+        (("convert", "{lora}", "--to", "peft", "--out", "x.safetensors"), "has peft names already"),
+        (("convert", "{kohya}", "--to", "peft", "--out", "x.safetensors"), "--base: none given"),
+        (("convert", "{lora}", "--to", "kohya", "--out", "x.bin"), "give a .safetensors file"),
+    ],
+)
+def test_mistakes_are_one_line(export, tiny, argv, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"sd": tiny("sd"), "sana": tiny("sana"), "lora": file_of(export), "kohya": file_of(export, True)}
+    assert main([a.format(**places) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
