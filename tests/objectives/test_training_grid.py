@@ -10,7 +10,7 @@ from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, Flow, TrigFlow
 from fastgen.networks.analytic import GaussianMixture
 from fastgen.sampling.solvers import segment_ends
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
 
 SEGMENTED = {
     "consistency": {"metric": "l2"},
@@ -36,7 +36,7 @@ def cast(teacher, num_steps, objective):
             "objective": objective,
         }
     )
-    return Cast(cfg).stage(cfg.all_stages()[0], Rng(0))
+    return make_cast(cfg).stage(cfg.all_stages()[0], Rng(0))
 
 
 def steps_trained(monkeypatch, objective):
