@@ -6,7 +6,8 @@ The table is `tests/objectives/mutations/*.yaml`: for each method and each share
 An attempt is a process forked from this one, which imports the libraries that attempts before it used. It
 imports one module from its changed text, which is written nowhere, and runs the default tests of the method
 until the first failure. Caught means that a test failed; a changed module that cannot be imported, or that
-uses a name which does not exist, is a mistake of the table and not counted as caught.
+uses a name which does not exist, is a mistake of the table and not counted as caught; nor is one whose test
+fails as well when nothing is changed, which is tried in the end.
 """
 
 import gc
@@ -119,31 +120,46 @@ class Watch:
 
     def pytest_exception_interact(self, node, call) -> None:
         if not self.note.exists():
-            self.note.write_text(f"{call.excinfo.type.__name__} {node.name}")
+            self.note.write_text(f"{call.excinfo.type.__name__} {node.nodeid}")
 
 
 def attempt(mutation: Mutation, quick: bool) -> tuple[str, str | None]:
-    """(the exception, the name of the test that failed by it, or None where none did)."""
+    """(the exception, the test that failed by it, or None where none did)."""
+    code, (error, _, test), log = tests_fail(mutation, mutation.tests, quick)
+    if code == 1 and test and error not in NOT_A_CATCH:
+        return error, test
+    if code != 0:
+        where = f"{mutation.subject}: {mutation.kind}: {mutation.new}"
+        print(f"{where}: exit code {code} {error} {test}\n{log}", file=sys.stderr)
+    return "", None
+
+
+def fail_anyway(tests: Sequence[str]) -> list[str]:
+    """Those of some tests that fail although nothing is changed."""
+    left, failing = list(tests), []
+    while left and (test := tests_fail(None, left, False)[1][2]):
+        failing.append(test)
+        left.remove(test)
+    return failing
+
+
+def tests_fail(mutation: Mutation | None, tests: Sequence[str], quick: bool) -> tuple:
+    """(exit code of pytest in a forked process, the first failure as (exception, " ", test), last words)."""
     with tempfile.TemporaryDirectory() as folder:
         note, log, modules = (Path(folder, name) for name in ("note", "log", "modules"))
         gc.freeze()  # what is here is collected in no attempt
         pid = os.fork()
         if pid == 0:
             try:
-                code = _tests_of(mutation, note, log, quick)
+                code = _run(mutation, tests, note, log, quick)
                 modules.write_text("\n".join(sys.modules))
             except BaseException:
                 log.write_text(traceback.format_exc())
                 code = 3
             os._exit(code)
-        code, (error, _, test) = _wait(pid), (note.read_text() if note.exists() else "").partition(" ")
+        code, first = _wait(pid), (note.read_text() if note.exists() else "").partition(" ")
         _load(modules)
-        if code == 1 and test and error not in NOT_A_CATCH:
-            return error, test
-        if code != 0:
-            where = f"{mutation.subject}: {mutation.kind}: {mutation.new}"
-            print(f"{where}: exit code {code} {error} {test}\n{log.read_text()[-3000:]}", file=sys.stderr)
-    return "", None
+        return code, first, log.read_text()[-3000:]
 
 
 def _wait(pid: int) -> int | None:
@@ -167,7 +183,7 @@ def _load(modules: Path) -> None:
                 importlib.import_module(name)
 
 
-def _tests_of(mutation: Mutation, note: Path, log: Path, quick: bool) -> int:
+def _run(mutation: Mutation | None, tests: Sequence[str], note: Path, log: Path, quick: bool) -> int:
     """In the forked process: the exit code of pytest."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
@@ -175,11 +191,12 @@ def _tests_of(mutation: Mutation, note: Path, log: Path, quick: bool) -> int:
     os.chdir(ROOT)
     for name in [n for n in sys.modules if n.partition(".")[0] in ("fastgen", "tests")]:
         del sys.modules[name]  # imported anew, one of them changed
-    sys.meta_path.insert(0, Changed(mutation))
+    if mutation:
+        sys.meta_path.insert(0, Changed(mutation))
     import pytest
 
     options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={note.parent / 'tests'}"]
-    code = pytest.main([*options, *mutation.tests], plugins=[Watch(note, quick)])
+    code = pytest.main([*options, *tests], plugins=[Watch(note, quick)])
     sys.stdout.flush()
     return int(code)
 
@@ -195,7 +212,15 @@ def attempts(only: Sequence[str] = (), quick: bool = False) -> dict[str, dict[st
         head = f"{mutation.subject:22} {mutation.kind:10} {time.monotonic() - start:5.0f} s"
         ended = f"{test} ({error})" if test else f"SURVIVED: {mutation.new.strip()!r}"
         print(f"{head}  {ended}", file=sys.stderr, flush=True)
-    return found
+    every = [test for row in found.values() for tests in row.values() for test in tests if test]
+    broken = fail_anyway(sorted(set(every)))
+    for test in broken:
+        print(f"SURVIVED all that {test} caught: it fails without a change too", file=sys.stderr)
+
+    def name(test: str | None) -> str | None:
+        return None if test is None or test in broken else test.partition("::")[2]
+
+    return {s: {k: [name(test) for test in tests] for k, tests in row.items()} for s, row in found.items()}
 
 
 def mutated(only: str = "", quick: bool = False, write: bool = False) -> dict:

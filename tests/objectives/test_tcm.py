@@ -63,6 +63,8 @@ def test_p1_step_is_the_formula(source):
     weight = torch.where(torch.arange(32) < 8, 0.3 * 32 / 8, 32 / 24).double() / (t - r)
     wanted = at_x(lambda y: (weight * (y - target).norm(dim=1) / 3**0.5).mean(), call.out)
     torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-5)
+    (alone,) = torch.autograd.grad(call.out, world.student.backbone.m, wanted)
+    torch.testing.assert_close(turn.grads["student.m"], alone, rtol=1e-3, atol=1e-5)  # none by the target
 
 
 def test_p1_the_frozen_network_answers_below_the_boundary_only():

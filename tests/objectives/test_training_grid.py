@@ -9,8 +9,10 @@ from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, Flow, TrigFlow
 from fastgen.networks.analytic import GaussianMixture
+from fastgen.objectives.consistency import Consistency
 from fastgen.sampling.solvers import segment_ends
-from fastgen.training.cast import Cast
+from fastgen.training.assembly import make_cast
+from tests.support.spelled import World
 
 SEGMENTED = {
     "consistency": {"metric": "l2"},
@@ -36,7 +38,7 @@ def cast(teacher, num_steps, objective):
             "objective": objective,
         }
     )
-    return Cast(cfg).stage(cfg.all_stages()[0], Rng(0))
+    return make_cast(cfg).stage(cfg.all_stages()[0], Rng(0))
 
 
 def steps_trained(monkeypatch, objective):
@@ -82,6 +84,14 @@ def test_p1_a_growing_grid_keeps_the_edges_of_its_segments():
         at, coarse = segment_ends(96, 3).unique().tolist(), segment_ends(12, 3).unique().tolist()
         assert [few[i] for i in coarse] == pytest.approx([final[i] for i in at], rel=1e-12), S
         assert all(a > b for a, b in zip(few, few[1:]))
+
+
+def test_p1_step_grids_of_a_curriculum_share_the_edges_of_their_segments():
+    cfg = {"num_scales": 96, "start_scales": 12, "curriculum_steps": 10, "segments": 3}
+    objective = World(Consistency, VP.scaled_linear(), **cfg).objective
+    first, last = objective.grid(0), objective.grid(10)
+    assert len(first) == 13 and len(last) == 97
+    assert first[4::4].tolist() == last[32::32].tolist() != VP.scaled_linear().training_grid(12)[4::4]
 
 
 def test_p1_a_stretched_teacher_does_not_stretch_its_student(monkeypatch):

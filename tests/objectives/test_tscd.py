@@ -12,7 +12,7 @@ from fastgen.objectives.tscd import TSCD, TSCDConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import segment_ends, teacher_grid
 from tests.support.replay import replay_counts
-from tests.support.spelled import World, at_x, gradient, line
+from tests.support.spelled import Classes, Heard, World, at_x, gradient, line
 from tests.support.toys import (
     SCHEDULES,
     GaussianNet,
@@ -65,20 +65,26 @@ def test_p1_as_many_segments_as_steps_is_the_teachers_own_step(schedule, monkeyp
     assert losses[8] < 1e-9 and losses[1] > 1e-4
 
 
+@pytest.mark.parametrize("source", ["original", "previous"])
 @pytest.mark.parametrize("end_prob", [0.0, 1.0])
-def test_p1_step_is_the_formula(end_prob, monkeypatch):
+def test_p1_step_is_the_formula(end_prob, source, monkeypatch):
     """Two segments of eight steps at guidance 3: the gradient in D_theta of both parts, the heads' loss."""
     S, cfg = Flow(), {"grid_steps": 8, "segments": 2, "weighting": "snr1", "end_prob": end_prob}
     steps, original = [], S.ode_step
     monkeypatch.setattr(S, "ode_step", lambda D, x, t, u: steps.append(u) or original(D, x, t, u))
-    world = World(TSCD, S, num=64, mse_weight=0.7, gan_weight=0.2, gan_loss="softplus", **cfg)
+    cfg |= {"mse_weight": 0.7, "gan_weight": 0.2, "gan_loss": "softplus", "ode_teacher": source}
+    parts = {"previous": Heard(Classes(S, 0.9, 0.7).requires_grad_(False))}
+    world = World(TSCD, S, num=64, parts=parts, **cfg)
     (student, heads), (earlier, call) = world.turns(), world.student.calls
     x_t, t, disc, u = call.x_t, call.t, world.disc, steps[-1]
     world.noise_in(x_t, t, world.batch.x0)
     assert set(t.tolist()) == {1 - i / 8 for i in range(8)} and not earlier.grad
     r, e = t - 0.125, torch.where(t > 0.5, 0.5, 0.0).double()
     assert torch.equal(u, e) if end_prob else ((u >= e) & (u <= r)).all() and (u > e).any() and (u < r).any()
-    x_r = line(world.guided(x_t, t), x_t, t, r)
+    teacher = world.guided(x_t, t)
+    if source == "previous":  # a copy of the student, in which guidance is already
+        teacher = world.student.backbone(x_t, t, world.batch.cond).detach()
+    x_r = line(teacher, x_t, t, r)
     torch.testing.assert_close(earlier.x_t, x_r)
     torch.testing.assert_close(earlier.t, r.clamp(min=0.125))
     target = torch.where((u < r)[:, None], line(earlier.out, x_r, earlier.t, u), x_r).detach()
