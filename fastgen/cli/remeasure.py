@@ -23,9 +23,9 @@ class _Players:
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
     from fastgen.data.loader import load_data
-    from fastgen.evaluation.evaluator import Evaluator, measure, table
+    from fastgen.evaluation.evaluator import measure, table
     from fastgen.evaluation.report import write_report
-    from fastgen.training.assembly import make_protocol
+    from fastgen.training.assembly import make_evaluator
 
     if not (run / "config.yaml").is_file():
         raise UserError("--run", f"{run} is not a run folder", "give the output_dir of a run")
@@ -42,7 +42,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)
-    results = measure(Evaluator(make_protocol(cfg), cast, data))
+    results = measure(make_evaluator(cfg, cast, data))
     file = run / "results.json"
     before = read_json(file, "--run") if file.is_file() else {}
     results["protocol"]["weights"] = "export"

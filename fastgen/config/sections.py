@@ -275,6 +275,22 @@ class EvalConfig(Section):
     """images per batch when sampling"""
     seed: int = Field(default=1234, ge=0, le=MOST)
     """seed of the first sample; the next ones count up"""
+    metrics: tuple[str, ...] = ()
+    """metrics of the samples, by name (`fastgen-eval metrics` lists them): during training on the validation
+    samples, and at the end
+    """
+    weights: Annotated[dict[str, UserPath], tyro.conf.Suppress] = Field(default_factory=dict)
+    """local files or folders of the networks that these metrics look through, by name, or
+    package.module:function for a network of your own; in files only
+    """
+    against: UserPath = ""
+    """reference images of these metrics, or a statistics file (.npz); empty is data.images, or the held-out
+    images of data.name
+    """
+    keep_by: str = ""
+    """validation metric by which `keep: best` chooses; empty is the first of eval.metrics that has a better
+    and a worse, or the metric of a bundled teacher
+    """
     keep: Literal["last", "best"] = "last"
     """export the last weights, or those with the best validation metric during training"""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from torch import Tensor
 from fastgen.core import interrupt
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
+from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
+from fastgen.evaluation.metrics.metric import Better
+from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
@@ -45,6 +49,8 @@ class Requests:
         codec = teacher.codec
         self.codec, self.uncond, self.own = codec, data.uncond, None
         self.attributes: dict[str, Tensor] = {}
+        self.captions: list[str] | None = None
+        """the text of each row of the table"""
         measure = (teacher.info or {}).get("measure")
         if isinstance(codec, TextCodec) and measure == "tinted":
             from fastgen.data.bundled import load_images
@@ -55,14 +61,14 @@ class Requests:
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
             self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes = held.attributes
+            self.attributes, self.captions = held.attributes, unique
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
             self.attributes = {"class": self.rows}
         else:
             self.table, self.rows = data.cond_table, data.rows
-            self.own = data if data.own else None
+            self.own, self.captions = (data if data.own else None), data.texts
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
         if self.own is not None:
@@ -74,6 +80,12 @@ class Requests:
             return self.own.null(index % len(self.rows))
         return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
 
+    def texts(self, num: int) -> list[str] | None:
+        """The prompts of the first num requests; None for a teacher that takes none."""
+        if self.captions is None:
+            return None
+        return [self.captions[int(i)] for i in self.rows[torch.arange(num) % len(self.rows)]]
+
     def wanted(self, num: int) -> dict[str, Tensor]:
         index = torch.arange(num) % len(self.rows)
         return {k: v[index] for k, v in self.attributes.items()}
@@ -82,11 +94,12 @@ class Requests:
 class Evaluator:
     """Samples the three contenders on the same requests and seeds, and scores them."""
 
-    def __init__(self, protocol: EvaluationProtocol, cast, data):
+    def __init__(self, protocol: EvaluationProtocol, cast, data, metrics: RunMetrics | None = None):
+        """metrics: those that the user chose, besides the ones of the teacher's own set."""
         from fastgen.evaluation.metrics.fd_mini import measurer_for
         from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 
-        self.protocol, self.cast = protocol, cast
+        self.protocol, self.cast, self.metrics = protocol, cast, metrics
         self.requests = Requests(cast.teacher, data)
         teacher = cast.teacher
         self.measurer = (
@@ -94,6 +107,9 @@ class Evaluator:
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
+        if metrics is not None:
+            metrics.check_texts(self.requests.texts(1) is not None)
+        self.label_free = self.measurer is None and len(teacher.codec.shape) > 1
 
     @torch.no_grad()
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
@@ -131,9 +147,25 @@ class Evaluator:
 
     def score(self, images: Tensor) -> dict[str, float]:
         """Metrics of images made for the first len(images) requests."""
-        return (
-            {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(len(images)))
-        )
+        num = len(images)
+        found = {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(num))
+        if self.metrics is None:
+            return found
+        if images.ndim != 4:
+            raise UserError("eval.metrics", "this teacher does not make images", "leave them out")
+        about = Samples(self.requests.texts(num), self.requests.wanted(num), len(self.requests.rows))
+        return found | self.metrics.scores(images, about)
+
+    def better(self) -> dict[str, Better]:
+        """Which way is better, by the name of every metric that may choose the weights to keep."""
+        own: dict[str, Better] = {} if self.measurer is None else {self.measurer.primary: "lower"}
+        chosen = self.metrics.better if self.metrics else {}
+        return {**{k: v for k, v in chosen.items() if v != "none"}, **own}
+
+    def features(self, images: Tensor) -> Tensor:
+        """[N, C], the teacher's own features."""
+        null = {k: v[:1] for k, v in self.requests.null(torch.arange(1)).items()}
+        return label_free.teacher_features(self.cast.teacher, images, null, self.protocol.batch_size)
 
     def nfe(self, who: str, steps: int = 0) -> int:
         """Network evaluations per sample."""
@@ -167,6 +199,7 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
     counts = {n: (protocol.teacher_samples or num) if num and n == "teacher" else num for n in who}
 
     seen: dict[str, dict] = {}
+    teacher: dict = {}
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -175,12 +208,13 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         if show is not None:
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
-        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images)}
+        beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images), **beside}
 
     speed_batch = min(20, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
-    found: dict[str, dict] = {
+    found: dict[str, Any] = {
         n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
     }
     steps = protocol.student_steps or (() if protocol.few_step else (1, 4, 20, 50))
@@ -190,12 +224,15 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         found["floor"] = evaluator.measurer.floor(num)
     if seen:
         found["look"] = seen
+    if evaluator.metrics is not None:
+        found["chosen"] = list(evaluator.metrics.better)
     times = list(evaluator.cast.parts["student"].times) if protocol.few_step else None
     found["protocol"] = {
         "num_samples": num,
         "teacher_samples": counts.get("teacher", 0),
         "seed": protocol.seed,
         **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
+        **({"metrics": evaluator.metrics.describe()} if evaluator.metrics else {}),
         "guidance": protocol.guidance,
         "teacher_steps": protocol.teacher_steps,
         "student_times": times,
@@ -203,6 +240,20 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         "device": str(evaluator.cast.device),
         "threads": torch.get_num_threads(),
     }
+    return found
+
+
+def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, teacher: dict) -> dict[str, float]:
+    """Numbers that need no weights; `teacher` keeps the teacher's, which come first."""
+    own = label_free.looks(images)
+    features = evaluator.features(images) if len(images) > 1 else None
+    if name == "teacher":
+        teacher |= {"looks": own, "features": features}
+    if not teacher or name == "teacher":
+        return own
+    found = own | label_free.against_teacher(own, teacher["looks"])
+    if features is not None and teacher["features"] is not None:
+        found |= label_free.distances(features, teacher["features"])
     return found
 
 
@@ -215,7 +266,10 @@ def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
 
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
-    wanted = ("fd_mini", "energy_distance", "agreement", "recall", "clip", "nfe", "seconds_per_sample")
+    first, last = ("fd_mini", "energy_distance", "agreement", "recall", "clip"), ("nfe", "seconds_per_sample")
+    chosen = tuple(results.get("chosen", ()))
+    free = ("fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
+    wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
     rows = [
         (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
     ]

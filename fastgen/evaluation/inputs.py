@@ -10,15 +10,15 @@ from fastgen.evaluation.sources import Folder, Source, bundled, from_npz, from_s
 WAYS = f"give a folder of images, .npz, .safetensors, webdataset .tar, or {', '.join(NAMES)}"
 
 
-def open_source(text: str, key: str = "--images") -> Source:
-    """The source that a user's path names, by its kind."""
+def open_source(text: str, key: str = "--images", deep: bool = False) -> Source:
+    """The source that a user's path names, by its kind; deep: a folder's sub-folders too."""
     if text in NAMES:
         return bundled(text, key)
     if is_archive(text):
         return archives(text, key)
     path = Path(text).expanduser()
     if path.is_dir():
-        return Folder(path, key)
+        return Folder(path, key, deep)
     if not path.is_file():
         raise UserError(key, f"{text} is not a folder", WAYS)
     if path.suffix == ".npz":

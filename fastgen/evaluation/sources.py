@@ -71,12 +71,14 @@ def _wide(shape: torch.Size) -> str:
 
 
 class Folder(Source):
-    """Picture files of one folder in natural order; a contact sheet (grid*.png) is none of them."""
+    """Picture files of a folder in natural order; a contact sheet (grid*.png) is none of them. deep: those of
+    its sub-folders too.
+    """
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, deep: bool = False):
         super().__init__(str(folder), key)
         self.folder = folder.expanduser()
-        listing = scan(folder, key=key, deep=False)
+        listing = scan(folder, key=key, deep=deep)
         self.files = [p for p in listing.files if not p.stem.startswith("grid")]
         if listing.skipped:
             warn(f"{key}: {len(listing.skipped)} skipped: {some(listing.skipped)}")
@@ -127,9 +129,10 @@ class Squared(Source):
     filter, as GigaGAN and DMD2 do; mixed sizes are welcome.
     """
 
-    def __init__(self, source: Source, size: int):
-        super().__init__(f"{source.name}, squared to {size} pixels", source.key)
-        self.source, self.size = source, size
+    def __init__(self, source: Source, size: int | tuple[int, int]):
+        self.size = (size, size) if isinstance(size, int) else size
+        super().__init__(f"{source.name}, cropped to {self.size[1]} x {self.size[0]} pixels", source.key)
+        self.source = source
         self.captions, self.labels = source.captions, source.labels
 
     def __len__(self) -> int:
@@ -140,10 +143,10 @@ class Squared(Source):
 
         for name, image in self.source._images():
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            yield name, to_tensor(ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS))
+            yield name, to_tensor(ImageOps.fit(picture, self.size[::-1], Image.Resampling.LANCZOS))
 
     def digest(self) -> str:
-        return joined([self.source.digest(), f"squared {self.size}"])
+        return joined([self.source.digest(), f"cropped {self.size}"])
 
 
 def warn_converted(key: str, kinds: Counter, num: int) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from fastgen.config.run import RunConfig
 from fastgen.data.loader import Data
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
+from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.objectives import requirements_of
 from fastgen.training import fingerprint
 from fastgen.training.cast import Cast
@@ -46,9 +47,19 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
     )
 
 
+def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
+    """What draws the contenders of a run and scores them, also by the metrics that the config asks for."""
+    metrics = None
+    if cfg.eval.metrics:
+        mini_set = str((cast.teacher.info or {}).get("measure") or "")
+        against = cfg.eval.against or cfg.data.images or cfg.data.name or mini_set
+        metrics = RunMetrics(cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device)
+    return Evaluator(make_protocol(cfg), cast, data, metrics)
+
+
 def make_validator(cfg: RunConfig, cast: Cast, data: Data, folder: Path) -> Validator:
     """What measures a run while it trains and at its end."""
-    return Validator(cfg.eval, Evaluator(make_protocol(cfg), cast, data), folder)
+    return Validator(cfg.eval, make_evaluator(cfg, cast, data), folder)
 
 
 def make_trainer(

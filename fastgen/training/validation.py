@@ -12,8 +12,10 @@ from fastgen.core import interrupt
 from fastgen.core.ema import swapped
 from fastgen.core.errors import NotFinite, UserError
 from fastgen.core.files import disk_error, write_json, write_tensors
+from fastgen.core.reading import read_json
 from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
 from fastgen.evaluation.grids import save_grid
+from fastgen.evaluation.label_free import against_teacher, looks
 
 
 def averaged(trainer):
@@ -27,6 +29,8 @@ class Validator:
 
     def __init__(self, cfg: EvalConfig, evaluator: Evaluator, folder: Path):
         self.cfg, self.evaluator, self.folder = cfg, evaluator, folder
+        self.better = evaluator.better()
+        self.keep_by = choose_metric(cfg, self.better)
 
     def __call__(self, trainer) -> None:
         """A signal cuts it short between two batches of samples; a resumed run validates this step again."""
@@ -42,22 +46,51 @@ class Validator:
         cfg, evaluator = self.cfg, self.evaluator
         teacher_grid = self.folder / "samples" / "teacher.png"
         if evaluator.protocol.few_step and not teacher_grid.exists():
-            save_grid(evaluator.images("teacher", cfg.grid, cfg.seed), teacher_grid)
+            images = evaluator.images("teacher", cfg.grid, cfg.seed)
+            if evaluator.label_free:
+                write_json(self.folder / "samples" / "teacher.json", looks(images))
+            save_grid(images, teacher_grid)
         with averaged(trainer):
-            save_grid(
-                evaluator.images("student", cfg.grid, cfg.seed),
-                self.folder / "samples" / f"step_{trainer.step:06d}.png",
-            )
-            scores = {}
+            images = evaluator.images("student", cfg.grid, cfg.seed)
+            save_grid(images, self.folder / "samples" / f"step_{trainer.step:06d}.png")
+            scores = self._beside_teacher(images)
             if cfg.validation_samples:
                 num = max(cfg.grid, cfg.validation_samples)
-                scores = evaluator.score(evaluator.images("student", num, cfg.seed + 1_000_000))
+                scores |= evaluator.score(evaluator.images("student", num, cfg.seed + 1_000_000))
             trainer.write_metrics({"step": trainer.step, **{f"validation/{k}": v for k, v in scores.items()}})
-            primary = scores.get(evaluator.measurer.primary) if evaluator.measurer else None
-            if primary is not None and primary < trainer.best.get("score", float("inf")):
-                trainer.best = {"score": primary, "step": trainer.step}
+            score = scores.get(self.keep_by)
+            if score is not None and self._is_better(score, trainer.best.get("score")):
+                trainer.best = {"score": score, "step": trainer.step}
                 if cfg.keep == "best" and trainer.step:
                     write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
+
+    def _beside_teacher(self, images: Tensor) -> dict[str, float]:
+        """How the grid's colours differ from the teacher's of the same requests, where no network judges
+        them.
+        """
+        file = self.folder / "samples" / "teacher.json"
+        if not self.evaluator.label_free or not file.is_file():
+            return {}
+        teacher = read_json(file, "samples/teacher.json", "delete it, and the picture beside it")
+        return against_teacher(looks(images), teacher)
+
+    def _is_better(self, score: float, before: float | None) -> bool:
+        if before is None:
+            return True
+        return score > before if self.better[self.keep_by] == "higher" else score < before
+
+
+def choose_metric(cfg: EvalConfig, better: dict) -> str:
+    """The validation metric that decides which weights are best; a UserError where `keep: best` has none."""
+    if cfg.keep_by and cfg.keep_by not in better:
+        known = ", ".join(better) or "none; give eval.metrics"
+        raise UserError(
+            "eval.keep_by", f"found {cfg.keep_by!r}", f"choose one of this run's metrics: {known}"
+        )
+    if cfg.keep == "best" and not better:
+        found = "no metric says which weights are best"
+        raise UserError("eval.keep", found, "give eval.metrics, or set it to last")
+    return cfg.keep_by or next(iter(better), "")
 
 
 def finish(trainer, validator: Validator) -> dict:
@@ -79,7 +112,7 @@ def finish(trainer, validator: Validator) -> dict:
             results = measure(evaluator, _show(folder, cfg))
     decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
     results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
-    results["curve"] = _curve(metrics, evaluator)
+    results["curve"] = _curve(metrics, validator.keep_by)
     results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
     with interrupt.deferred(), _room(exported):
         write_json(folder / "results.json", results)
@@ -174,9 +207,9 @@ def _write_cards(trainer, exported: Path, results: dict, few_step: bool) -> None
         write_json(exported / "card.json", teacher_card(results))
 
 
-def _curve(metrics: list[dict], evaluator: Evaluator) -> dict[str, float]:
-    """The cheap metric at each validation, by step."""
-    key = f"validation/{evaluator.measurer.primary}" if evaluator.measurer else ""
+def _curve(metrics: list[dict], name: str) -> dict[str, float]:
+    """The metric that chooses the best weights at each validation, by step."""
+    key = f"validation/{name}"
     return {str(r["step"]): r[key] for r in metrics if key in r}
 
 

@@ -125,12 +125,16 @@ WEIGHTS = ("inception", "dinov2", "clip", "clip_336", "clip_l14", "hps", "picksc
 
 
 def read_weights(pairs: list[str]) -> dict[str, str]:
-    """NAME=PATH of the command line; a name that no encoder has must stand for package.module:function."""
-    found = {}
-    for pair in pairs:
-        name, _, path = pair.partition("=")
+    """NAME=PATH of the command line."""
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    check_weights(found)
+    return found
+
+
+def check_weights(weights: Mapping[str, str]) -> None:
+    """Refuse a name that no encoder has, unless it stands for package.module:function."""
+    for name, path in weights.items():
+        pair = f"{name}={path}" if path else name
         if not path or not (name in WEIGHTS or plugin.is_plugin(path)):
             ways = f"give {'=PATH, '.join(WEIGHTS)}=PATH, or NAME=package.module:function"
             raise UserError("--weights", f"found {pair!r}", ways)
-        found[name] = path
-    return found
