@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from PIL import Image
 
 from eval import evidence, ladder, leaderboard, orderings, results_table
 from eval.__main__ import main
@@ -288,15 +289,24 @@ def test_missing_markers_are_named():
 
 # -- the command line
 def test_command_line_mistakes(capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("0\n")
+    pictures, prompts = tmp_path / "pictures", tmp_path / "a.txt"
+    pictures.mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
+    prompts.write_text("0\n1\n")
+    two = ["--images", str(pictures)]
     for argv, message in (
-        ([], "either --run DIR or --images DIR"),
+        ([], "either --run DIR or --images SOURCE"),
         (["--run", str(tmp_path)], "is not a run folder"),
         (["--images", str(tmp_path), "--against", "digits"], "holds no images"),
         (["--images", "none", "--against", "digits"], "is not a folder"),
-        (["--images", str(tmp_path), "--metrics", "clip"], "give the file of"),
-        (["--images", str(tmp_path)], "--against: none given"),
-        (["--images", "x", "--against", "y", "--weights", "inception="], "--weights: found 'inception'"),
+        ([*two, "--metrics", "clip"], "--prompts: none given"),
+        ([*two, "--metrics", "clip", "--prompts", str(prompts)], "--weights: none given for clip"),
+        (two, "--against: none given"),
+        (
+            [*two, "--against", str(pictures), "--metrics", "fid", "--weights", "inception="],
+            "--weights: found 'inception'",
+        ),
         (["record", "--run", "x"], "needs --run DIR and --recipe NAME"),
     ):
         assert main(argv) == 2, argv
