@@ -9,11 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastgen.cli.sample import DTYPES
 from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _flags() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastgen.cli.sample import DTYPES
 from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
@@ -29,7 +30,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--model", required=True, type=expand, help="export folder, LoRA file, run folder, or a teacher")
     add("--base", default="", type=expand, help="base of a LoRA file, if not the one its header names")
     add("--port", type=int, default=7860, help="of the page, on 127.0.0.1")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the denoiser")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the denoiser")
     add("--device", default="", help="default: cuda if there is one")
     return flags
 

@@ -15,11 +15,10 @@ In a checkout `python -m eval` is the same and keeps the leaderboard too.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 
-from fastgen.cli import compare, generate, protocol
 from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.core import interrupt
 from fastgen.core.console import CommandFlags, exit_code, program, quiet
@@ -28,8 +27,8 @@ from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
-OWN_FLAGS: dict[str, ModuleType] = {"generate": generate, "compare": compare, "protocol": protocol}
-"""commands with flags of their own, by the module that has `flags` and `run`"""
+OWN_FLAGS = ("generate", "compare", "protocol")
+"""commands with flags of their own: modules of this folder with `flags` and `run`, imported when called"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
 
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] == "--protocol":  # as one may say it, too
         argv[0] = "protocol"
     if argv and argv[0] in OWN_FLAGS:
-        command = OWN_FLAGS[argv[0]]
+        command = importlib.import_module(f"fastgen.cli.{argv[0]}")
         args, run = command.flags().parse_args(argv[1:]), command.run
     else:
         args, run = flags().parse_args(argv), _run

@@ -23,6 +23,17 @@ def test_help_is_quick_and_imports_no_library():
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
+def test_no_command_loads_torch_before_it_has_read_its_flags():
+    """So that --help and a misspelt flag are answered at once."""
+    modules = ", ".join(command.module for command in COMMANDS.values())
+    code = f"import sys, {modules}; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert not {"torch", "diffusers", "transformers"} & set(done.stdout.split())
+
+
 def test_help_takes_no_third_of_a_second():
     """Of the processor's time, which others on the machine do not lengthen."""
     code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'fastgen', '--help']);"
