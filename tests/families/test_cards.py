@@ -36,7 +36,6 @@ def test_the_card_runs_as_it_stands(name, kind, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     world = World(name, tmp_path / "work" / "base")
-    world.asked_for = dict(world.asked_for)
     world.teacher.path = "base"  # as a user gives it
     trainer = world.trainer(kind, 1 if world.case.sampler == "ode" else 2, world.case.sampler)
     trainer.cast.teacher.path = "base"
