@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgen.core.batch import Batch, select
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
+from fastgen.core.progress import tracked
 from fastgen.core.rng import Rng
 from fastgen.data import cache, tables
 from fastgen.data.labels import unlabelled_rows
@@ -101,7 +102,8 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
 
     def make() -> Iterator[tables.Rows]:
         size = max(1, min(500, 1_536_000 // images[0].numel()))
-        return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in images.split(size))
+        parts = tracked(images.split(size), f"encoding {len(images):,} images", len(images), size)
+        return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in parts)
 
     name = ""
     if cache_dir:
@@ -125,7 +127,8 @@ def _text_rows(
 
     def make() -> Iterator[tables.Rows]:
         with _no_inversion(codec.pipe):
-            for i in range(0, len(unique), 256):
+            firsts = range(0, len(unique), 256)
+            for i in tracked(firsts, f"encoding {len(unique):,} prompts", len(unique), 256):
                 yield codec.prompts(unique[i : i + 256])
 
     table = cache.kept(cache_dir, name, len(unique), make)

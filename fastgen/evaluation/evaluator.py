@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.core import interrupt
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
+from fastgen.core.progress import tracked
 from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
@@ -120,7 +121,8 @@ class Evaluator:
         """
         codec, device, batch_size = self.cast.teacher.codec, self.cast.device, self.protocol.batch_size
         chunks = []
-        for first in range(0, num, batch_size):
+        what = f"drawing {num:,} samples of the {who.replace('_', ' ')}"
+        for first in tracked(range(0, num, batch_size), what, num, batch_size):
             index = torch.arange(first, min(first + batch_size, num))
             cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
             uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
