@@ -190,9 +190,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     codec: Any = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if is_analytic(teacher.path):
-        if cfg.images or cfg.prompts:
-            key = "data.images" if cfg.images else "data.prompts"
-            raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+        _check_exact(cfg)
         exact: Any = teacher.backbone
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
@@ -220,6 +218,40 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     return Data(x0, table, rows, uncond, codec.shape)
 
 
+def look_at(cfg, teacher: Teacher) -> None:
+    """Print what the data section of a run names, and refuse what `load_data` would; no pixel is read and
+    nothing encoded, so the teacher may be without weights.
+    """
+    codec: Any = teacher.codec
+    if is_analytic(teacher.path):
+        _check_exact(cfg)
+        return
+    found = read_source(cfg, codec, "cpu", pixels=False)
+    if isinstance(codec, TextCodec):
+        if codec.family.needs_image and cfg.control:
+            control_files(Path(cfg.control), found, codec.family.name)
+        if codec.family.takes_text:
+            _check_captions(found.captions)
+
+
+def _check_exact(cfg) -> None:
+    """Refuse data for an exact teacher."""
+    if cfg.images or cfg.prompts:
+        key = "data.images" if cfg.images else "data.prompts"
+        raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+
+
+def _check_captions(captions: list[str] | None) -> list[str]:
+    """The captions, which a text-to-image teacher needs."""
+    if captions is None:
+        raise UserError(
+            "data",
+            "this text-to-image teacher needs captions and the set has none",
+            "add metadata.jsonl with file_name and text, or a .txt file beside each image",
+        )
+    return captions
+
+
 def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -> Data:
     """Data of a teacher that takes text, an image, or both."""
     codec: Any = teacher.codec
@@ -231,12 +263,7 @@ def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -
         num = len(next(iter(own.values())))
     if not codec.family.takes_text:
         captions = [""] * num
-    if captions is None:
-        raise UserError(
-            "data",
-            "this text-to-image teacher needs captions and the set has none",
-            "add metadata.jsonl with file_name and text, or a .txt file beside each image",
-        )
+    captions = _check_captions(captions)
     table, rows, texts = _text_rows(codec, captions, device, cfg.cache_dir, teacher.path)
     if own:
         table = {k: v for k, v in table.items() if k not in own}
