@@ -5,7 +5,7 @@ every so often. All of it goes to stderr, from the main process alone; TQDM_DISA
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -86,10 +86,10 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def update(self, num: int = 1, **values: float) -> None:
+    def update(self, num: int = 1, values: Mapping[str, float] | None = None) -> None:
         """`num` parts more are done; `values` (losses) replace those shown before."""
         self.done += num
-        self.values |= values
+        self.values |= values or {}
         now = time.monotonic()
         self._remember(now)
         if self.bar is not None:

@@ -22,6 +22,7 @@ from fastgen.core.progress import Progress
 from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
+from fastgen.data.text import example_of
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
@@ -110,6 +111,7 @@ class Trainer:
         self.unproven = False  # whether a checkpoint was saved that no step has started from yet
         self.unchanged = False  # True within a step until it changes the first weight
         self.exported: Path | None = None
+        self.example = example_of(data.texts)  # a prompt that the export may suggest
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:
@@ -259,7 +261,7 @@ class Trainer:
             record["cpu_share"] = self.cpu.since()
         record["rss_mb"] = psutil.Process().memory_info().rss / 2**20
         self.write_metrics(record)
-        bar.update(**{n.split("/")[0]: v for n, v in means.items() if n.endswith("/loss")})
+        bar.update(1, {n.split("/")[0]: v for n, v in means.items() if n.endswith("/loss")})
 
     def write_metrics(self, record: dict) -> None:
         """Append one line to metrics.jsonl and hand it to the trackers; numbers that are not finite (a
@@ -301,6 +303,7 @@ class Trainer:
             "seconds": self.seconds,
             "rest": rest,
             "best": self.best,
+            "example": self.example,
             "validated": self.validated,
             "fingerprint": self.fingerprint,
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},

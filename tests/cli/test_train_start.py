@@ -67,6 +67,7 @@ def test_max_steps_shortens_every_stage():
 
 def test_max_steps_runs_to_the_end(tmp_path, capsys):
     argv = ["--method", "dmd2", "--teacher", "digits", "--max_steps", "2", "--eval.num_samples", "8"]
+    argv += ["--teacher.num_steps", "2", "--eval.batch_size", "8", "--train.validation_steps", "0"]
     argv += ["--train.train_batch_size", "4", "--output_dir", str(tmp_path / "run"), "--eval.grid", "4"]
     assert main(argv) == 0
     said = capsys.readouterr().out
