@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastgen.config.competing import spelled
 from fastgen.config.recommended import Recommendation
 from fastgen.config.run import RunConfig, load, shortened, validate, with_flags
 from fastgen.core.errors import UserError
@@ -67,7 +68,7 @@ def recommended_config(known: argparse.Namespace, over: dict[str, Any]) -> RunCo
     values = with_flags(found.values, over, f"runs/{name}_{known.method}")
     _check_data(known, values)
     cfg = _smoke(known, validate(values))
-    known.recipe = found.text({**over, "output_dir": cfg.output_dir})
+    known.recipe = found.text({**spelled(found.values, over), "output_dir": cfg.output_dir})
     for note in found.notes:
         print(f"--method {known.method}: {note}")
     return cfg
