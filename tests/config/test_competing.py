@@ -140,8 +140,8 @@ FLAGS = [
 AS_PATH = {("teacher.path", "teacher.blueprint"), ("teacher.path", "teacher.layout")}
 SAME = {("teacher.blueprint", "teacher.layout"), ("teacher.layout", "teacher.blueprint")} | AS_PATH
 SAME |= {("stages.num_steps", "student.timesteps")}
-"""a blueprint or a layout (in files only) is of the model at teacher.path and stands beside it; the steps of a
-stage begin where student.timesteps does
+"""a blueprint or a layout (in files only) is of the model at teacher.path and stands beside it; the steps of
+a stage begin where student.timesteps does
 """
 
 
