@@ -38,7 +38,7 @@ def spelled(base: dict, over: dict) -> dict:
     """`over` with what it replaces of `base` set to nothing, for a file that is read over `base` again."""
     gone = {"data": _other_sources(base, over), "student": _other_times(base, over)}
     gone["teacher"] = _other_network(base, over)
-    empty = {"timesteps": [], "blueprint": None, "layout": None}
+    empty: dict[str, Any] = {"timesteps": [], "blueprint": None, "layout": None}
     out = dict(over)
     for section, keys in gone.items():
         if keys:

@@ -1,4 +1,4 @@
-"""What a run shows: its table, what it found, how far it is; on a user's own data nothing of anybody else's."""
+"""What a run shows: its table, what it found, how far it is; on own data nothing of anybody else's."""
 
 import json
 import os

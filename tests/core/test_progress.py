@@ -1,10 +1,12 @@
 """Progress: what a terminal, a log file and a job of SLURM see of a long task."""
 
 import io
+import re
 
 import pytest
 
 from fastgen.core import progress
+from fastgen.core.errors import warn
 from fastgen.core.progress import Progress, duration, tracked, waiting
 
 
@@ -118,6 +120,17 @@ def test_a_bar_is_one_line_with_losses_and_the_time_left(screen, clock, monkeypa
         one.bar.refresh()
     text = seen.getvalue()
     assert "dmd2 2/2:  50%|" in text and "5/10, student 0.25, 60 s left" in text
+
+
+def test_a_warning_stands_on_a_line_of_its_own(screen):
+    seen = screen(True)
+    with Progress("dmd2", 10, always=True) as one:
+        one.update(5)
+        warn("the disk is slow")
+    assert re.search(r"[\r\n]warning: the disk is slow\n", seen.getvalue())
+    seen = screen(False)
+    warn("the disk is slow")
+    assert seen.getvalue() == "warning: the disk is slow\n"
 
 
 def test_nothing_where_it_is_switched_off(screen, monkeypatch):
