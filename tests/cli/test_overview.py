@@ -53,6 +53,13 @@ def test_networks_are_counted_with_their_trained_share(kind):
     assert "critic" in rows and re.match(r"\d+\.\d [MG]B estimated", rows["memory"])
 
 
+def test_linear_attention_is_counted_under_gradient_checkpointing(tiny):
+    """On the meta device, of which autocast knows nothing."""
+    argv = ["--teacher.path", str(tiny("sana")), "--train.gradient_checkpointing", "true"]
+    cfg = load(["configs:recipes/tinted-sana_tdm.yaml"], argv)
+    assert "estimated" in dict(overview.network_rows(make_weightless_cast(cfg), cfg.train))["memory"]
+
+
 def test_the_first_rows_need_nothing_heavy():
     """They are printed before diffusers and transformers, which take most of the seconds of a start."""
     code = (
