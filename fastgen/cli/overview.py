@@ -23,7 +23,7 @@ def table(rows: Iterable[Row]) -> str:
         lines.append(f"{first:<{LABEL}}{wrapped[0]}".rstrip())
         lines += [" " * LABEL + more for more in wrapped[1:]]
         before = label
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def settings_rows(cfg: RunConfig) -> list[Row]:
@@ -93,7 +93,7 @@ def network_rows(cast, train, details: bool = False) -> list[Row]:
         objective = cast.stage(stage, Rng(train.seed))
         players = {n: _player(p, teacher) for n, p in objective.players.items()} | players
         calls = network_calls(cast, stage, len(cast.student.times)).items()
-        spelled = ", ".join(f"{n} {v:g}" for n, v in calls)
+        spelled = ", ".join(f"{n} {v:g}".replace(" ", "\xa0") for n, v in calls)  # wrapped between items
         steps.append((f"stage {i}", f"network calls a step (+grad carries a backward): {spelled}"))
         times = ", ".join(f"{t:g}" for t in cast.student.times)
         steps.append((f"stage {i}", f"student times: {times} ({cast.student.sampler})"))
