@@ -98,6 +98,8 @@ def network_rows(cast, train, details: bool = False) -> list[Row]:
         times = ", ".join(f"{t:g}" for t in cast.student.times)
         steps.append((f"stage {i}", f"student times: {times} ({cast.student.sampler})"))
     rows += [*players.items(), *(steps if details else [])]
+    if cast.teacher.is_analytic and not details:  # a formula and a small network
+        return rows
     found = estimate(cast, train)
     beside = f"; text and image encoders until prompts are encoded: {_size(found.encoders)}"
     rows.append(("memory", f"{_size(found.total)} estimated" + beside * bool(found.encoders)))
