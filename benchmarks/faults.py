@@ -205,6 +205,17 @@ def signals(folder: Path, num: int) -> Iterator[tuple[str, str]]:
             yield name, resumed(folder, run, wanted)
 
 
+def import_libraries() -> None:
+    """Import in this process what a run imports, so that the forked ones need not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "fast.yaml").write_text(FAST)
+        for program in ("train", "sample"):
+            _main(program)
+        run = ["--output_dir", str(folder / "run"), "--max_steps", "1"]
+        _main("train")(["--config", str(folder / "fast.yaml"), *run])
+
+
 KINDS = {
     "bad inputs": inputs,
     "damaged checkpoints": checkpoints,
@@ -216,9 +227,8 @@ KINDS = {
 def faults(every: int = 1) -> dict:
     """Figures of each kind; `every` tries every n-th attack only."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
-    for program in ("train", "sample"):
-        _main(program)  # the libraries are imported before the first fork
     found: dict = {}
+    import_libraries()
     for kind, attacks in KINDS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
