@@ -74,7 +74,7 @@ def test_a_bundled_base_is_found_from_the_export(tmp_path):
 
 
 def test_the_licence_is_the_base_s(tiny, tmp_path):
-    from tests.export.test_export import make_run
+    from tests.export.test_plain_diffusers import make_run
 
     base = tmp_path / "base"
     shutil.copytree(tiny("sd"), base)
