@@ -29,7 +29,7 @@ FAST = """\
 teacher: {path: "assets:teachers/digits", num_steps: 2}
 objective: {name: dmd2, student_every: 1, gan_weight: 0}
 data: {name: digits, limit: 64}
-train: {max_train_steps: 12, train_batch_size: 2, validation_steps: 0, checkpointing_steps: 2, num_threads: 1,
+train: {max_train_steps: 40, train_batch_size: 2, validation_steps: 0, checkpointing_steps: 2, num_threads: 1,
   checkpoints_total_limit: 9, ema_decay: [0.9], log_steps: 1}
 eval: {num_samples: 0}
 """
