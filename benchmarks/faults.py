@@ -81,6 +81,9 @@ class Command:
 
 
 def _child(program: str, argv: list[str], log: Path) -> int:
+    for name in SIGNALS:  # a shell's background and nohup have some of them ignored
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -238,7 +241,7 @@ def faults(every: int = 1) -> dict:
                 ended.append((name, wrong))
                 if wrong:
                     print(f"{kind}: {name}: {wrong}", file=sys.stderr, flush=True)
-            failed = {name: wrong.replace(scratch, "") for name, wrong in ended if wrong}
+            failed = [f"{name}: {wrong.replace(scratch, '')}" for name, wrong in ended if wrong]
         found[kind] = {"tried": len(ended), "held": len(ended) - len(failed), "failed": failed}
         found[kind]["seconds"] = round(time.monotonic() - start)
     if every == 1:
@@ -250,9 +253,7 @@ def page(found: dict) -> str:
     """The table of docs/reliability.md."""
     lines = ["| attack | tried | held | right behaviour |", "|---|---|---|---|"]
     lines += [f"| {k} | {v['tried']} | {v['held']} | {RIGHT[k]} |" for k, v in found.items()]
-    failed = [(kind, name, wrong) for kind, v in found.items() for name, wrong in v["failed"].items()]
+    failed = [f"{kind}: {line}" for kind, v in found.items() for line in v["failed"]]
     lines += ["", "Did not hold:" if failed else "All held.", ""]
-    escaped = (
-        f"{kind}: {name}: {wrong}".replace("|", "\\|").replace("<", "&lt;") for kind, name, wrong in failed
-    )
+    escaped = (line.replace("|", "\\|").replace("<", "&lt;") for line in failed)
     return "\n".join([*lines, *(f"- {line}" for line in escaped)])
