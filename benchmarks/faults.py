@@ -29,7 +29,7 @@ FAST = """\
 teacher: {path: "assets:teachers/digits", num_steps: 2}
 objective: {name: dmd2, student_every: 1, gan_weight: 0}
 data: {name: digits, limit: 64}
-train: {max_train_steps: 12, train_batch_size: 2, validation_steps: 0, checkpointing_steps: 2, num_threads: 1,
+train: {max_train_steps: 40, train_batch_size: 2, validation_steps: 0, checkpointing_steps: 2, num_threads: 1,
   checkpoints_total_limit: 9, ema_decay: [0.9], log_steps: 1}
 eval: {num_samples: 0}
 """
@@ -81,6 +81,9 @@ class Command:
 
 
 def _child(program: str, argv: list[str], log: Path) -> int:
+    for name in SIGNALS:  # a shell's background and nohup have some of them ignored
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -205,6 +208,17 @@ def signals(folder: Path, num: int) -> Iterator[tuple[str, str]]:
             yield name, resumed(folder, run, wanted)
 
 
+def import_libraries() -> None:
+    """Import in this process what a run imports, so that the forked ones need not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "fast.yaml").write_text(FAST)
+        for program in ("train", "sample"):
+            _main(program)
+        run = ["--output_dir", str(folder / "run"), "--max_steps", "1"]
+        _main("train")(["--config", str(folder / "fast.yaml"), *run])
+
+
 KINDS = {
     "bad inputs": inputs,
     "damaged checkpoints": checkpoints,
@@ -216,9 +230,8 @@ KINDS = {
 def faults(every: int = 1) -> dict:
     """Figures of each kind; `every` tries every n-th attack only."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg"}
-    for program in ("train", "sample"):
-        _main(program)  # the libraries are imported before the first fork
     found: dict = {}
+    import_libraries()
     for kind, attacks in KINDS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -228,7 +241,7 @@ def faults(every: int = 1) -> dict:
                 ended.append((name, wrong))
                 if wrong:
                     print(f"{kind}: {name}: {wrong}", file=sys.stderr, flush=True)
-            failed = {name: wrong.replace(scratch, "") for name, wrong in ended if wrong}
+            failed = [f"{name}: {wrong.replace(scratch, '')}" for name, wrong in ended if wrong]
         found[kind] = {"tried": len(ended), "held": len(ended) - len(failed), "failed": failed}
         found[kind]["seconds"] = round(time.monotonic() - start)
     if every == 1:
@@ -240,9 +253,7 @@ def page(found: dict) -> str:
     """The table of docs/reliability.md."""
     lines = ["| attack | tried | held | right behaviour |", "|---|---|---|---|"]
     lines += [f"| {k} | {v['tried']} | {v['held']} | {RIGHT[k]} |" for k, v in found.items()]
-    failed = [(kind, name, wrong) for kind, v in found.items() for name, wrong in v["failed"].items()]
+    failed = [f"{kind}: {line}" for kind, v in found.items() for line in v["failed"]]
     lines += ["", "Did not hold:" if failed else "All held.", ""]
-    escaped = (
-        f"{kind}: {name}: {wrong}".replace("|", "\\|").replace("<", "&lt;") for kind, name, wrong in failed
-    )
+    escaped = (line.replace("|", "\\|").replace("<", "&lt;") for line in failed)
     return "\n".join([*lines, *(f"- {line}" for line in escaped)])
