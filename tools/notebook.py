@@ -5,7 +5,6 @@
 Needs nbclient and ipykernel: pip install -e ".[docs]".
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -29,4 +28,4 @@ def run(file: Path = NOTEBOOK) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()
