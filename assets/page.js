@@ -119,5 +119,8 @@ for (const plot of all("svg.plot[data-axes]")) {
 }
 
 // -- while the run goes on
-const live = Number(document.body.dataset.live);
-if (live) setInterval(() => { if (!large.open && !document.hidden) location.reload(); }, 1000 * live);
+const live = 1000 * Number(document.body.dataset.live);
+function again() {
+  if (large.open || document.hidden) setTimeout(again, live); else location.reload();
+}
+if (live) setTimeout(again, live);

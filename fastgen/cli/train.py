@@ -142,7 +142,7 @@ def run(cfg, known) -> int:
     import torch
 
     from fastgen.config.run import dump
-    from fastgen.training import assembly, checkpoint, run_folder
+    from fastgen.training import assembly, checkpoint, run_folder, validation
     from fastgen.training.dryrun import describe
 
     quiet()
@@ -171,7 +171,13 @@ def run(cfg, known) -> int:
     with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
         _open(cfg, folder, last, known)
         accelerator.wait_for_everyone()
-        return _train(cfg, trainer, last)
+        code = None
+        try:
+            code = _train(cfg, trainer, last)
+        finally:
+            if code != 0 and (folder / "report").is_dir():
+                validation.refresh_report(folder, running=False)  # it no longer waits for more
+        return code
 
 
 def _rehearse(cfg, insist: bool, last: Path | None) -> None:

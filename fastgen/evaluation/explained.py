@@ -21,18 +21,19 @@ SAID = {
     "better; it orders generators of one image set and is not comparable with a published FID.",
     "energy_distance": "Distance between the student's points and the exact distribution. Lower is better.",
     "modes": "Share of the exact distribution's modes that the samples reach. Higher is better.",
-    "agreement": "Share of pictures in which a measuring net finds all that was asked for. Higher is better; "
-    "compare with the teacher's.",
-    "recall": "Share of real pictures that have a sample near them: how much of the variety is reached. Higher "
-    "is better.",
+    "agreement": "Share of pictures in which a measuring net finds all that was asked for. Higher is "
+    "better; compare with the teacher's.",
+    "recall": "Share of real pictures that have a sample near them: how much of the variety is reached. "
+    "Higher is better.",
     "precision": "Share of samples that have a real picture near them: how many look real. Higher is better.",
     "mmd": "Kernel distance (MMD x 1000) to real images in the same features as fd_mini; less biased for few "
     "samples. Lower is better.",
-    "clip": "How well picture and prompt go together, by the bundled image-text net (x 100). Higher is better.",
-    "fd_teacher_features": "Frechet distance between student and teacher samples in the teacher's own features: "
-    "how near the student is, not how good either is. Lower is nearer.",
-    "mmd_teacher_features": "Kernel distance between student and teacher samples in the teacher's own features. "
-    "Lower is nearer.",
+    "clip": "How well picture and prompt go together, by the bundled image-text net (x 100). Higher is "
+    "better.",
+    "fd_teacher_features": "Frechet distance between student and teacher samples in the teacher's own "
+    "features: how near the student is, not how good either is. Lower is nearer.",
+    "mmd_teacher_features": "Kernel distance between student and teacher samples in the teacher's own "
+    "features. Lower is nearer.",
     "diversity_ratio": "Effective number of different samples, as a share of the teacher's; 1 is as varied.",
     "saturation": "Mean colour saturation.",
     "contrast": "Spread of brightness within a picture.",
@@ -43,7 +44,8 @@ SAID = {
     "x_mean": "Mean of the student's samples; far from 0 it drifts in brightness.",
     "x_std": "Standard deviation of the student's samples.",
     "x_spread": "How different the student's samples of one batch are; a fall means collapse.",
-    "real_fake_gap": "Mean |D_real - D_fake|: how far teacher and critic disagree about the student's samples.",
+    "real_fake_gap": "Mean |D_real - D_fake|: how far teacher and critic disagree about the student's "
+    "samples.",
     "critic_error": "How far the critic is off the student's exact score, where that is known.",
     "logit_real": "Discriminator's answer to real images.",
     "logit_fake": "Discriminator's answer to the student's; far below logit_real it is too strong.",

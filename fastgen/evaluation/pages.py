@@ -3,6 +3,9 @@
 from fastgen.core.paths import asset
 from fastgen.export.markdown import shown_lines
 
+LIVE_SECONDS = 15
+"""after which the page of a run that goes on loads itself again"""
+
 
 def render(name: str, **values: object) -> str:
     """A page from a template of assets/. Values are text: escaped, and without the characters that hide or
@@ -12,7 +15,7 @@ def render(name: str, **values: object) -> str:
 
     loader = FileSystemLoader(asset(name).parent, encoding="utf-8")
     page = Environment(loader=loader, autoescape=True, trim_blocks=True, finalize=_without_hidden)
-    return page.get_template(name).render(**values)
+    return page.get_template(name).render(live_seconds=LIVE_SECONDS, **values)
 
 
 def _without_hidden(value: object) -> object:

@@ -74,7 +74,7 @@ def line_plot(lines: Sequence[Line], marks: Marks = Marks(), log: bool = False, 
 
 
 def axis(
-    values: Sequence[float], start: float, stop: float, log: bool = False, whole: bool = False, most: int = 5
+    values: Sequence[float], start: float, stop: float, log: bool = False, whole: bool = False, most: int = 6
 ) -> Axis:
     """An axis that holds all values, with round numbers to label; `whole`: integers from the lowest value."""
     low, high = min(values), max(values)
@@ -84,7 +84,8 @@ def axis(
     if low == high:
         low, high = (low, low + 1) if whole else (low - abs(low or 1) * 0.1, high + abs(high or 1) * 0.1)
     elif not whole:
-        low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+        room = 0.05 * (high - low)
+        low, high = (max(0.0, low - room) if low >= 0 else low - room), high + room
     step = _round_step((high - low) / most)
     step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
@@ -140,9 +141,7 @@ def _marks(marks: Marks, levels: list[tuple[str, float]], across: Axis, upward: 
         x = across.at(value)
         drawn.append(f'<line class="end" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         side, shift = ("end", -4) if x > WIDTH / 2 else ("start", 4)
-        drawn.append(
-            f'<text x="{x + shift:.1f}" y="{TOP + 8}" text-anchor="{side}">{escape(name)}</text>'
-        )
+        drawn.append(f'<text x="{x + shift:.1f}" y="{TOP + 8}" text-anchor="{side}">{escape(name)}</text>')
     foot = HEIGHT - BOTTOM
     for value in marks.ticks:
         if across.low <= value <= across.high:
@@ -173,7 +172,10 @@ def thinned(pairs: list[tuple[float, float]], most: int = MOST_POINTS) -> list[t
     found = []
     for first in range(0, len(pairs), stretch):
         part = pairs[first : first + stretch]
-        ends = {min(range(len(part)), key=lambda i: part[i][1]), max(range(len(part)), key=lambda i: part[i][1])}
+        ends = {
+            min(range(len(part)), key=lambda i: part[i][1]),
+            max(range(len(part)), key=lambda i: part[i][1]),
+        }
         found += [part[i] for i in sorted(ends)]
     return found
 

@@ -24,7 +24,15 @@ FIRST = (
     "precision",
     "clip",
 )
-QUALITY = ("fd_mini", "energy_distance", "fd_teacher_features", "agreement", "recall", "modes", "diversity_ratio")
+QUALITY = (
+    "fd_mini",
+    "energy_distance",
+    "fd_teacher_features",
+    "agreement",
+    "recall",
+    "modes",
+    "diversity_ratio",
+)
 """the headline's, where a run has not chosen its own; three at most"""
 DETAILS = ("grad_norm", "lr", "x_mean", "x_std", "h_max", "h_std", "log_ratio")
 """curves that are folded away"""
@@ -199,7 +207,9 @@ def _quality(run: RunFiles) -> list[tuple[str, str, str]]:
     found = []
     for key in keys:
         name = key.split("/", 1)[1]
-        levels = [(who, run.results[who][name]) for who in ("teacher", "floor") if name in run.results.get(who, {})]
+        levels = [
+            (who, run.results[who][name]) for who in ("teacher", "floor") if name in run.results.get(who, {})
+        ]
         steps, values = run.series(key)
         log = min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
         plot = line_plot([Line(steps, values)], Marks(levels=levels, ends=ends), log, f"{name} over steps")

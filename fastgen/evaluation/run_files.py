@@ -72,7 +72,9 @@ class RunFiles:
 
     def keys(self) -> list[str]:
         """Of all curves, as player/name."""
-        return list(dict.fromkeys(k for r in self.metrics for k, v in r.items() if "/" in k and _is_number(v)))
+        return list(
+            dict.fromkeys(k for r in self.metrics for k, v in r.items() if "/" in k and _is_number(v))
+        )
 
 
 def _is_number(value: object) -> bool:
