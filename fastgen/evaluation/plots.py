@@ -141,7 +141,9 @@ def _marks(marks: Marks, levels: list[tuple[str, float]], across: Axis, upward: 
         x = across.at(value)
         drawn.append(f'<line class="end" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         side, shift = ("end", -4) if x > WIDTH / 2 else ("start", 4)
-        drawn.append(f'<text x="{x + shift:.1f}" y="{TOP + 8}" text-anchor="{side}">{escape(name)}</text>')
+        drawn.append(
+            f'<text x="{x + shift:.1f}" y="{HEIGHT - BOTTOM - 9}" text-anchor="{side}">{escape(name)}</text>'
+        )
     foot = HEIGHT - BOTTOM
     for value in marks.ticks:
         if across.low <= value <= across.high:
@@ -172,11 +174,7 @@ def thinned(pairs: list[tuple[float, float]], most: int = MOST_POINTS) -> list[t
     found = []
     for first in range(0, len(pairs), stretch):
         part = pairs[first : first + stretch]
-        ends = {
-            min(range(len(part)), key=lambda i: part[i][1]),
-            max(range(len(part)), key=lambda i: part[i][1]),
-        }
-        found += [part[i] for i in sorted(ends)]
+        found += sorted({end(part, key=lambda pair: pair[1]) for end in (min, max)})
     return found
 
 

@@ -148,20 +148,18 @@ def _progress(run: RunFiles) -> list[dict]:
     """The headline while there is nothing measured yet."""
     found = []
     if run.step:
-        left = run.seconds / run.step * (run.total - run.step)
         part = next((s for s in run.stages if run.step <= s.last), run.stages[-1])
-        share = run.step / max(run.total, 1)
-        tile = {"name": "step", "meaning": "", "value": f"{run.step:,}", "beside": [f"of {run.total:,}"]}
-        found.append(tile | {"share": round(100 * min(share, 1)), "stage": part.name})
+        share = round(100 * min(run.step / max(run.total, 1), 1))
+        tile = {**_tile("step", f"{run.step:,}", [f"of {run.total:,}"]), "share": share, "stage": part.name}
+        left = run.seconds / run.step * (run.total - run.step)
         beside = [f"about {duration(left)} to go"] if left > 0 else []
-        time = {"name": "training time", "meaning": "", "value": duration(run.seconds), "beside": beside}
-        found.append(time)
-    for key in [k for k in run.keys() if k.startswith("validation/")][:2]:
+        found += [tile, _tile("training time", duration(run.seconds), beside)]
+    for key in [k for k in run.curves() if k.startswith("validation/")][:2]:
         _, values = run.series(key)
         name = key.split("/", 1)[1]
         beside = [f"at first {number(values[0], name)}"] if len(values) > 1 else []
         found.append(_tile(name, number(values[-1], name), beside))
-    for key in [k for k in run.keys() if k.endswith("/loss")][:2]:
+    for key in [k for k in run.curves() if k.endswith("/loss")][:2]:
         tile = _tile("loss", f"{run.series(key)[1][-1]:.4g}", [])
         found.append(tile | {"name": f"loss of the {key.split('/')[0]}"})
     return found
@@ -191,8 +189,8 @@ def _table(results: dict) -> dict:
 def _glossary(run: RunFiles) -> list[tuple[str, str]]:
     """(name, meaning) of every number on the page that something is known of."""
     rows = [v for v in run.results.values() if isinstance(v, dict)]
-    keys = [k for row in rows for k, v in row.items() if isinstance(v, (int, float)) and k in row]
-    keys += [k.split("/", 1)[1] for k in run.keys()]
+    keys = [k for row in rows for k, v in row.items() if isinstance(v, (int, float))]
+    keys += [k.split("/", 1)[1] for k in run.curves()]
     keys += [k for k in ("untrained", "floor") if run.results]
     found = {title(k): meaning(k) for k in dict.fromkeys(keys) if k in SAID or direction(k)}
     return [(name, said) for name, said in found.items() if said]
@@ -201,15 +199,14 @@ def _glossary(run: RunFiles) -> list[tuple[str, str]]:
 # -- curves
 def _quality(run: RunFiles) -> list[tuple[str, str, str]]:
     """(name, meaning, plot) of every validated number, with stage ends, the teacher's value and the floor."""
-    keys = [k for k in run.keys() if k.startswith("validation/")]
+    keys = [k for k in run.curves() if k.startswith("validation/")]
     keys.sort(key=lambda k: _order(k.split("/", 1)[1]))
     ends = [(f"end of {s.name}", s.last) for s in run.stages[:-1] if s.last <= run.step]
     found = []
     for key in keys:
         name = key.split("/", 1)[1]
-        levels = [
-            (who, run.results[who][name]) for who in ("teacher", "floor") if name in run.results.get(who, {})
-        ]
+        known = [(who, run.results.get(who, {})) for who in ("teacher", "floor")]
+        levels = [(who, row[name]) for who, row in known if name in row]
         steps, values = run.series(key)
         log = min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
         plot = line_plot([Line(steps, values)], Marks(levels=levels, ends=ends), log, f"{name} over steps")
@@ -223,8 +220,9 @@ def _order(name: str) -> tuple:
 
 def _curves(run: RunFiles, stage: Stage) -> tuple[list, list]:
     """(main, folded) curves of a stage, each as (name, meaning, plot)."""
-    main, folded = [], []
-    keys = [k for k in run.keys() if not k.startswith("validation/")]
+    main: list[tuple[str, str, str]] = []
+    folded: list[tuple[str, str, str]] = []
+    keys = [k for k in run.curves() if not k.startswith("validation/")]
     player = lambda k: (k.split("/")[0] != "student", k.split("/")[0])  # noqa: E731
     keys.sort(key=lambda k: (not k.endswith("/loss"), player(k), k))
     for key in keys:

@@ -16,8 +16,8 @@ SHOWN, STRIP, WAY = 20, 8, 6
 """requests shown, pictures in a row of the way there, and rows of it"""
 SMALL, LARGEST = 128, 512
 """up to this side pictures are kept exactly and drawn without smoothing; larger ones are scaled down to it"""
-CELLS = 1000
-"""that a layout may have in one row"""
+MOST_PIXELS = 2**16
+"""of a side of a picture, in a layout that is believed"""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ def layout(folder: Path) -> Layout | None:
     if not file.exists():
         return None
     found = read_json(file, "report", "repair or delete it")
-    numbers = [found.get(k) for k in ("columns", "height", "width", "frames")]
+    numbers: list[int] = [found.get(k, 0) for k in ("columns", "height", "width", "frames")]
     texts = found.get("texts")
-    good = all(type(n) is int and 0 < n <= 2**16 for n in numbers) and numbers[0] <= CELLS
+    good = all(type(n) is int and 0 < n <= MOST_PIXELS for n in numbers)
     if not (good and isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
         raise UserError("report", f"{file} has no layout of its grids", "repair or delete it")
     return Layout(texts[:SHOWN], *numbers)
 
 
 def contenders(folder: Path) -> list[tuple[str, Path]]:
-    """(name, grid) of what can be compared: the measured ones, or while the run goes on its latest samples."""
+    """(name, grid) of what can be compared: the measured ones, or a going run's latest samples."""
     samples = folder / "samples"
     names = {"teacher": "teacher", "student": "student", "untrained": "untrained student"}
     found = [(name, samples / f"{stem}.png") for stem, name in names.items()]

@@ -112,7 +112,7 @@ def _overlaid(runs: list[RunFiles], names: list[str], validated: bool) -> list[t
     """(name, meaning, plot) of every number that two runs or more have followed."""
     counts: dict[str, int] = {}
     for run in runs:
-        for key in run.keys():
+        for key in run.curves():
             wanted = key.startswith("validation/") if validated else key.endswith("/loss")
             counts[key] = counts.get(key, 0) + wanted
     found = []

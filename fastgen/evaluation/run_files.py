@@ -70,8 +70,8 @@ class RunFiles:
         points = {r["step"]: r[key] for r in self.metrics if _is_number(r.get(key))}
         return list(points), list(points.values())
 
-    def keys(self) -> list[str]:
-        """Of all curves, as player/name."""
+    def curves(self) -> list[str]:
+        """Names of all curves, as player/name."""
         return list(
             dict.fromkeys(k for r in self.metrics for k, v in r.items() if "/" in k and _is_number(v))
         )

@@ -208,9 +208,7 @@ def test_pictures_are_enlarged_and_compared(tmp_path):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_a_page_left_open_follows_the_run(tmp_path, monkeypatch):
-    """The numbers of a run that goes on come by themselves, the reader's choices stay, and at its end the page
-    rests.
-    """
+    """New numbers come by themselves, the reader's choices stay, and at the run's end the page rests."""
     folder = make_run(tmp_path / "run", finished=False)
     monkeypatch.setattr("fastgen.evaluation.pages.LIVE_SECONDS", 0.5)
     with browser() as open_page, served([folder]) as port:
