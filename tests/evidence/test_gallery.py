@@ -113,9 +113,8 @@ def test_the_picture_of_quality_against_speed():
     own = [d for d in documents if d["recipe"] == "tinted-sd_lcm"]
     (alone,) = figure.points(own)
     results = own[0]["results"]
-    assert alone.ratio == pytest.approx(
-        results["student"]["fd_mini"] / results["teacher"]["fd_mini"], rel=0.5
-    )
+    student, teacher = results["student"], results["teacher"]
+    assert alone.ratio == pytest.approx(student["fd_mini"] / teacher["fd_mini"], rel=0.5)
     assert figure.svg([]) == ""
     quick = {**own[0], "results": {**results, "student": {**student, "seconds_per_sample": 1e-9}}}
     assert figure.points([quick])[0].faster > 1000 * alone.faster, "it is the student's time that counts"
