@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = DemoModel(args.model, args.base, args.device, args.dtype)
     with tempfile.TemporaryDirectory(prefix="fastgen-demo-") as folder:
+        model.warm_up(Path(folder))
         page = build(model, Path(folder))
         print(f"demo    http://{HOST}:{args.port}   (Ctrl-C ends it)", flush=True)
         page.queue(default_concurrency_limit=1).launch(

@@ -81,6 +81,8 @@ def _state(run: RunFiles, running: bool) -> str:
         return "finished"
     if running:
         return "measuring" if run.total and run.step >= run.total else "training"
+    if run.total and run.step >= run.total:
+        return "trained, not measured"
     return f"stopped at step {run.step:,}" if run.step else "not started"
 
 

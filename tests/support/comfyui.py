@@ -1,8 +1,8 @@
 """What ComfyUI makes of a LoRA file and of a workflow, written from its documented rules, not its code.
 
 Keys       `lora_unet_` + the diffusers path of a UNet's module, dots as underscores; `transformer.` + the
-           path of an SD3 or Flux block's module; .lora_down / .lora_up / .alpha or .lora_A / .lora_B; other keys
-           are dropped with a warning
+           path of an SD3 or Flux block's module; .lora_down / .lora_up / .alpha or .lora_A / .lora_B; other
+           keys are dropped with a warning
 Strength   up @ down * alpha / rank, and without alpha up @ down
 Workflow   nodes by number, each with its class and inputs; [number, k] is output k of another node
 Sampling   noise sigma * eps, or sqrt(1 + sigma^2) eps at the model's last level; x / sqrt(1 + sigma^2) goes
