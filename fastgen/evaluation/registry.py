@@ -1,5 +1,5 @@
 """Every metric by name. `fd:dinov2` asks for a metric on an encoder; a published name is short for such a
-pair.
+pair. To add one: an entry in the METRICS of a module of metrics/; here only a new module or a published name.
 
 python -m fastgen.evaluation.registry prints the table that docs/evaluation.md shows.
 """
@@ -10,8 +10,8 @@ from fastgen.core.errors import UserError, suggest
 from fastgen.evaluation.metrics import agreement, distributions, lpips, pixels, text_scores
 from fastgen.evaluation.metrics.metric import Metric
 
-FAMILIES = (distributions, text_scores, pixels, lpips, agreement)
-METRICS: dict[str, Metric] = {m.name: m for family in FAMILIES for m in family.METRICS}
+MODULES = (distributions, text_scores, pixels, lpips, agreement)
+METRICS: dict[str, Metric] = {m.name: m for module in MODULES for m in module.METRICS}
 ALIASES = {
     "fid": "fd:inception",
     "fid_inf": "fd_inf:inception",

@@ -14,7 +14,7 @@ import torch
 
 from fastgen.cli import report
 from fastgen.cli.report import main
-from fastgen.evaluation.grids import save_grid, save_requests
+from fastgen.evaluation.sample_grids import save_grid, save_requests
 from fastgen.training import run_folder
 from tests.support.browser import CHROMIUM, WIDER, browser
 

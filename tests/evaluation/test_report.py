@@ -15,12 +15,12 @@ from fastgen.core.errors import UserError
 from fastgen.evaluation import registry
 from fastgen.evaluation.evaluator import table
 from fastgen.evaluation.explained import direction, meaning, number, title
-from fastgen.evaluation.grids import save_grid, save_requests, to_grid
 from fastgen.evaluation.plots import MOST_POINTS, Line, axis, line_plot, short, smooth, thinned
 from fastgen.evaluation.report import write_report
 from fastgen.evaluation.report_pictures import picture_sets
 from fastgen.evaluation.report_runs import runs_page, unique_names
 from fastgen.evaluation.run_files import read_run
+from fastgen.evaluation.sample_grids import save_grid, save_requests, to_grid
 
 CONFIG = """
 teacher: {path: "assets:teachers/fashion", num_steps: 20, guidance: 2.0}

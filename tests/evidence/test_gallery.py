@@ -14,7 +14,7 @@ from eval.__main__ import main
 from eval.evidence import read_all, results_folder
 from eval.gallery import points
 from eval.thumbnails import MOST_BYTES, write_thumbnail
-from fastgen.evaluation.grids import save_grid, save_requests
+from fastgen.evaluation.sample_grids import save_grid, save_requests
 from tests.support.browser import CHROMIUM, WIDER, browser
 
 

@@ -14,7 +14,7 @@ from fastgen.export.info import read_info
 from fastgen.export.load import load_export
 from fastgen.sampling.solvers import ImageNoise
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 from tests.families.cases.image_transformers import flux_folder, sd3_folder
 from tests.families.cases.unets import sdxl_folder
 from tests.support import comfyui

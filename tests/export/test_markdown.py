@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from fastgen.evaluation.grids import save_grid, save_requests
 from fastgen.evaluation.report import write_report
 from fastgen.evaluation.report_runs import runs_page
+from fastgen.evaluation.sample_grids import save_grid, save_requests
 from fastgen.export.markdown import code, escape, fenced, visible
 from fastgen.export.model_card import _numbers, license_of
 
