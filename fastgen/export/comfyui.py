@@ -48,6 +48,8 @@ def unfit(teacher: Teacher, info: ExportInfo) -> str:
         return f"it starts from unit noise at time {first:g} alone, and the student at {times[0]:g}"
     if info.student_kind == "lora" and not lora_file(info, family):
         return "it does not read the names of all adapted layers"
+    if info.student_kind == "full" and family not in UNETS:
+        return f"a whole network of {family} in diffusers' names was never tried there"
     return ""
 
 

@@ -144,29 +144,33 @@ def look(page, name):
         page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
+def brightness(colour):
+    """Of rgb(r, g, b), as a sum."""
+    return sum(int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 @pytest.mark.parametrize("kind", ["finished", "running", "compared"])
 def test_pages_fit_and_complain_of_nothing(kind, tmp_path):
     runs = [make_run(tmp_path / name, kind != "running") for name in ("first", "second")]
     runs = runs if kind == "compared" else runs[:1]
     with served(runs) as port, browser() as open_page:
-        for scheme in ("light", "dark"):
-            for width in (1300, 400):
-                page, problems = open_page(f"http://127.0.0.1:{port}", width, 900)
-                page.emulate_media(color_scheme=scheme)
-                page.locator("summary").evaluate_all("all => all.forEach(s => s.parentElement.open = true)")
-                assert page.evaluate(WIDER) == [], (width, scheme)
-                look(page, f"report-{kind}-{width}-{scheme}")
-                ink, back = page.evaluate(
-                    "() => ['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k])"
-                )
-                assert (ink < back) == (scheme == "light")
-                sizes = page.locator(".card img:visible").evaluate_all(
-                    "all => all.map(i => Math.round(i.getBoundingClientRect().width))"
-                )
-                assert len(sizes) == 24 and max(sizes) - min(sizes) <= 1 and min(sizes) > 70
-                assert problems == []
-                page.close()
+        page, problems = open_page(f"http://127.0.0.1:{port}", 1300, 900)
+        page.locator("summary").evaluate_all("all => all.forEach(s => s.parentElement.open = true)")
+        for width, scheme in ((1300, "light"), (1300, "dark"), (400, "dark"), (400, "light")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(WIDER) == [], (width, scheme)
+            look(page, f"report-{kind}-{width}-{scheme}")
+            ink, back = page.evaluate(
+                "() => ['color', 'backgroundColor'].map(k => getComputedStyle(document.body)[k])"
+            )
+            assert (brightness(ink) < brightness(back)) == (scheme == "light")
+            sizes = page.locator(".card img:visible").evaluate_all(
+                "all => all.map(i => Math.round(i.getBoundingClientRect().width))"
+            )
+            assert len(sizes) == 24 and max(sizes) - min(sizes) <= 1 and min(sizes) > 70
+        assert problems == []
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")

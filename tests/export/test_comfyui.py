@@ -79,6 +79,8 @@ def test_the_lora_of_a_transformer_is_read_whole(name, base, tmp_path):
     keys = load_file(folder / nodes["2"]["inputs"]["lora_name"]).keys()
     assert keys and comfyui.unread_of_transformer(keys) == []
     assert comfyui.unread_of_transformer(["transformer.x_embedder.lora_A.weight"])
+    whole = dataclasses.replace(read_info(folder, "test"), student_kind="full")
+    assert "never tried" in unfit(load_export(folder).teacher, whole)
     kinds = [node["class_type"] for node in nodes.values()]
     assert ("FluxGuidance" in kinds) == (name == "flux") and "EmptySD3LatentImage" in kinds
 
