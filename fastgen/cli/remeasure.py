@@ -38,7 +38,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
     cast = _cast(run, cfg, open_device(device))
     data: Any
-    if (cast.teacher.info or {}).get("measure"):
+    if (cast.teacher.info or {}).get("measure") and not (cfg.data.images or cfg.data.prompts):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)

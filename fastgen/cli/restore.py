@@ -35,6 +35,8 @@ class Restored:
     """whether it is the run's last step"""
     weights: str
     """which: an average by its decay, raw, or best"""
+    example: str
+    """a prompt of the run's own data"""
 
 
 def choose(run: Path, step: int | None) -> Path:
@@ -85,7 +87,7 @@ def restore(run: Path, step: int | None = None, raw: bool = False, device="cpu")
         if cfg.student.fuse:
             fuse(student, cfg.student.fuse, cfg.student.fuse_weight)
     cast.stages = stages[: writer + 1]
-    return Restored(cast, cfg.train, meta["step"], run, finished, weights)
+    return Restored(cast, cfg.train, meta["step"], run, finished, weights, meta.get("example", ""))
 
 
 def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str, source: Path) -> None:

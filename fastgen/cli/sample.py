@@ -181,9 +181,9 @@ def batches(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: 
     number; the first image comes alone and once more in its batch, to warm up and to be seen early.
     """
     import torch
-    from tqdm.auto import tqdm
 
     from fastgen.core.batch import select
+    from fastgen.core.progress import tracked
 
     num_rows = len(next(iter(cond.values()))) if cond else 1
 
@@ -195,10 +195,9 @@ def batches(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: 
         return first, images, time.perf_counter() - start
 
     yield *batch(0, 1)[:2], 0.0
-    with tqdm(total=len(seeds), desc=generator.name, unit="image", leave=False) as bar:
-        for first in range(0, len(seeds), batch_size):
-            yield batch(first, min(first + batch_size, len(seeds)))
-            bar.update(min(batch_size, len(seeds) - first))
+    what = f"drawing {len(seeds):,} images, {generator.name}"
+    for first in tracked(range(0, len(seeds), batch_size), what, len(seeds), batch_size):
+        yield batch(first, min(first + batch_size, len(seeds)))
 
 
 def draw(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: int, device="cpu"):

@@ -6,13 +6,14 @@ python train.py --config a.yaml b.yaml --optim.student.lr 1e-4
 import argparse
 import importlib
 import importlib.util
-import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from fastgen.core import interrupt
+from fastgen.core import interrupt, progress
 from fastgen.core.console import Flags, exit_code, not_finite, program, quiet
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error
@@ -141,16 +142,15 @@ def run(cfg, known) -> int:
     """Train one validated config."""
     import torch
 
-    from fastgen.config.run import dump
-    from fastgen.training import assembly, checkpoint, run_folder, validation
-    from fastgen.training.dryrun import describe
+    from fastgen.cli import overview
+    from fastgen.training import assembly, checkpoint, run_folder
 
     quiet()
     _check_libraries(cfg)
     if known.dry_run:
-        print(dump(cfg) + "\n" + describe(assembly.make_weightless_cast(cfg), cfg.train))
-        return 0
-    main_process = os.environ.get("RANK", "0") == "0"
+        return _dry_run(cfg)
+    _check_halves(cfg)
+    main_process = progress.main_process()
     folder = Path(cfg.output_dir)
     if main_process:
         run_folder.check_folder(cfg.output_dir, assembly.input_paths(cfg), known.resume, known.overwrite)
@@ -158,7 +158,11 @@ def run(cfg, known) -> int:
     if last:
         checkpoint.check_same(last, assembly.fixed_settings(cfg), known.allow_changed, report=False)
     torch.set_num_threads(threads_per_process(cfg.train.num_threads, torch.get_num_threads()))
-    _rehearse(cfg, known.insist, last)
+    if main_process:
+        print(overview.table(overview.settings_rows(cfg)), flush=True)
+    cast = _rehearse(cfg, known.insist, last)
+    if main_process:
+        print(overview.table(overview.network_rows(cast, cfg.train)), flush=True)
     accelerator = _accelerator(cfg)
     trainer = _prepare(cfg, folder, accelerator)
     if last:
@@ -171,25 +175,58 @@ def run(cfg, known) -> int:
     with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
         _open(cfg, folder, last, known)
         accelerator.wait_for_everyone()
-        code = None
-        try:
-            code = _train(cfg, trainer, last)
-        finally:
-            if code != 0 and (folder / "report").is_dir():
-                validation.refresh_report(folder, running=False)  # it no longer waits for more
-        return code
+        with _page_at_rest(folder):
+            return _train(cfg, trainer, last)
 
 
-def _rehearse(cfg, insist: bool, last: Path | None) -> None:
-    """Refuse what cannot work or would not end, before the run folder is touched."""
+@contextmanager
+def _page_at_rest(folder: Path) -> Iterator[None]:
+    """However the run ends, its page no longer waits for more."""
+    from fastgen.training.validation import refresh_report
+
+    page = folder / "report" / "index.html"
+    try:
+        yield
+    finally:
+        if page.is_file() and "data-live" in page.read_text(encoding="utf-8"):
+            refresh_report(folder, running=False)
+
+
+def _dry_run(cfg) -> int:
+    """Print the whole config, the table of the run, and what its data hold."""
+    from fastgen.cli import overview
+    from fastgen.config.run import dump
+    from fastgen.data.loader import look_at
+    from fastgen.data.sources import check_there
+    from fastgen.training import assembly
+    from fastgen.training.dryrun import rehearse
+
+    print(dump(cfg))
+    print(overview.table(overview.settings_rows(cfg)), flush=True)
+    check_there(cfg.data)
+    cast = assembly.make_weightless_cast(cfg)
+    rehearse(cast, cfg.train)
+    print(overview.table(overview.network_rows(cast, cfg.train, details=True)), flush=True)
+    look_at(cfg.data, cast.teacher)
+    print("nothing was started or written")
+    return 0
+
+
+def _rehearse(cfg, insist: bool, last: Path | None):
+    """Refuse what cannot work or would not end, before the run folder is touched; the parts without weights
+    that it was found out on.
+    """
+    from fastgen.data.sources import check_there
     from fastgen.training import assembly
     from fastgen.training.dryrun import rehearse
     from fastgen.training.limits import check_limits
 
+    check_there(cfg.data)
     cast = assembly.make_weightless_cast(cfg)
     rehearse(cast, cfg.train, last)
     if not insist:
         check_limits(cast, cfg.train, cfg.eval, assembly.step_keys(cfg))
+    return cast
 
 
 def _prepare(cfg, folder: Path, accelerator):
@@ -197,7 +234,8 @@ def _prepare(cfg, folder: Path, accelerator):
     from fastgen.data.loader import load_data
     from fastgen.training.assembly import make_cast, make_trainer, make_validator
 
-    cast = make_cast(cfg, accelerator.device)
+    with progress.waiting(f"loading {cfg.teacher.path}"):
+        cast = make_cast(cfg, accelerator.device)
     data = load_data(cfg.data, cast.teacher, accelerator.device, pixels=cfg.reads_data())
     validator = make_validator(cfg, cast, data, folder)
     return make_trainer(cfg, cast, data, folder, accelerator, validator)
@@ -313,6 +351,16 @@ def _check_libraries(cfg) -> None:
         raise UserError(
             "train.mixed_precision", "found 'fp16' without a GPU", "use no or bf16, which a CPU can compute"
         )
+
+
+def _check_halves(cfg) -> None:
+    """Float16 weights under bfloat16 autocast are a pair that CPUs do not compute."""
+    import torch
+
+    mixed, dtype = cfg.train.mixed_precision, cfg.teacher.dtype
+    if dtype == "fp16" and mixed == "bf16" and not torch.cuda.is_available():
+        found = "found 'fp16' with train.mixed_precision 'bf16' and no GPU"
+        raise UserError("teacher.dtype", found, "give one precision to both: null and no, or bf16 and bf16")
 
 
 def environment(command: list[str]) -> dict:

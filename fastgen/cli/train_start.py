@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastgen.config.competing import spelled
+from fastgen.config.recommended import Recommendation
 from fastgen.config.run import RunConfig, load, shortened, validate, with_flags
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config
@@ -61,13 +63,27 @@ def recommended_config(known: argparse.Namespace, over: dict[str, Any]) -> RunCo
     known.teacher = known.teacher or "assets:teachers/fashion"
     found = recommend(known.method, known.teacher)
     name = re.sub(r"[^\w.+-]+", "-", Path(found.path.replace(":", "/")).name) or "teacher"
+    if not known.dry_run:
+        _without_gpu(found)
     values = with_flags(found.values, over, f"runs/{name}_{known.method}")
     _check_data(known, values)
     cfg = _smoke(known, validate(values))
-    known.recipe = found.text({**over, "output_dir": cfg.output_dir})
+    known.recipe = found.text({**spelled(found.values, over), "output_dir": cfg.output_dir})
     for note in found.notes:
         print(f"--method {known.method}: {note}")
     return cfg
+
+
+def _without_gpu(found: Recommendation) -> None:
+    """Settings of half precision are for a GPU; without one they become float32, which every CPU computes."""
+    import torch
+
+    half = found.values["teacher"].get("dtype"), found.values.get("train", {}).get("mixed_precision", "no")
+    if torch.cuda.is_available() or half in ((None, "no"), ("null", "no")):
+        return
+    found.own["teacher"] = found.own.get("teacher", {}) | {"dtype": None}
+    found.own["train"] = found.own.get("train", {}) | {"mixed_precision": "no"}
+    found.notes.append("float32: these settings are of half precision, for a GPU, and there is none")
 
 
 def _check_data(known: argparse.Namespace, values: dict[str, Any]) -> None:

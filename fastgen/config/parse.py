@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from fastgen.config.data_sources import replaced
+from fastgen.config.competing import replaced
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import config, expand
 from fastgen.core.yaml_text import parse_yaml, read_yaml
@@ -78,7 +78,7 @@ def _read_over_bases(file: Path, above: tuple[Path, ...]) -> dict:
         if base.suffix not in (".yaml", ".yml"):
             raise UserError("base", f"{file} has {name!r}", "give the path of a .yaml file")
         merged = merge(merged, _read_over_bases(base, (*above, file.resolve())))
-    return merge(merged, values)
+    return merge(replaced(merged, values), values)
 
 
 def _locate(name: str, folder: Path, key: str, where: str = "") -> Path:

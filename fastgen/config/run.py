@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastgen.config.data_sources import competing, replaced
+from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
 from fastgen.config.sections import (
     CriticConfig,
@@ -210,6 +210,7 @@ def load(files: list[str], argv: list[str], switches: tuple[str, ...] = ()) -> R
 def with_flags(base: dict, over: dict, output_dir: str = "") -> dict:
     """Values of files under those of flags; `output_dir` where neither names one."""
     values = merge(replaced(base, over), over)
+    check_stages(values, over)
     if output_dir:
         values.setdefault("output_dir", output_dir)
     return values

@@ -260,7 +260,9 @@ class EvalConfig(Section):
     """Evaluation during and after training."""
 
     num_samples: int = Field(default=1000, ge=0)
-    """student samples of the final evaluation; 0 skips it"""
+    """student samples of the final evaluation; 0 skips it. The default is 100 where eval.metrics is empty and
+    the teacher is none of a bundled set, or the data are your own
+    """
     teacher_samples: int = Field(default=0, ge=0)
     """teacher samples of the final evaluation; 0 is as many as the student's"""
     student_steps: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()

@@ -4,11 +4,15 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from fastgen.core.errors import NotFinite, UserError
 from fastgen.core.files import disk_error
+
+CHATTY = ("diffusers", "transformers", "accelerate", "peft", "torchvision", "huggingface_hub", "torch")
+"""libraries whose remarks are not for the user of a command"""
 
 
 class Flags(argparse.ArgumentParser):
@@ -74,9 +78,29 @@ def quiet() -> None:
     """Hide what libraries print below an error: fastgen's own messages are short and name the setting.
 
     Diffusers and transformers set the level of their loggers when they are imported, from the environment;
-    where that names a level, it is kept.
+    where that names a level, it is kept. Python's own warnings stay where -W or PYTHONWARNINGS asks for them.
     """
+    if not sys.warnoptions:
+        for name in CHATTY:
+            warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
     for name in ("diffusers", "transformers", "accelerate"):
         os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
         if os.environ[f"{name.upper()}_VERBOSITY"] == "error":
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def no_weight_bars() -> None:
+    """Switch off the bars of diffusers and transformers for reading and writing weights; those of downloads
+    stay as they are.
+    """
+    from diffusers.utils import logging as diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers
+
+    downloads = not are_progress_bars_disabled()
+    diffusers.disable_progress_bar()
+    transformers.disable_progress_bar()  # switches those of downloads off too
+    if downloads:
+        enable_progress_bars()

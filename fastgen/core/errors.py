@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+from fastgen.core.progress import say
+
 
 class UserError(ValueError):
     """A setting, file or request that the user can correct.
@@ -23,7 +25,7 @@ class NotFinite(RuntimeError):
 
 def warn(text: str) -> None:
     """One line on stderr: the run continues, but differs from what was requested."""
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", sys.stderr)
 
 
 def first_line(error: Exception) -> str:

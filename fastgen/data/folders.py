@@ -62,13 +62,18 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool = True) -> Listing:
-    """The pictures (or clips) of a folder and, with deep, its sub-folders, in natural order."""
-    folder = folder.expanduser()
+def check_folder(folder: Path, key: str) -> None:
+    """A UserError that names the key unless this is a folder."""
     if not folder.is_dir():
         raise UserError(
             key, f"{folder} is not a folder", "give a folder of png, jpg, webp or other image files"
         )
+
+
+def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool = True) -> Listing:
+    """The pictures (or clips) of a folder and, with deep, its sub-folders, in natural order."""
+    folder = folder.expanduser()
+    check_folder(folder, key)
     kinds, found = CLIPS if clips else formats(), Listing(folder)
     failed: list[OSError] = []
     for where, folders, files in os.walk(folder, onerror=failed.append):

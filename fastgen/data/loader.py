@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgen.core.batch import Batch, select
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
+from fastgen.core.progress import tracked
 from fastgen.core.rng import Rng
 from fastgen.data import cache, tables
 from fastgen.data.labels import unlabelled_rows
@@ -101,7 +102,8 @@ def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Te
 
     def make() -> Iterator[tables.Rows]:
         size = max(1, min(500, 1_536_000 // images[0].numel()))
-        return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in images.split(size))
+        parts = tracked(images.split(size), f"encoding {len(images):,} images", len(images), size)
+        return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in parts)
 
     name = ""
     if cache_dir:
@@ -125,7 +127,8 @@ def _text_rows(
 
     def make() -> Iterator[tables.Rows]:
         with _no_inversion(codec.pipe):
-            for i in range(0, len(unique), 256):
+            firsts = range(0, len(unique), 256)
+            for i in tracked(firsts, f"encoding {len(unique):,} prompts", len(unique), 256):
                 yield codec.prompts(unique[i : i + 256])
 
     table = cache.kept(cache_dir, name, len(unique), make)
@@ -187,9 +190,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     codec: Any = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if is_analytic(teacher.path):
-        if cfg.images or cfg.prompts:
-            key = "data.images" if cfg.images else "data.prompts"
-            raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+        _check_exact(cfg)
         exact: Any = teacher.backbone
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
@@ -217,6 +218,40 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     return Data(x0, table, rows, uncond, codec.shape)
 
 
+def look_at(cfg, teacher: Teacher) -> None:
+    """Print what the data section of a run names, and refuse what `load_data` would; no pixel is read and
+    nothing encoded, so the teacher may be without weights.
+    """
+    codec: Any = teacher.codec
+    if is_analytic(teacher.path):
+        _check_exact(cfg)
+        return
+    found = read_source(cfg, codec, "cpu", pixels=False)
+    if isinstance(codec, TextCodec):
+        if codec.family.needs_image and cfg.control:
+            control_files(Path(cfg.control), found, codec.family.name)
+        if codec.family.takes_text:
+            _check_captions(found.captions)
+
+
+def _check_exact(cfg) -> None:
+    """Refuse data for an exact teacher."""
+    if cfg.images or cfg.prompts:
+        key = "data.images" if cfg.images else "data.prompts"
+        raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+
+
+def _check_captions(captions: list[str] | None) -> list[str]:
+    """The captions, which a text-to-image teacher needs."""
+    if captions is None:
+        raise UserError(
+            "data",
+            "this text-to-image teacher needs captions and the set has none",
+            "add metadata.jsonl with file_name and text, or a .txt file beside each image",
+        )
+    return captions
+
+
 def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -> Data:
     """Data of a teacher that takes text, an image, or both."""
     codec: Any = teacher.codec
@@ -228,12 +263,7 @@ def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -
         num = len(next(iter(own.values())))
     if not codec.family.takes_text:
         captions = [""] * num
-    if captions is None:
-        raise UserError(
-            "data",
-            "this text-to-image teacher needs captions and the set has none",
-            "add metadata.jsonl with file_name and text, or a .txt file beside each image",
-        )
+    captions = _check_captions(captions)
     table, rows, texts = _text_rows(codec, captions, device, cfg.cache_dir, teacher.path)
     if own:
         table = {k: v for k, v in table.items() if k not in own}

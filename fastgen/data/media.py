@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
+from fastgen.core.progress import tracked
 from fastgen.data.folders import CLIPS, Listing, Samples, gather, named, scan, some
 from fastgen.data.pictures import (
     as_shown,
@@ -43,7 +44,7 @@ def read_files(
     found = torch.empty(num, *size, dtype=torch.uint8)
     kept: list[int] = []
     bad: list[str] = []
-    for i, path in enumerate(samples.files):
+    for i, path in enumerate(tracked(samples.files, f"reading {num:,} files", num)):
         if len(kept) == num:
             break
         try:

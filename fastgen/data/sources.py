@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import NAMES, load_images, load_labels
-from fastgen.data.folders import Listing, Samples, gather, named, scan, some
+from fastgen.data.folders import Listing, Samples, check_folder, gather, named, scan, some
 from fastgen.data.labels import class_rows, drop_missing
 from fastgen.data.media import describe, read_files
 from fastgen.data.text import read_lines
@@ -34,6 +34,18 @@ class Found:
         return next((len(v) for v in lists if v is not None), None)
 
 
+PROMPTS = "a text file with one prompt a line"
+
+
+def check_there(cfg) -> None:
+    """Refuse a data section whose folders or files are not there, before anything is loaded."""
+    for key in ("images", "control"):
+        if path := getattr(cfg, key):
+            check_folder(Path(path).expanduser(), f"data.{key}")
+    if cfg.prompts and not Path(cfg.prompts).expanduser().is_file():
+        read_lines(cfg.prompts, "data.prompts", PROMPTS)  # says what is wrong with it
+
+
 def takes_text(codec) -> bool:
     return isinstance(codec, TextCodec) and codec.family.takes_text
 
@@ -47,9 +59,8 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
     if cfg.images:
         return _folder(cfg, codec, device, pixels)
     if cfg.prompts:
-        wanted = "a text file with one prompt a line"
         # beside control images every line has its place
-        lines = read_lines(cfg.prompts, "data.prompts", wanted, keep_blank=bool(cfg.control))
+        lines = read_lines(cfg.prompts, "data.prompts", PROMPTS, keep_blank=bool(cfg.control))
         _check_wanted(cfg, codec)
         print(f"data: {len(lines)} prompts, {len(set(lines))} of them different")
         return Found(captions=lines[: cfg.limit or None], total=len(lines))

@@ -4,7 +4,7 @@ Only a newline ends a line (not U+2028, a form feed or a vertical tab), as in an
 is one line that names the file, the line and the byte.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastgen.core import reading
@@ -54,3 +54,9 @@ def read_lines(path: str | Path, key: str, instruction: str, keep_blank: bool = 
     if not any(lines):
         raise UserError(key, f"{path} is empty", instruction)
     return lines if keep_blank else [line for line in lines if line]
+
+
+def example_of(texts: Sequence[str] | None) -> str:
+    """The first of the run's prompts that a shell and a card show on one line, or the first one cut short."""
+    shown = [t for t in texts or () if t.strip() and t.isprintable()]
+    return next((t for t in shown if len(t) <= 80), shown[0][:80].rpartition(" ")[0] if shown else "")

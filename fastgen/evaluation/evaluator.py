@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.core import interrupt
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
+from fastgen.core.progress import tracked
 from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
@@ -40,19 +41,26 @@ class EvaluationProtocol:
     batch_size: int
     seed: int
     """of the first sample"""
+    own_data: bool = False
+    """whether the data are a user's: their captions and images are measured against, no bundled set's"""
+
+
+MOST_WIDTH = 100
+"""characters of a line of the final table"""
 
 
 class Requests:
     """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
 
-    def __init__(self, teacher, data):
+    def __init__(self, teacher, data, own_data: bool = False):
+        """own_data: captions are those of the data, also for a teacher of a bundled set."""
         codec = teacher.codec
         self.codec, self.uncond, self.own = codec, data.uncond, None
         self.attributes: dict[str, Tensor] = {}
         self.captions: list[str] | None = None
         """the text of each row of the table"""
         measure = (teacher.info or {}).get("measure")
-        if isinstance(codec, TextCodec) and measure == "tinted":
+        if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
@@ -109,10 +117,15 @@ class Evaluator:
         from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 
         self.protocol, self.cast, self.metrics = protocol, cast, metrics
-        self.requests = Requests(cast.teacher, data)
+        self.requests = Requests(cast.teacher, data, protocol.own_data)
+        self.x0 = getattr(data, "x0", None) if protocol.own_data else None
         teacher = cast.teacher
         self.measurer = (
-            ToyMeasurer(teacher.backbone) if teacher.is_analytic else measurer_for(teacher.info, cast.device)
+            ToyMeasurer(teacher.backbone)
+            if teacher.is_analytic
+            else None
+            if protocol.own_data
+            else measurer_for(teacher.info, cast.device)
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
@@ -129,7 +142,8 @@ class Evaluator:
         """
         codec, device, batch_size = self.cast.teacher.codec, self.cast.device, self.protocol.batch_size
         chunks = []
-        for first in range(0, num, batch_size):
+        what = f"drawing {num:,} samples of the {who.replace('_', ' ')}"
+        for first in tracked(range(0, num, batch_size), what, num, batch_size):
             index = torch.arange(first, min(first + batch_size, num))
             cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
             uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
@@ -175,6 +189,16 @@ class Evaluator:
         """[N, C], the teacher's own features."""
         null = {k: v[:1] for k, v in self.requests.null(torch.arange(1)).items()}
         return label_free.teacher_features(self.cast.teacher, images, null, self.protocol.batch_size)
+
+    @torch.no_grad()
+    def own_features(self, most: int) -> Tensor | None:
+        """Those of the user's own images, the first `most`; None where the run has none, or a single one."""
+        if self.x0 is None or len(self.x0) < 2:
+            return None
+        codec, size = self.cast.teacher.codec, self.protocol.batch_size
+        x0 = self.x0[:most].float()
+        images = torch.cat([codec.decode(part.to(self.cast.device)).cpu() for part in x0.split(size)])
+        return self.features(images)
 
     def nfe(self, who: str, steps: int = 0) -> int:
         """Network evaluations per sample."""
@@ -252,18 +276,25 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
     return found
 
 
-def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, teacher: dict) -> dict[str, float]:
-    """Numbers that need no weights; `teacher` keeps the teacher's, which come first."""
+def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict) -> dict[str, float]:
+    """Numbers that need no weights; `known` keeps the teacher's looks and features, who comes first, and the
+    features of the user's own images.
+    """
     own = label_free.looks(images)
     features = evaluator.features(images) if len(images) > 1 else None
+    if "own" not in known:
+        known["own"] = evaluator.own_features(len(images))
+    beside: dict[str, float] = {}
+    if features is not None and known["own"] is not None:
+        beside = label_free.to_own_images(features, known["own"])
     if name == "teacher":
-        teacher |= {"looks": own, "features": features}
-    if not teacher or name == "teacher":
-        return own
-    found = own | label_free.against_teacher(own, teacher["looks"])
-    if features is not None and teacher["features"] is not None:
-        found |= label_free.distances(features, teacher["features"])
-    return found
+        known |= {"looks": own, "features": features}
+    if "looks" not in known or name == "teacher":
+        return own | beside
+    beside |= label_free.against_teacher(own, known["looks"])
+    if features is not None and known["features"] is not None:
+        beside |= label_free.distances(features, known["features"])
+    return own | beside
 
 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
@@ -277,7 +308,7 @@ def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
     first, last = ("fd_mini", "energy_distance", "agreement", "recall", "clip"), ("nfe", "seconds_per_sample")
     chosen = tuple(results.get("chosen", ()))
-    free = ("fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
+    free = ("fd_own_images", "fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
     wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
     rows = [
         (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
@@ -288,10 +319,24 @@ def table(results: dict) -> str:
     ]
     rows += [("real (floor)", results["floor"])] if "floor" in results else []
     columns = [c for c in wanted if any(c in row for _, row in rows)]
-    lines = [" " * 19 + "".join(f"{c.replace('_per_sample', '/sample'):>16}" for c in columns)]
+    names = {c: c.replace("_per_sample", "/sample") for c in columns}
+    if 19 + 16 * len(columns) > MOST_WIDTH or any(len(n) > 15 for n in names.values()):
+        return _upright(rows, names)
+    lines = [" " * 19 + "".join(f"{n:>16}" for n in names.values())]
     for name, row in rows:
         lines.append(f"{name:<19}" + "".join(f"{row[c]:>16.4g}" if c in row else " " * 16 for c in columns))
     return "\n".join(lines)
+
+
+def _upright(rows: list[tuple[str, dict]], names: dict[str, str]) -> str:
+    """One line a metric, for long or many names."""
+    first = max(map(len, names.values())) + 2
+    widths = [max(len(name) + 2, 11) for name, _ in rows]
+    lines = [" " * first + "".join(f"{name:>{w}}" for (name, _), w in zip(rows, widths))]
+    for key, name in names.items():
+        cells = [f"{row[key]:.4g}" if key in row else "" for _, row in rows]
+        lines.append(f"{name:<{first}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def teacher_card(results: dict) -> dict:

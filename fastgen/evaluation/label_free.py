@@ -4,6 +4,8 @@ teachers that no bundled network judges.
 Colour:    saturation, contrast and sharpness as ratios to the teacher's on the same requests and noise
 Distance:  Frechet distance and MMD of student and teacher samples in the teacher's own features, the means
 of a middle feature map at a log signal-to-noise ratio of 2: `fd_teacher_features`, `mmd_teacher_features`
+Own:       the same two distances of teacher and student to the images of the run, where those are the
+user's: `fd_own_images`, `mmd_own_images`
 Diversity: Vendi score in those features, as a ratio to the teacher's
 
 They say how near a student is to its teacher, and nothing about how good either is.
@@ -55,6 +57,13 @@ def looks(images: Tensor) -> dict[str, float]:
 def against_teacher(own: dict[str, float], teacher: dict[str, float]) -> dict[str, float]:
     """What `looks` says of a student as ratios to what it says of the teacher."""
     return drift(own, teacher)
+
+
+def to_own_images(samples: Tensor, images: Tensor) -> dict[str, float]:
+    """Of samples to the user's own images, both as teacher features [N, C], cut to equal counts."""
+    num = min(len(samples), len(images))
+    a, b = samples[:num], images[:num]
+    return {"fd_own_images": frechet(a, b), "mmd_own_images": 1000 * polynomial_mmd(a, b)}
 
 
 def distances(student: Tensor, teacher: Tensor) -> dict[str, float]:

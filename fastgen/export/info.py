@@ -73,6 +73,8 @@ class ExportInfo:
     """file name of the adapter in PEFT layout"""
     kohya: str = ""
     """file name of the same adapter under kohya's names"""
+    example: str = ""
+    """a prompt of the run's own data, for the card and the suggested command; empty: the run had none"""
     num_students: int = 0
     """students in folders of their own, student0 and so on; 0: one student, in this folder"""
     trained_students: tuple[int, ...] = ()

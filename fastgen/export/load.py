@@ -13,6 +13,7 @@ from fastgen.core.paths import PACKAGE, inside, is_analytic, resolve
 from fastgen.core.reading import reads_model
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
+from fastgen.export.snippet import PROMPT
 from fastgen.families.parts import cast_network
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import Codec
@@ -285,7 +286,8 @@ def sample_command(path: str | Path) -> str:
     program = "python sample.py" if (PACKAGE.parent / "sample.py").is_file() else "fastgen-sample"
     folder = locate(path) or Path(path)
     text = folder.is_dir() and _text_to_image(folder)
-    prompt = ' --prompt "a red dress on a grey background"' if text else ""
+    info = read_info(folder, "--model") if text else None
+    prompt = f" --prompt {shlex.quote((info and info.example) or PROMPT)}" if text else ""
     return f"{program} --model {shlex.quote(str(path))}{prompt} --num_images 16 --out samples"
 
 

@@ -1,5 +1,6 @@
 """The snippet in an export's card: plain diffusers, and it runs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
             f"    device=device{keywords(info.timestep_arguments)}",
             ")",
         ]
-    first = f"{family.label_key}=[3]" if family.label_key else f'prompt="{PROMPT}"'
+    prompt = json.dumps(info.example or PROMPT, ensure_ascii=False)
+    first = f"{family.label_key}=[3]" if family.label_key else f"prompt={prompt}"
     given = [
         *([first] if family.takes_text or family.label_key else []),
         "generator=torch.Generator().manual_seed(0)",
@@ -162,7 +164,7 @@ def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> lis
         f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
         *set_steps,
         "generator = torch.Generator().manual_seed(0)",
-        *(["label = torch.tensor([3])"] if classes else []),
+        *(["label = torch.tensor([" + str(min(3, classes - 1)) + "])"] if classes else []),
         f"x = torch.randn(1, {', '.join(map(str, shape))}, generator=generator){scale}",
         "with torch.no_grad():",
         *loop,

@@ -73,6 +73,8 @@ class Trained:
     command: list[str]
     """that made the run"""
     dtype: torch.dtype
+    example: str = ""
+    """a prompt of the run's own data"""
 
 
 def export_student(trained: Trained, folder: Path, results: dict) -> Path:
@@ -184,6 +186,7 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         nasa_scale=trained.nasa_scale,
         teacher_steps=trained.teacher_steps,
         teacher_scheduler=_config_of(teacher.scheduler),
+        example=trained.example,
         teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},
     )
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.core.console import no_weight_bars
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import resolve
 from fastgen.core.reading import read_json, reads_model
@@ -23,9 +24,8 @@ class ImageText(nn.Module):
     def __init__(self, path: str, key: str = "clip"):
         super().__init__()
         from transformers import AutoTokenizer, CLIPModel
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        no_weight_bars()
         try:
             folder = resolve(path)
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastgen.core.console import no_weight_bars
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import resolve
 from fastgen.core.reading import read_json, readable
@@ -52,6 +53,7 @@ def load_part(
     with readable(key, folder):
         if not weights:
             return cast_network(_build_on_meta(folder, cls), dtype)
+        no_weight_bars()
         chosen = {"variant": variant, "use_safetensors": True, "local_files_only": True}
         return cls.from_pretrained(folder, torch_dtype=dtype, **chosen)
 

@@ -15,7 +15,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def float16_autocast(device: str) -> bool:
-    """Whether autocast on this kind of device is on, and to float16."""
+    """Whether autocast on this kind of device is on, and to float16; a device without weights has none."""
+    if device == "meta":
+        return False
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 

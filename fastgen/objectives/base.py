@@ -138,6 +138,7 @@ class Objective:
         }
         self.active: str | None = None
         self.sync = True
+        self.num_examples = 0  # of the stage's data; set before its first step
         drawn = self.student.guidance_range is not None
         if cfg.real_guidance is not None and (drawn or not needs.follows_guidance):
             why = "leave it out: with these settings no teacher is followed at one fixed guidance scale"
@@ -173,6 +174,10 @@ class Objective:
         """Work done once before the first step of a stage, after weights are loaded. Most methods need
         none.
         """
+
+    def busy(self) -> str:
+        """What a stage collects beside its steps, for the line of its progress; mostly nothing."""
+        return ""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors beyond the players' that a resumed run needs."""

@@ -100,6 +100,9 @@ class DisBack(Objective, config=DisBackConfig):
     def prepare(self) -> None:
         self.host.prepare()
 
+    def busy(self) -> str:
+        return self.host.busy()
+
     def state(self) -> dict[str, Tensor]:
         kept = {f"node{j}.{i}": p for j, node in enumerate(self.nodes, 1) for i, p in enumerate(node)}
         return {**self.host.state(), **kept}

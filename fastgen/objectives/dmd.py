@@ -70,6 +70,9 @@ class DMD(Matching, config=DMDConfig):
         if self.cfg.regression_weight:
             self.pairs = Pairs(self, self.cfg.teacher_steps)
 
+    def busy(self) -> str:
+        return self.pairs.busy() if self.cfg.regression_weight else ""
+
     def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         cfg, teacher = self.cfg, teacher or self.teacher
         last = self.rng.shared_randint(len(self.student.times))

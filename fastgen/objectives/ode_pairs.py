@@ -38,6 +38,7 @@ class Pairs:
         """noises: how many pairs each data index has."""
         self.obj, self.solver, self.noises = obj, solver, noises
         self.rows: dict[int, Tensor] = {}
+        self.growing = False  # whether the last batch needed new ones
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
         later = times[1:]  # the first input is noise, wherever it enters
@@ -57,10 +58,16 @@ class Pairs:
             index = index * self.noises + self.obj.rng.randint(self.noises, len(index)).cpu()
         number = index.tolist()
         todo = [r for r, n in enumerate(number) if n not in self.rows]
+        self.growing = bool(todo)
         if todo:
             made = self._solve(batch, todo, [number[r] for r in todo], teacher).cpu()
             self.rows |= {number[r]: row for r, row in zip(todo, made)}
         return torch.stack([self.rows[n] for n in number]).to(batch.noise)
+
+    def busy(self) -> str:
+        """How many there are, while they are collected."""
+        total = self.obj.num_examples * self.noises
+        return f"collecting teacher pairs, {len(self.rows):,} of {total:,}" if self.growing else ""
 
     @torch.no_grad()
     def _solve(self, batch: Batch, todo: list[int], numbers: list[int], teacher: Role) -> Tensor:
@@ -112,6 +119,9 @@ class ODEPairs(Objective, config=ODEPairsConfig):
 
     def prepare(self):
         self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver, self.cfg.noises or 1)
+
+    def busy(self) -> str:
+        return self.pairs.busy()
 
     def step(self, batch: Batch, k: int) -> Updates:
         times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)

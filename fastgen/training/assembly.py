@@ -3,11 +3,13 @@ config: every part is given the sections that it reads.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from fastgen.config.run import RunConfig
+from fastgen.config.sections import EvalConfig
 from fastgen.data.loader import Data
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
 from fastgen.evaluation.run_metrics import RunMetrics
@@ -16,6 +18,9 @@ from fastgen.training import fingerprint
 from fastgen.training.cast import Cast
 from fastgen.training.trainer import Trainer
 from fastgen.training.validation import Validator
+
+FEW = 100
+"""samples that are measured where no metric needs more and the config names no number"""
 
 
 def make_cast(cfg: RunConfig, device="cpu") -> Cast:
@@ -44,6 +49,7 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
         student_steps=one.student_steps,
         batch_size=one.batch_size,
         seed=one.seed,
+        own_data=bool(cfg.data.images or cfg.data.prompts),
     )
 
 
@@ -54,7 +60,15 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
         mini_set = str((cast.teacher.info or {}).get("measure") or "")
         against = cfg.eval.against or cfg.data.images or cfg.data.name or mini_set
         metrics = RunMetrics(cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device)
-    return Evaluator(make_protocol(cfg), cast, data, metrics)
+    protocol = make_protocol(cfg)
+    evaluator = Evaluator(protocol, cast, data, metrics)
+    if metrics is None and evaluator.label_free and protocol.num_samples == EvalConfig().num_samples:
+        evaluator.protocol = replace(protocol, num_samples=FEW)
+        print(
+            f"measuring {FEW} samples of each: eval.metrics is empty, and nothing here judges pictures "
+            "beyond the teacher's own features; eval.num_samples sets another number, 0 none"
+        )
+    return evaluator
 
 
 def make_validator(cfg: RunConfig, cast: Cast, data: Data, folder: Path) -> Validator:

@@ -1,4 +1,4 @@
-"""`--dry_run`: what a config would do, without starting anything."""
+"""What can be refused before a run starts, found out on parts without weights."""
 
 from pathlib import Path
 
@@ -8,10 +8,9 @@ from fastgen.core.errors import UserError, first_line
 from fastgen.core.rng import Rng
 from fastgen.export.write import check_copied
 from fastgen.networks.backbone import Backbone
-from fastgen.roles.roles import Player, Role
+from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
-from fastgen.training.memory import estimate, network_calls
 
 
 def rehearse(cast: Cast, train: TrainConfig, resume: Path | None = None) -> None:
@@ -60,43 +59,3 @@ def _check_progress(path: Path, k: int, total: int) -> None:
     if k > total:
         found = f"{path.name} is {k} steps into a stage of {total}"
         raise UserError("--resume", found, "raise max_train_steps, or start a new output_dir")
-
-
-def describe(cast: Cast, train: TrainConfig) -> str:
-    """Players, network evaluations per step and a memory estimate, as plain text."""
-    lines = ["players"]
-    for stage in cast.stages:
-        lines += _stage(cast, stage, train.seed)
-    return "\n".join([*lines, "", *_memory(cast, train), "nothing was started or written"])
-
-
-def _stage(cast: Cast, stage: StageConfig, seed: int) -> list[str]:
-    objective = cast.stage(stage, Rng(seed))
-    teacher = cast.teacher.backbone
-    lines = [f"  stage {stage.name}: {stage.objective.name}, {stage.max_train_steps} steps"]
-    lines.append(f"    {'teacher':<10} {_count(teacher, base_only=True):>12,} frozen")
-    for name, player in objective.players.items():
-        trainable = sum(p.numel() for p in player.trainable().values())
-        shared = any(isinstance(p, Role) and p.backbone is teacher for p in player.parts.values())
-        frozen = _count(teacher, base_only=True) if shared else 0
-        where = "adapter over the teacher's base (shared, not copied)" if shared else "own copy"
-        lines.append(f"    {name:<10} {trainable:>12,} trainable {frozen:>12,} frozen  {where}")
-    student = cast.student
-    spelled = ", ".join(f"{n} {v:g}" for n, v in network_calls(cast, stage, len(student.times)).items())
-    lines.append(f"    network evaluations per step (+grad carries a backward): {spelled}")
-    lines.append(f"    student times: {', '.join(f'{t:g}' for t in student.times)} ({student.sampler})")
-    return lines
-
-
-def _count(backbone, base_only: bool = False) -> int:
-    return sum(p.numel() for n, p in backbone.named_parameters() if not (base_only and "lora_" in n))
-
-
-def _memory(cast: Cast, train: TrainConfig) -> list[str]:
-    found = estimate(cast, train)
-    lines = ["memory estimate (MB)"] + [f"  {n:<52}{v / 2**20:>10.1f}" for n, v in found.rows.items()]
-    lines.append(f"  {'total':<52}{found.total / 2**20:>10.1f}")
-    if found.encoders:
-        text = "text and image encoders, beside the weights until prompts are cached"
-        lines.append(f"  ({text}: {found.encoders / 2**20:.1f})")
-    return lines

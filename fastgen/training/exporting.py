@@ -40,6 +40,7 @@ def trained(trainer) -> Trained:
         run_name=Path(trainer.folder).name,
         command=read_command(Path(trainer.folder)),
         dtype=export_dtype(trainer),
+        example=trainer.example,
     )
 
 

@@ -11,7 +11,6 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import PlayerOptim, TrainConfig
@@ -19,9 +18,11 @@ from fastgen.core import interrupt
 from fastgen.core.ema import EMA
 from fastgen.core.errors import NotFinite, UserError
 from fastgen.core.files import append_line, to_json
+from fastgen.core.progress import Progress
 from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
+from fastgen.data.text import example_of
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
@@ -110,6 +111,7 @@ class Trainer:
         self.unproven = False  # whether a checkpoint was saved that no step has started from yet
         self.unchanged = False  # True within a step until it changes the first weight
         self.exported: Path | None = None
+        self.example = example_of(data.texts)  # a prompt that the export may suggest
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:
@@ -118,27 +120,24 @@ class Trainer:
         """
         tensors, meta = checkpoint.load(resume) if resume else ({}, {"stage": 0, "k": 0})
         start = time.monotonic()
-        bar = tqdm(total=self.total, disable=not self.acc.is_main_process, desc="train", mininterval=1.0)
-        try:
-            stages = self.cast.stages
-            for index, stage in enumerate(stages):
-                self._begin(stage)
-                resumed = resume is not None and index == min(meta["stage"], len(stages) - 1)
-                if resumed:
-                    self._restore(tensors, meta)
-                    bar.update(self.step)
-                if index < meta["stage"] and not resumed:
-                    continue
-                with interrupt.at_once():
-                    self.objective.prepare()
-                if resumed:
-                    self._restore_objective(tensors, meta)
-                if index >= meta["stage"]:
-                    k0 = meta["k"] if index == meta["stage"] else 0
-                    with interrupt.deferred():
-                        self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
-        finally:
-            bar.close()
+        stages = self.cast.stages
+        for index, stage in enumerate(stages):
+            self._begin(stage)
+            resumed = resume is not None and index == min(meta["stage"], len(stages) - 1)
+            if resumed:
+                self._restore(tensors, meta)
+            if index < meta["stage"] and not resumed:
+                continue
+            with interrupt.at_once():
+                self.objective.prepare()
+            if resumed:
+                self._restore_objective(tensors, meta)
+            if index >= meta["stage"]:
+                k0 = meta["k"] if index == meta["stage"] else 0
+                what = stage.name if len(stages) == 1 else f"{stage.name} {index + 1}/{len(stages)}"
+                bar = Progress(what, stage.max_train_steps, k0, always=True)
+                with interrupt.deferred(), bar:
+                    self._stage(index, stage, k0, bar, start - meta.get("seconds", 0.0))
 
     def _begin(self, stage: StageConfig) -> None:
         """Objective, optimizers and parameter lists of a stage."""
@@ -154,12 +153,14 @@ class Trainer:
             for parameter in player.trainable().values():
                 parameter.grad = None  # nothing left over from whoever made or trained it before
 
-    def _stage(self, index: int, stage: StageConfig, k0: int, bar: tqdm, started: float) -> None:
+    def _stage(self, index: int, stage: StageConfig, k0: int, bar: Progress, started: float) -> None:
         train = self.train_cfg
         if self.validate and train.validation_steps and (not self.step or not self.validated):
             self.validate(self)
             self._stop()
-        windows = self.data.first(stage.limit).batches(
+        data = self.data.first(stage.limit)
+        self.objective.num_examples = len(data)
+        windows = data.batches(
             train.train_batch_size, self.step, train.gradient_accumulation_steps, self.rng, self.acc.device
         )
         for k, window in zip(range(k0, stage.max_train_steps), windows):
@@ -247,9 +248,10 @@ class Trainer:
         for name, value in values.items():
             self.logs[f"{player}/{name}"].append(value.detach() if isinstance(value, Tensor) else value)
 
-    def _log(self, stage: StageConfig, k: int, bar: tqdm) -> None:
-        bar.update(1)
+    def _log(self, stage: StageConfig, k: int, bar: Progress) -> None:
+        bar.note = self.objective.busy()
         if not (self.step % self.train_cfg.log_steps == 0 or self.step == 1 or self.step == self.total):
+            bar.update()
             return
         means = {n: sum(map(float, v)) / len(v) for n, v in self.logs.items()}
         self.logs.clear()
@@ -259,7 +261,7 @@ class Trainer:
             record["cpu_share"] = self.cpu.since()
         record["rss_mb"] = psutil.Process().memory_info().rss / 2**20
         self.write_metrics(record)
-        bar.set_postfix({n.split("/")[0]: f"{v:.4g}" for n, v in means.items() if n.endswith("/loss")})
+        bar.update(1, {n.split("/")[0]: v for n, v in means.items() if n.endswith("/loss")})
 
     def write_metrics(self, record: dict) -> None:
         """Append one line to metrics.jsonl and hand it to the trackers; numbers that are not finite (a
@@ -301,6 +303,7 @@ class Trainer:
             "seconds": self.seconds,
             "rest": rest,
             "best": self.best,
+            "example": self.example,
             "validated": self.validated,
             "fingerprint": self.fingerprint,
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},

@@ -20,6 +20,8 @@ QUICK = {
     "train.checkpoints_total_limit": 5,
     "train.validation_steps": 0,
     "eval.num_samples": 0,
+    "eval.batch_size": 2,
+    "teacher.num_steps": 2,
     "optim.student.lr": 1e-2,
     "data.limit": 16,
 }

@@ -7,7 +7,7 @@ import yaml
 
 from fastgen.cli.pairs import working
 from fastgen.cli.train import main
-from fastgen.cli.train_start import refused
+from fastgen.cli.train_start import recommended_config, refused
 from fastgen.config import recommended
 from fastgen.config.recommended import find_teacher, recommend
 from fastgen.config.run import load, shortened, validate
@@ -67,6 +67,7 @@ def test_max_steps_shortens_every_stage():
 
 def test_max_steps_runs_to_the_end(tmp_path, capsys):
     argv = ["--method", "dmd2", "--teacher", "digits", "--max_steps", "2", "--eval.num_samples", "8"]
+    argv += ["--teacher.num_steps", "2", "--eval.batch_size", "8", "--train.validation_steps", "0"]
     argv += ["--train.train_batch_size", "4", "--output_dir", str(tmp_path / "run"), "--eval.grid", "4"]
     assert main(argv) == 0
     said = capsys.readouterr().out
@@ -111,6 +112,30 @@ def test_the_written_recipe_is_the_run(tiny, tmp_path):
     values["data"]["prompts"] = "p.txt"
     assert load([str(tmp_path / "r.yaml")], ["--output_dir", "runs/unnamed"]) == validate(values)
     assert yaml.safe_load((tmp_path / "r.yaml").read_text())["base"] == found.files
+
+
+def test_half_precision_is_for_a_gpu(tiny, monkeypatch, capsys):
+    """float32 where there is none, also in the written recipe; a dry run shows what a GPU would take."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = {}
+    for dry in (False, True):
+        known = argparse.Namespace(method="lcm", teacher=str(tiny("sd")), config=[], max_steps=None)
+        known.dry_run = dry
+        cfg = recommended_config(known, {"data": {"images": "x"}, "output_dir": "y"})
+        found[dry] = cfg.teacher.dtype, cfg.train.mixed_precision
+        written = yaml.safe_load(known.recipe)
+        assert dry or (written["teacher"]["dtype"], written["train"]["mixed_precision"]) == (None, "no")
+    assert found == {False: (None, "no"), True: ("fp16", "bf16")}
+    assert capsys.readouterr().out.count("float32: these settings are of half precision") == 1
+
+
+def test_halves_that_a_cpu_cannot_mix_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    halves = ["--teacher.dtype", "fp16", "--train.mixed_precision", "bf16"]
+    assert main([*FLAT, *halves, "--output_dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "teacher.dtype: found 'fp16' with train.mixed_precision 'bf16'" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_why_a_method_cannot_and_which_can(tiny, monkeypatch):

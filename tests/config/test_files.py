@@ -163,7 +163,7 @@ def test_the_resolved_config_records_the_run_folder(write, capsys):
     file = write(toy=TOY)
     assert main(["--config", file, "--dry_run"]) == 0
     text = capsys.readouterr().out
-    resolved = yaml.safe_load(text[: text.index("\nplayers")])
+    resolved = yaml.safe_load(text[: text.index("\nrun  ")])
     assert resolved["output_dir"] == "runs/toy" and "base" not in resolved
 
 
