@@ -270,7 +270,7 @@ def test_the_recorded_versions_are_allowed():
 
 # -- image -------------------------------
 def test_the_image_is_built_from_what_a_wheel_needs():
-    """Every input of the wheel is copied, each copied path exists, and the extras and the command are ours."""
+    """Every input of the wheel is copied, copied paths exist, and the extras and the command are ours."""
     text = (ROOT / "Dockerfile").read_text()
     copied = {path for line in re.findall(r"^COPY (.*)", text, re.M) for path in line.split()[:-1]}
     assert all((ROOT / path).exists() for path in copied), copied
