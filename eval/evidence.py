@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from eval.thumbnails import write_thumbnail
 from fastgen.config.parse import read_files
 from fastgen.config.run import RunConfig, validate
 from fastgen.core.errors import UserError, suggest
@@ -71,7 +72,9 @@ def results_folder() -> Path:
 
 
 def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Path | None = None) -> Path:
-    """Write the evidence of a finished run of `recipe`; refuses a run whose config is another."""
+    """Write the evidence of a finished run of `recipe`, and for the first seed a small picture beside it;
+    refuses a run whose config is another.
+    """
     run = Path(run_dir)
     for name in ("config.yaml", "results.json"):
         if not (run / name).is_file():
@@ -102,6 +105,8 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
     suffix = f"-seed{cfg.train.seed}" if cfg.train.seed else ""
     target = (folder or results_folder()) / document["teacher"] / f"{recipe}{suffix}.json"
     write_text(target, json.dumps(document, indent=1) + "\n")
+    if not suffix:  # one picture a recipe
+        write_thumbnail(run, target.with_suffix(".webp"))
     return target
 
 

@@ -3,16 +3,17 @@
 The page holds its data, its script and its pictures: nothing is loaded from elsewhere.
 """
 
-import base64
 import json
 import statistics
 from pathlib import Path
 
 from jinja2 import Environment
 
+from eval.evidence import results_folder
 from eval.results_table import distance, numbers
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
+from fastgen.evaluation.report_pictures import uri
 
 TEMPLATE = Path(__file__).with_name("gallery.html.j2")
 MOST_BYTES = 200_000
@@ -69,13 +70,17 @@ def _teachers(documents: list[dict]) -> list[dict]:
     return found
 
 
-def pictures(found: list[dict], runs: Path | None) -> dict[str, str]:
-    """Recipe -> its sample grid as a data URI, of the run folders that are named after recipes."""
+def pictures(found: list[dict], runs: Path | None, evidence: Path | None = None) -> dict[str, str]:
+    """Recipe -> its samples as a data URI: the picture beside its evidence, or the grid of a run folder that
+    is named after it.
+    """
     shown = {}
-    for recipe in dict.fromkeys(p["recipe"] for p in found):
-        file = runs / recipe / "samples" / "student.png" if runs else None
-        if file is not None and file.is_file() and file.stat().st_size <= MOST_BYTES:
-            shown[recipe] = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    for recipe, teacher in dict.fromkeys((p["recipe"], p["teacher"]) for p in found):
+        kept = (evidence or results_folder()) / teacher / f"{recipe}.webp"
+        files = [(kept, "webp"), *([(runs / recipe / "samples" / "student.png", "png")] if runs else [])]
+        for file, kind in files:
+            if file.is_file() and file.stat().st_size <= MOST_BYTES:
+                shown[recipe] = uri(file.read_bytes(), kind)
     return shown
 
 

@@ -1,10 +1,10 @@
-"""The pages built from evidence, configs and the tests that exist: fastgen/objectives/README.md, the guide
-and configs/README.md.
+"""The pages built from evidence, configs and the tests that exist: fastgen/objectives/README.md, the guide,
+configs/README.md and the README's picture of quality against speed.
 """
 
 from pathlib import Path
 
-from eval import catalogue, evidence, orderings
+from eval import catalogue, evidence, figure, orderings
 from eval.ladder import TESTS, choice, ladder
 from eval.results_table import markdown, measured
 from fastgen.core.errors import UserError
@@ -64,6 +64,7 @@ def leaderboard(
     tests: Path = TESTS,
     guide: Path | None = GUIDE,
     configs: Path | None = catalogue.PAGE,
+    picture: Path | None = figure.FIGURE,
 ) -> list[str]:
     """Rewrite the tables, or with check only say what is out of date."""
     if not tests.is_dir():
@@ -78,6 +79,9 @@ def leaderboard(
         for marker, table in catalogue.TABLES.items():
             built = _between(built, marker, table(documents), "configs/README.md")
         pages[configs] = (before, built)
+    if picture is not None:
+        before = picture.read_text() if picture.is_file() else ""
+        pages[picture] = (before, figure.svg(documents))
     if not check:
         for page, (_, built) in pages.items():
             write_text(page, built)

@@ -39,7 +39,16 @@ WRITTEN = (
     "checkpoints",
     "export",
 )
-WRITTEN += ("results.json", "report", "state.json", "state.safetensors", "checksums.json", "dist", "_data")
+WRITTEN += (
+    "results.json",
+    "report",
+    "comfyui.json",
+    "state.json",
+    "state.safetensors",
+    "checksums.json",
+    "dist",
+    "_data",
+)
 """what a run or a build writes: a path that begins with one of these is in no checkout"""
 EXAMPLES = ("my", "..", "run.yaml", "metadata.jsonl")
 """what a reader's own files may be called: a path that begins with one of these is only an example"""

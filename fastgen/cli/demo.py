@@ -6,17 +6,15 @@ weight of a LoRA, the teacher beside it. The page is served to this machine alon
 
 import argparse
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
 
+from fastgen.cli.loopback import HOST, check_port
 from fastgen.cli.sample import DTYPES
 from fastgen.core.console import CommandFlags, exit_code, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
-
-HOST = "127.0.0.1"
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -55,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = DemoModel(args.model, args.base, args.device, args.dtype)
     with tempfile.TemporaryDirectory(prefix="fastgen-demo-") as folder:
+        model.warm_up(Path(folder))
         page = build(model, Path(folder))
         print(f"demo    http://{HOST}:{args.port}   (Ctrl-C ends it)", flush=True)
         page.queue(default_concurrency_limit=1).launch(
@@ -67,18 +66,6 @@ def run(args: argparse.Namespace) -> int:
             theme=theme(),
         )
     return 0
-
-
-def check_port(port: int) -> None:
-    """Refuse a port that cannot be served on."""
-    if not 1 <= port <= 65_535:
-        raise UserError("--port", f"found {port}", "give 1 to 65535")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError("--port", f"{port} cannot be used ({error.strerror})", "give another") from None
 
 
 if __name__ == "__main__":

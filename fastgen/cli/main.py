@@ -23,6 +23,7 @@ COMMANDS = {
     "train": Command("fastgen.cli.train", "distil a teacher into a few-step student (train.py)"),
     "sample": Command("fastgen.cli.sample", "draw pictures with an export, a LoRA or a teacher (sample.py)"),
     "eval": Command("fastgen.cli.evaluate", "measure a run, a teacher or a folder of pictures"),
+    "report": Command("fastgen.cli.report", "the page of a run, also while it trains; several runs compared"),
     "export": Command("fastgen.cli.export", "write an export from a checkpoint of a run; publish one"),
     "adapters": Command("fastgen.cli.adapters", "look into LoRA files, merge and convert them"),
     "demo": Command("fastgen.cli.demo", "a page in the browser to try an export in"),

@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -173,7 +175,21 @@ def run(cfg, known) -> int:
     with interrupt.deferred(), run_folder.opened(folder, known.resume, known.overwrite):
         _open(cfg, folder, last, known)
         accelerator.wait_for_everyone()
-        return _train(cfg, trainer, last)
+        with _page_at_rest(folder):
+            return _train(cfg, trainer, last)
+
+
+@contextmanager
+def _page_at_rest(folder: Path) -> Iterator[None]:
+    """However the run ends, its page no longer waits for more."""
+    from fastgen.training.validation import refresh_report
+
+    page = folder / "report" / "index.html"
+    try:
+        yield
+    finally:
+        if page.is_file() and "data-live" in page.read_text(encoding="utf-8"):
+            refresh_report(folder, running=False)
 
 
 def _dry_run(cfg) -> int:

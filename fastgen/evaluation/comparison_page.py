@@ -5,21 +5,17 @@ samples.
 import io
 from typing import Any
 
-from fastgen.core.paths import asset
 from fastgen.evaluation.comparison import notes, tables
-from fastgen.evaluation.report import uri
+from fastgen.evaluation.pages import render
+from fastgen.evaluation.report_pictures import uri
 
 COLOURS = ("#1f5fa8", "#c2571a", "#3b7d3b", "#7a3b8f", "#8a6d1f", "#3b7d7d")
 
 
 def page(document: dict, grid: bytes = b"") -> str:
     """HTML text; grid: a PNG of samples, one row a contender."""
-    from jinja2 import Environment
-
-    template = Environment(autoescape=True, trim_blocks=True).from_string(
-        asset("comparison.html.j2").read_text()
-    )
-    return template.render(
+    return render(
+        "comparison.html.j2",
         tables=tables(document),
         notes=notes(document),
         figures=figures(document),

@@ -94,6 +94,15 @@ class Requests:
             return None
         return [self.captions[int(i)] for i in self.rows[torch.arange(num) % len(self.rows)]]
 
+    def words(self, num: int) -> list[str]:
+        """What the first num requests ask for, as people read it: prompts, names of classes, or nothing."""
+        texts = self.texts(num)
+        if texts is None and self.codec.num_classes:
+            names = getattr(self.codec, "class_names", [])
+            rows = [int(self.rows[i % len(self.rows)]) for i in range(num)]
+            texts = [names[row] if row < len(names) else f"class {row}" for row in rows]
+        return texts or [""] * num
+
     def wanted(self, num: int) -> dict[str, Tensor]:
         index = torch.arange(num) % len(self.rows)
         return {k: v[index] for k, v in self.attributes.items()}

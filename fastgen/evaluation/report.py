@@ -1,24 +1,19 @@
-"""One self-contained HTML page per run: what it was, its numbers, samples over time, curves, config."""
+"""One self-contained HTML page per run: what it was, its numbers, samples, curves, config.
 
-import base64
-import io
-import json
+It is written at each validation and at the end; while the run goes on it loads itself again.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastgen.core.files import write_text
-from fastgen.core.paths import asset
-from fastgen.core.reading import read_json, read_text
-from fastgen.core.yaml_text import parse_yaml
 from fastgen.evaluation.diagnostics import warnings
-from fastgen.export.markdown import shown_lines
+from fastgen.evaluation.explained import SAID, direction, meaning, number, title
+from fastgen.evaluation.pages import render
+from fastgen.evaluation.plots import Line, Marks, line_plot, smooth
+from fastgen.evaluation.report_pictures import SMALL, layout, picture_sets, way
+from fastgen.evaluation.run_files import RunFiles, Stage, read_run
 
-BLUE, FAINT, ORANGE, GREEN = "#1f5fa8", "#b9cfe6", "#c2571a", "#3b7d3b"
-TITLES = {
-    "nfe": "network calls",
-    "seconds_per_sample": "seconds / sample",
-    "fd_mini": "fd_mini",
-    "energy_distance": "energy distance",
-}
 FIRST = (
     "nfe",
     "seconds_per_sample",
@@ -29,187 +24,219 @@ FIRST = (
     "precision",
     "clip",
 )
+QUALITY = (
+    "fd_mini",
+    "energy_distance",
+    "fd_teacher_features",
+    "agreement",
+    "recall",
+    "modes",
+    "diversity_ratio",
+)
+"""the headline's, where a run has not chosen its own; three at most"""
+DETAILS = ("grad_norm", "lr", "x_mean", "x_std", "h_max", "h_std", "log_ratio")
+"""curves that are folded away"""
 
 
-def write_report(folder: Path) -> Path:
-    """Render report/index.html of a run folder from what it holds; missing parts are left out."""
-    from jinja2 import Environment
-
-    page = Environment(autoescape=True, trim_blocks=True, finalize=_without_hidden)
-    template = page.from_string(asset("report.html.j2").read_text())
-    metrics = read_metrics(folder / "metrics.jsonl")
-    results, config = _json(folder / "results.json"), _text(folder / "config.yaml")
-    text = template.render(
-        title=folder.resolve().name,
-        summary=_summary(parse_yaml(config, "config.yaml", "report") or {}, results),
-        results=results,
-        table=_table(results),
-        warnings=warnings(metrics, results),
-        figures=_figures(metrics, results),
-        grids=_grids(folder),
-        config=config,
-        environment=_json(folder / "environment.json"),
-    )
+def write_report(folder: Path, running: bool = False) -> Path:
+    """Render report/index.html of a run folder from what it holds; missing parts are left out. `running`: the
+    run goes on, so the page says so and loads itself again.
+    """
     target = folder / "report" / "index.html"
-    write_text(target, text)
+    write_text(target, report_page(folder, running))
     return target
 
 
-def _without_hidden(value: object) -> object:
-    """A value of the page without the characters that hide or reorder others; lines stay."""
-    return shown_lines(value) if type(value) is str else value
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Records of metrics.jsonl in step order; a line cut short by a kill is skipped."""
-    records = []
-    for line in _text(path).splitlines():
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    numbered = (r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int))
-    return sorted(numbered, key=lambda r: r["step"])
-
-
-def _text(path: Path) -> str:
-    return read_text(path, "report", "repair or delete it", 2**30) if path.exists() else ""
-
-
-def _json(path: Path) -> dict:
-    return read_json(path, "report", "repair or delete it") if path.exists() else {}
-
-
-def _summary(config: dict, results: dict) -> str:
-    """One sentence: what was made from what, and how much faster it is."""
-    if not config:
-        return ""
-    stages = config.get("stages") or [{"objective": config["objective"]}]
-    methods = ", then ".join(s["objective"]["name"] for s in stages)
-    teacher, student = config["teacher"], config["student"]
-    source = teacher["path"] or "an untrained network"
-    if "teacher" not in results:
-        return f"{source} trained with {methods}."
-    steps = len(results["protocol"].get("student_times") or []) or student["num_steps"]
-    guided = f", guidance {teacher['guidance']:g}" if teacher["guidance"] != 1 else ""
-    ratio = results["teacher"]["seconds_per_sample"] / max(results["student"]["seconds_per_sample"], 1e-12)
-    return (
-        f"{source} ({teacher['num_steps']} steps{guided}) distilled with {methods} "
-        f"into a {student['kind']} student of {steps} step{'s' * (steps > 1)}: {ratio:.1f} times as fast."
+def report_page(folder: Path, running: bool = False) -> str:
+    """The page as text."""
+    run = read_run(folder)
+    known = layout(folder)
+    texts, sets = picture_sets(folder)
+    strip_texts, strips = way(folder)
+    return render(
+        "report.html.j2",
+        title=run.name,
+        running=running,
+        state=_state(run, running),
+        summary=summary(run),
+        run=run,
+        tiles=tiles(run) if run.results else _progress(run),
+        table=_table(run.results),
+        warnings=warnings(run.metrics, run.results),
+        quality=_quality(run),
+        stages=[(stage, *_curves(run, stage)) for stage in run.stages],
+        texts=texts,
+        sets=sets,
+        small=known is None or max(known.height, known.width // known.frames) <= SMALL,
+        whole=known is None,
+        strips=strips,
+        strip_texts=strip_texts,
+        glossary=_glossary(run),
     )
 
 
-def _table(results: dict) -> dict:
-    """Header and rows of the final table, as text."""
-    named = {"teacher": "teacher", "untrained_student": "untrained student", "student": "student"}
-    rows = [(title, results[key]) for key, title in named.items() if key in results]
-    by_steps = results.get("student_by_steps", {})
-    rows += [(f"student, {n} step{'s' * (n != '1')}", row) for n, row in by_steps.items()]
-    rows += [("real images (floor)", results["floor"])] if "floor" in results else []
-    found = list(dict.fromkeys(key for _, row in rows for key in row))
-    keys = sorted(found, key=lambda k: FIRST.index(k) if k in FIRST else len(FIRST))
-    cells = [(title, [_number(row.get(k), k) for k in keys]) for title, row in rows]
-    return {"header": [TITLES.get(k, k.replace("_", " ")) for k in keys], "rows": cells} if rows else {}
+def _state(run: RunFiles, running: bool) -> str:
+    """Where the run stands, in words."""
+    if run.results:
+        return "finished"
+    if running:
+        return "measuring" if run.total and run.step >= run.total else "training"
+    if run.total and run.step >= run.total:
+        return "trained, not measured"
+    return f"stopped at step {run.step:,}" if run.step else "not started"
 
 
-def _number(value, key: str) -> str:
-    """Shares as percentages, the rest with three or four digits."""
-    if value is None:
+def summary(run: RunFiles) -> str:
+    """One sentence: what was made from what, and how much faster it is."""
+    config, results = run.config, run.results
+    if not config:
         return ""
-    if key.startswith("agreement") or key in ("recall", "precision", "modes"):
-        return f"{100 * value:.1f} %"
-    if key == "seconds_per_sample":
-        return f"{value:.2g}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    methods = ", then ".join(stage.method for stage in run.stages) or config["objective"]["name"]
+    teacher, student = config["teacher"], config["student"]
+    source = teacher["path"] or "an untrained network"
+    if results and "teacher" not in results:
+        return f"{source} trained with {methods}."
+    steps = len(results.get("protocol", {}).get("student_times") or []) or student["num_steps"]
+    guided = f", guidance {teacher['guidance']:g}" if teacher["guidance"] != 1 else ""
+    made = f"{source} ({teacher['num_steps']} steps{guided}) distilled with {methods} "
+    made += f"into a {student['kind']} student of {steps} step{'s' * (steps > 1)}"
+    ratio = faster(results)
+    return f"{made}: {ratio:.1f} times as fast." if ratio else f"{made}."
+
+
+def faster(results: dict) -> float | None:
+    """How many times as fast as its teacher the student is; None where it was not timed."""
+    times = [results.get(who, {}).get("seconds_per_sample") for who in ("teacher", "student")]
+    return times[0] / times[1] if all(isinstance(t, (int, float)) and t > 0 for t in times) else None
+
+
+# -- the headline and the table
+def tiles(run: RunFiles) -> list[dict]:
+    """The headline of a measured run: what it is called, the student's value, what stands beside it."""
+    results = run.results
+    student, teacher = results.get("student", {}), results.get("teacher", {})
+    found = []
+    for key in headline_keys(results):
+        beside = [f"{who} {number(row[key], key)}" for who, row in _others(results) if key in row]
+        found.append(_tile(key, number(student[key], key), beside))
+    if "nfe" in student:
+        beside = [f"teacher {teacher['nfe']}"] if "nfe" in teacher else []
+        found.append(_tile("nfe", str(student["nfe"]), beside))
+    if "seconds_per_sample" in student:
+        ratio, key = faster(results), "seconds_per_sample"
+        beside = [f"teacher {number(teacher[key], key)} s"] if key in teacher else []
+        beside += [f"{ratio:.1f} times as fast"] if ratio else []
+        found.append(_tile(key, f"{number(student[key], key)} s", beside))
+    return found
+
+
+def _tile(key: str, value: str, beside: list[str]) -> dict:
+    return {"name": title(key), "meaning": meaning(key), "value": value, "beside": beside}
+
+
+def _others(results: dict) -> Iterator[tuple[str, dict]]:
+    for key, name in (("teacher", "teacher"), ("untrained_student", "untrained"), ("floor", "real images")):
+        if key in results:
+            yield name, results[key]
+
+
+def headline_keys(results: dict, most: int = 3) -> list[str]:
+    """The numbers of quality to look at first."""
+    wanted = dict.fromkeys([*results.get("chosen", ()), *QUALITY])
+    return [key for key in wanted if key in results.get("student", {})][:most]
+
+
+def _progress(run: RunFiles) -> list[dict]:
+    """The headline while there is nothing measured yet."""
+    found = []
+    if run.step:
+        part = next((s for s in run.stages if run.step <= s.last), run.stages[-1])
+        share = round(100 * min(run.step / max(run.total, 1), 1))
+        tile = {**_tile("step", f"{run.step:,}", [f"of {run.total:,}"]), "share": share, "stage": part.name}
+        left = run.seconds / run.step * (run.total - run.step)
+        beside = [f"about {duration(left)} to go"] if left > 0 else []
+        found += [tile, _tile("training time", duration(run.seconds), beside)]
+    for key in [k for k in run.curves() if k.startswith("validation/")][:2]:
+        _, values = run.series(key)
+        name = key.split("/", 1)[1]
+        beside = [f"at first {number(values[0], name)}"] if len(values) > 1 else []
+        found.append(_tile(name, number(values[-1], name), beside))
+    for key in [k for k in run.curves() if k.endswith("/loss")][:2]:
+        tile = _tile("loss", f"{run.series(key)[1][-1]:.4g}", [])
+        found.append(tile | {"name": f"loss of the {key.split('/')[0]}"})
+    return found
+
+
+def duration(seconds: float) -> str:
+    """34 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _table(results: dict) -> dict:
+    """Header [(name, meaning)] and rows [(name, kind, cells)] of the final table, as text."""
+    named = {"teacher": "teacher", "untrained_student": "untrained student", "student": "student"}
+    rows = [(name, key.split("_")[0], results[key]) for key, name in named.items() if key in results]
+    by_steps = results.get("student_by_steps", {})
+    rows += [(f"student, {n} step{'s' * (n != '1')}", "student", row) for n, row in by_steps.items()]
+    rows += [("real images (floor)", "floor", results["floor"])] if "floor" in results else []
+    found = list(dict.fromkeys(key for _, _, row in rows for key in row))
+    keys = sorted(found, key=lambda k: FIRST.index(k) if k in FIRST else len(FIRST))
+    cells = [(name, kind, [number(row.get(k), k) for k in keys]) for name, kind, row in rows]
+    return {"header": [(title(k), meaning(k)) for k in keys], "rows": cells} if rows else {}
+
+
+def _glossary(run: RunFiles) -> list[tuple[str, str]]:
+    """(name, meaning) of every number on the page that something is known of."""
+    rows = [v for v in run.results.values() if isinstance(v, dict)]
+    keys = [k for row in rows for k, v in row.items() if isinstance(v, (int, float))]
+    keys += [k.split("/", 1)[1] for k in run.curves()]
+    keys += [k for k in ("untrained", "floor") if run.results]
+    found = {title(k): meaning(k) for k in dict.fromkeys(keys) if k in SAID or direction(k)}
+    return [(name, said) for name, said in found.items() if said]
 
 
 # -- curves
-def _series(metrics: list[dict], key: str) -> tuple[list, list]:
-    """Steps and values; where a resumed run wrote a step again, the later line counts."""
-    points = {r["step"]: r[key] for r in metrics if isinstance(r.get(key), (int, float))}
-    return list(points), list(points.values())
-
-
-def _figures(metrics: list[dict], results: dict) -> list[tuple[str, str]]:
-    """(title, data URI): quality over time first, then one figure per player."""
-    keys = {k for r in metrics for k, v in r.items() if "/" in k and isinstance(v, (int, float))}
-    last = ("grad_norm", "lr")
-
-    def within(key: str) -> tuple:
+def _quality(run: RunFiles) -> list[tuple[str, str, str]]:
+    """(name, meaning, plot) of every validated number, with stage ends, the teacher's value and the floor."""
+    keys = [k for k in run.curves() if k.startswith("validation/")]
+    keys.sort(key=lambda k: _order(k.split("/", 1)[1]))
+    ends = [(f"end of {s.name}", s.last) for s in run.stages[:-1] if s.last <= run.step]
+    found = []
+    for key in keys:
         name = key.split("/", 1)[1]
-        return (name != "loss", name in last, FIRST.index(name) if name in FIRST else len(FIRST), name)
-
-    players = sorted({k.split("/")[0] for k in keys}, key=lambda p: (p != "validation", p != "student", p))
-    figures = []
-    for player in players:
-        own = sorted((k for k in keys if k.split("/")[0] == player), key=within)
-        title = "Quality during training" if player == "validation" else f"Curves of the {player}"
-        marks = results if player == "validation" else {}
-        figures.append((title, _plot(metrics, own, marks)))
-    return figures
+        known = [(who, run.results.get(who, {})) for who in ("teacher", "floor")]
+        levels = [(who, row[name]) for who, row in known if name in row]
+        steps, values = run.series(key)
+        log = min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
+        plot = line_plot([Line(steps, values)], Marks(levels=levels, ends=ends), log, f"{name} over steps")
+        found.append((title(name), meaning(name), plot))
+    return found
 
 
-def _plot(metrics: list[dict], keys: list[str], marks: dict) -> str:
-    """Small multiples of keys over steps; dashed lines mark the teacher's final value and the floor."""
-    from matplotlib.figure import Figure
-
-    columns = 4
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(12.4, 2.3 * rows), layout="constrained")
-    for i, key in enumerate(keys):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        steps, values = _series(metrics, key)
-        name = key.split("/", 1)[1]
-        if len(steps) < 30:
-            axes.plot(steps, values, lw=1.4, color=BLUE, marker="o", ms=3)
-        else:
-            axes.plot(steps, values, lw=0.8, color=FAINT)
-            axes.plot(steps, _smooth(values), lw=1.5, color=BLUE)
-        for row, colour in (("teacher", ORANGE), ("floor", GREEN)):
-            if name in marks.get(row, {}):
-                axes.axhline(marks[row][name], color=colour, lw=1, ls="--", label=row)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
-        if (
-            name in ("fd_mini", "energy_distance")
-            and min(values, default=0) > 0
-            and max(values) > 20 * min(values)
-        ):
-            axes.set_yscale("log")
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return uri(buffer.getvalue())
+def _order(name: str) -> tuple:
+    return (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name)
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Centred moving mean over a fifteenth of the curve."""
-    half = max(1, len(values) // 30)
-    spans = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(s) / len(s) for s in spans]
-
-
-# -- samples
-def uri(data: bytes) -> str:
-    """A PNG inside a page."""
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def _grids(folder: Path, most: int = 6) -> list[tuple[str, str]]:
-    """(caption, data URI): teacher, untrained and trained student, each step count, then the way there,
-    evenly thinned.
-    """
-    samples = folder / "samples"
-    ends = {"teacher": "teacher", "untrained": "untrained student", "student": "student"}
-    shown = [(caption, samples / f"{name}.png") for name, caption in ends.items()]
-    counts = sorted(int(p.stem.split("_")[1]) for p in samples.glob("student_*_steps.png"))
-    shown += [(f"student in {n} step{'s' * (n > 1)}", samples / f"student_{n}_steps.png") for n in counts]
-    way = sorted(samples.glob("step_*.png"))
-    if len(way) > most:
-        way = [way[round(i * (len(way) - 1) / (most - 1))] for i in range(most)]
-    shown += [(f"at step {int(p.stem.split('_')[1])}", p) for p in way]
-    shown = [(caption, p) for caption, p in shown if p.exists()]
-    return [(caption, uri(p.read_bytes())) for caption, p in shown]
+def _curves(run: RunFiles, stage: Stage) -> tuple[list, list]:
+    """(main, folded) curves of a stage, each as (name, meaning, plot)."""
+    main: list[tuple[str, str, str]] = []
+    folded: list[tuple[str, str, str]] = []
+    keys = [k for k in run.curves() if not k.startswith("validation/")]
+    player = lambda k: (k.split("/")[0] != "student", k.split("/")[0])  # noqa: E731
+    keys.sort(key=lambda k: (not k.endswith("/loss"), player(k), k))
+    for key in keys:
+        who, name = key.split("/", 1)
+        pairs = [(x, y) for x, y in zip(*run.series(key)) if stage.first < x <= stage.last]
+        if not pairs:
+            continue
+        steps, values = [p[0] for p in pairs], [p[1] for p in pairs]
+        lines = [Line(steps, values)]
+        if len(values) >= 30:
+            lines = [Line(steps, values, faint=True), Line(steps, smooth(values))]
+        ticks = [s for s in run.validations if stage.first <= s <= stage.last]
+        plot = line_plot(lines, Marks(ticks=ticks), label=f"{name} of the {who} over steps")
+        (folded if name in DETAILS else main).append((f"{who} {title(name)}", meaning(name), plot))
+    return main, folded

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgen.core.files import placed
+from fastgen.core.files import placed, write_json
 from fastgen.data.media import filmstrip, save_clip
 
 
@@ -27,16 +27,36 @@ def save_grid(images: Tensor, path: Path) -> None:
         return _scatter(images, path)
     from PIL import Image
 
-    columns = 10
     if images.ndim == 5:
         moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
         with placed(path.with_suffix(".gif")) as file:
             save_clip([Image.fromarray(f) for f in moving], file)
-        images, columns = filmstrip(images), 1
-    scale = max(1, 64 // images.shape[-1])
-    shown = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    shown, columns = _cells(images)
     with placed(path) as file:
         Image.fromarray(to_grid(shown, columns).numpy()).save(file)
+
+
+def _cells(images: Tensor) -> tuple[Tensor, int]:
+    """What stands in the cells of a grid, [N, C, H, W], and its columns: small images enlarged, each pixel as
+    a square; clips as their frames side by side.
+    """
+    columns = 1 if images.ndim == 5 else 10
+    cells = filmstrip(images) if images.ndim == 5 else images
+    scale = max(1, 64 // cells.shape[-1])
+    return cells.repeat_interleave(scale, 2).repeat_interleave(scale, 3), columns
+
+
+def save_requests(images: Tensor, texts: list[str], path: Path) -> None:
+    """requests.json beside grids of such images: the text that each picture answers, and the layout by which
+    the report cuts a grid into pictures. Points have no cells: nothing is written.
+    """
+    if images.ndim == 2:
+        return
+    cells, columns = _cells(images[:1])
+    height, width = cells.shape[-2:]
+    frames = width * images.shape[-2] // (height * images.shape[-1])
+    layout = {"columns": columns, "height": height, "width": width, "frames": frames}
+    write_json(path, {"texts": texts[: len(images)], **layout})
 
 
 def _scatter(points: Tensor, path: Path) -> None:

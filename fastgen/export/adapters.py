@@ -11,6 +11,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import replace_folder, write_text
 from fastgen.core.reading import parse_json
 from fastgen.export import lora
+from fastgen.export.comfyui import write_workflow
 from fastgen.export.info import ExportInfo
 from fastgen.export.kohya import is_kohya, read_kohya, write_kohya
 from fastgen.export.load import load_export
@@ -152,6 +153,7 @@ def merge(file: Path, base: str, out: Path, dtype=torch.float32) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     export_parts(teacher, parts, temporary, scheduler, info, dtype)
     if info is not None:
+        write_workflow(temporary, teacher, info)
         command = ["fastgen", "adapters", "merge", file.name]
         write_text(temporary / "README.md", model_card(teacher, info, {}, command, out))
     return replace_folder(temporary, out)

@@ -7,6 +7,8 @@ from typing import Any
 
 from fastgen.core.errors import UserError
 from fastgen.core.reading import COPY, MAX_JSON_BYTES, read_bytes, read_json
+from fastgen.export.comfyui import FILE as WORKFLOW
+from fastgen.export.comfyui import lora_file, unfit
 from fastgen.export.info import ExportInfo
 from fastgen.export.markdown import code, escape, fenced, visible
 from fastgen.export.snippet import hub_id, keywords, usage
@@ -113,6 +115,8 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
         notes.append(f"{code(lora)}: adapter in PEFT layout, alpha equal to rank.")
     if info.kohya:
         notes.append(f"{code(info.kohya)}: the same adapter under kohya's names.")
+    if not unfit(teacher, info):
+        notes.append(_comfyui(teacher, info))
     if info.nasa_scale:
         notes.append(
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
@@ -141,6 +145,19 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
             f"{call} puts the file itself into a base network."
         )
     return notes
+
+
+def _comfyui(teacher: Teacher, info: ExportInfo) -> str:
+    """Where ComfyUI wants the files that its workflow names."""
+    if info.student_kind == "lora":
+        place = f"put {code(lora_file(info, teacher.family.name))} into its `models/loras`"
+    else:
+        file = f"{teacher.family.component}/diffusion_pytorch_model.safetensors"
+        place = f"copy {code(file)} to its `models/diffusion_models` as {code(info.name + '.safetensors')}"
+    return (
+        f"`{WORKFLOW}`: this student in ComfyUI. Drop it onto ComfyUI's window, {place}, and choose your "
+        "checkpoint of the base in the first node. Its levels are this student's: change no scheduler."
+    )
 
 
 def model_card(

@@ -19,6 +19,7 @@ from fastgen.core.files import replace_folder, write_model_json, write_text
 from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
+from fastgen.export.comfyui import write_workflow
 from fastgen.export.info import FILE, ExportInfo, read_info
 from fastgen.export.kohya import write_kohya
 from fastgen.export.model_card import SAMPLES, members_card, model_card
@@ -107,6 +108,7 @@ def _export_one(
     else:
         info = _export_lora(teacher, student, folder, setup, info, dtype)
         write_model_json(folder / FILE, _document(teacher, info))
+    write_workflow(folder, teacher, info)
     if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
 

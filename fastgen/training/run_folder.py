@@ -164,6 +164,11 @@ def _take(lock: int, tries: int = 1) -> bool:
     return True
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run holds the folder at this moment."""
+    return bool(_owner(folder))
+
+
 def _owner(folder: Path) -> dict:
     """Who holds the lock of a folder: its pid and host, or nothing."""
     try:

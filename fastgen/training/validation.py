@@ -10,12 +10,12 @@ from torch import Tensor
 from fastgen.config.sections import EvalConfig
 from fastgen.core import interrupt
 from fastgen.core.ema import swapped
-from fastgen.core.errors import NotFinite, UserError
+from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error, write_json, write_tensors
 from fastgen.core.reading import read_json
 from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
 from fastgen.evaluation.label_free import against_teacher, looks
-from fastgen.evaluation.sample_grids import save_grid
+from fastgen.evaluation.sample_grids import save_grid, save_requests
 
 
 def averaged(trainer):
@@ -53,6 +53,7 @@ class Validator:
         with averaged(trainer):
             images = evaluator.images("student", cfg.grid, cfg.seed)
             save_grid(images, self.folder / "samples" / f"step_{trainer.step:06d}.png")
+            _save_requests(evaluator, images, self.folder)
             scores = self._beside_teacher(images)
             if cfg.validation_samples:
                 num = max(cfg.grid, cfg.validation_samples)
@@ -63,6 +64,7 @@ class Validator:
                 trainer.best = {"score": score, "step": trainer.step}
                 if cfg.keep == "best" and trainer.step:
                     write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
+        refresh_report(self.folder, running=True)
 
     def _beside_teacher(self, images: Tensor) -> dict[str, float]:
         """How the grid's colours differ from the teacher's of the same requests, where no network judges
@@ -78,6 +80,22 @@ class Validator:
         if before is None:
             return True
         return score > before if self.better[self.keep_by] == "higher" else score < before
+
+
+def _save_requests(evaluator: Evaluator, images: Tensor, folder: Path) -> None:
+    save_requests(images, evaluator.requests.words(len(images)), folder / "samples" / "requests.json")
+
+
+def refresh_report(folder: Path, running: bool) -> None:
+    """Write the page of a run that goes on, or that ended early. A page that cannot be written stops no
+    training.
+    """
+    from fastgen.evaluation.report import write_report
+
+    try:
+        write_report(folder, running)
+    except Exception as error:
+        warn(f"report: not refreshed ({first_line(error)})")
 
 
 def choose_metric(cfg: EvalConfig, better: dict) -> str:
@@ -98,7 +116,8 @@ def finish(trainer, validator: Validator) -> dict:
     anything is measured; its card is written again with the numbers.
     """
     from fastgen.evaluation.diagnostics import warnings
-    from fastgen.evaluation.report import read_metrics, write_report
+    from fastgen.evaluation.report import write_report
+    from fastgen.evaluation.run_files import read_metrics
     from fastgen.export.load import sample_command
 
     folder, evaluator, cfg = trainer.folder, validator.evaluator, validator.cfg
@@ -109,7 +128,7 @@ def finish(trainer, validator: Validator) -> dict:
         with interrupt.deferred():
             exported = trainer.exported = _export(trainer)
         with interrupt.at_once(), _room(exported):
-            results = measure(evaluator, _show(folder, cfg))
+            results = measure(evaluator, _show(evaluator, folder, cfg))
     decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
     results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
     results["curve"] = _curve(metrics, validator.keep_by)
@@ -143,13 +162,14 @@ def _choose_weights(trainer, keep: str) -> bool:
     return best
 
 
-def _show(folder: Path, cfg: EvalConfig):
+def _show(evaluator: Evaluator, folder: Path, cfg: EvalConfig):
     """Saves the first of the measured images, of all contenders and every step count measured."""
 
     def show(who: str, steps: int, images: Tensor) -> None:
         if steps in (0, *cfg.student_steps):
             name = who.removesuffix("_student") + (f"_{steps}_steps" if steps else "")
             save_grid(images[: cfg.grid], folder / "samples" / f"{name}.png")
+            _save_requests(evaluator, images[: cfg.grid], folder)
 
     return show
 

@@ -91,6 +91,31 @@ def test_a_picture_that_cannot_be_read_is_one_line(tmp_path):
         model.draw(ask(prompt="x", steps=1, image=str(tmp_path / "broken.png")))
 
 
+@pytest.mark.parametrize("kind", ["sd", "flow", "controlnet"])
+def test_it_draws_once_before_the_first_click(kind, exports, tmp_path, monkeypatch):
+    """At the model's own steps, with a picture where one is needed; one's own picture then gives another."""
+    from PIL import Image
+
+    from tests.families.world import World
+
+    if kind == "controlnet":
+        World(kind, tmp_path / "teacher")
+    model = model_of(exports.get(kind, tmp_path / "teacher"))
+    asked, draw = [], model.draw
+    monkeypatch.setattr(model, "draw", lambda request: asked.append(request) or draw(request))
+    model.warm_up(tmp_path)
+    (request,) = asked
+    assert request.steps == model.steps and bool(request.image) == model.takes_image == (kind == "controlnet")
+    if model.takes_image:
+        Image.new("RGB", (50, 70), "teal").save(tmp_path / "mine.png")
+        given = {"prompt": "x", "steps": 2, "seed": 1}
+        grey, own = (
+            model.draw(ask(**given, image=str(tmp_path / name)))[0].images
+            for name in ("grey.png", "mine.png")
+        )
+        assert own.shape == grey.shape and not torch.equal(own, grey)
+
+
 # -- the command ---------------------------------------------------------------------------------------------
 @pytest.fixture
 def port():

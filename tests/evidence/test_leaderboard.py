@@ -102,9 +102,9 @@ def test_tables_follow_the_evidence(finished, tmp_path):
     for seed, fd in ((0, 2.0), (1, 3.0)):
         evidence.record(finished("digits_dmd2", fd, seed=seed), "digits_dmd2", seed, store)
     readme.write_text("before\n" + leaderboard.SKELETON + "after\n")
-    assert leaderboard.leaderboard(True, readme, store, guide=None, configs=None)
-    assert leaderboard.leaderboard(False, readme, store, guide=None, configs=None) == []
-    assert leaderboard.leaderboard(True, readme, store, guide=None, configs=None) == []
+    assert leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None)
+    assert leaderboard.leaderboard(False, readme, store, guide=None, configs=None, picture=None) == []
+    assert leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None) == []
     text = readme.read_text()
     assert text.startswith("before\n# Objectives") and text.endswith("after\n")
     row = next(line for line in text.splitlines() if line.startswith("| `digits_dmd2`"))
@@ -119,20 +119,22 @@ def test_tables_follow_the_evidence(finished, tmp_path):
     file.write_text(json.dumps(document))
     assert (
         "differs from the evidence"
-        in leaderboard.leaderboard(True, readme, store, guide=None, configs=None)[0]
+        in leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None)[0]
     )
     document["results"]["student"]["fd_mini"] = 2.0
     file.write_text(json.dumps({**document, "config_sha256": "0"}))
     assert (
         "has changed since; run it again"
-        in leaderboard.leaderboard(True, readme, store, guide=None, configs=None)[0]
+        in leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None)[0]
     )
     file.write_text(json.dumps({**document, "recipe": "gone"}))
-    assert "no 'gone'" in leaderboard.leaderboard(True, readme, store, guide=None, configs=None)[0]
+    assert (
+        "no 'gone'" in leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None)[0]
+    )
     del document["seed"]
     file.write_text(json.dumps(document))
     with pytest.raises(UserError, match="lacks seed"):
-        leaderboard.leaderboard(True, readme, store, guide=None, configs=None)
+        leaderboard.leaderboard(True, readme, store, guide=None, configs=None, picture=None)
 
 
 def test_a_row_for_every_step_count():

@@ -4,8 +4,11 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from fastgen.evaluation.report import write_report
+from fastgen.evaluation.report_runs import runs_page
+from fastgen.evaluation.sample_grids import save_grid, save_requests
 from fastgen.export.markdown import code, escape, fenced, visible
 from fastgen.export.model_card import _numbers, license_of
 
@@ -67,8 +70,8 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_a_report_shows_hostile_text_as_text(tmp_path):
-    run = tmp_path / "run <script>alert(0)"
+def hostile_run(run):
+    """A run folder in which everything that can be text is hostile."""
     run.mkdir()
     row = {"fd_mini": 1.0, "seconds_per_sample": 0.1}
     results = {
@@ -80,7 +83,8 @@ def test_a_report_shows_hostile_text_as_text(tmp_path):
     }
     teacher = {"path": HOSTILE, "num_steps": 2, "guidance": 1.0}
     config = {
-        "objective": {"name": "sft"},
+        "objective": {"name": HOSTILE},
+        "train": {"max_train_steps": 4},
         "teacher": teacher,
         "student": {"kind": "full", "num_steps": 1},
     }
@@ -88,10 +92,20 @@ def test_a_report_shows_hostile_text_as_text(tmp_path):
     (run / "config.yaml").write_text(json.dumps(config))
     (run / "environment.json").write_text(json.dumps({"command": ["train.py", HOSTILE], "python": HOSTILE}))
     (run / "metrics.jsonl").write_text('{"step": 1}\n[]\n{"step": "x"}\n{"step": 2, "a/b": 1}\nnonsense\n')
-    page = write_report(run).read_text()
+    images = torch.rand(2, 3, 4, 4)
+    for name in ("teacher", "student"):
+        save_grid(images, run / "samples" / f"{name}.png")
+    save_requests(images, [HOSTILE, HOSTILE], run / "samples" / "requests.json")
+    return run
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_report_shows_hostile_text_as_text(num, tmp_path):
+    runs = [hostile_run(tmp_path / f"{i} <script>alert(0)") for i in range(num)]
+    page = write_report(runs[0]).read_text() if num == 1 else runs_page(runs)
     tags = Tags()
     tags.feed(page)
-    assert "script" not in {tag for tag, _ in tags.found}
+    assert [tag for tag, _ in tags.found].count("script") == 1, "the page's own"
     assert not [a for _, attrs in tags.found for a in attrs if a.startswith("on")]
     assert "<script>alert(1)</script>" in tags.text, "the reader sees what was written"
     assert "\u202e" not in page and "\u200b" not in page

@@ -61,6 +61,25 @@ def test_a_signal_saves_the_step_and_says_so(number, argv, tmp_path, monkeypatch
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
 
 
+def test_the_page_follows_the_run_and_rests_when_it_stops(argv, tmp_path, monkeypatch, capfd, no_finish):
+    """Written at each validation as of a run that goes on; one that cannot be written stops no training."""
+    from fastgen.evaluation import report
+
+    page, real, seen = tmp_path / "run" / "report" / "index.html", report.write_report, []
+
+    def write_report(folder, running=False):
+        real(folder, running)
+        seen.append("data-live" in page.read_text())
+        if len(seen) == 2:
+            raise OSError("no room")
+
+    monkeypatch.setattr(report, "write_report", write_report)
+    kill_at(monkeypatch, 3, signal.SIGTERM)
+    assert main(argv) == 75
+    assert seen == [True, True, False] and ">stopped at step 3<" in page.read_text()
+    assert "report: not refreshed (no room)" in capfd.readouterr().err
+
+
 def test_a_second_ctrl_c_stops_at_once(argv, tmp_path, monkeypatch, capfd, no_finish):
     kill_at(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     assert main(argv) == 130

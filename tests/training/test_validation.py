@@ -68,8 +68,12 @@ def test_the_run_folder_is_complete(digits):
     names = {p.name for p in (folder / "samples").iterdir()}
     way = {"step_000000.png", "step_000002.png", "step_000004.png"}
     ends = {"teacher.png", "untrained.png", "student.png", "student_1_steps.png", "student_2_steps.png"}
-    assert names == way | ends
-    assert (folder / "report" / "index.html").exists() and (folder / "export" / "unet").is_dir()
+    assert names == way | ends | {"requests.json"}
+    requests = json.loads((folder / "samples" / "requests.json").read_text())
+    assert requests["texts"] == [str(i) for i in range(10)] and requests["columns"] == 10
+    page = (folder / "report" / "index.html").read_text()
+    assert ">finished<" in page and "data-live" not in page and '<figcaption title="9">9<' in page
+    assert (folder / "export" / "unet").is_dir()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = {r["step"]: r["validation/fd_mini"] for r in records if "validation/fd_mini" in r}
     assert list(curve) == [0, 2, 4] and results["curve"] == {str(k): v for k, v in curve.items()}
