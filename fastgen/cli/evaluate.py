@@ -6,8 +6,9 @@ fastgen-eval --images a --against b --metrics fid kid --weights inception=FILE
 fastgen-eval --images a.npz --against REF.npz --metrics fid is --weights inception=FILE
 fastgen-eval --images shard-{000..010}.tar --metrics clip hps --weights clip=FILE hps=FILE
 fastgen-eval statistics --images real --encoder inception --weights inception=FILE --out real.npz
-fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure; see its
---help fastgen-eval compare runs/a runs/b      fastgen-eval protocol coco2014-30k ...      see their --help
+fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure
+fastgen-eval compare runs/a runs/b      fastgen-eval protocol coco2014-30k ...      see their --help
+fastgen-eval view out/a out/b --out look      fastgen-eval votes FILE --key look/key.json     people judge
 fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 fastgen-eval metrics                                        every metric: what it needs, where it is from
 
@@ -27,7 +28,7 @@ from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
-OWN_FLAGS = ("generate", "compare", "protocol")
+OWN_FLAGS = ("generate", "compare", "protocol", "view", "votes")
 """commands with flags of their own: modules of this folder with `flags` and `run`, imported when called"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
