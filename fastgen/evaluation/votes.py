@@ -120,13 +120,8 @@ def tally(votes: list[Vote], key: Key) -> dict[str, Any]:
 
 def _duel(votes: list[Vote], key: Key, a: str, b: str) -> dict[str, Any]:
     scores = [score_of(v, key, a) for v in votes]
-    found = {
-        "set": a,
-        "against": b,
-        "wins": scores.count(1.0),
-        "ties": scores.count(0.5),
-        "losses": scores.count(0.0),
-    }
+    found: dict[str, Any] = {"set": a, "against": b}
+    found |= {k: scores.count(v) for k, v in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0))}
     found |= _rate(votes, scores)
     low, high = found["low"], found["high"]
     found["verdict"] = "better" if low > 0.5 else "worse" if high < 0.5 else "undecided"
