@@ -56,6 +56,8 @@ def flags() -> argparse.ArgumentParser:
     add("--prompts", default="", type=expand, metavar="FILE", help=prompts)
     add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
     add("--group_size", type=int, default=0, help="images of each prompt, which follow each other")
+    forgotten = "the class that was to be unlearned, for unlearning_accuracy and its companions"
+    add("--forgotten", type=int, default=-1, metavar="N", help=forgotten)
     add("--cache", default="", type=expand, metavar="DIR", help="keep features there between calls")
     add("--encoder", default="", metavar="NAME", help="statistics: of this encoder's features")
     add("--out", default="", type=expand, metavar="FILE", help="statistics: the .npz to write")
@@ -136,7 +138,7 @@ def measure_images(args) -> dict:
     from fastgen.evaluation.registry import wanted
 
     asked = [wanted(name) for name in dict.fromkeys(args.metrics)]
-    material = open_material(args, any("labels" in w.metric.needs for w in asked))
+    material = open_material(args, asked)
     estimates = measure(material, asked)
     found: dict[str, object] = {"num_images": len(material.source)}
     found |= {label: e.value for label, e in estimates.items()}

@@ -14,10 +14,15 @@ from fastgen.core.errors import UserError
 from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
+from fastgen.evaluation.metrics.mixtures import ToyMeasurer
+from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
+
+SPEED_BATCH = 20
+"""samples of a timed call, or the batch size where that is less"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,6 @@ class Evaluator:
     def __init__(self, protocol: EvaluationProtocol, cast, data, metrics: RunMetrics | None = None):
         """metrics: those that the user chose, besides the ones of the teacher's own set."""
         from fastgen.evaluation.metrics.fd_mini import measurer_for
-        from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 
         self.protocol, self.cast, self.metrics = protocol, cast, metrics
         self.requests = Requests(cast.teacher, data)
@@ -145,16 +149,20 @@ class Evaluator:
             student = student.with_network(Role(cast.teacher.backbone))
         return sample_student(student, seeds, shape, cond, device)
 
-    def score(self, images: Tensor) -> dict[str, float]:
-        """Metrics of images made for the first len(images) requests."""
+    def score(self, images: Tensor, who: str = "student", steps: int = 0) -> dict[str, float]:
+        """Metrics of images that `who` made for the first len(images) requests."""
         num = len(images)
         found = {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(num))
         if self.metrics is None:
             return found
-        if images.ndim != 4:
-            raise UserError("eval.metrics", "this teacher does not make images", "leave them out")
-        about = Samples(self.requests.texts(num), self.requests.wanted(num), len(self.requests.rows))
+        texts, wanted = self.requests.texts(num), self.requests.wanted(num)
+        about = Samples(texts, wanted, len(self.requests.rows), self._generator(who, steps))
         return found | self.metrics.scores(images, about)
+
+    def _generator(self, who: str, steps: int) -> Generator:
+        """What draws the samples of `who`, for metrics of its speed."""
+        num = min(SPEED_BATCH, self.protocol.batch_size)
+        return Generator(partial(self.images, who, num, 0, steps), num, self.nfe(who, steps))
 
     def better(self) -> dict[str, Better]:
         """Which way is better, by the name of every metric that may choose the weights to keep."""
@@ -169,8 +177,6 @@ class Evaluator:
 
     def nfe(self, who: str, steps: int = 0) -> int:
         """Network evaluations per sample."""
-        from fastgen.evaluation.metrics.speed import nfe
-
         if who == "teacher" or not self.protocol.few_step:
             return nfe(steps or self.protocol.teacher_steps, self.protocol.guidance)
         return steps or len(self.cast.parts["student"].times)
@@ -209,9 +215,9 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
         beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
-        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images), **beside}
+        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
-    speed_batch = min(20, protocol.batch_size)
+    speed_batch = min(SPEED_BATCH, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
     found: dict[str, Any] = {
@@ -258,8 +264,6 @@ def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, teacher: di
 
 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
-    from fastgen.evaluation.metrics.speed import interleaved
-
     draws: dict[str, Callable[[], object]] = {name: partial(evaluator.images, name, num, 0) for name in who}
     return interleaved(draws, num, repeats=3)
 

@@ -10,12 +10,16 @@ from accelerate import Accelerator
 from fastgen.config.run import RunConfig
 from fastgen.data.loader import Data
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
+from fastgen.evaluation.metrics.metric import Kind
 from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.objectives import requirements_of
 from fastgen.training import fingerprint
 from fastgen.training.cast import Cast
 from fastgen.training.trainer import Trainer
 from fastgen.training.validation import Validator
+
+KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
+"""what a teacher makes, by the number of dimensions of a sample"""
 
 
 def make_cast(cfg: RunConfig, device="cpu") -> Cast:
@@ -53,7 +57,11 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
     if cfg.eval.metrics:
         mini_set = str((cast.teacher.info or {}).get("measure") or "")
         against = cfg.eval.against or cfg.data.images or cfg.data.name or mini_set
-        metrics = RunMetrics(cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device)
+        teacher = cast.teacher
+        kind, mixture = KINDS[len(teacher.codec.shape)], teacher.backbone if teacher.is_analytic else None
+        metrics = RunMetrics(
+            cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device, kind, mixture
+        )
     return Evaluator(make_protocol(cfg), cast, data, metrics)
 
 

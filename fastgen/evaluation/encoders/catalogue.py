@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import expand
-from fastgen.evaluation.encoders import dinov2, inception, mini, plugin, text_image
+from fastgen.evaluation.encoders import dinov2, image_reward, inception, mini, plugin, text_image
 from fastgen.evaluation.encoders.base import Encoder, TextImageEncoder
 
 
@@ -119,8 +119,12 @@ KNOWN: dict[str, Callable[[Encoders], Encoder]] = {
     "clip_l14": _clip_l14,
     "hps": lambda e: text_image.load("hps", e.path("hps", HPS_WANTED), HPS_ARCH),
     "pickscore": lambda e: text_image.load("pickscore", e.path("pickscore", PICK_WANTED, True), "ViT-H-14"),
+    "image_reward": lambda e: image_reward.load(e.path("image_reward", image_reward.WANTED, True)),
 }
-WEIGHTS = ("inception", "dinov2", "clip", "clip_336", "clip_l14", "hps", "pickscore", "aesthetic", "lpips")
+WEIGHTS = (
+    *("inception", "dinov2", "clip", "clip_336", "clip_l14"),
+    *("hps", "pickscore", "image_reward", "aesthetic", "lpips"),
+)
 """names that --weights takes besides those of the user's own encoders"""
 
 
