@@ -16,6 +16,8 @@ from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
+from fastgen.evaluation.reconstruction import NAME as RECON
+from fastgen.evaluation.reconstruction import reconstructions
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
@@ -206,6 +208,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
 
     seen: dict[str, dict] = {}
     teacher: dict = {}
+    codec = evaluator.cast.teacher.codec
+    recon = reconstructions(evaluator.measurer, codec, evaluator.cast.device, protocol.batch_size)
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -215,6 +219,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
         beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+        if recon is not None:
+            beside |= recon.distance(images)
         return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
     speed_batch = min(SPEED_BATCH, protocol.batch_size)
@@ -228,6 +234,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
     if evaluator.measurer is not None and num:
         found["floor"] = evaluator.measurer.floor(num)
+    if recon is not None and num:
+        found["autoencoder"] = recon.own()
     if seen:
         found["look"] = seen
     if evaluator.metrics is not None:
@@ -270,7 +278,10 @@ def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
 
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
-    first, last = ("fd_mini", "energy_distance", "agreement", "recall", "clip"), ("nfe", "seconds_per_sample")
+    first, last = (
+        ("fd_mini", RECON, "energy_distance", "agreement", "recall", "clip"),
+        ("nfe", "seconds_per_sample"),
+    )
     chosen = tuple(results.get("chosen", ()))
     free = ("fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
     wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
@@ -282,6 +293,7 @@ def table(results: dict) -> str:
         for n, row in results.get("student_by_steps", {}).items()
     ]
     rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
     columns = [c for c in wanted if any(c in row for _, row in rows)]
     lines = [" " * 19 + "".join(f"{c.replace('_per_sample', '/sample'):>16}" for c in columns)]
     for name, row in rows:
@@ -291,6 +303,6 @@ def table(results: dict) -> str:
 
 def teacher_card(results: dict) -> dict:
     """What a denoiser trained by sft reaches at several step counts, beside the floor."""
-    kept = {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results}
+    kept = {k: results[k] for k in ("student_by_steps", "floor", "autoencoder", "protocol") if k in results}
     train = results.get("train", {})
     return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})
