@@ -19,6 +19,7 @@ from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
 from fastgen.evaluation.reconstruction import NAME as RECON
 from fastgen.evaluation.reconstruction import reconstructions
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
+from fastgen.evaluation.spread import Spread
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
@@ -117,26 +118,33 @@ class Evaluator:
             metrics.check_texts(self.requests.texts(1) is not None)
         self.label_free = self.measurer is None and len(teacher.codec.shape) > 1
 
-    @torch.no_grad()
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
         """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
 
         steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
         Raises NotFinite for samples that are not; a signal that waits is obeyed between two batches.
         """
-        codec, device, batch_size = self.cast.teacher.codec, self.cast.device, self.protocol.batch_size
-        chunks = []
-        for first in range(0, num, batch_size):
-            index = torch.arange(first, min(first + batch_size, num))
-            cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
-            uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
-            seeds = [seed + int(i) for i in index]
-            x0 = self._sample(who, seeds, cond, uncond, steps)
-            images = codec.decode(x0) if len(codec.shape) > 1 else x0
-            check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
-            chunks.append(images.cpu())
-            interrupt.check()
-        return torch.cat(chunks)
+        firsts = range(0, num, self.protocol.batch_size)
+        return torch.cat([self._batch(who, first, num, seed, steps) for first in firsts])
+
+    def spread_images(self, spread: Spread, who: str, num: int, seed: int) -> Tensor | None:
+        """The same images, drawn by all processes of a run; None where this is not the main one."""
+        return spread.samples(
+            lambda first: self._batch(who, first, num, seed, 0), num, self.protocol.batch_size
+        )
+
+    @torch.no_grad()
+    def _batch(self, who: str, first: int, num: int, seed: int, steps: int) -> Tensor:
+        """The batch that begins with image `first` of num."""
+        codec, device = self.cast.teacher.codec, self.cast.device
+        index = torch.arange(first, min(first + self.protocol.batch_size, num))
+        cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
+        uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
+        x0 = self._sample(who, [seed + int(i) for i in index], cond, uncond, steps)
+        images = codec.decode(x0) if len(codec.shape) > 1 else x0
+        check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
+        interrupt.check()
+        return images.cpu()
 
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
         cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
