@@ -1,1 +1,3 @@
-"""Measuring generators: distances between feature sets, the bundled measuring nets, speed, leaderboard."""
+"""What the recorded results rest on: evidence, leaderboard, resolved configs, teacher cards. The metrics
+themselves are in fastgen/evaluation.
+"""

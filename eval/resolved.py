@@ -5,8 +5,8 @@ python -m eval resolved --since main    compares the resolved configs of that re
 
 import io
 import subprocess
-import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 from eval.evidence import differing
@@ -60,7 +60,7 @@ def changes(old: dict[str, RunConfig], new: dict[str, RunConfig]) -> tuple[list[
 
 def since(revision: str, root: Path = PACKAGE.parent) -> tuple[int, list[str], list[str]]:
     """(files compared, renamed, changed) between a git revision's configs/ and the ones in the checkout."""
-    command = ["git", "archive", "--format=tar", revision, "configs"]
+    command = ["git", "archive", "--format=zip", revision, "configs"]
     done = subprocess.run(command, cwd=root, capture_output=True)
     if done.returncode:
         reason = first_line(RuntimeError(done.stderr.decode()))
@@ -68,8 +68,8 @@ def since(revision: str, root: Path = PACKAGE.parent) -> tuple[int, list[str], l
             "--since", f"{revision} cannot be read ({reason})", "give a git revision of this checkout"
         )
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(folder, filter="data")
+        with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
+            archive.extractall(folder)
         old = resolved(Path(folder) / "configs", unread := {})
     new = resolved(root / "configs")
     renamed, changed = changes(old, {n: c for n, c in new.items() if n not in unread})

@@ -257,3 +257,18 @@ def test_the_recorded_versions_are_allowed():
     found = {name_of(line): Version(line.split("==")[1]) for line in lines}
     for pin in lowest_versions()(PROJECT, extras=()):
         assert found[name_of(pin)] >= Version(pin.split("==")[1]), pin
+
+
+# -- image -------------------------------
+def test_the_image_is_built_from_what_a_wheel_needs():
+    """Every input of the wheel (pyproject.toml) is copied, each copied path exists, and the extras are ours."""
+    text = (ROOT / "Dockerfile").read_text()
+    copied = {path for line in re.findall(r"^COPY (.*)", text, re.M) for path in line.split()[:-1]}
+    assert all((ROOT / path).exists() for path in copied), copied
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert needed | {*wheel["packages"], *wheel["force-include"]} == copied
+    extras = re.search(r"^ARG EXTRAS=(.*)", text, re.M).group(1).split(",")
+    assert set(extras) <= project["project"]["optional-dependencies"].keys()
+    assert re.search(r'^ENTRYPOINT \["(.*)"\]', text, re.M).group(1) in project["project"]["scripts"]

@@ -1,5 +1,5 @@
 """Every metric by name. `fd:dinov2` asks for a metric on an encoder; a published name is short for such a
-pair.
+pair. To add one: an entry in the METRICS of a module of metrics/; here only a new module or a published name.
 
 python -m fastgen.evaluation.registry prints the table that docs/evaluation.md shows.
 """
@@ -20,8 +20,8 @@ from fastgen.evaluation.metrics import (
 )
 from fastgen.evaluation.metrics.metric import Kind, Metric
 
-FAMILIES = (distributions, text_scores, pixels, lpips, agreement, video, geometry, mixtures, speed)
-METRICS: dict[str, Metric] = {m.name: m for family in FAMILIES for m in family.METRICS}
+MODULES = (distributions, text_scores, pixels, lpips, agreement, video, geometry, mixtures, speed)
+METRICS: dict[str, Metric] = {m.name: m for module in MODULES for m in module.METRICS}
 ALIASES = {
     "fid": "fd:inception",
     "fid_inf": "fd_inf:inception",

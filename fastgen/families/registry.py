@@ -1,5 +1,7 @@
-"""All families, and which of them a model folder belongs to. Every module of this package that defines
-FAMILIES is found automatically.
+"""All families, and which of them a model folder belongs to.
+
+To add one: subclass `base.Family` and list it in the FAMILIES of its module, which is found automatically
+(docs/families.md).
 """
 
 import importlib

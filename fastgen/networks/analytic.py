@@ -10,6 +10,7 @@ s_k = 0 gives point masses, one component a linear-Gaussian teacher. A label res
 components.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -45,6 +46,7 @@ class GaussianMixture(Denoiser):
             self.register_buffer(name, value.double())
         self.register_buffer("labels", torch.zeros(len(means)).long() if labels is None else labels)
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
+        self._copy: list[MLPDenoiser] | None = None  # in a list, so that it is no submodule
 
     def _log_weights(self, x: Tensor, cond: Cond) -> Tensor:
         log_w = self.weights.log().expand(len(x), -1)
@@ -83,9 +85,18 @@ class GaussianMixture(Denoiser):
         return (self.means[k] + self.stds[k, None] * noise).float(), self.labels[k]
 
     def trainable_copy(self, steps: int = 600) -> "MLPDenoiser":
-        """A network regressed on this teacher, to stand where a copy of the teacher's weights would."""
-        net = MLPDenoiser(self.means.shape[1], self.schedule, self.num_classes, float(self._data_std()))
-        optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+        """A network regressed on this teacher, to stand where a copy of the teacher's weights would: the same
+        weights at every call.
+        """
+        if self._copy is None:
+            self._copy = [self._regressed(steps)]
+        return copy.deepcopy(self._copy[0])
+
+    def _regressed(self, steps: int) -> "MLPDenoiser":
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            net = MLPDenoiser(self.means.shape[1], self.schedule, self.num_classes, float(self._data_std()))
+        optimizer = torch.optim.Adam(net.parameters(), 2e-3, fused=True)
         generator = torch.Generator().manual_seed(0)
         for k in range(steps):
             for group in optimizer.param_groups:

@@ -36,7 +36,7 @@ from fastgen.diffusion.schedules import expand
 from fastgen.networks.feature_net import Perceptual
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, PerceptualSpec, Requirements, passes
-from fastgen.objectives.shared.grids import check_segments, draw_intervals, num_intervals, unfit_segments
+from fastgen.objectives.shared.intervals import check_segments, draw_intervals, num_intervals, unfit_segments
 from fastgen.sampling.solvers import jump, segment_ends, solver_step, undo_jump
 
 

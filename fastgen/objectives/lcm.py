@@ -34,7 +34,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
-from fastgen.objectives.shared.grids import OnSolverGrid, SolverGridConfig, distance_weight
+from fastgen.objectives.shared.intervals import OnSolverGrid, SolverGridConfig, distance_weight
 from fastgen.sampling.solvers import solver_step
 
 

@@ -35,7 +35,7 @@ from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.gan import pair_turn
-from fastgen.objectives.shared.grids import Segmented, SegmentedConfig, distance_weight
+from fastgen.objectives.shared.intervals import Segmented, SegmentedConfig, distance_weight
 from fastgen.sampling.solvers import segment_ends, solver_step
 
 

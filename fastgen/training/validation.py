@@ -14,8 +14,8 @@ from fastgen.core.errors import NotFinite, UserError
 from fastgen.core.files import disk_error, write_json, write_tensors
 from fastgen.core.reading import read_json
 from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
-from fastgen.evaluation.grids import save_grid
 from fastgen.evaluation.label_free import against_teacher, looks
+from fastgen.evaluation.sample_grids import save_grid
 from fastgen.evaluation.spread import Spread
 
 

@@ -11,7 +11,7 @@ from fastgen.cli import compare as module
 from fastgen.cli.evaluate import main
 from fastgen.data.bundled import load_images
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 
 
 def digits(folder, num, noise, seed=0):

@@ -15,7 +15,7 @@ from fastgen.core.errors import UserError
 from fastgen.export.load import load_export
 from fastgen.training.exporting import export_run
 from tests.cli.test_train import ROOT
-from tests.export.test_export import make_run, ours
+from tests.export.test_plain_diffusers import make_run, ours
 from tests.support.browser import CHROMIUM, WIDER, browser
 from tests.support.tiny import PROMPTS
 

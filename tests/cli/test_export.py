@@ -11,7 +11,7 @@ from fastgen.cli.train import main as train
 from fastgen.export import publish
 from fastgen.export.load import load_export
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 
 QUICK = {
     "train.max_train_steps": 4,

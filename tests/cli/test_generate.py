@@ -14,7 +14,7 @@ from fastgen.core import interrupt
 from fastgen.evaluation.inputs import open_source
 from fastgen.evaluation.prompts import prompts_of
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 
 
 @pytest.fixture(scope="module")

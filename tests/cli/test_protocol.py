@@ -12,7 +12,7 @@ from fastgen.evaluation.inputs import open_source
 from fastgen.evaluation.registry import wanted
 from fastgen.evaluation.sources import Squared
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import fastgen
 from fastgen.config.run import load
 from fastgen.export.load import load_export
 from fastgen.networks.codecs import TextCodec
-from tests.export.test_export import ours
+from tests.export.test_plain_diffusers import ours
 from tests.support.tiny import PROMPTS
 
 SMALL = {

@@ -10,7 +10,7 @@ from PIL import Image
 from fastgen.cli.conditions import parse_labels
 from fastgen.cli.sample import main
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 from tests.support.flags import last_of_each
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastgen.evaluation.evaluator import table
-from fastgen.evaluation.grids import save_grid, to_grid
 from fastgen.evaluation.report import _number, _smooth, read_metrics, write_report
+from fastgen.evaluation.sample_grids import save_grid, to_grid
 
 CONFIG = """
 teacher: {path: "assets:teachers/fashion", num_steps: 20, guidance: 2.0}

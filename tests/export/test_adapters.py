@@ -8,7 +8,7 @@ from fastgen.cli.adapters import main
 from fastgen.export import lora
 from fastgen.export.load import load_export
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run, ours
+from tests.export.test_plain_diffusers import make_run, ours
 from tests.support.tiny import PROMPTS
 
 

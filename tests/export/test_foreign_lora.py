@@ -14,7 +14,7 @@ from fastgen.export import lora
 from fastgen.export.load import load_export
 from fastgen.networks.load import load_teacher
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 
 CONFIGS = {
     "plain": {"r": 4, "lora_alpha": 4},

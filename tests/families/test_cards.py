@@ -36,7 +36,6 @@ def test_the_card_runs_as_it_stands(name, kind, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     world = World(name, tmp_path / "work" / "base")
-    world.asked_for = dict(world.asked_for)
     world.teacher.path = "base"  # as a user gives it
     trainer = world.trainer(kind, 1 if world.case.sampler == "ode" else 2, world.case.sampler)
     trainer.cast.teacher.path = "base"
@@ -74,7 +73,7 @@ def test_a_bundled_base_is_found_from_the_export(tmp_path):
 
 
 def test_the_licence_is_the_base_s(tiny, tmp_path):
-    from tests.export.test_export import make_run
+    from tests.export.test_plain_diffusers import make_run
 
     base = tmp_path / "base"
     shutil.copytree(tiny("sd"), base)

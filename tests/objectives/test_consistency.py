@@ -9,7 +9,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.objectives import requirements_of
 from fastgen.objectives.consistency import Consistency, ConsistencyConfig
-from fastgen.objectives.shared.grids import draw_intervals, num_intervals
+from fastgen.objectives.shared.intervals import draw_intervals, num_intervals
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import jump, solver_step, undo_jump
 from tests.support.replay import replay

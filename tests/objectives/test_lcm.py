@@ -12,7 +12,7 @@ from fastgen.objectives.lcm import LCM, LCMConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import teacher_grid
 from fastgen.training.exporting import export_run
-from tests.export.test_export import make_run
+from tests.export.test_plain_diffusers import make_run
 from tests.support.replay import replay_counts
 from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (

@@ -1,1 +1,1 @@
-"""Pieces that several methods share: the critic's turn, the GAN pair, time grids with segments."""
+"""Pieces that several methods share: the critic's turn, the GAN pair, the consistency family's intervals."""

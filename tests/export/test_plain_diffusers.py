@@ -74,7 +74,7 @@ def ours(loaded, condition: list) -> torch.Tensor:
 
 
 def replay_case(name: str, folder: Path, teacher, base: Path, steps: int = 0) -> dict:
-    """What plain_replay.py needs: only facts that stand in the export and its card; `steps` for another
+    """What replay_cases.py needs: only facts that stand in the export and its card; `steps` for another
     count than the export's own.
     """
     document = json.loads((folder / "fastgen.json").read_text())
@@ -155,7 +155,7 @@ def replayed(tiny, tmp_path_factory):
     by_name = {c["name"]: c for c in cases}
     cases += [{**by_name[n], "name": f"{n}/wrong", "override": o} for n, o in wrong.items()]
     (root / "cases.json").write_text(json.dumps(cases))
-    files = [SUPPORT / "plain_replay.py", root / "cases.json", root / "images.safetensors"]
+    files = [SUPPORT / "replay_cases.py", root / "cases.json", root / "images.safetensors"]
     done = run_plain(*files, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     found.plain, found.wrong = load_file(root / "images.safetensors"), list(wrong)
@@ -192,7 +192,7 @@ def test_the_card_s_snippet_starts_at_the_student_s_first_time(tiny, tmp_path):
         folder = folders[family] = export_run(run, tmp_path / family / "export", {})
         cases.append({"name": family, "how": "snippet", "code": code_of(folder), "folder": str(folder)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    files = [SUPPORT / "plain_replay.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
+    files = [SUPPORT / "replay_cases.py", tmp_path / "cases.json", tmp_path / "images.safetensors"]
     done = run_plain(*files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     plain = load_file(tmp_path / "images.safetensors")

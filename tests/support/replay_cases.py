@@ -1,4 +1,4 @@
-"""Sample exports with diffusers alone: python plain_replay.py CASES.json OUT.safetensors (no fastgen)."""
+"""Sample exports with diffusers alone: python replay_cases.py CASES.json OUT.safetensors (no fastgen)."""
 
 import json
 import os
