@@ -7,7 +7,8 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
-  python -m benchmarks frechet    a FID of 50,000 images: seconds and memory, and against scipy's matrix root
+  python -m benchmarks frechet    a FID of 50,000 images with its interval: seconds and memory
+  python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults import faults
-from benchmarks.frechet import frechet  # noqa: F401  (called by name)
+from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
@@ -263,6 +264,7 @@ def main() -> None:
             "faults",
             "mutations",
             "frechet",
+            "sqrtm",
             "fd",
         ),
     )
