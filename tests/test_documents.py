@@ -197,7 +197,7 @@ MODULES = {  # distribution: what is imported, where the names differ
     "torch-fidelity": "torch_fidelity",
 }
 THROUGH_OTHERS = {"ftfy"}  # diffusers imports it to clean the prompts of Wan
-CONTRIBUTORS = {"test", "dev", "docs"}  # extras for work on fastgen itself
+CONTRIBUTORS = {"real", "test", "dev", "docs"}  # extras for work on fastgen itself
 
 
 def name_of(requirement: str) -> str:
@@ -261,7 +261,7 @@ def test_the_recorded_versions_are_allowed():
 
 # -- image -------------------------------
 def test_the_image_is_built_from_what_a_wheel_needs():
-    """Every input of the wheel (pyproject.toml) is copied, each copied path exists, and the extras are ours."""
+    """Every input of the wheel (pyproject.toml) is copied, each copied path exists, the extras are ours."""
     text = (ROOT / "Dockerfile").read_text()
     copied = {path for line in re.findall(r"^COPY (.*)", text, re.M) for path in line.split()[:-1]}
     assert all((ROOT / path).exists() for path in copied), copied
