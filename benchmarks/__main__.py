@@ -7,7 +7,9 @@
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
-  python -m benchmarks frechet    a FID of 50,000 images: seconds and memory, and against scipy's matrix root
+  python -m benchmarks frechet    a FID of 50,000 images with its interval: seconds and memory
+  python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
+  python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
@@ -26,11 +28,12 @@ import time
 from pathlib import Path
 
 from benchmarks.faults import faults
-from benchmarks.frechet import frechet  # noqa: F401  (called by name)
+from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
+from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,6 +264,8 @@ def main() -> None:
             "faults",
             "mutations",
             "frechet",
+            "sqrtm",
+            "fd",
         ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")

@@ -3,6 +3,8 @@
 import math
 import statistics
 
+from eval import chain
+
 NOTES = """fd_mini is a Frechet distance in the features of a small net of our own, against held-out real
 images. It orders generators of one image set among each other and is not comparable with any published FID.
 "of teacher" is the ratio to the teacher at as many samples, since fewer enlarge a Frechet distance: of the
@@ -11,7 +13,10 @@ says that there is none, so that the ratio flatters the student. With several se
 deviation. "teacher (NFE)" names the network calls of one teacher sample. Agreement: the share of samples in
 which the measuring net finds everything the prompt names, "of" the teacher's share; of 500 samples it is
 known to about 1.2 points on either side. Guidance lifts a teacher's share above that of real images, which
-a method that learns from data alone goes towards."""
+a method that learns from data alone goes towards. Minutes, steps and teacher calls are those of the recipe
+and of all recipes whose runs it starts from ("own": its run alone); a teacher call is one network call for
+one sample, as the method declares it, and a guided one counts two; frozen features that a GAN looks at are
+not counted."""
 
 
 def numbers(documents: list[dict], *path: str) -> list[float]:
@@ -85,13 +90,13 @@ def _row(group: list[dict], path: tuple[str, ...], nfe: str, documents: list[dic
         cell(numbers(group, "floor", metric)),
         str(protocol.get("num_samples", "")),
         str(len(group)),
-        cell([v / 60 for v in numbers(group, "train", "seconds")], ".0f").split(" ")[0],
+        *chain.cells(first["recipe"], documents),
     ]
 
 
 HEADER = (
     "recipe", "method", "student", "NFE", "fd_mini", "teacher (NFE)", "of teacher", "untrained",
-    "agreement %", "recall", "floor", "samples", "seeds", "minutes",
+    "agreement %", "recall", "floor", "samples", "seeds", "minutes", "steps", "teacher calls (thousands)",
 )  # fmt: skip
 
 

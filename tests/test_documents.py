@@ -206,7 +206,7 @@ MODULES = {  # distribution: what is imported, where the names differ
     "torch-fidelity": "torch_fidelity",
 }
 THROUGH_OTHERS = {"ftfy"}  # diffusers imports it to clean the prompts of Wan
-CONTRIBUTORS = {"test", "dev", "docs"}  # extras for work on fastgen itself
+CONTRIBUTORS = {"real", "test", "dev", "docs"}  # extras for work on fastgen itself
 
 
 def name_of(requirement: str) -> str:

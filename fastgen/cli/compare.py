@@ -6,23 +6,32 @@ fastgen-eval compare folder_a folder_b --against real --metrics fid kid --weight
 
 MODEL@STEPS takes another number of steps. Generators draw the same requests from the same noise, seed by
 seed, into the output folder (a killed comparison goes on); differences to the first one are paired image by
-image. Writes comparison.md, comparison.json and comparison.html.
+image. One model is held at a time, so a machine that takes each takes all. Writes comparison.md,
+comparison.json and comparison.html.
 """
 
 import argparse
+import gc
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from fastgen.cli import sample
 from fastgen.cli.generate import PROMPTS, Drawing, Request, generate
-from fastgen.cli.measuring import open_material
+from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.cli.pictures import grid
 from fastgen.core.console import CommandFlags
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed, write_json, write_text
 from fastgen.core.paths import expand
+from fastgen.evaluation.metrics.estimate import Estimate
+from fastgen.evaluation.metrics.speed import Generator
 
 SEED_STRIDE = 1_000_000
 """between the first images of two seeds"""
@@ -59,6 +68,7 @@ def flags() -> argparse.ArgumentParser:
     add("--prompts", default="", type=expand, metavar="FILE", help="prompts or labels, one a line")
     add("--group_size", type=int, default=1, help="images of each prompt, following each other")
     add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
+    add("--forgotten", type=int, default=-1, metavar="N", help="class that was to be unlearned")
     add("--cache", default="", type=expand, metavar="DIR", help="keep features there between calls")
     add("--batch_size", type=int, default=50)
     add("--dtype", choices=sample.DTYPES, default="fp32", help="of the denoisers")
@@ -119,6 +129,7 @@ def run(args) -> int:
     """The command; its exit code."""
     from fastgen.evaluation.comparison import compared, markdown
     from fastgen.evaluation.comparison_page import page
+    from fastgen.evaluation.registry import wanted
 
     for name, least in (("num_samples", 2), ("seeds", 1), ("seed", 0), ("repeats", 0), ("group_size", 1)):
         if getattr(args, name) < least:
@@ -126,8 +137,13 @@ def run(args) -> int:
     found, out = entries(args), Path(args.out)
     if out.is_file():
         raise UserError("--out", f"{out} is a file", "give a folder")
-    drawings = {e.name: _drawing(args, e) for e in found if e.steps >= 0}
-    contenders, better, protocol = _measured(args, found, drawings, out)
+    asked = [wanted(name) for name in dict.fromkeys(args.metrics)]
+    check_weights(args, asked)
+    models = [e for e in found if e.steps >= 0]
+    mini = args.extractor or next((m for m in [_mini_of(args, e) for e in models] if m), "")
+    asked = asked or [wanted(name) for name in default_metrics(mini)]
+    drawn = {e.name: _drawn(args, e, asked, out) for e in models}
+    contenders, better, protocol = _measured(args, found, asked, mini, drawn, out)
     document = compared(contenders, better) | {"protocol": protocol}
     write_json(out / "comparison.json", document)
     write_text(out / "comparison.md", markdown(document))
@@ -146,8 +162,64 @@ def _request(args, entry: Entry, seed: int) -> Request:
     return Request(entry.path, args.num_samples, texts, seed, entry.steps, **known)
 
 
-def _drawing(args, entry: Entry) -> Drawing:
-    return Drawing(_request(args, entry, args.seed))
+def check_weights(args, asked) -> None:
+    """Refuse a network that cannot be opened before anything is drawn."""
+    encoders = open_encoders(args)
+    for label, metric, encoder in asked:
+        if metric.kind not in ("images", "any"):
+            raise UserError("--metrics", f"{label} measures {metric.kind}", "ask for metrics of images")
+        if encoder and encoder != "mini":
+            encoders.open(encoder)
+
+
+@contextmanager
+def _held(args, entry: Entry) -> Iterator[Drawing]:
+    """A model ready to draw; its memory is free again afterwards."""
+    drawing = Drawing(_request(args, entry, args.seed))
+    try:
+        yield drawing
+    finally:
+        del drawing
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _mini_of(args, entry: Entry) -> str:
+    """The bundled set whose net judges a model; a model that cannot be drawn from is refused here, before
+    any other has drawn. What it warns of is said when it draws.
+    """
+    with redirect_stderr(io.StringIO()), _held(args, entry) as drawing:
+        return drawing.measure
+
+
+@dataclass
+class Drawn:
+    """What remains of a model that has drawn: network calls of an image, seconds of one (0: not timed), and
+    the metrics of the generator itself.
+    """
+
+    nfe: int
+    seconds: float
+    estimates: dict[str, Estimate]
+
+
+def _drawn(args, entry: Entry, asked, out: Path) -> Drawn:
+    """Draw all sets of a model into their folders, and time it."""
+    with _held(args, entry) as drawing:
+        for seed in range(args.seeds):
+            request = replace(drawing.request, seed=args.seed + seed * SEED_STRIDE)
+            generate(request, _folder(out, entry, seed), drawing=drawing)
+        generator = Generator(partial(drawing.batch, 0), args.batch_size, drawing.nfe, args.repeats or 3)
+        seconds = _seconds(generator) if args.repeats else 0.0
+        material = SimpleNamespace(generator=generator)
+        own = {w.label: w.metric.compute(material, "") for w in asked if w.metric.kind == "any"}
+        return Drawn(drawing.nfe, seconds, own)
+
+
+def _seconds(generator: Generator) -> float:
+    """Median seconds of an image, after a call that warms up."""
+    return generator.timed().p50 / generator.num
 
 
 def _folder(out: Path, entry: Entry, seed: int) -> Path:
@@ -155,31 +227,27 @@ def _folder(out: Path, entry: Entry, seed: int) -> Path:
     return out / "images" / plain / f"seed_{seed}"
 
 
-def _measured(args, found: list[Entry], drawings: dict[str, Drawing], out: Path):
+def _measured(args, found: list[Entry], asked, mini: str, drawn: dict[str, Drawn], out: Path):
     """(contenders, which way is better by metric, what the numbers were made with)."""
     from fastgen.evaluation.comparison import Contender
     from fastgen.evaluation.material import measure
-    from fastgen.evaluation.registry import wanted
 
-    mini = args.extractor or next((d.measure for d in drawings.values() if d.measure), "")
-    asked = [wanted(n) for n in dict.fromkeys(args.metrics or default_metrics(mini))]
-    seconds = _seconds(args, drawings)
-    shared: SimpleNamespace | None = None
+    shared = None
     contenders, protocol = [], {}
+    of_images = [w for w in asked if w.metric.kind != "any"]
     for entry in found:
+        model = drawn.get(entry.name)
+        if model is None and len(of_images) < len(asked):
+            label = next(w.label for w in asked if w.metric.kind == "any")
+            instruction = "leave it out, or compare models alone"
+            raise UserError("--metrics", f"{label} needs a model, {entry.name} is a set", instruction)
         by_seed = []
-        for seed in range(args.seeds if entry.name in drawings else 1):
-            place = entry.path
-            if entry.name in drawings:
-                place = str(_folder(out, entry, seed))
-                request = drawings[entry.name].request
-                request = replace(request, seed=args.seed + seed * SEED_STRIDE)
-                generate(request, Path(place), drawing=drawings[entry.name])
+        for seed in range(args.seeds if model else 1):
+            place = str(_folder(out, entry, seed)) if model else entry.path
             material, shared = _material(args, place, mini, asked, shared)
-            by_seed.append(measure(material, asked))
-        drawing = drawings.get(entry.name)
-        nfe = drawing.nfe if drawing else 0
-        contenders.append(Contender(entry.name, by_seed, nfe, seconds.get(entry.name, 0.0), entry.line))
+            by_seed.append((model.estimates if model else {}) | measure(material, of_images))
+        nfe, seconds = (model.nfe, model.seconds) if model else (0, 0.0)
+        contenders.append(Contender(entry.name, by_seed, nfe, seconds, entry.line))
         protocol = material.describe()
     protocol.pop("images_sha256", None)
     protocol = {"num_samples": args.num_samples, "seeds": args.seeds, "seed": args.seed, **protocol}
@@ -188,7 +256,6 @@ def _measured(args, found: list[Entry], drawings: dict[str, Drawing], out: Path)
 
 def _material(args, place: str, mini: str, asked, shared):
     """The material of one set; encoders and reference features are shared with the sets before it."""
-    labelled = any("labels" in w.metric.needs for w in asked)
     own = SimpleNamespace(
         images=place,
         against=args.against or mini,
@@ -199,8 +266,9 @@ def _material(args, place: str, mini: str, asked, shared):
         device=args.device,
         cache=args.cache,
         group_size=args.group_size,
+        forgotten=args.forgotten,
     )
-    material = open_material(own, labelled)
+    material = open_material(own, asked)
     if shared is None:
         shared = material
     else:
@@ -213,16 +281,6 @@ def default_metrics(mini: str) -> list[str]:
     if mini:
         return ["fd_mini", "kid_mini", "recall_mini", "agreement_mini"]
     return ["saturation", "contrast", "sharpness"]
-
-
-def _seconds(args, drawings: dict[str, Drawing]) -> dict[str, float]:
-    """Seconds per image of every generator, timed in turns."""
-    from fastgen.evaluation.metrics.speed import interleaved
-
-    if not args.repeats or not drawings:
-        return {}
-    calls = {name: partial(drawing.batch, 0) for name, drawing in drawings.items()}
-    return interleaved(calls, args.batch_size, args.repeats)
 
 
 def _grid(args, found: list[Entry], out: Path) -> Path | None:

@@ -6,8 +6,9 @@ fastgen-eval --images a --against b --metrics fid kid --weights inception=FILE
 fastgen-eval --images a.npz --against REF.npz --metrics fid is --weights inception=FILE
 fastgen-eval --images shard-{000..010}.tar --metrics clip hps --weights clip=FILE hps=FILE
 fastgen-eval statistics --images real --encoder inception --weights inception=FILE --out real.npz
-fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure; see its
---help fastgen-eval compare runs/a runs/b      fastgen-eval protocol coco2014-30k ...      see their --help
+fastgen-eval generate --model runs/mine --num_samples 5000 --out generated     images to measure
+fastgen-eval compare runs/a runs/b      fastgen-eval protocol coco2014-30k ...      see their --help
+fastgen-eval view out/a out/b --out look      fastgen-eval votes FILE --key look/key.json     people judge
 fastgen-eval card --teacher assets:teachers/fashion [--guidance 1.5] [--num_samples 1000]
 fastgen-eval metrics                                        every metric: what it needs, where it is from
 
@@ -27,7 +28,7 @@ from fastgen.core.files import to_json
 from fastgen.core.paths import expand
 
 COMMANDS = ("measure", "statistics", "card", "metrics")
-OWN_FLAGS = ("generate", "compare", "protocol")
+OWN_FLAGS = ("generate", "compare", "protocol", "view", "votes")
 """commands with flags of their own: modules of this folder with `flags` and `run`, imported when called"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
@@ -55,6 +56,8 @@ def flags() -> argparse.ArgumentParser:
     add("--prompts", default="", type=expand, metavar="FILE", help=prompts)
     add("--clip", default="vit-g-14", metavar="PRESET", help="vit-b-32, vit-l-14, vit-g-14 or dmd2")
     add("--group_size", type=int, default=0, help="images of each prompt, which follow each other")
+    forgotten = "the class that was to be unlearned, for unlearning_accuracy and its companions"
+    add("--forgotten", type=int, default=-1, metavar="N", help=forgotten)
     add("--cache", default="", type=expand, metavar="DIR", help="keep features there between calls")
     add("--encoder", default="", metavar="NAME", help="statistics: of this encoder's features")
     add("--out", default="", type=expand, metavar="FILE", help="statistics: the .npz to write")
@@ -135,7 +138,7 @@ def measure_images(args) -> dict:
     from fastgen.evaluation.registry import wanted
 
     asked = [wanted(name) for name in dict.fromkeys(args.metrics)]
-    material = open_material(args, any("labels" in w.metric.needs for w in asked))
+    material = open_material(args, asked)
     estimates = measure(material, asked)
     found: dict[str, object] = {"num_images": len(material.source)}
     found |= {label: e.value for label, e in estimates.items()}

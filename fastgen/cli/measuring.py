@@ -13,23 +13,42 @@ def open_encoders(args):
     return Encoders(read_weights(args.weights), mini_set, args.clip, open_device(args.device))
 
 
-def open_material(args, labelled: bool):
-    """Images, reference, prompts and encoders of the command line; labels where a metric asks for them."""
+def open_material(args, asked):
+    """Samples, reference, prompts and encoders of the command line, as the metrics that are asked need them:
+    images, or clips, clouds, points; labels where a metric asks for them.
+    """
+    from fastgen.core.paths import is_analytic
     from fastgen.evaluation.features import holds_images, is_statistics
     from fastgen.evaluation.inputs import open_source
     from fastgen.evaluation.material import Material
     from fastgen.evaluation.prompts import labels_of, prompts_of
+    from fastgen.evaluation.registry import kind_of
     from fastgen.evaluation.sources import Squared
 
-    source, encoders = open_source(args.images), open_encoders(args)
+    kind = kind_of(asked)
+    source, encoders = open_source(args.images, kind=kind), open_encoders(args)
     prompts = prompts_of(source, args.prompts)
     resolution = getattr(args, "resolution", 0)
     known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
-    against = None
-    if args.against and (known is None or holds_images(known)):
-        against = open_source(args.against, "--against")
+    against = mixture = None
+    if is_analytic(args.against):
+        against, mixture = _exact(args.against)
+    elif args.against and (known is None or holds_images(known)):
+        against = open_source(args.against, "--against", kind=kind)
     if resolution:
         source, against = Squared(source, resolution), against and Squared(against, resolution)
+    labelled = any("labels" in w.metric.needs for w in asked)
     labels = labels_of(source, prompts, encoders.mini_set) if labelled else {}
     cache = Path(args.cache) if args.cache else None
-    return Material(source, encoders, against, known, prompts, labels, args.group_size, cache)
+    material = Material(source, encoders, against, known, prompts, labels, args.group_size, cache)
+    material.mixture, material.forgotten = mixture, getattr(args, "forgotten", -1)
+    return material
+
+
+def _exact(spec: str):
+    """(draws of an analytic teacher, its mixture)."""
+    from fastgen.evaluation.metrics.mixtures import draws
+    from fastgen.networks.load import load_teacher
+
+    mixture = load_teacher(spec).backbone
+    return draws(mixture, spec, "--against"), mixture

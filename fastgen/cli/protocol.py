@@ -103,7 +103,7 @@ def _measure(protocol, args) -> dict:
         group_size=protocol.group_size,
         resolution=protocol.resolution,
     )
-    material = open_material(own, any("labels" in w.metric.needs for w in asked))
+    material = open_material(own, asked)
     departures = protocols.departures(protocol, len(material.source), names)
     for text in departures:
         warn(f"{protocol.name}: {text}; not comparable with published numbers of this protocol")

@@ -18,6 +18,7 @@ from fastgen.data.pictures import (
     fit,
     formats,
     read_picture,
+    to_tensor,
 )
 
 CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
@@ -92,6 +93,15 @@ def read_clip(path: Path, size: tuple[int, ...]) -> Tensor:
     found = frames(path, num, lambda image: fit(as_shown(image, mode), (channels, height, width)))
     if len(found) < num:
         raise OSError(f"{len(found)} frames of the {num} needed")
+    return torch.stack(found, 1)
+
+
+def read_frames(path: Path, most: int) -> Tensor:
+    """The first `most` frames uint8 [3, F, H, W] of a clip, as they are; an OSError of fewer than two."""
+    frames = _animated if path.suffix.lower() in CODED else _video
+    found = frames(path, most, lambda image: to_tensor(as_shown(image, "RGB")))
+    if len(found) < 2:
+        raise OSError("one frame only")
     return torch.stack(found, 1)
 
 

@@ -56,7 +56,7 @@ def _entry(contender: Contender, metric: str) -> dict:
 
 def _difference(one: Contender, first: Contender, metric: str, better: Better) -> dict:
     found = difference(one.pooled(metric), first.pooled(metric))
-    verdict = "undecided"
+    verdict = "undecided" if found.low == found.low else "no interval"
     if found.decided and better != "none":
         verdict = "better" if (found.value < 0) == (better == "lower") else "worse"
     elif found.decided:

@@ -15,10 +15,18 @@ from fastgen.core.progress import tracked
 from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
+from fastgen.evaluation.metrics.mixtures import ToyMeasurer
+from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
+from fastgen.evaluation.reconstruction import NAME as RECON
+from fastgen.evaluation.reconstruction import reconstructions
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
+from fastgen.evaluation.spread import Spread
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
+
+SPEED_BATCH = 20
+"""samples of a timed call, or the batch size where that is less"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +122,6 @@ class Evaluator:
     def __init__(self, protocol: EvaluationProtocol, cast, data, metrics: RunMetrics | None = None):
         """metrics: those that the user chose, besides the ones of the teacher's own set."""
         from fastgen.evaluation.metrics.fd_mini import measurer_for
-        from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 
         self.protocol, self.cast, self.metrics = protocol, cast, metrics
         self.requests = Requests(cast.teacher, data, protocol.own_data)
@@ -133,27 +140,35 @@ class Evaluator:
             metrics.check_texts(self.requests.texts(1) is not None)
         self.label_free = self.measurer is None and len(teacher.codec.shape) > 1
 
-    @torch.no_grad()
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
         """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
 
         steps = 0 is what the contender is meant for. Autocast of the training loop does not reach here.
         Raises NotFinite for samples that are not; a signal that waits is obeyed between two batches.
         """
-        codec, device, batch_size = self.cast.teacher.codec, self.cast.device, self.protocol.batch_size
-        chunks = []
+        what, size = f"drawing {num:,} samples of the {who.replace('_', ' ')}", self.protocol.batch_size
+        firsts = tracked(range(0, num, size), what, num, size)
+        return torch.cat([self._batch(who, first, num, seed, steps) for first in firsts])
+
+    def spread_images(self, spread: Spread, who: str, num: int, seed: int) -> Tensor | None:
+        """The same images, drawn by all processes of a run; None where this is not the main one."""
         what = f"drawing {num:,} samples of the {who.replace('_', ' ')}"
-        for first in tracked(range(0, num, batch_size), what, num, batch_size):
-            index = torch.arange(first, min(first + batch_size, num))
-            cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
-            uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
-            seeds = [seed + int(i) for i in index]
-            x0 = self._sample(who, seeds, cond, uncond, steps)
-            images = codec.decode(x0) if len(codec.shape) > 1 else x0
-            check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
-            chunks.append(images.cpu())
-            interrupt.check()
-        return torch.cat(chunks)
+        return spread.samples(
+            lambda first: self._batch(who, first, num, seed, 0), num, self.protocol.batch_size, what
+        )
+
+    @torch.no_grad()
+    def _batch(self, who: str, first: int, num: int, seed: int, steps: int) -> Tensor:
+        """The batch that begins with image `first` of num."""
+        codec, device = self.cast.teacher.codec, self.cast.device
+        index = torch.arange(first, min(first + self.protocol.batch_size, num))
+        cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
+        uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
+        x0 = self._sample(who, [seed + int(i) for i in index], cond, uncond, steps)
+        images = codec.decode(x0) if len(codec.shape) > 1 else x0
+        check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
+        interrupt.check()
+        return images.cpu()
 
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
         cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
@@ -168,16 +183,20 @@ class Evaluator:
             student = student.with_network(Role(cast.teacher.backbone))
         return sample_student(student, seeds, shape, cond, device)
 
-    def score(self, images: Tensor) -> dict[str, float]:
-        """Metrics of images made for the first len(images) requests."""
+    def score(self, images: Tensor, who: str = "student", steps: int = 0) -> dict[str, float]:
+        """Metrics of images that `who` made for the first len(images) requests."""
         num = len(images)
         found = {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(num))
         if self.metrics is None:
             return found
-        if images.ndim != 4:
-            raise UserError("eval.metrics", "this teacher does not make images", "leave them out")
-        about = Samples(self.requests.texts(num), self.requests.wanted(num), len(self.requests.rows))
+        texts, wanted = self.requests.texts(num), self.requests.wanted(num)
+        about = Samples(texts, wanted, len(self.requests.rows), self._generator(who, steps))
         return found | self.metrics.scores(images, about)
+
+    def _generator(self, who: str, steps: int) -> Generator:
+        """What draws the samples of `who`, for metrics of its speed."""
+        num = min(SPEED_BATCH, self.protocol.batch_size)
+        return Generator(partial(self.images, who, num, 0, steps), num, self.nfe(who, steps))
 
     def better(self) -> dict[str, Better]:
         """Which way is better, by the name of every metric that may choose the weights to keep."""
@@ -202,8 +221,6 @@ class Evaluator:
 
     def nfe(self, who: str, steps: int = 0) -> int:
         """Network evaluations per sample."""
-        from fastgen.evaluation.metrics.speed import nfe
-
         if who == "teacher" or not self.protocol.few_step:
             return nfe(steps or self.protocol.teacher_steps, self.protocol.guidance)
         return steps or len(self.cast.parts["student"].times)
@@ -233,6 +250,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
 
     seen: dict[str, dict] = {}
     teacher: dict = {}
+    codec = evaluator.cast.teacher.codec
+    recon = reconstructions(evaluator.measurer, codec, evaluator.cast.device, protocol.batch_size)
 
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
@@ -242,9 +261,11 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
         beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
-        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images), **beside}
+        if recon is not None:
+            beside |= recon.distance(images)
+        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
-    speed_batch = min(20, protocol.batch_size)
+    speed_batch = min(SPEED_BATCH, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
     found: dict[str, Any] = {
@@ -255,6 +276,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
     if evaluator.measurer is not None and num:
         found["floor"] = evaluator.measurer.floor(num)
+    if recon is not None and num:
+        found["autoencoder"] = recon.own()
     if seen:
         found["look"] = seen
     if evaluator.metrics is not None:
@@ -298,15 +321,16 @@ def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict
 
 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
-    from fastgen.evaluation.metrics.speed import interleaved
-
     draws: dict[str, Callable[[], object]] = {name: partial(evaluator.images, name, num, 0) for name in who}
     return interleaved(draws, num, repeats=3)
 
 
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
-    first, last = ("fd_mini", "energy_distance", "agreement", "recall", "clip"), ("nfe", "seconds_per_sample")
+    first, last = (
+        ("fd_mini", RECON, "energy_distance", "agreement", "recall", "clip"),
+        ("nfe", "seconds_per_sample"),
+    )
     chosen = tuple(results.get("chosen", ()))
     free = ("fd_own_images", "fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
     wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
@@ -318,6 +342,7 @@ def table(results: dict) -> str:
         for n, row in results.get("student_by_steps", {}).items()
     ]
     rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
     columns = [c for c in wanted if any(c in row for _, row in rows)]
     names = {c: c.replace("_per_sample", "/sample") for c in columns}
     if 19 + 16 * len(columns) > MOST_WIDTH or any(len(n) > 15 for n in names.values()):
@@ -341,6 +366,6 @@ def _upright(rows: list[tuple[str, dict]], names: dict[str, str]) -> str:
 
 def teacher_card(results: dict) -> dict:
     """What a denoiser trained by sft reaches at several step counts, beside the floor."""
-    kept = {k: results[k] for k in ("student_by_steps", "floor", "protocol") if k in results}
+    kept = {k: results[k] for k in ("student_by_steps", "floor", "autoencoder", "protocol") if k in results}
     train = results.get("train", {})
     return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})

@@ -5,13 +5,18 @@ from pathlib import Path
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import NAMES
 from fastgen.evaluation.archives import archives, is_archive
+from fastgen.evaluation.items import open_items
 from fastgen.evaluation.sources import Folder, Source, bundled, from_npz, from_safetensors
 
 WAYS = f"give a folder of images, .npz, .safetensors, webdataset .tar, or {', '.join(NAMES)}"
 
 
-def open_source(text: str, key: str = "--images", deep: bool = False) -> Source:
-    """The source that a user's path names, by its kind; deep: a folder's sub-folders too."""
+def open_source(text: str, key: str = "--images", deep: bool = False, kind: str = "images") -> Source:
+    """The source of images (or clips, clouds, points: `kind`) that a user's path names; deep: a folder's
+    sub-folders too.
+    """
+    if kind != "images":
+        return open_items(text, key, kind)
     if text in NAMES:
         return bundled(text, key)
     if is_archive(text):

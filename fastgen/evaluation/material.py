@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from fastgen.core.files import sha256
 from fastgen.evaluation import features
 from fastgen.evaluation.encoders.base import Outputs
 from fastgen.evaluation.encoders.catalogue import Encoders
+from fastgen.evaluation.items import Items
+from fastgen.evaluation.metrics import agreement
 from fastgen.evaluation.metrics.estimate import Estimate
 from fastgen.evaluation.metrics.fd_mini import NOTE
 from fastgen.evaluation.metrics.frechet import Statistics, statistics_of
@@ -28,13 +31,19 @@ FLAGS = {
     "prompts": ("--prompts", "a text file with the prompt of each image"),
     "labels": ("--prompts", "the label or prompt of each image"),
     "groups": ("--group_size", "how many images follow each other for each prompt"),
+    "generator": ("--images", "a model, to compare, protocol or a run: samples on disk take no time to draw"),
+    "mixture": ("--against", "analytic:NAME, the exact mixture"),
+    "forgotten": ("--forgotten", "the number of the class that was to be unlearned"),
 }
+OF_LOGITS = ("is", *(m.name for m in agreement.METRICS))
+"""metrics of a classifier's answers, not of features"""
 
 
 @dataclass
 class Material:
     """One set to measure. against: reference images; known: a statistics file in their place; wanted_labels:
-    what each image should show; group_size: images of each prompt, following each other.
+    what each image should show; group_size: images of each prompt, following each other; generator: what drew
+    them; mixture: the exact law that points are compared with; forgotten: a class, -1 for none.
     """
 
     source: Source
@@ -45,6 +54,9 @@ class Material:
     wanted_labels: dict[str, Tensor] = field(default_factory=dict)
     group_size: int = 0
     cache: Path | None = None
+    generator: Any = None
+    mixture: Any = None
+    forgotten: int = -1
     _outputs: dict[tuple[str, str], Outputs] = field(default_factory=dict)
     _statistics: dict[str, Statistics] = field(default_factory=dict)
     _texts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -116,6 +128,16 @@ class Material:
     def labels(self) -> dict[str, Tensor]:
         return self.wanted_labels
 
+    def samples(self) -> Iterator[Tensor]:
+        """Of a source of clips, clouds or points."""
+        assert isinstance(self.source, Items)
+        return self.source.each()
+
+    def originals(self) -> Iterator[Tensor]:
+        """Of a reference of such."""
+        assert isinstance(self.against, Items)
+        return self.against.each()
+
     def describe(self) -> dict:
         """What numbers must be quoted with: reference, encoders, and a note where one is a mini network."""
         found: dict[str, object] = {"images_sha256": self.source.digest()[:12]}
@@ -138,6 +160,9 @@ def check(material: Material, wanted: list[Wanted]) -> None:
     small.
     """
     for label, metric, encoder in wanted:
+        if metric.kind not in (material.source.kind, "any"):
+            found = f"{label} measures {metric.kind}, {material.source.name} holds {material.source.kind}"
+            raise UserError("--metrics", found, f"ask for metrics of {material.source.kind}")
         _check_needs(material, label, metric)
         if len(material.source) < metric.least:
             found = f"{material.source.name} holds {_images(len(material.source))}"
@@ -148,7 +173,7 @@ def check(material: Material, wanted: list[Wanted]) -> None:
                 found = f"{material.against.name} holds {_images(len(material.against))}"
                 raise UserError("--against", found, f"give more: {label} needs {least} or more")
         if encoder:
-            keep = "features" if metric.name not in ("is", "agreement") else "logits"
+            keep = "logits" if metric.name in OF_LOGITS else "features"
             before = material.keep.get(encoder, keep)
             material.keep[encoder] = keep if before == keep else ""
 
@@ -165,6 +190,9 @@ def _check_needs(material: Material, label: str, metric) -> None:
         "prompts": material.prompts is not None,
         "labels": bool(material.wanted_labels),
         "groups": material.group_size > 1,
+        "generator": material.generator is not None,
+        "mixture": material.mixture is not None,
+        "forgotten": material.forgotten >= 0,
     }
     if "statistics" in metric.needs and given["statistics"]:
         return

@@ -7,10 +7,20 @@ python -m fastgen.evaluation.registry prints the table that docs/evaluation.md s
 from typing import NamedTuple
 
 from fastgen.core.errors import UserError, suggest
-from fastgen.evaluation.metrics import agreement, distributions, lpips, pixels, text_scores
-from fastgen.evaluation.metrics.metric import Metric
+from fastgen.evaluation.metrics import (
+    agreement,
+    distributions,
+    geometry,
+    lpips,
+    mixtures,
+    pixels,
+    speed,
+    text_scores,
+    video,
+)
+from fastgen.evaluation.metrics.metric import Kind, Metric
 
-MODULES = (distributions, text_scores, pixels, lpips, agreement)
+MODULES = (distributions, text_scores, pixels, lpips, agreement, video, geometry, mixtures, speed)
 METRICS: dict[str, Metric] = {m.name: m for module in MODULES for m in module.METRICS}
 ALIASES = {
     "fid": "fd:inception",
@@ -36,6 +46,9 @@ ALIASES = {
     "coverage_mini": "coverage:mini",
     "vendi_mini": "vendi:mini",
     "agreement_mini": "agreement:mini",
+    "unlearning_accuracy_mini": "unlearning_accuracy:mini",
+    "retained_accuracy_mini": "retained_accuracy:mini",
+    "unlearning_h_mini": "unlearning_h:mini",
 }
 """published and customary names"""
 
@@ -70,6 +83,15 @@ def wanted(name: str) -> Wanted:
     return Wanted(label, metric, encoder)
 
 
+def kind_of(asked: list[Wanted]) -> Kind:
+    """What all of these measure; UserError where they want samples of two kinds."""
+    kinds = {w.metric.kind: w.label for w in asked if w.metric.kind != "any"}
+    if len(kinds) > 1:
+        found = ", ".join(f"{label} measures {kind}" for kind, label in kinds.items())
+        raise UserError("--metrics", found, "ask for metrics of one kind at a time")
+    return next(iter(kinds), "images")
+
+
 def takes_encoder(metric: Metric) -> bool:
     """Whether a metric is computed from an encoder's outputs."""
     return bool(metric.encoder) or metric in distributions.METRICS or metric in agreement.METRICS
@@ -83,13 +105,14 @@ def names() -> list[str]:
 
 def table() -> str:
     """Markdown: name, what it is, what it needs, which way is better, where it is from."""
-    lines = ["| metric | what | encoder | needs | better | source |", "|---|---|---|---|---|---|"]
+    lines = ["| metric | of | what | encoder | needs | better | source |", "|---|---|---|---|---|---|---|"]
     for name in names():
         _, metric, encoder = wanted(name)
         needs = " or ".join(n for n in metric.needs if n in ("reference", "statistics")) or ", ".join(
             metric.needs
         )
-        cells = (f"`{name}`", metric.what, encoder, needs, metric.better, metric.source)
+        kind = "" if metric.kind == "any" else metric.kind
+        cells = (f"`{name}`", kind, metric.what, encoder, needs, metric.better, metric.source)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,8 +14,11 @@ from fastgen.core.errors import UserError
 from fastgen.evaluation import features
 from fastgen.evaluation.encoders.catalogue import Encoders, check_weights
 from fastgen.evaluation.inputs import open_source
+from fastgen.evaluation.items import Items
 from fastgen.evaluation.material import Material, measure
-from fastgen.evaluation.metrics.metric import Better
+from fastgen.evaluation.metrics.metric import Better, Kind
+from fastgen.evaluation.metrics.mixtures import draws
+from fastgen.evaluation.metrics.speed import Generator
 from fastgen.evaluation.registry import Wanted, wanted
 from fastgen.evaluation.sources import Arrays, Source, Squared
 
@@ -38,19 +41,33 @@ class Samples:
     texts: list[str] | None
     attributes: dict[str, Tensor]
     period: int
+    generator: Generator | None = None
+    """what drew them"""
 
 
 class RunMetrics:
-    """names: eval.metrics; against: a source of images, or a statistics file, "" for none; mini_set: the
-    bundled set of the run's teacher, if any.
+    """names: eval.metrics; against: a source of images (clips, points), or a statistics file, "" for none;
+    mini_set: the bundled set of the run's teacher, if any; kind: what the teacher makes; mixture: the law of
+    an exact teacher, which is then the reference.
     """
 
-    def __init__(self, names, weights: dict[str, str], against: str = "", mini_set: str = "", device="cpu"):
+    def __init__(
+        self,
+        names,
+        weights: dict[str, str],
+        against: str = "",
+        mini_set: str = "",
+        device="cpu",
+        kind: Kind = "images",
+        mixture=None,
+    ):
+        self.kind, self.mixture = kind, mixture
         try:
             check_weights(weights)
             self.wanted: list[Wanted] = [wanted(n) for n in dict.fromkeys(names)]
+            self._check_kinds()
             self.encoders = Encoders(weights, mini_set, device=device)
-            self.against, self.known = _reference(against)
+            self.against, self.known = self._reference(against)
             for label, metric, encoder in self.wanted:
                 self._check(label, metric)
                 if encoder:
@@ -64,7 +81,29 @@ class RunMetrics:
         """Which way is better, by label."""
         return {w.label: w.metric.better for w in self.wanted}
 
+    def _check_kinds(self) -> None:
+        for label, metric, _ in self.wanted:
+            if metric.kind not in (self.kind, "any"):
+                found = f"{label} measures {metric.kind}"
+                raise UserError("--metrics", found, f"leave it out: this teacher makes {self.kind}")
+            if "forgotten" in metric.needs:
+                raise UserError("--metrics", f"{label} needs --forgotten", "measure it with fastgen-eval")
+
+    def _reference(self, text: str) -> tuple[Source | None, Path | None]:
+        if self.mixture is not None:
+            return draws(self.mixture, "the teacher", "eval.against"), None
+        needed = any({"reference", "pairs"} & set(w.metric.needs) for w in self.wanted)
+        if not text or (self.kind != "images" and not needed):
+            return None, None
+        path = Path(text).expanduser()
+        if features.is_statistics(path) and not features.holds_images(path):
+            return None, path
+        known = path if features.is_statistics(path) else None
+        return open_source(text, "--against", deep=True, kind=self.kind), known
+
     def _check(self, label: str, metric) -> None:
+        if "mixture" in metric.needs and self.mixture is None:
+            raise UserError("--metrics", f"{label} needs an exact mixture", "leave it out")
         if "pairs" in metric.needs:
             raise UserError("--metrics", f"{label} needs originals", "measure it with fastgen-eval")
         if "statistics" in metric.needs and self.known is not None:
@@ -82,10 +121,11 @@ class RunMetrics:
                 )
 
     def scores(self, images: Tensor, about: Samples) -> dict[str, float]:
-        """By label, of samples [N, C, H, W] in [0, 1]; a metric that needs more samples than there are, or
-        several of one request where there are none, is left out.
+        """By label, of samples [N, C, H, W] in [0, 1] (clips [N, C, F, H, W], points [N, D]); a metric that
+        needs more samples than there are, or several of one request where there are none, is left out.
         """
-        pixels = (images * 255).round().byte().cpu()
+        points = self.kind in ("points", "clouds")
+        pixels = images.cpu() if points else (images * 255).round().byte().cpu()
         found: dict[str, float] = {}
         for group in (False, True):
             asked = [w for w in self.wanted if ("groups" in w.metric.needs) == group]
@@ -100,16 +140,22 @@ class RunMetrics:
         return {label: found[label] for label, *_ in self.wanted if label in found}
 
     def _fits(self, one: Wanted, about: Samples) -> bool:
+        if "generator" in one.metric.needs and about.generator is None:
+            return False
         return bool(about.attributes) or "labels" not in one.metric.needs
 
     def _material(self, pixels: Tensor, about: Samples, chosen: list[int], size: int) -> Material:
-        source = Arrays(pixels, "samples of the run", "eval.metrics")
+        name, key = "samples of the run", "eval.metrics"
         against: Source | None = self.against
-        if against is not None:
+        source: Source = Arrays(pixels, name, key)
+        if self.kind != "images":
+            source = Items(list(pixels), self.kind, name, key)
+        elif against is not None:
             against = Squared(against, (pixels.shape[-2], pixels.shape[-1]))
         texts = None if about.texts is None else [about.texts[i] for i in chosen]
         attributes = {k: v[chosen] for k, v in about.attributes.items()}
         material = Material(source, self.encoders, against, self.known, texts, attributes, size)
+        material.generator, material.mixture = about.generator, self.mixture
         if self.first is None:
             self.first = material
         else:
@@ -119,16 +165,6 @@ class RunMetrics:
     def describe(self) -> dict:
         """What the numbers must be quoted with."""
         return self.first.describe() if self.first is not None else {}
-
-
-def _reference(text: str) -> tuple[Source | None, Path | None]:
-    if not text:
-        return None, None
-    path = Path(text).expanduser()
-    if features.is_statistics(path) and not features.holds_images(path):
-        return None, path
-    known = path if features.is_statistics(path) else None
-    return open_source(text, "--against", deep=True), known
 
 
 def _grouped(num: int, period: int) -> tuple[list[int], int]:

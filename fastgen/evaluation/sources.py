@@ -29,6 +29,8 @@ class Source:
     image where the source has them; files: their names where it has those.
     """
 
+    kind = "images"
+
     def __init__(self, name: str, key: str):
         self.name, self.key = name, key
         self.captions: list[str] | None = None

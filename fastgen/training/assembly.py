@@ -12,6 +12,7 @@ from fastgen.config.run import RunConfig
 from fastgen.config.sections import EvalConfig
 from fastgen.data.loader import Data
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
+from fastgen.evaluation.metrics.metric import Kind
 from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.objectives import requirements_of
 from fastgen.training import fingerprint
@@ -21,6 +22,8 @@ from fastgen.training.validation import Validator
 
 FEW = 100
 """samples that are measured where no metric needs more and the config names no number"""
+KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
+"""what a teacher makes, by the number of dimensions of a sample"""
 
 
 def make_cast(cfg: RunConfig, device="cpu") -> Cast:
@@ -59,7 +62,11 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
     if cfg.eval.metrics:
         mini_set = str((cast.teacher.info or {}).get("measure") or "")
         against = cfg.eval.against or cfg.data.images or cfg.data.name or mini_set
-        metrics = RunMetrics(cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device)
+        teacher = cast.teacher
+        kind, mixture = KINDS[len(teacher.codec.shape)], teacher.backbone if teacher.is_analytic else None
+        metrics = RunMetrics(
+            cfg.eval.metrics, cfg.eval.weights, against, mini_set, cast.device, kind, mixture
+        )
     protocol = make_protocol(cfg)
     evaluator = Evaluator(protocol, cast, data, metrics)
     if metrics is None and evaluator.label_free and protocol.num_samples == EvalConfig().num_samples:

@@ -16,6 +16,7 @@ from fastgen.core.reading import read_json
 from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
 from fastgen.evaluation.label_free import against_teacher, looks
 from fastgen.evaluation.sample_grids import save_grid, save_requests
+from fastgen.evaluation.spread import Spread
 
 
 def averaged(trainer):
@@ -25,7 +26,9 @@ def averaged(trainer):
 
 
 class Validator:
-    """Called at step 0 and every validation_steps: a grid from fixed seeds, and the cheap metric."""
+    """Called at step 0 and every validation_steps, on every process: a grid from fixed seeds, and the cheap
+    metric. All draw; the main process looks at what they have drawn.
+    """
 
     def __init__(self, cfg: EvalConfig, evaluator: Evaluator, folder: Path):
         self.cfg, self.evaluator, self.folder = cfg, evaluator, folder
@@ -35,36 +38,45 @@ class Validator:
     def __call__(self, trainer) -> None:
         """A signal cuts it short between two batches of samples; a resumed run validates this step again."""
         trainer.validated = True
-        if trainer.acc.is_main_process:
-            try:
-                self._validate(trainer)
-            except interrupt.Stopped:
-                trainer.validated = False
+        try:
+            self._validate(trainer)
+        except interrupt.Stopped:
+            trainer.validated = False
         trainer.acc.wait_for_everyone()
 
     def _validate(self, trainer) -> None:
-        cfg, evaluator = self.cfg, self.evaluator
+        cfg, evaluator, spread = self.cfg, self.evaluator, Spread(trainer.acc)
         teacher_grid = self.folder / "samples" / "teacher.png"
-        if evaluator.protocol.few_step and not teacher_grid.exists():
-            images = evaluator.images("teacher", cfg.grid, cfg.seed)
-            if evaluator.label_free:
-                write_json(self.folder / "samples" / "teacher.json", looks(images))
-            save_grid(images, teacher_grid)
+        if spread.decided(evaluator.protocol.few_step and not teacher_grid.exists()):
+            images = evaluator.spread_images(spread, "teacher", cfg.grid, cfg.seed)
+            if images is not None:
+                if evaluator.label_free:
+                    write_json(self.folder / "samples" / "teacher.json", looks(images))
+                save_grid(images, teacher_grid)
         with averaged(trainer):
-            images = evaluator.images("student", cfg.grid, cfg.seed)
-            save_grid(images, self.folder / "samples" / f"step_{trainer.step:06d}.png")
-            _save_requests(evaluator, images, self.folder)
-            scores = self._beside_teacher(images)
+            grid = evaluator.spread_images(spread, "student", cfg.grid, cfg.seed)
+            if grid is not None:
+                save_grid(grid, self.folder / "samples" / f"step_{trainer.step:06d}.png")
+                _save_requests(evaluator, grid, self.folder)
+            images = None
             if cfg.validation_samples:
                 num = max(cfg.grid, cfg.validation_samples)
-                scores |= evaluator.score(evaluator.images("student", num, cfg.seed + 1_000_000))
-            trainer.write_metrics({"step": trainer.step, **{f"validation/{k}": v for k, v in scores.items()}})
-            score = scores.get(self.keep_by)
-            if score is not None and self._is_better(score, trainer.best.get("score")):
-                trainer.best = {"score": score, "step": trainer.step}
-                if cfg.keep == "best" and trainer.step:
-                    write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
-        refresh_report(self.folder, running=True)
+                images = evaluator.spread_images(spread, "student", num, cfg.seed + 1_000_000)
+            if grid is not None:
+                self._look(trainer, grid, images)
+                refresh_report(self.folder, running=True)
+
+    def _look(self, trainer, grid: Tensor, images: Tensor | None) -> None:
+        """Score what was drawn, and keep the weights if they are the best; the main process alone."""
+        scores = self._beside_teacher(grid)
+        if images is not None:
+            scores |= self.evaluator.score(images)
+        trainer.write_metrics({"step": trainer.step, **{f"validation/{k}": v for k, v in scores.items()}})
+        score = scores.get(self.keep_by)
+        if score is not None and self._is_better(score, trainer.best.get("score")):
+            trainer.best = {"score": score, "step": trainer.step}
+            if self.cfg.keep == "best" and trainer.step:
+                write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
 
     def _beside_teacher(self, images: Tensor) -> dict[str, float]:
         """How the grid's colours differ from the teacher's of the same requests, where no network judges

@@ -1,6 +1,7 @@
 """fastgen-eval compare: what it writes, that differences are paired, that a killed one goes on."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -87,11 +88,44 @@ def test_generators_share_requests_noise_and_seeds(tiny, tmp_path, capsys, monke
     ]
     records = [json.loads((f / "samples.json").read_text())["images"] for f in folders]
     assert records[0] == records[2] and records[0] != records[1]
-    monkeypatch.setattr(module, "_seconds", lambda args, drawings: {})
-    monkeypatch.setattr(module.Drawing, "batch", None)
-    assert call(*argv) == 0
+
+    def never(self, first):
+        raise AssertionError("all images are there")
+
+    monkeypatch.setattr(module.Drawing, "batch", never)
+    assert call(*argv, "--repeats", 0) == 0
     again = json.loads((tmp_path / "o/comparison.json").read_text())
     assert again["contenders"][0]["metrics"] == document["contenders"][0]["metrics"]
+
+
+def test_one_model_is_held_at_a_time_and_metrics_of_generators(tiny, tmp_path, capsys, monkeypatch):
+    """Three contenders, never two alive; their own metrics have no interval and no verdict."""
+    run = make_run(tiny("flow"), out=tmp_path / "flow", num_steps=2)
+    model = export_run(run, tmp_path / "flow" / "export", {})
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(module.Drawing):
+        def __init__(self, request):
+            super().__init__(request)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(module, "Drawing", Counted)
+    argv = [f"{model}@{n}" for n in (1, 2, 3)]
+    names = ("nfe", "latency", "latency_p95", "peak_memory", "contrast")
+    more = ("--num_samples", 4, "--batch_size", 4, "--seeds", 2, "--repeats", 2, "--out", tmp_path / "o")
+    assert call(*argv, "--metrics", *names, *more) == 0
+    assert max(most) == 1 and len(most) >= 3
+    rows = json.loads((tmp_path / "o/comparison.json").read_text())["contenders"]
+    assert [row["metrics"]["nfe"]["value"] for row in rows] == [1, 2, 3]
+    assert all(0 < r["metrics"]["latency"]["value"] <= r["metrics"]["latency_p95"]["value"] for r in rows)
+    assert rows[1]["differences"]["nfe"]["verdict"] == "no interval"
+    assert rows[1]["differences"]["contrast"]["verdict"] != "no interval"
+    sets = digits(tmp_path / "set", 6, 0)
+    assert call(argv[0], sets, "--metrics", "nfe", *more) == 2
+    assert "nfe needs a model, set is a set" in capsys.readouterr().err
+    assert call(sets, "--metrics", "motion", *more) == 2
+    assert "motion measures clips" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):
@@ -105,10 +139,13 @@ def test_what_cannot_be_compared(tmp_path, capsys):
         ((one, "--seeds", 0), "--seeds: found 0"),
         ((one, "--metrics", "fd_mini"), "--against: none given"),
         ((one, "analytic:gmm2d"), "makes points, not images"),
+        ((one, "--metrics", "fid"), "--weights: none given for inception"),
+        (("assets:teachers/digits@1", "analytic:gmm2d"), "makes points, not images"),
     ):
         assert call(*argv, "--out", tmp_path / "o") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and said in error, error
+    assert not (tmp_path / "o/images").exists(), "nothing was drawn before the refusal"
 
 
 def test_unpaired_sets_are_told(tmp_path, capsys):

@@ -255,3 +255,27 @@ def test_lpips_refuses_another_file(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth cannot be read \(1 tensors\)"):
         lpips.load(tmp_path / "x.pth")
+
+
+# -- efficientnet
+def test_efficientnet_is_read_whole_or_refused(tmp_path):
+    """Random weights in the released file's names: 4.7M parameters, the layout that tests/real loads."""
+    from fastgen.evaluation.encoders import efficientnet
+
+    net = efficientnet.EfficientNetLite0().eval()
+    assert sum(p.numel() for p in net.parameters()) == 4_652_008
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    encoders = Encoders({"efficientnet": str(tmp_path / "net.pth")})
+    images = torch.randint(0, 256, (2, 3, 40, 50), generator=torch.Generator().manual_seed(0)).byte()
+    found = encoders.open("efficientnet_96")(images)
+    assert found["features"].shape == (2, 1280) and found["logits"].shape == (2, 1000)
+    square = (resize.cropped(images, 96).float() - 127) / 128
+    torch.testing.assert_close(found["logits"], net(square)["logits"].detach())
+    assert encoders.open("efficientnet").key != encoders.open("efficientnet_96").key
+    state = net.state_dict()
+    del state["_fc.bias"]
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(UserError, match="cut.pth cannot be read"):
+        Encoders({"efficientnet": str(tmp_path / "cut.pth")}).open("efficientnet")
+    with pytest.raises(UserError, match="efficientnet=PATH of efficientnet-lite0"):
+        Encoders({}).open("efficientnet_96")

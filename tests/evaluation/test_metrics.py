@@ -9,7 +9,7 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import load_images
 from fastgen.evaluation.metrics import mixtures, speed
-from fastgen.evaluation.metrics.agreement import agreement, forgetting
+from fastgen.evaluation.metrics.agreement import agreement, unlearning
 from fastgen.evaluation.metrics.fd_mini import Measurer, measurer_for
 from fastgen.networks.analytic import load_analytic
 
@@ -45,13 +45,39 @@ def test_tinted_agreement_needs_every_attribute():
     assert agreement(logits, {}) == {}
 
 
-def test_forgetting_counts_each_side_alone():
+def test_unlearning_counts_each_side_alone():
+    """UA over the four images of class 0, RA over the other six, and the harmonic mean."""
     wanted = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     predicted = torch.tensor([0, 1, 1, 1, 1, 1, 2, 2, 2, 0])
-    found = forgetting(predicted, wanted, 0)
-    assert found["unlearning_accuracy"] == 0.75 and found["retained_accuracy"] == pytest.approx(5 / 6)
-    assert found["harmonic_mean"] == pytest.approx(2 * 0.75 * (5 / 6) / (0.75 + 5 / 6))
-    assert forgetting(predicted, wanted, 9) == {"retained_accuracy": pytest.approx(0.6)}
+    found = unlearning((predicted == wanted).double(), wanted == 0)
+    h = 2 * 0.75 * (5 / 6) / (0.75 + 5 / 6)
+    assert {k: e.value for k, e in found.items()} == pytest.approx(
+        {"unlearning_accuracy": 0.75, "retained_accuracy": 5 / 6, "unlearning_h": h}
+    )
+    assert [len(e.contributions()) for e in found.values()] == [4, 6, 10]
+    low, high = found["unlearning_h"].interval()
+    assert low < h < high
+
+
+def test_the_harmonic_mean_moves_as_its_influence_says():
+    """Against a small change of one sample's weight."""
+    generator = torch.Generator().manual_seed(0)
+    hit = (torch.rand(40, generator=generator) < 0.6).double()
+    gone = torch.arange(40) < 12
+    weights = torch.ones(40, dtype=torch.float64)
+
+    def score(weights):
+        ua = ((1 - hit) * weights)[gone].sum() / weights[gone].sum()
+        ra = (hit * weights)[~gone].sum() / weights[~gone].sum()
+        return float(2 * ua * ra / (ua + ra))
+
+    moved = unlearning(hit, gone)["unlearning_h"].contributions() - score(weights)
+    for i in (0, 5, 20, 39):
+        more = weights.clone()
+        more[i] += 1e-5
+        assert float(moved[i]) == pytest.approx(
+            (score(more) - score(weights)) / 1e-5 * 40, rel=1e-3, abs=1e-6
+        )
 
 
 def test_measurer_for():

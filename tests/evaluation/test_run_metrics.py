@@ -51,6 +51,10 @@ def test_samples_of_one_request_are_brought_together():
         (["contrast"], {"weights": {"lip": "x"}}, "eval.weights: found 'lip=x'"),
         (["kid_mini"], {"mini_set": "digits"}, "eval.against: none given"),
         (["psnr"], {}, "eval.metrics: psnr needs originals"),
+        (["motion"], {}, "eval.metrics: motion measures clips; leave it out: this teacher makes images"),
+        (["fid"], {"kind": "clips"}, "eval.metrics: fid measures images; leave it out"),
+        (["modes"], {"kind": "points"}, "eval.metrics: modes needs an exact mixture"),
+        (["unlearning_h_mini"], {"mini_set": "digits"}, "eval.metrics: unlearning_h_mini needs --forgotten"),
         (["contrast"], {"against": "/nowhere"}, "eval.against: /nowhere is not a folder"),
     ],
 )
@@ -69,6 +73,14 @@ def test_prompts_are_needed_where_a_metric_reads_them(tmp_path):
     chosen.check_texts(True)
     with pytest.raises(UserError, match="eval.metrics: clip needs prompts"):
         chosen.check_texts(False)
+
+
+def test_clips_of_a_run_are_measured_as_clips():
+    clips = torch.rand(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    chosen = RunMetrics(["motion", "flicker"], {}, "somewhere", kind="clips")
+    found = chosen.scores(clips, Samples(None, {}, 0))
+    assert found["motion"] == pytest.approx(float(clips.diff(dim=2).abs().mean()), abs=2e-3)
+    assert found["flicker"] > 0
 
 
 # -- without weights
@@ -134,6 +146,18 @@ def test_a_run_reports_what_it_was_asked_for(tmp_path, capsys):
     assert found["protocol"]["weights"].endswith(f"step {best or 2}")
     assert "kid_mini" in capsys.readouterr().out, "in the table"
     assert "kid mini" in (tmp_path / "run/report/index.html").read_text()
+
+
+def test_an_exact_teacher_is_asked_for_its_cost_and_modes(tmp_path, capsys):
+    """Metrics of points, and of the generator: the teacher takes more calls than the student."""
+    base = ["--teacher.path", "analytic:gmm2d", "--teacher.num_steps", 6, "--objective.gan_weight", 0]
+    asked = ["latency", "nfe", "peak_memory", "mode_error", "energy_distance"]
+    found = train(tmp_path, *base, "--eval.metrics", *asked)
+    for who in ("teacher", "student"):
+        assert {*asked} <= found[who].keys()
+    assert found["teacher"]["nfe"] == 6 > found["student"]["nfe"]
+    assert found["teacher"]["latency"] > found["student"]["latency"] > 0
+    assert len(curve(tmp_path, "validation/latency")) == 3
 
 
 def test_a_teacher_without_a_network_of_its_own_gets_numbers(tiny, tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_tables_follow_the_evidence(finished, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| `digits_dmd2`"))
     cells = [c.strip() for c in row.strip("|").split("|")]
     assert cells[:7] == ["`digits_dmd2`", "dmd2", "full", "1", "2.5 +- 0.71", "3 (20)", "0.83 +- 0.24"]
-    assert cells[7:] == ["90", "91.0 of 95.0", "0.50", "", "100", "2", "10"]
+    assert cells[7:] == ["90", "91.0 of 95.0", "0.50", "", "100", "2", "10", "1800", "77"]
     assert "digits 2.5 at NFE 1, teacher 3" in text  # the mean over its seeds
 
     file = store / "digits" / "digits_dmd2.json"

@@ -34,6 +34,23 @@ METHODS = {
 }
 
 
+def launch_two(tmp_path, driver: str) -> None:
+    """Run two.yaml into the folder `two` by two processes that the driver starts from."""
+    (tmp_path / "driver.py").write_text(driver)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two"]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
     values = {
@@ -48,25 +65,45 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
         values["train"]["train_batch_size"] = batch
         (tmp_path / f"{folder}.yaml").write_text(yaml.safe_dump(values))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
-    (tmp_path / "driver.py").write_text(DRIVER)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two"]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(tmp_path, DRIVER)
     one, two = (
         load_file(tmp_path / f / "checkpoints/checkpoint-4/state.safetensors") for f in ("one", "two")
     )
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+COUNTED = """
+import sys, torch
+from fastgen.cli.train import main
+from fastgen.evaluation.spread import Spread
+drawn, together = [], Spread._together
+Spread._together = lambda self, draw: (drawn.append(1), together(self, draw))[1]
+code = main(sys.argv[1:])
+assert len(drawn) == 6, len(drawn)
+sys.exit(code)
+"""
+"""five pictures in batches of two: the teacher's once, the student's grid twice; two rounds of two each"""
+
+
+def test_a_validation_is_drawn_by_both_processes_and_is_the_same(tmp_path):
+    values = {
+        "teacher": {"path": "assets:teachers/digits", "num_steps": 2},
+        "objective": {"name": "diff_instruct"},
+        "data": {"name": "digits", "limit": 8},
+        "train": {"max_train_steps": 1, "validation_steps": 1, "checkpointing_steps": 0},
+        "eval": {"num_samples": 0, "validation_samples": 0, "grid": 5, "batch_size": 2},
+    }
+    for folder, batch in (("one", 2), ("two", 1)):
+        values["train"]["train_batch_size"] = batch
+        (tmp_path / f"{folder}.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    launch_two(tmp_path, COUNTED)
+    for name in ("teacher.png", "step_000000.png"):
+        one, two = ((tmp_path / f / "samples" / name).read_bytes() for f in ("one", "two"))
+        assert one == two, name
+    assert (tmp_path / "two/samples/step_000001.png").is_file()
 
 
 def test_an_expert_that_only_another_process_needed(monkeypatch):

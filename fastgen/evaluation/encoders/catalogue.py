@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.paths import expand
-from fastgen.evaluation.encoders import dinov2, inception, mini, plugin, text_image
+from fastgen.evaluation.encoders import (
+    dinov2,
+    efficientnet,
+    image_reward,
+    inception,
+    mini,
+    plugin,
+    text_image,
+)
 from fastgen.evaluation.encoders.base import Encoder, TextImageEncoder
 
 
@@ -93,6 +101,10 @@ def _inception(name: str) -> Callable[[Encoders], Encoder]:
     return lambda e: inception.load(e.path("inception", inception.WANTED), name)
 
 
+def _efficientnet(name: str) -> Callable[[Encoders], Encoder]:
+    return lambda e: efficientnet.load(e.path("efficientnet", efficientnet.WANTED), name)
+
+
 def _clip(e: Encoders) -> Encoder:
     preset = e.preset
     path = e.path("clip", text_image.WANTED.format(arch=preset.arch), folder=True)
@@ -113,14 +125,19 @@ def _clip_l14(e: Encoders) -> Encoder:
 KNOWN: dict[str, Callable[[Encoders], Encoder]] = {
     "mini": lambda e: mini.load(e.mini_set),
     **{name: _inception(name) for name in inception.PREPROCESSING},
+    **{name: _efficientnet(name) for name in efficientnet.SIZES},
     "dinov2": lambda e: dinov2.load(e.path("dinov2", dinov2.WANTED, folder=True)),
     "clip": _clip,
     "clip_336": _cmmd,
     "clip_l14": _clip_l14,
     "hps": lambda e: text_image.load("hps", e.path("hps", HPS_WANTED), HPS_ARCH),
     "pickscore": lambda e: text_image.load("pickscore", e.path("pickscore", PICK_WANTED, True), "ViT-H-14"),
+    "image_reward": lambda e: image_reward.load(e.path("image_reward", image_reward.WANTED, True)),
 }
-WEIGHTS = ("inception", "dinov2", "clip", "clip_336", "clip_l14", "hps", "pickscore", "aesthetic", "lpips")
+WEIGHTS = (
+    *("inception", "efficientnet", "dinov2", "clip", "clip_336", "clip_l14"),
+    *("hps", "pickscore", "image_reward", "aesthetic", "lpips"),
+)
 """names that --weights takes besides those of the user's own encoders"""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
-from fastgen.evaluation.metrics.estimate import Estimate, mean_of
+from fastgen.evaluation.metrics.estimate import Estimate, around, mean_of
 from fastgen.evaluation.metrics.metric import Metric
 
 
@@ -35,21 +35,6 @@ def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[
     return {"agreement": float(together), **shares}
 
 
-def forgetting(predicted: Tensor, wanted: Tensor, forgotten: int) -> dict[str, float]:
-    """UA, RA and H of predicted and wanted classes [N]; of a side without images nothing is said."""
-    gone = wanted == forgotten
-    hit = (predicted == wanted).double()
-    found = {}
-    if gone.any():
-        found["unlearning_accuracy"] = 1 - float(hit[gone].mean())
-    if (~gone).any():
-        found["retained_accuracy"] = float(hit[~gone].mean())
-    if len(found) == 2:
-        ua, ra = found.values()
-        found["harmonic_mean"] = 2 * ua * ra / (ua + ra) if ua + ra else 0.0
-    return found
-
-
 def _logits(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Named heads of an encoder; a lone "logits" is that of the class."""
     heads = {k.removeprefix("logits_"): v for k, v in outputs.items() if k.startswith("logits_")}
@@ -68,6 +53,52 @@ def _agreement(material: Any, encoder: str) -> Estimate:
     return mean_of(torch.stack(list(each.values())).all(0).double())
 
 
+def _predicted(material: Any, encoder: str) -> tuple[Tensor, Tensor]:
+    """(whether each image shows its class, whether that class is the forgotten one), float64 and bool [N]."""
+    labels = {k: v for k, v in material.labels().items() if k == "class"}
+    each = right(_logits(material.outputs(encoder)), labels)
+    if not each:
+        found = "labels and encoder share no attribute called class"
+        raise UserError(
+            "--metrics", f"unlearning on {encoder}: {found}", "give class labels and a classifier"
+        )
+    gone = labels["class"] == material.forgotten
+    if not gone.any() or gone.all():
+        asked = "all images are" if gone.any() else "no image is"
+        raise UserError("--forgotten", f"{asked} asked for class {material.forgotten}", "give images of both")
+    return each["class"].cpu().double(), gone.cpu()
+
+
+def unlearning(hit: Tensor, gone: Tensor) -> dict[str, Estimate]:
+    """UA, RA and H of whether each image shows its class [N], and which classes are the forgotten one.
+
+    H = 2 UA RA / (UA + RA), whose slope in UA is 2 RA^2 / (UA + RA)^2 and the other way round.
+    """
+    missed, kept = 1 - hit[gone], hit[~gone]
+    ua, ra = float(missed.mean()), float(kept.mean())
+    both = ua + ra
+
+    def influence() -> Tensor:
+        moved = torch.zeros_like(hit)
+        if both:
+            moved[gone] = (missed - ua) * len(hit) / len(missed) * 2 * ra**2 / both**2
+            moved[~gone] = (kept - ra) * len(hit) / len(kept) * 2 * ua**2 / both**2
+        return moved
+
+    return {
+        "unlearning_accuracy": mean_of(missed),
+        "retained_accuracy": mean_of(kept),
+        "unlearning_h": around(2 * ua * ra / both if both else 0.0, influence),
+    }
+
+
+def _unlearning(name: str, what: str) -> Metric:
+    def compute(material: Any, encoder: str) -> Estimate:
+        return unlearning(*_predicted(material, encoder))[name]
+
+    return Metric(name, what, "higher", "definition", compute, ("labels", "forgotten"))
+
+
 METRICS = (
     Metric(
         "agreement",
@@ -79,4 +110,7 @@ METRICS = (
         "",
         1,
     ),
+    _unlearning("unlearning_accuracy", "share asked for the forgotten class that does not show it"),
+    _unlearning("retained_accuracy", "share asked for the other classes that shows them"),
+    _unlearning("unlearning_h", "harmonic mean of these two"),
 )

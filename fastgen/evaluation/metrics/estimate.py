@@ -40,7 +40,7 @@ class Estimate:
     value: float
     contributions: Callable[[], Tensor]
     over: str = "samples"
-    """what a contribution belongs to: samples, groups or references"""
+    """what a contribution belongs to: samples, groups, references or generators"""
 
     def interval(self, level: float = LEVEL, seed: int = 0) -> Interval:
         """Where the metric lies for other samples, with this confidence."""
@@ -61,6 +61,11 @@ def around(value: float, influence: Callable[[], Tensor], over: str = "samples")
         return value + found - found.mean()
 
     return Estimate(value, contributions, over)
+
+
+def without_interval(value: float, over: str = "generators") -> Estimate:
+    """A value that is no mean over samples, so that its one contribution gives no interval."""
+    return Estimate(value, lambda: torch.tensor([value], dtype=torch.float64), over)
 
 
 def mean_interval(x: Tensor, level: float = LEVEL, seed: int = 0) -> Interval:
@@ -122,6 +127,8 @@ def difference(a: Estimate, b: Estimate, level: float = LEVEL, seed: int = 0) ->
     """How far two estimates are apart: paired where they have equally many contributions of one kind."""
     value = a.value - b.value
     x, y = a.contributions(), b.contributions()
+    if min(len(x), len(y)) < 2:
+        return Difference(value, math.nan, math.nan, False)
     if a.over == b.over and len(x) == len(y):
         gap = x - y
         low, high = mean_interval(gap, level, seed) if not _binary(gap) else _normal(gap, level)
@@ -150,6 +157,8 @@ def pooled(estimates: list[Estimate]) -> Estimate:
     value = sum(e.value for e in estimates) / len(estimates)
     if len(estimates) == 1:
         return estimates[0]
+    if estimates[0].over == "generators":
+        return without_interval(value)
 
     def contributions() -> Tensor:
         found = [e.contributions() for e in estimates]

@@ -60,6 +60,10 @@ class Measurer:
         self._check(images)
         return measure(self.net, images)["features"]
 
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the held-out images' features."""
+        return _reference(self.name, self.device)[2]
+
     def compare(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
         """Scores of images [N, C, H, W] in [0, 1]; attributes: what each should show, -1 if unspecified."""
         self._check(images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,9 +12,14 @@ from fastgen.evaluation.metrics.estimate import Estimate
 from fastgen.evaluation.metrics.frechet import Statistics
 
 Better = Literal["lower", "higher", "none"]
-Need = Literal["reference", "statistics", "prompts", "labels", "pairs", "groups"]
+Need = Literal[
+    "reference", "statistics", "prompts", "labels", "pairs", "groups", "generator", "mixture", "forgotten"
+]
 """reference: samples to compare with; statistics: a mean and covariance of them will do; pairs: a reference
-of the same size in the same order; groups: several images of each prompt, following each other"""
+of the same size in the same order; groups: several images of each prompt, following each other; generator:
+what draws the samples; mixture: an exact Gaussian mixture; forgotten: the class that was to be unlearned"""
+Kind = Literal["images", "clips", "clouds", "points", "any"]
+"""what a metric measures: images, clips, point clouds [P, 3], points [D], or the generator of any of them"""
 
 
 class Material(Protocol):
@@ -41,7 +46,17 @@ class Material(Protocol):
     def labels(self) -> dict[str, Tensor]:
         """What each image should show, [N] by attribute, -1 where nothing is asked for."""
 
+    def samples(self) -> Iterator[Tensor]:
+        """Clips uint8 [C, F, H, W], clouds [P, 3] or points [D], one tensor each."""
+
+    def originals(self) -> Iterator[Tensor]:
+        """The reference of such samples."""
+
+    prompts: list[str] | None
     group_size: int
+    generator: Any
+    mixture: Any
+    forgotten: int
     encoders: Any
 
 
@@ -58,3 +73,4 @@ class Metric:
     encoder: str = ""
     least: int = 2
     """samples that it is defined for"""
+    kind: Kind = "images"

@@ -5,9 +5,16 @@ KL:  E_x [log q(x) - log p(x)], p the mixture and q a leave-one-out kernel densi
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastgen.core.errors import UserError
+from fastgen.evaluation.items import Items
+from fastgen.evaluation.metrics.estimate import Estimate, around, mean_of, without_interval
+from fastgen.evaluation.metrics.metric import Metric
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
@@ -57,6 +64,11 @@ def mode_coverage(x: Tensor, mixture, least: float = 0.2, reach: float = 4.0) ->
 
 def kl_to_mixture(x: Tensor, mixture, width: float = 0.0) -> float:
     """KL(samples || mixture): log p exact, log q by a leave-one-out kernel estimate."""
+    return float(_log_ratios(x, mixture, width).mean())
+
+
+def _log_ratios(x: Tensor, mixture, width: float = 0.0) -> Tensor:
+    """log q - log p of each sample, [N]."""
     x = x.double()
     n, dim = x.shape
     if not width:  # the tightest direction of the tightest mode decides, not the spread over modes
@@ -66,7 +78,7 @@ def kl_to_mixture(x: Tensor, mixture, width: float = 0.0) -> float:
     log_q = log_kernel.logsumexp(1) - math.log(n - 1) - dim * (math.log(width) + 0.5 * math.log(2 * math.pi))
     # A sample without neighbours would have log q = -inf: its own kernel stands in.
     log_q = log_q.clamp(min=-math.log(n) - dim * (math.log(width) + 0.5 * math.log(2 * math.pi)))
-    return float((log_q - component_log_likelihood(x, mixture).logsumexp(1)).mean())
+    return log_q - component_log_likelihood(x, mixture).logsumexp(1)
 
 
 class ToyMeasurer:
@@ -108,3 +120,81 @@ class ToyMeasurer:
 
     def describe(self) -> dict[str, str]:
         return {"extractor": "none (exact law)", "reference": f"{len(self.reference)} exact draws"}
+
+
+# -- by name
+def energy_estimate(a: Tensor, b: Tensor) -> Estimate:
+    """With the influence of each sample: twice the mean distance to b less that to a."""
+    a, b = a.double(), b.double()
+
+    def influence() -> Tensor:
+        return 2 * (torch.cdist(a, b).mean(1) - torch.cdist(a, a).sum(1) / (len(a) - 1))
+
+    return around(energy_distance(a, b), influence)
+
+
+def mode_error_estimate(x: Tensor, mixture) -> Estimate:
+    """Total variation of the shares of samples in each mode from its weight."""
+    owner = component_log_likelihood(x, mixture).argmax(1)
+    held = mode_histogram(x, mixture)
+    sign = (held - mixture.weights).sign() / 2
+    value = float((held - mixture.weights).abs().sum() / 2)
+    return around(value, lambda: sign[owner] - (sign * held).sum())
+
+
+def draws(mixture, name: str, key: str, num: int = 4000) -> Items:
+    """Exact draws of a mixture as a reference: those that a run on it is measured against."""
+    points, _ = mixture.sample(num, torch.Generator().manual_seed(2))
+    return Items(list(points), "points", f"{num} exact draws of {name}", key)
+
+
+def _points(material: Any, dim: int) -> Tensor:
+    """[N, dim]; UserError of points of another dimension than what they are compared with."""
+    found = torch.stack(list(material.samples())).double()
+    if found.shape[1] != dim:
+        wrong = f"points of {dim} dimensions for samples of {found.shape[1]}"
+        raise UserError("--against", wrong, "give those of the samples' dimension")
+    return found
+
+
+def _energy(material: Any, encoder: str) -> Estimate:
+    originals = torch.stack(list(material.originals()))
+    return energy_estimate(_points(material, originals.shape[1]), originals)
+
+
+def _of_mixture(score: Callable[[Tensor, Any], Estimate]) -> Callable[[Any, str], Estimate]:
+    def compute(material: Any, encoder: str) -> Estimate:
+        mixture = material.mixture
+        return score(_points(material, mixture.means.shape[1]), mixture)
+
+    return compute
+
+
+def _metric(name: str, what: str, better, compute, needs, source: str = "definition") -> Metric:
+    return Metric(name, what, better, source, compute, needs, "", 2, "points")
+
+
+METRICS = (
+    _metric("energy_distance", "energy distance", "lower", _energy, ("reference",), "Szekely & Rizzo 2013"),
+    _metric(
+        "modes",
+        "share of modes that samples reach",
+        "higher",
+        _of_mixture(lambda x, m: without_interval(mode_coverage(x, m))),
+        ("mixture",),
+    ),
+    _metric(
+        "mode_error",
+        "total variation of the modes' shares",
+        "lower",
+        _of_mixture(mode_error_estimate),
+        ("mixture",),
+    ),
+    _metric(
+        "kl",
+        "KL divergence from the mixture",
+        "lower",
+        _of_mixture(lambda x, m: mean_of(_log_ratios(x, m))),
+        ("mixture",),
+    ),
+)

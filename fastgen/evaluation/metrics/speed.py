@@ -6,9 +6,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+
+from fastgen.evaluation.metrics.estimate import Estimate, without_interval
+from fastgen.evaluation.metrics.metric import Metric
 
 
 def _synchronise() -> None:
@@ -93,3 +97,40 @@ def peak_memory(call: Callable[[], object], every: float = 0.005) -> float:
 def nfe(num_steps: int, guidance: float = 1.0) -> int:
     """Network evaluations of one sample; guidance needs two a step unless w is 0 or 1."""
     return num_steps * (1 if guidance in (0, 1) else 2)
+
+
+# -- by name
+@dataclass
+class Generator:
+    """What draws samples. call: draws a batch; num: its samples; nfe: network calls of one sample."""
+
+    call: Callable[[], object]
+    num: int
+    nfe: int
+    repeats: int = 10
+    _timed: list[Latency] = field(default_factory=list)
+
+    def timed(self) -> Latency:
+        """Of its call, measured once for all metrics that ask."""
+        if not self._timed:
+            self._timed.append(latency(self.call, self.repeats))
+        return self._timed[0]
+
+
+def _of_generator(score: Callable[[Generator], float]) -> Callable[[Any, str], Estimate]:
+    return lambda material, encoder: without_interval(score(material.generator))
+
+
+def _metric(name: str, what: str, score: Callable[[Generator], float]) -> Metric:
+    return Metric(name, what, "lower", "own", _of_generator(score), ("generator",), "", 1, "any")
+
+
+METRICS = (
+    _metric("nfe", "network calls of a sample", lambda g: float(g.nfe)),
+    _metric("latency", "seconds of a batch, median after warm-up", lambda g: g.timed().p50),
+    _metric("latency_p95", "seconds of a batch, 95th percentile", lambda g: g.timed().p95),
+    _metric(
+        "seconds_per_sample", "mean seconds of a batch over its samples", lambda g: g.timed().mean / g.num
+    ),
+    _metric("peak_memory", "megabytes that a batch needs at its peak", lambda g: peak_memory(g.call)),
+)

@@ -4,6 +4,7 @@ score of the image alone. All by local weights; each says which network and scal
 CLIP score:  scale * cos(image, prefix + prompt)                       (Hessel 2021, arXiv 2104.08718)
 HPSv2, v2.1: 100 * cos of a fine-tuned open_clip ViT-H-14; the two files are not comparable (arXiv 2306.09341)
 PickScore:   logit scale * cos of a fine-tuned CLIP-H                          (arXiv 2305.01569)
+ImageReward: see encoders/image_reward.py                                    (arXiv 2304.05977)
 Aesthetic:   a stack of linear layers without activations on unit-length ViT-L/14 embeddings (LAION 2022)
 """
 
@@ -39,6 +40,14 @@ def hps(material: Any, encoder: str) -> Estimate:
 def pickscore(material: Any, encoder: str) -> Estimate:
     scale = material.encoders.text_image(encoder).scale
     return mean_of(scale * cosines(material, encoder))
+
+
+def image_reward(material: Any, encoder: str) -> Estimate:
+    model, found, first = material.encoders.open(encoder), [], 0
+    for batch in material.images():
+        found.append(model.rewards(batch, material.prompts[first : first + len(batch)]))
+        first += len(batch)
+    return mean_of(torch.cat(found))
 
 
 def affine_head(path: Path) -> tuple[Tensor, Tensor]:
@@ -92,6 +101,16 @@ METRICS = (
         pickscore,
         ("prompts",),
         "pickscore",
+        1,
+    ),
+    Metric(
+        "image_reward",
+        "human preference score",
+        "higher",
+        "arXiv 2304.05977",
+        image_reward,
+        ("prompts",),
+        "image_reward",
         1,
     ),
     Metric("aesthetic", "LAION's aesthetic score v2", "higher", "LAION 2022", aesthetic, (), "clip_l14", 1),
