@@ -98,5 +98,5 @@ def test_doctor_sees_what_is_there_and_what_is_not(capsys, monkeypatch):
 
 def test_doctor_knows_every_extra_of_a_user():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = {name for name in extras if name not in ("test", "docs", "dev")}
+    wanted = {name for name in extras if name not in ("real", "test", "docs", "dev")}
     assert wanted == {optional.extra for optional in doctor.OPTIONAL}
