@@ -104,6 +104,8 @@ class Progress:
             self.times = self.times[::2]
 
     def _due(self, now: float) -> bool:
+        if self.done >= self.total:  # close() says it
+            return False
         if self.lines:
             return now - self.last_line >= EVERY
         return (self.always and bool(self.values)) or now - self.started >= QUICK
@@ -137,7 +139,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        elif self.style == "lines" and (self.lines or self.always):
+        elif self.style == "lines" and (self.lines or self.always or now - self.started >= QUICK):
             self.values = {}
             self.note = f"in {duration(now - self.started)}"
             self._print(now)

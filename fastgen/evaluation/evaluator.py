@@ -321,7 +321,7 @@ def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict
 
 
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
-    draws: dict[str, Callable[[], object]] = {name: partial(evaluator.images, name, num, 0) for name in who}
+    draws = {name: partial(evaluator._batch, name, 0, num, 0, 0) for name in who}
     return interleaved(draws, num, repeats=3)
 
 

@@ -91,7 +91,7 @@ class World:
         cast.stages = validate(
             {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"name": ""}}
         ).all_stages()
-        return SimpleNamespace(cast=cast, train_cfg=cast.train_cfg, step=5, folder=self.folder)
+        return SimpleNamespace(cast=cast, train_cfg=cast.train_cfg, step=5, example="", folder=self.folder)
 
 
 class _Cast(Cast):
