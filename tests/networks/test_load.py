@@ -316,8 +316,9 @@ def test_the_error_of_an_unknown_network_names_the_declaration(folder, tmp_path)
 def test_a_declaration_in_yaml_runs(folder, tmp_path, capsys):
     values = {
         "teacher": {"path": str(folder("declared")), "family": DECLARATION},
-        "data": {"prompts": "p.txt"},
+        "data": {"prompts": str(tmp_path / "p.txt")},
     }
+    (tmp_path / "p.txt").write_text("a red dress\n")
     values |= {"objective": {"name": "dmd2", "gan_weight": 0.0}}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     assert main(["--config", str(tmp_path / "a.yaml"), "--dry_run"]) == 0
