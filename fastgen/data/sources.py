@@ -62,7 +62,9 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
         # beside control images every line has its place
         lines = read_lines(cfg.prompts, "data.prompts", PROMPTS, keep_blank=bool(cfg.control))
         _check_wanted(cfg, codec)
-        print(f"data: {len(lines)} prompts, {len(set(lines))} of them different")
+        different = len(set(lines))
+        repeated = f", {different} of them different" if different < len(lines) else ""
+        print(f"data: {len(lines)} prompt{'s'[: len(lines) > 1]}{repeated}")
         return Found(captions=lines[: cfg.limit or None], total=len(lines))
     return Found()
 
