@@ -29,9 +29,13 @@ def _described(folder: Path) -> tuple[ExportInfo, Teacher]:
 
 def load_pipeline(folder: Path, **parts: Any) -> Any:
     """The pipeline of an export: its base with the LoRA on it, or its own folder. `parts` go to
-    from_pretrained.
+    from_pretrained; without others it is in bfloat16 on CUDA where there is a GPU, else in float32.
     """
     import diffusers
+    import torch
+
+    gpu = torch.cuda.is_available()
+    parts.setdefault("torch_dtype", torch.bfloat16 if gpu else torch.float32)
 
     info, teacher = _described(folder)
     own = bool(info.guidance_range or info.step_lengths)
@@ -49,7 +53,7 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
             pipe.load_lora_weights(folder, **call)
     if info.set_on_scheduler:
         bind(pipe.scheduler, info.timestep_arguments)
-    return pipe
+    return pipe.to("cuda") if gpu and "device_map" not in parts else pipe
 
 
 def call_arguments(folder: Path) -> dict[str, Any]:

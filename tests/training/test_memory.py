@@ -51,9 +51,8 @@ def test_a_released_model_s_config_is_whole(name):
 def ask(name, *more):
     """A dry run over the released model with a critic, as a user would ask for it."""
     files = [str(ROOT / f"configs/teachers/{name}.yaml"), str(ROOT / "configs/objectives/dmd2.yaml")]
-    return main(
-        ["--config", *files, "--objective.gan_weight", "0", "--data.prompts", str(PROMPTS), "--dry_run", *more]
-    )
+    given = ["--objective.gan_weight", "0", "--data.prompts", str(PROMPTS), "--dry_run"]
+    return main(["--config", *files, *given, *more])
 
 
 def test_dry_run_at_full_size(capsys):
