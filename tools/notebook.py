@@ -24,7 +24,23 @@ def run(file: Path = NOTEBOOK) -> None:
         client.execute()
     for cell in notebook.cells:
         cell.metadata.clear()  # times of the machine that ran it
+        if cell.cell_type == "code":
+            cell.outputs = tidy(cell.outputs)
     nbformat.write(notebook, file)
+
+
+def tidy(outputs: list) -> list:
+    """What a reader wants to see: pictures, values, and what was printed in one piece, without the bars that
+    moved meanwhile.
+    """
+    kept = [o for o in outputs if o.output_type != "stream"]
+    for output in kept:
+        output.get("data", {}).pop("image/jpeg", None)
+    printed = [o for o in outputs if o.output_type == "stream" and o.name == "stdout"]
+    if printed:
+        printed[0].text = "".join(o.text for o in printed)
+        kept.insert(0, printed[0])
+    return kept
 
 
 if __name__ == "__main__":
