@@ -1,5 +1,7 @@
 """Which methods work on a teacher, as far as their settings say, before anything is trained."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from fastgen.config.recommended import load_shapes, recommend
@@ -21,7 +23,8 @@ def working(teacher: str, without_images: bool = False) -> list[str]:
         try:
             if shapes is None:
                 shapes = load_shapes(recommend(method, teacher).values)
-            cfg = _config(recommend(method, teacher, shapes).values)
+            with redirect_stdout(StringIO()):  # notices of settings that nobody uses
+                cfg = _config(recommend(method, teacher, shapes).values)
             check_fits(shapes, cfg.teacher, cfg.student, cfg.all_stages())
         except UserError:
             continue

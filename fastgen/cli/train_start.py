@@ -112,7 +112,7 @@ def refused(error: UserError, known: argparse.Namespace) -> UserError:
     from fastgen.cli.pairs import working
 
     about = error.key.partition(".")[0] in ("teacher", "student", "critic", "objective", "config")
-    if not known.method or not about:
+    if not known.method or not about or error.key == "teacher.path":
         return error
     able = [m for m in working(known.teacher) if m != known.method]
     why = f"{known.method} does not work on {known.teacher}: {error.key}: {error.found}"

@@ -73,6 +73,9 @@ def find_teacher(name: str) -> tuple[str, Path | None]:
     """(teacher.path, its config or that of the released model it is most like) of a name, hub id or path."""
     for file in bundled("teachers"):
         if name in (file.stem, teacher_path(file)):
+            if name == file.stem and Path(name).is_dir():
+                found = f"{name} is a teacher of `fastgen list teachers` and a folder here"
+                raise UserError("--teacher", found, f"write ./{name} or {teacher_path(file)}")
             return teacher_path(file), file
     if is_analytic(name):
         return name, None

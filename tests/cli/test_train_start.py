@@ -92,6 +92,25 @@ def test_a_released_model_gets_its_settings_under_the_method_s():
     assert find_teacher("sd15")[0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
+def test_a_name_that_is_a_folder_too_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sdxl").mkdir()
+    with pytest.raises(UserError, match=r"write \./sdxl or stabilityai/stable-diffusion-xl-base-1\.0"):
+        find_teacher("sdxl")
+    assert find_teacher("./sdxl")[0] == "./sdxl"
+    assert find_teacher("sd15")[0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_weights_that_are_missing_say_nothing_of_methods(tmp_path, capsys):
+    argv = ["--method", "swiftbrush", "--teacher", "sdxl", "--data.prompts", str(tmp_path / "p.txt")]
+    (tmp_path / "p.txt").write_text("a red dress\n")
+    assert main([*argv, "--output_dir", str(tmp_path / "run")]) == 2
+    found = capsys.readouterr()
+    error = next(line for line in found.err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: teacher.path: ") and "methods that do" not in found.err
+    assert "is replaced by" not in found.out
+
+
 def test_a_folder_gets_the_settings_of_the_released_model_it_is_like(tiny):
     """Its own size, and nothing that its noise schedule or network cannot do."""
     found = recommend("tdm", str(tiny("sana")))
