@@ -36,7 +36,7 @@ PLAIN = """
 import sys
 sys.modules["fastgen"] = None  # importing it fails from here on
 exec(open("card.py").read())
-print(type(pipe).__name__, "drew", image.size if hasattr(image, "size") else "a picture")
+print(type(pipe).__name__, "drew sample.png")
 """
 
 
@@ -183,9 +183,10 @@ def of_one_s_own(hour: Hour) -> None:
     own = "train --method lcm --teacher tinted-sd --data.images pictures --max_steps 60 --output_dir runs/own"
     hour.fastgen("Distil on them", own)
     tiny_sdxl(hour.folder / "sdxl")
-    mine = "train --method lcm --teacher sdxl --data.images pictures --max_steps 30 --output_dir runs/sdxl"
+    mine = "train --method lcm --teacher ./sdxl --data.images pictures --max_steps 30 --eval.num_samples 20"
     title = "A Stable Diffusion XL folder of one's own (tiny, random weights), stopped by Ctrl-C"
-    hour.fastgen(title, mine, codes=(75,), stop_after="loading ")
+    mine += " --output_dir runs/sdxl"
+    hour.fastgen(title, mine, codes=(75,), stop_after="lcm: 1/")
     hour.fastgen("Go on", f"{mine} --resume")
 
 
