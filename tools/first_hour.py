@@ -60,6 +60,7 @@ class Hour:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=hear_ctrl_c,
         )
         output = []
         for line in process.stdout or ():
@@ -103,6 +104,11 @@ class Hour:
 
     def picture(self, name: str, text: str) -> None:
         self.lines += [f"![{text}](figures/first_hour/{name})", ""]
+
+
+def hear_ctrl_c() -> None:
+    """Commands of a shell's background ignore SIGINT unless told otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:
