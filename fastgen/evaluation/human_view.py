@@ -6,7 +6,6 @@ holds no name and no side: those are in key.json, which `fastgen.evaluation.vote
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
-from fastgen.core.paths import asset
+from fastgen.evaluation.pages import render
 from fastgen.evaluation.prompts import prompts_of
+from fastgen.evaluation.report_pictures import uri
 from fastgen.evaluation.sources import Folder, Source
 
 LOSSLESS = 256
@@ -101,7 +101,7 @@ def picture(image: Tensor) -> str:
     else:
         kind = "jpeg"
         to_pil(image.float() / 255).save(buffer, format="JPEG", quality=95, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return uri(buffer.getvalue(), kind)
 
 
 def side_by_side(sets: Shown) -> str:
@@ -110,7 +110,7 @@ def side_by_side(sets: Shown) -> str:
         {"number": sets.rows[i], "prompt": sets.prompts[i], "images": [picture(x[i]) for x in sets.images]}
         for i in range(len(sets.rows))
     ]
-    return _rendered("side_by_side.html.j2", names=sets.names, rows=rows)
+    return render("side_by_side.html.j2", names=sets.names, rows=rows)
 
 
 def pairs_of(sets: Shown, seed: int) -> list[dict[str, Any]]:
@@ -157,11 +157,4 @@ def blind(sets: Shown, seed: int) -> tuple[str, dict[str, Any]]:
             for p in pairs
         ],
     }
-    return _rendered("blind.html.j2", page=page, pairs=shown_pairs), key
-
-
-def _rendered(template: str, **values: Any) -> str:
-    from jinja2 import Environment
-
-    page = Environment(autoescape=True, trim_blocks=True).from_string(asset(template).read_text())
-    return page.render(**values)
+    return render("blind.html.j2", page=page, pairs=shown_pairs), key
