@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgen.core.files import write_text
+from fastgen.core.progress import duration
 from fastgen.evaluation.diagnostics import warnings
 from fastgen.evaluation.explained import SAID, direction, meaning, number, title
 from fastgen.evaluation.pages import render
@@ -165,14 +166,6 @@ def _progress(run: RunFiles) -> list[dict]:
         tile = _tile("loss", f"{run.series(key)[1][-1]:.4g}", [])
         found.append(tile | {"name": f"loss of the {key.split('/')[0]}"})
     return found
-
-
-def duration(seconds: float) -> str:
-    """34 s, 12 min, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(results: dict) -> dict:
