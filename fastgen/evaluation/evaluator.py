@@ -196,7 +196,7 @@ class Evaluator:
     def _generator(self, who: str, steps: int) -> Generator:
         """What draws the samples of `who`, for metrics of its speed."""
         num = min(SPEED_BATCH, self.protocol.batch_size)
-        return Generator(partial(self.images, who, num, 0, steps), num, self.nfe(who, steps))
+        return Generator(partial(self._batch, who, 0, num, 0, steps), num, self.nfe(who, steps))
 
     def better(self) -> dict[str, Better]:
         """Which way is better, by the name of every metric that may choose the weights to keep."""
