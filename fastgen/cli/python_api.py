@@ -16,6 +16,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
 from fastgen.data.bundled import NAMES
 from fastgen.data.media import to_pil
+from fastgen.evaluation.run_files import check_run
 
 Pairs = Iterable[tuple[Any, str]]
 """pictures (PIL) with their captions"""
@@ -64,9 +65,7 @@ class Run:
     """A finished run of `distill`, or one on disk: Run("runs/quickstart")."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not (self.folder / "config.yaml").is_file():
-            raise UserError("run", f"{folder} is not a run folder", "give the output_dir of a run")
+        self.folder = check_run(Path(folder), "run")
 
     @property
     def export(self) -> Path:

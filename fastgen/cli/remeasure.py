@@ -10,6 +10,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import to_json, write_json, write_text
 from fastgen.core.paths import is_analytic
 from fastgen.core.reading import read_json
+from fastgen.evaluation.run_files import check_run
 from fastgen.networks.device import open_device
 
 
@@ -27,8 +28,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     from fastgen.evaluation.report import write_report
     from fastgen.training.assembly import make_evaluator
 
-    if not (run / "config.yaml").is_file():
-        raise UserError("--run", f"{run} is not a run folder", "give the output_dir of a run")
+    check_run(run, "--run")
     cfg = validate(read_files([str(run / "config.yaml")]))
     if is_analytic(cfg.teacher.path):
         raise UserError(

@@ -15,6 +15,7 @@ from fastgen.config.sections import TrainConfig
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.data.loader import load_data
+from fastgen.evaluation.run_files import check_run
 from fastgen.export.load import fuse
 from fastgen.roles.roles import Students
 from fastgen.training import checkpoint
@@ -41,8 +42,7 @@ class Restored:
 
 def choose(run: Path, step: int | None) -> Path:
     """The checkpoint of a run folder after `step` steps, or for None the newest; a damaged one is refused."""
-    if not (run / "config.yaml").is_file():
-        raise UserError("--run", f"{run} is not a run folder", "give the output_dir of a run")
+    check_run(run, "--run")
     found = {int(p.name.removeprefix("checkpoint-")): p for p in checkpoint.checkpoints(run)}
     if not found:
         raise UserError("--run", f"{run} holds no checkpoint", "let the run make one")
