@@ -10,18 +10,13 @@ import sys
 from pathlib import Path
 
 from fastgen.cli.sample import DTYPES
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import documented, run_command
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
-        "fastgen adapters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = documented("fastgen adapters", __doc__)
     add = flags.add_argument
     add("command", choices=RUN)
     add("paths", nargs="+", type=expand, metavar="PATH", help="LoRA file; for list also a folder")
@@ -35,9 +30,7 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fastgen adapters`; 0, or 2 for a user's mistake."""
-    args = _flags().parse_args(argv)
-    quiet()
-    return exit_code(lambda: RUN[args.command](args))
+    return run_command(_flags(), lambda args: RUN[args.command](args), argv)
 
 
 def _one(args: argparse.Namespace) -> Path:

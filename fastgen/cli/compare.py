@@ -26,7 +26,7 @@ from fastgen.cli import sample
 from fastgen.cli.generate import PROMPTS, Drawing, Request, generate
 from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.cli.pictures import grid
-from fastgen.core.console import CommandFlags
+from fastgen.core.console import documented
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed, write_json, write_text
 from fastgen.core.paths import expand
@@ -40,12 +40,7 @@ SHOWN = 10
 
 def flags() -> argparse.ArgumentParser:
     """Of the command."""
-    found = CommandFlags(
-        "fastgen-eval compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented("fastgen-eval compare", __doc__)
     add = found.add_argument
     add("contenders", nargs="+", metavar="MODEL[@STEPS] or SOURCE")
     add("--names", nargs="+", default=[], metavar="NAME", help="of the contenders in tables, in their order")

@@ -12,18 +12,13 @@ from pathlib import Path
 
 from fastgen.cli.loopback import HOST, check_port
 from fastgen.cli.sample import DTYPES
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import documented, run_command
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
-        "fastgen demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = documented("fastgen demo", __doc__)
     add = flags.add_argument
     add("--model", required=True, type=expand, help="export folder, LoRA file, run folder, or a teacher")
     add("--base", default="", type=expand, help="base of a LoRA file, if not the one its header names")
@@ -35,9 +30,7 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fastgen demo`: serves until Ctrl-C; 0, or 2 for a user's mistake."""
-    args = _flags().parse_args(argv)
-    quiet()
-    return exit_code(lambda: run(args))
+    return run_command(_flags(), run, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fastgen.cli.measuring import open_encoders, open_material
 from fastgen.core import interrupt
-from fastgen.core.console import CommandFlags, exit_code, program, quiet
+from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json
 from fastgen.core.paths import expand
@@ -35,12 +35,7 @@ FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar
 
 def flags() -> argparse.ArgumentParser:
     """Of the commands in COMMANDS."""
-    found = CommandFlags(
-        program("fastgen-eval"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented(program("fastgen-eval"), __doc__)
     add = found.add_argument
     add("command", nargs="?", default="measure", choices=COMMANDS)
     add("--run", default="", type=expand, metavar="DIR", help="run folder")

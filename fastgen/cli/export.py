@@ -9,18 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import documented, run_command
 from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
-        "fastgen export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = documented("fastgen export", __doc__)
     add = flags.add_argument
     add("--run", default="", type=expand, metavar="DIR", help="run folder to write an export of")
     add("--checkpoint", type=int, default=None, metavar="STEP", help="default: the newest one")
@@ -37,9 +32,7 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fastgen export`; 0, or 2 for a user's mistake."""
-    args = _flags().parse_args(argv)
-    quiet()
-    return exit_code(lambda: run(args))
+    return run_command(_flags(), run, argv)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgen.cli import sample
 from fastgen.core import interrupt
-from fastgen.core.console import CommandFlags
+from fastgen.core.console import documented
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed, to_json
 from fastgen.core.paths import expand
@@ -238,12 +238,7 @@ def _write_record(request: Request, drawing: Drawing, out: Path) -> None:
 
 def flags() -> argparse.ArgumentParser:
     """Of the command."""
-    found = CommandFlags(
-        "fastgen-eval generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented("fastgen-eval generate", __doc__)
     add = found.add_argument
     add(
         "--model",

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from fastgen.cli import sample
 from fastgen.cli.generate import PROMPTS, Request, generate
 from fastgen.cli.measuring import open_material
-from fastgen.core.console import CommandFlags
+from fastgen.core.console import documented
 from fastgen.core.errors import UserError, warn
 from fastgen.core.files import to_json, write_json
 from fastgen.core.paths import expand
@@ -27,12 +27,7 @@ from fastgen.core.paths import expand
 
 def flags() -> argparse.ArgumentParser:
     """Of the command."""
-    found = CommandFlags(
-        "fastgen-eval protocol",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented("fastgen-eval protocol", __doc__)
     add = found.add_argument
     add("protocol", nargs="?", default="", metavar="NAME", help="or a .yaml file; without it all are listed")
     add("--model", default="", type=expand, help="export, run folder, LoRA file, or teacher")

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fastgen.cli.loopback import HOST, check_port
-from fastgen.core.console import CommandFlags, exit_code, quiet
+from fastgen.core.console import documented, run_command
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
 from fastgen.core.paths import expand
@@ -23,12 +23,7 @@ SAFE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Refer
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = CommandFlags(
-        "fastgen report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = documented("fastgen report", __doc__)
     add = flags.add_argument
     add("runs", nargs="+", type=expand, metavar="RUN", help="run folder; several are compared")
     add("--out", default="", type=expand, metavar="PAGE", help="of several runs; default: runs.html")
@@ -39,9 +34,7 @@ def _flags() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `fastgen report`; 0, or 2 for a user's mistake."""
-    args = _flags().parse_args(argv)
-    quiet()
-    return exit_code(lambda: run(args))
+    return run_command(_flags(), run, argv)
 
 
 def run(args: argparse.Namespace) -> int:

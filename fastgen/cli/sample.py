@@ -14,7 +14,7 @@ from pathlib import Path
 from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import add_size, asked_size, check_numbers, check_size, load_sized
 from fastgen.core import interrupt
-from fastgen.core.console import CommandFlags, exit_code, program, quiet
+from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
 from fastgen.core.paths import expand
 
@@ -23,12 +23,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def flags() -> argparse.ArgumentParser:
     """Of sample.py."""
-    found = CommandFlags(
-        program("sample.py"),
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    found = documented(program("sample.py"), __doc__)
     add = found.add_argument
     add(
         "--model",

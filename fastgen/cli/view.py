@@ -11,7 +11,7 @@ which is in key.json alone: keep it, and give blind.html to who votes. Both page
 import argparse
 from pathlib import Path
 
-from fastgen.core.console import CommandFlags
+from fastgen.core.console import documented
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_json, write_text
 from fastgen.core.paths import expand
@@ -21,12 +21,7 @@ WRITTEN = ("side_by_side.html", "blind.html", "key.json")
 
 def flags() -> argparse.ArgumentParser:
     """Of the command."""
-    found = CommandFlags(
-        "fastgen-eval view",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented("fastgen-eval view", __doc__)
     add = found.add_argument
     add("sets", nargs="+", type=expand, metavar="SOURCE", help="two or more, as --images of fastgen-eval")
     add("--names", nargs="+", default=[], metavar="NAME", help="of the sets, in their order")

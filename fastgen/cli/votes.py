@@ -10,7 +10,7 @@ taken.
 import argparse
 from pathlib import Path
 
-from fastgen.core.console import CommandFlags
+from fastgen.core.console import documented
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_json
 from fastgen.core.paths import expand
@@ -18,12 +18,7 @@ from fastgen.core.paths import expand
 
 def flags() -> argparse.ArgumentParser:
     """Of the command."""
-    found = CommandFlags(
-        "fastgen-eval votes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = documented("fastgen-eval votes", __doc__)
     add = found.add_argument
     add("files", nargs="+", type=expand, metavar="FILE", help="as the blind page saved them")
     add("--key", default="", type=expand, metavar="FILE", help="key.json of the page")

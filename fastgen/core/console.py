@@ -41,6 +41,12 @@ class CommandFlags(Flags):
         sys.exit(fail(UserError("command line", message, "see --help")))
 
 
+def documented(name: str, text: str | None) -> CommandFlags:
+    """Flags of a command whose --help begins with a text that is laid out already: its module's docstring."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return CommandFlags(name, description=text, formatter_class=layout, allow_abbrev=False)
+
+
 def program(name: str) -> str:
     """What a command calls itself: `fastgen WORD` where it was called so, else its own name."""
     return sys.argv[0] if sys.argv[0].startswith("fastgen ") else name
@@ -72,6 +78,15 @@ def exit_code(command: Callable[[], int]) -> int:
         if not disk_error(error):
             raise
         return fail(UserError("disk", error, "free some space, or choose a folder that can be written"))
+
+
+def run_command(
+    flags: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int], argv: list[str] | None
+) -> int:
+    """The whole of a command: its flags read, libraries quiet; the exit code of `exit_code`."""
+    args = flags.parse_args(argv)
+    quiet()
+    return exit_code(lambda: command(args))
 
 
 def quiet() -> None:
