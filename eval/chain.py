@@ -122,10 +122,7 @@ def cells(recipe: str, documents: list[dict]) -> list[str]:
         return [f"{_minutes(recipe, documents):.0f}", "", ""]
     minutes = f"{'' if whole else '> '}{found.minutes:.0f}"
     if len(chain(recipe)) > 1:
-        own = [
-            d["results"].get("train", {}).get("seconds", 0) / 60 for d in documents if d["recipe"] == recipe
-        ]
-        minutes += f" (own {sum(own) / max(1, len(own)):.0f})"
+        minutes += f" (own {_minutes(recipe, documents):.0f})"
     return [minutes, f"{found.steps}", f"{found.teacher_calls / 1000:.0f}"]
 
 
