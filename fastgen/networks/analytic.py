@@ -46,7 +46,7 @@ class GaussianMixture(Denoiser):
             self.register_buffer(name, value.double())
         self.register_buffer("labels", torch.zeros(len(means)).long() if labels is None else labels)
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
-        self._copy: list[MLPDenoiser] | None = None  # in a list, so that it is no submodule
+        self._copies: dict[int, MLPDenoiser] = {}
 
     def _log_weights(self, x: Tensor, cond: Cond) -> Tensor:
         log_w = self.weights.log().expand(len(x), -1)
@@ -88,9 +88,9 @@ class GaussianMixture(Denoiser):
         """A network regressed on this teacher, to stand where a copy of the teacher's weights would: the same
         weights at every call.
         """
-        if self._copy is None:
-            self._copy = [self._regressed(steps)]
-        return copy.deepcopy(self._copy[0])
+        if steps not in self._copies:
+            self._copies[steps] = self._regressed(steps)
+        return copy.deepcopy(self._copies[steps])
 
     def _regressed(self, steps: int) -> "MLPDenoiser":
         with torch.random.fork_rng(devices=()):
