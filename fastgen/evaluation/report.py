@@ -68,7 +68,7 @@ def report_page(folder: Path, running: bool = False) -> str:
         stages=[(stage, *_curves(run, stage)) for stage in run.stages],
         texts=texts,
         sets=sets,
-        small=known is None or max(known.height, known.width // known.frames) <= SMALL,
+        small=known is None or known.side <= SMALL,
         whole=known is None,
         strips=strips,
         strip_texts=strip_texts,
@@ -176,7 +176,7 @@ def _table(results: dict) -> dict:
     rows += [(f"student, {n} step{'s' * (n != '1')}", "student", row) for n, row in by_steps.items()]
     rows += [("real images (floor)", "floor", results["floor"])] if "floor" in results else []
     found = list(dict.fromkeys(key for _, _, row in rows for key in row))
-    keys = sorted(found, key=lambda k: FIRST.index(k) if k in FIRST else len(FIRST))
+    keys = sorted(found, key=place)
     cells = [(name, kind, [number(row.get(k), k) for k in keys]) for name, kind, row in rows]
     return {"header": [(title(k), meaning(k)) for k in keys], "rows": cells} if rows else {}
 
@@ -195,7 +195,7 @@ def _glossary(run: RunFiles) -> list[tuple[str, str]]:
 def _quality(run: RunFiles) -> list[tuple[str, str, str]]:
     """(name, meaning, plot) of every validated number, with stage ends, the teacher's value and the floor."""
     keys = [k for k in run.curves() if k.startswith("validation/")]
-    keys.sort(key=lambda k: _order(k.split("/", 1)[1]))
+    keys.sort(key=lambda k: (place(k.split("/", 1)[1]), k))
     ends = [(f"end of {s.name}", s.last) for s in run.stages[:-1] if s.last <= run.step]
     found = []
     for key in keys:
@@ -203,14 +203,20 @@ def _quality(run: RunFiles) -> list[tuple[str, str, str]]:
         known = [(who, run.results.get(who, {})) for who in ("teacher", "floor")]
         levels = [(who, row[name]) for who, row in known if name in row]
         steps, values = run.series(key)
-        log = min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
+        log = on_log_scale(values, name)
         plot = line_plot([Line(steps, values)], Marks(levels=levels, ends=ends), log, f"{name} over steps")
         found.append((title(name), meaning(name), plot))
     return found
 
 
-def _order(name: str) -> tuple:
-    return (name not in FIRST, FIRST.index(name) if name in FIRST else 0, name)
+def place(key: str) -> int:
+    """Where a number stands among others: those of FIRST in their order, then the rest."""
+    return FIRST.index(key) if key in FIRST else len(FIRST)
+
+
+def on_log_scale(values: list[float], name: str) -> bool:
+    """Whether a curve is read better on a logarithmic axis: a distance that falls far."""
+    return min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
 
 
 def _curves(run: RunFiles, stage: Stage) -> tuple[list, list]:

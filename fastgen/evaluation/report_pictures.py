@@ -30,6 +30,11 @@ class Layout:
     width: int
     frames: int
 
+    @property
+    def side(self) -> int:
+        """The longer side of one picture, or of one frame."""
+        return max(self.height, self.width // self.frames)
+
 
 @dataclass(frozen=True)
 class PictureSet:
@@ -172,7 +177,7 @@ def _strip(grid: Image.Image, known: Layout | None) -> str:
     if known is None:
         return _whole(grid)
     cells = _cells(grid, known)[: STRIP if known.frames == 1 else 1]
-    side = max(1, round(min(1.0, SMALL / max(known.width // known.frames, known.height)) * known.height))
+    side = max(1, round(min(1.0, SMALL / known.side) * known.height))
     width = max(1, round(known.width * side / known.height))
     joined = Image.new("RGB", (width * len(cells), side))
     for i, cell in enumerate(cells):

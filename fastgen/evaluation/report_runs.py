@@ -8,7 +8,7 @@ from pathlib import Path
 from fastgen.evaluation.explained import direction, meaning, number, title
 from fastgen.evaluation.pages import render
 from fastgen.evaluation.plots import Line, line_plot
-from fastgen.evaluation.report import FIRST, summary
+from fastgen.evaluation.report import on_log_scale, place, summary
 from fastgen.evaluation.report_pictures import SMALL, PictureSet, layout, picture_sets
 from fastgen.evaluation.run_files import RunFiles, read_run
 
@@ -37,7 +37,7 @@ def runs_page(folders: list[Path], running: bool = False) -> str:
         losses=_overlaid(runs, names, validated=False),
         texts=texts,
         sets=sets,
-        small=known is None or max(known.height, known.width // known.frames) <= SMALL,
+        small=known is None or known.side <= SMALL,
         whole=known is None,
     )
 
@@ -58,7 +58,7 @@ def _table(runs: list[RunFiles], names: list[str]) -> dict:
     found = dict.fromkeys(
         key for row in rows for key, value in row.items() if isinstance(value, (int, float))
     )
-    keys = sorted(found, key=lambda k: FIRST.index(k) if k in FIRST else len(FIRST))
+    keys = sorted(found, key=place)
     best = {key: _best([row.get(key) for row in rows], direction(key)) for key in keys}
     lines = [
         (name, "", [(number(row.get(k), k), row.get(k) == best[k] is not None) for k in keys])
@@ -121,7 +121,7 @@ def _overlaid(runs: list[RunFiles], names: list[str], validated: bool) -> list[t
         lines = [Line(*run.series(key), name=names[i], colour=i % 6) for i, run in enumerate(runs)]
         lines = [line for line in lines if line.xs]
         values = [v for line in lines for v in line.ys]
-        log = min(values) > 0 and max(values) > 20 * min(values) and direction(name) == "lower"
+        log = on_log_scale(values, name)
         shown = title(name) if validated else f"{player} {name}"
         found.append((shown, meaning(name), line_plot(lines, log=log, label=f"{shown} of every run")))
     return found
