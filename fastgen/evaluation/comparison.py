@@ -10,6 +10,7 @@ from typing import Any
 
 from fastgen.evaluation.metrics.estimate import Estimate, difference, pooled
 from fastgen.evaluation.metrics.metric import Better
+from fastgen.export.markdown import table
 
 
 @dataclass
@@ -104,13 +105,9 @@ def markdown(document: dict) -> str:
     """The tables, and what they were made with."""
     lines = ["# Comparison", ""]
     for title, header, rows in tables(document):
-        lines += [f"## {title}", "", _row(header), "|" + "---|" * len(header), *map(_row, rows), ""]
+        lines += [f"## {title}", "", *table(header, rows), ""]
     lines += [f"- {line}" for line in notes(document)]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 
 def notes(document: dict) -> list[str]:

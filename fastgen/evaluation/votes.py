@@ -20,6 +20,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.reading import read_json
 from fastgen.evaluation.human_view import KEY_FORMAT
 from fastgen.evaluation.metrics.estimate import mean_interval
+from fastgen.export.markdown import table
 
 CHOICES = ("left", "right", "tie")
 KEY, FILES = "--key", "votes"
@@ -171,10 +172,10 @@ def markdown(found: dict[str, Any], per_prompt: bool = False) -> str:
         [d["set"], d["against"], _shown(d), d["wins"], d["ties"], d["losses"], d["pairs"], d["verdict"]]
         for d in found["duels"]
     ]
-    lines += _table(header, rows)
+    lines += [*table(header, rows), ""]
     if found["voters"] > 1:
         rows = [[d["set"], d["against"], n, _shown(r), r["votes"]] for d, n, r in _each(found, "by_voter")]
-        lines += ["## By voter", "", *_table(["", "against", "voter", "win rate", "votes"], rows)]
+        lines += ["## By voter", "", *table(["", "against", "voter", "win rate", "votes"], rows), ""]
         lines += [
             f"- voters agree on {d['agreement']:.0%} of what two of them saw ({d['set']}, {d['against']})"
             for d in found["duels"]
@@ -182,7 +183,7 @@ def markdown(found: dict[str, Any], per_prompt: bool = False) -> str:
         ]
     if per_prompt:
         rows = [[d["set"], d["against"], n, _shown(r), r["votes"]] for d, n, r in _each(found, "by_prompt")]
-        lines += ["", "## By prompt", "", *_table(["", "against", "prompt", "win rate", "votes"], rows)]
+        lines += ["", "## By prompt", "", *table(["", "against", "prompt", "win rate", "votes"], rows), ""]
     lines += ["- win rate: wins and half the ties, mean over pairs of images, with its 95 % interval"]
     if found["left_share"] is not None:
         lines += [f"- of the votes that decide, {found['left_share']:.0%} are for the left side"]
@@ -197,8 +198,3 @@ def _shown(rate: dict[str, Any]) -> str:
     """60 % [48, 71]; an interval needs two pairs."""
     value = f"{rate['win_rate']:.0%}"
     return value if rate["low"] != rate["low"] else f"{value} [{rate['low']:.0%}, {rate['high']:.0%}]"
-
-
-def _table(header: list[str], rows: list[list]) -> list[str]:
-    cells = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in cells] + [""]

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 """Unicode categories that a reader does not see: controls, direction marks, halves of characters"""
@@ -34,6 +35,12 @@ def fenced(language: str, text: str) -> list[str]:
     shown = shown_lines(text)
     fence = "`" * max(3, 1 + _longest(shown))
     return [f"{fence}{language}", shown, fence]
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table; a | in a cell does not end it."""
+    lines = ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
 def shown_lines(text: str) -> str:
