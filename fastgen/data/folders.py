@@ -9,13 +9,13 @@ count as numbers, so 2.png comes before 10.png.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgen.core.errors import UserError
 from fastgen.data.metadata import read_metadata
-from fastgen.data.pictures import check_regular, decoding, formats
+from fastgen.data.pictures import check_regular, formats
 from fastgen.data.text import read_text
 
 CLIPS = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
@@ -84,7 +84,8 @@ def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool
             if not hidden(name):
                 _sort_in(found, Path(where, name), kinds)
     found.skipped += [f"{named(e.filename)} ({e.strerror})" for e in failed]
-    found.files.sort(key=lambda p: natural(p.relative_to(folder)))
+    depth = len(folder.parts)
+    found.files.sort(key=lambda p: natural("/".join(p.parts[depth:])))
     return found
 
 
@@ -95,10 +96,12 @@ def _sort_in(found: Listing, path: Path, kinds) -> None:
         found.others[suffix or "no suffix"] += suffix not in QUIET
         return
     try:
-        with decoding():
-            check_regular(path)
+        check_regular(path)
+    except FileNotFoundError:
+        found.skipped.append(f"{named(path.name)} (it does not exist)")
+        return
     except OSError as error:
-        found.skipped.append(f"{named(path.name)} ({error})")
+        found.skipped.append(f"{named(path.name)} ({error.strerror or error})")
         return
     if path.name in METADATA:
         found.metadata.append(path)
@@ -108,12 +111,27 @@ def _sort_in(found: Listing, path: Path, kinds) -> None:
         found.files.append(path)
 
 
+class Member:
+    """A picture that is no file of its own: a row of a table, a member of an archive."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The picture as a message names it."""
+        raise NotImplementedError
+
+    def read(self) -> bytes:
+        """The encoded picture; an OSError where it cannot be read."""
+        raise NotImplementedError
+
+
 @dataclass
 class Samples:
     """Files of a set with what goes with them, in order: captions and labels are None where there is none."""
 
     listing: Listing
-    files: list[Path]
+    files: Sequence[Path | Member]
     captions: list[str | None]
     labels: list[str | int | None]
     origin: str = ""
@@ -126,7 +144,12 @@ class Samples:
 
     def name(self, i: int) -> str:
         """File i as a message names it."""
-        return named(self.files[i].relative_to(self.listing.folder))
+        file = self.files[i]
+        return named(file.relative_to(self.listing.folder) if isinstance(file, Path) else file.name)
+
+    def paths(self) -> list[Path]:
+        """The files of a set that holds nothing else."""
+        return [file for file in self.files if isinstance(file, Path)]
 
 
 def gather(listing: Listing) -> Samples:
@@ -141,7 +164,7 @@ def gather(listing: Listing) -> Samples:
         captions.append(text)
     labels: list[str | int | None] = [entries[p].label if p in entries else None for p in listing.files]
     origin = ", ".join(p.name for p in listing.metadata) if any(v is not None for v in labels) else ""
-    inner = [p.relative_to(listing.folder).parts for p in listing.files]
-    if not origin and inner and all(len(parts) > 1 for parts in inner):
-        labels, origin = [parts[0] for parts in inner], "folders"
+    depth = len(listing.folder.parts)
+    if not origin and listing.files and all(len(p.parts) > depth + 1 for p in listing.files):
+        labels, origin = [p.parts[depth] for p in listing.files], "folders"
     return Samples(listing, listing.files, captions, labels, origin)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
-from fastgen.data.folders import CLIPS, Listing, Samples, gather, named, scan, some
+from fastgen.data.folders import CLIPS, Listing, Member, Samples, gather, named, scan, some
 from fastgen.data.pictures import (
     as_shown,
     check_regular,
     check_size,
+    decode_picture,
+    decoders,
     decoding,
     fit,
-    formats,
     read_picture,
     to_tensor,
 )
@@ -49,7 +50,7 @@ def read_files(
         if len(kept) == num:
             break
         try:
-            one = read_image(path, size) if len(size) == 3 else read_clip(path, size)
+            one = read_one(path, size)
         except OSError as error:
             bad.append(f"{samples.name(i)} ({error})")
             continue
@@ -68,8 +69,8 @@ def read_files(
     return found[: len(kept)], samples.chosen(kept)
 
 
-def describe(listing: Listing, counts: dict[str, int]) -> str:
-    """One line of what was found in a folder and what was left out."""
+def describe(listing: Listing, counts: dict[str, int], label: str = "") -> str:
+    """One line of what was found in a folder and what was left out; label: which of several it is."""
     parts = [", ".join(f"{n} {what}" for what, n in counts.items())]
     if listing.skipped:
         parts.append(f"{len(listing.skipped)} skipped: {some(listing.skipped)}")
@@ -77,12 +78,23 @@ def describe(listing: Listing, counts: dict[str, int]) -> str:
     if others:
         kinds = some(named(s) for s in others)
         parts.append(f"{sum(others.values())} files of other kinds left out ({kinds})")
-    return f"data: {'; '.join(parts)}"
+    return f"{label or 'data: '}{'; '.join(parts)}"
 
 
-def read_image(path: Path, size: tuple[int, ...]) -> Tensor:
+def read_one(file: Path | Member, size: tuple[int, ...]) -> Tensor:
+    """An image [C, H, W], or for a size of four a clip [C, F, H, W]; an OSError where it cannot be read."""
+    if len(size) == 3:
+        return read_image(file, size)
+    if isinstance(file, Path):
+        return read_clip(file, size)
+    raise OSError("clips are read from folders")
+
+
+def read_image(file: Path | Member, size: tuple[int, ...]) -> Tensor:
     """One image [C, H, W] as a viewer shows it, scaled and cropped about its middle."""
-    return fit(read_picture(path, "L" if size[0] == 1 else "RGB"), size)
+    mode = "L" if size[0] == 1 else "RGB"
+    image = read_picture(file, mode) if isinstance(file, Path) else decode_picture(file.read(), mode)
+    return fit(image, size)
 
 
 def read_clip(path: Path, size: tuple[int, ...]) -> Tensor:
@@ -110,7 +122,7 @@ def _animated(path: Path, num: int, shown: Callable) -> list[Tensor]:
 
     with decoding():
         check_regular(path)
-        with Image.open(path, formats=sorted(set(formats().values()))) as image:
+        with Image.open(path, formats=decoders()) as image:
             check_size(image)
             return [shown(frame.copy()) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
 

@@ -4,16 +4,15 @@ the number of processes. A run that resumes under another fingerprint would be a
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError, warn
+from fastgen.data.digest import data_digest
 
 WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
 """weights up to WHOLE bytes are hashed in full; of larger ones BLOCKS evenly spaced blocks of each tensor"""
@@ -101,30 +100,6 @@ def _blocks(tensor: Tensor) -> Iterable[Tensor]:
         return [flat]
     last = flat.numel() - size
     return [flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS)]
-
-
-def data_digest(source: DataConfig) -> str:
-    """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
-    digest = hashlib.sha256()
-    for name in (source.images, source.control, source.prompts):
-        root = Path(name).expanduser()
-        for path in sorted(_files(root)) if name else ():
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(BLOCK))
-                if size > BLOCK:
-                    file.seek(max(BLOCK, size - BLOCK))
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
-
-
-def _files(root: Path) -> Iterable[Path]:
-    """Regular files of a folder, hidden ones left out, or the one file."""
-    if root.is_file():
-        return [root]
-    found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    return (p for p in found if p.is_file() and not p.name.startswith("."))
 
 
 def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], report: bool) -> None:
