@@ -11,6 +11,7 @@
   python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
+  python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -27,6 +28,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.data import data  # noqa: F401  (called by name)
 from benchmarks.faults import faults
 from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
@@ -261,6 +263,7 @@ def main() -> None:
             "methods",
             "startup",
             "prompts",
+            "data",
             "faults",
             "mutations",
             "frechet",

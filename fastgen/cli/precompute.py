@@ -61,8 +61,8 @@ def _main(argv: list[str]) -> int:
         from fastgen.data.precompute import Share
 
         work.make(Share(part, parts))
-    if work.end():
-        print(f"wrote {work.num:,} samples in {work.shards} shards to {work.out}")
+    if (count := work.end()) is not None:
+        print(f"{count:,} samples in {work.shards} shards are in {work.out}")
         print(f"train on them  train.py ... --data.latents {work.out}")
     else:
         print(f"{len(work.missing())} of {work.shards} shards are left for the other parts")
@@ -100,7 +100,7 @@ def _prepared(known: argparse.Namespace, rest: list[str]):
         over["teacher"] = over.get("teacher", {}) | {"path": find_teacher(known.teacher)[0]}
     if "path" not in over.get("teacher", {}) and "path" not in base.get("teacher", {}):
         raise UserError("--teacher", "not given", "name the teacher that will be distilled")
-    cfg = validate({"objective": {"name": "sft"}, "data": {"name": ""}} | with_flags(base, over))
+    cfg = validate({"objective": {"name": "swiftbrush"}, "data": {"name": ""}} | with_flags(base, over))
     check_there(cfg.data)
     torch.set_num_threads(threads_per_process(0, torch.get_num_threads()))
     device = open_device(known.device)

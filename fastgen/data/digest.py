@@ -7,8 +7,9 @@ from pathlib import Path
 
 BLOCK = 2**16
 MANY = 20_000
-"""files of a set from which on the content of every n-th is hashed, and of the others the name and size"""
+"""files of a set from which on all names are hashed, and the sizes and contents of some"""
 SAMPLED = 1000
+"""how many"""
 BLOCKS = 16
 """evenly spaced blocks of a weight file that are hashed"""
 NOT_ENCODERS = ("unet", "transformer", "prior", "scheduler", "safety_checker", "feature_extractor")
@@ -38,28 +39,39 @@ def _add(digest, root: Path) -> None:
     if not root.exists():
         digest.update(str(root).encode())
         return
-    files = list(_files(root))
-    if len(files) <= MANY:
-        files, every = sorted(files), 1
+    files, every = list(_files(root)), 1
+    if len(files) > MANY:
+        files.sort(key=str)
+        every = -(-len(files) // SAMPLED)
+        digest.update("\n".join(map(str, files)).encode("utf-8", "surrogateescape"))
     else:
-        files, every = sorted(files, key=str), -(-len(files) // SAMPLED)
-    for i, path in enumerate(files):
-        size = os.stat(path).st_size
+        files.sort()
+    for path in files[::every]:
+        size = path.stat().st_size
         digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
-        if i % every == 0:
-            with open(path, "rb") as file:
+        with open(path, "rb") as file:
+            digest.update(file.read(BLOCK))
+            if size > BLOCK:
+                file.seek(max(BLOCK, size - BLOCK))
                 digest.update(file.read(BLOCK))
-                if size > BLOCK:
-                    file.seek(max(BLOCK, size - BLOCK))
-                    digest.update(file.read(BLOCK))
 
 
 def _files(root: Path) -> Iterable[Path]:
     """Regular files of a folder, hidden ones left out, or the one file."""
     if root.is_file():
-        return [root]
-    found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    return (p for p in found if not p.name.startswith(".") and p.is_file())
+        yield root
+        return
+    folders = [str(root)]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif not entry.name.startswith(".") and entry.is_file():
+                yield Path(entry.path)
 
 
 def encoders_digest(folder: Path, about: object) -> str:

@@ -9,7 +9,7 @@ count as numbers, so 2.png comes before 10.png.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,27 +76,55 @@ def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool
     check_folder(folder, key)
     kinds, found = CLIPS if clips else formats(), Listing(folder)
     failed: list[OSError] = []
-    for where, folders, files in os.walk(folder, onerror=failed.append):
-        linked = [n for n in folders if os.path.islink(os.path.join(where, n)) and not hidden(n)]
-        found.skipped += [f"{named(n)} (a link to a folder)" for n in linked]
-        folders[:] = sorted((n for n in folders if not hidden(n) and deep), key=natural)
-        for name in files:
-            if not hidden(name):
-                _sort_in(found, Path(where, name), kinds)
+    for entry in _entries(folder, deep, found.skipped, failed):
+        _sort_in(found, entry, kinds)
     found.skipped += [f"{named(e.filename)} ({e.strerror})" for e in failed]
     depth = len(folder.parts)
     found.files.sort(key=lambda p: natural("/".join(p.parts[depth:])))
     return found
 
 
-def _sort_in(found: Listing, path: Path, kinds) -> None:
+def _entries(
+    where: Path | str, deep: bool, skipped: list[str], failed: list[OSError]
+) -> Iterator[os.DirEntry]:
+    """The files of a folder and, with deep, its sub-folders, hidden ones left out; links to folders are named
+    and not followed. Folders say themselves what most of their entries are, so that few files are asked.
+    """
+    try:
+        with os.scandir(where) as found:
+            entries = [entry for entry in found if not hidden(entry.name)]
+    except OSError as error:
+        failed.append(error)
+        return
+    folders = []
+    for entry in entries:
+        if not _is_folder(entry):
+            yield entry
+        elif entry.is_symlink():
+            skipped.append(f"{named(entry.name)} (a link to a folder)")
+        else:
+            folders.append(entry)
+    for entry in sorted(folders, key=lambda e: natural(e.name)) if deep else ():
+        yield from _entries(entry.path, deep, skipped, failed)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _sort_in(found: Listing, entry: os.DirEntry, kinds) -> None:
     """Put one file where it belongs; what is no regular file is named and never opened."""
-    suffix = path.suffix.lower()
-    if suffix not in kinds and suffix != ".txt" and path.name not in METADATA:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in kinds and suffix != ".txt" and entry.name not in METADATA:
         found.others[suffix or "no suffix"] += suffix not in QUIET
         return
+    path = Path(entry.path)
     try:
-        check_regular(path)
+        if not entry.is_file(follow_symlinks=False):
+            check_regular(path)
     except FileNotFoundError:
         found.skipped.append(f"{named(path.name)} (it does not exist)")
         return

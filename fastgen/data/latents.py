@@ -152,9 +152,7 @@ def open_latents(cfg, teacher: Teacher, pixels: bool = True) -> Data:
     """The samples of data.latents, read when a batch has them."""
     folder, found = Path(cfg.latents).expanduser(), check_latents(cfg, teacher)
     if pixels and not found["images"]:
-        raise UserError(
-            KEY, f"{folder} holds prompts alone", "precompute images, which this method needs"
-        )
+        raise UserError(KEY, f"{folder} holds prompts alone", "precompute images, which this method needs")
     files, counts = [], []
     for shard in found["shards"]:
         file, count = folder / shard["file"], shard["count"]

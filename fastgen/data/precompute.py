@@ -18,7 +18,6 @@ from fastgen.core.errors import UserError, warn
 from fastgen.core.files import disk_error, write_json, write_tensors
 from fastgen.core.progress import tracked
 from fastgen.core.reading import read_json
-from fastgen.data import tables
 from fastgen.data.digest import data_digest
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.latents import MANIFEST, NULL, damage, model_of
@@ -116,10 +115,10 @@ class Precompute:
                     way = "free some space; the same command then makes what is missing"
                     raise UserError(KEY, f"{self.out} takes no more ({error})", way) from None
 
-    def end(self) -> bool:
-        """Write the whole manifest if every shard is there; whether they are."""
+    def end(self) -> int | None:
+        """Write the whole manifest if every shard is there: the samples in them, None if some are missing."""
         if self.missing():
-            return False
+            return None
         shards = [{"file": self.file(i).name, "count": self._count(i)} for i in range(self.shards)]
         skipped = [name for i in range(self.shards) for name in json.loads(self._header(i)[UNREADABLE])]
         count = sum(int(str(one["count"])) for one in shards)
@@ -127,7 +126,7 @@ class Precompute:
         write_json(self.out / MANIFEST, {**self.plan, **more})
         if skipped:
             warn(f"data: {len(skipped)} pictures cannot be read and are left out: {', '.join(skipped[:5])}")
-        return True
+        return count
 
     def _header(self, i: int) -> dict[str, str]:
         from safetensors import safe_open
@@ -215,5 +214,3 @@ def _conditions(found: Found, codec, num: int) -> tuple[list[str] | None, Tensor
     if not codec.num_classes:
         return None, None
     return None, found.labels if found.labels is not None else unlabelled_rows(num, codec, True)
-
-

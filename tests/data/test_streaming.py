@@ -1,5 +1,5 @@
-"""Pictures read when a batch has them: the batches are those of memory, whoever reads ahead and wherever a run
-resumes; what is unreadable is replaced the same way every time.
+"""Pictures read when a batch has them: the batches are those of memory, whoever reads ahead and wherever a
+run resumes; what is unreadable is replaced the same way every time.
 """
 
 import threading
@@ -76,7 +76,9 @@ def test_an_unreadable_picture_is_replaced_the_same_way_every_time(tmp_path, cap
     (folder / "bee/1.png").write_bytes(b"no picture")
     runs = [drawn(data_of(folder, workers=w), 9) for w in (0, 3)]
     same(*runs)
-    order = [p.stem for one in CLASSES for p in sorted((folder / one).glob("*.png"), key=lambda p: int(p.stem))]
+    order = [
+        p.stem for one in CLASSES for p in sorted((folder / one).glob("*.png"), key=lambda p: int(p.stem))
+    ]
     bad = order.index("1")
     seen = torch.cat([b.index for b in runs[0]]).tolist()
     assert bad not in seen and seen.count(bad + 1) > 4, "the next one stands in for it"
