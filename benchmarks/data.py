@@ -20,8 +20,8 @@ DISTINCT = 500
 
 
 def data(num: int = 200_000) -> dict:
-    """A folder of num pictures by class, in a process of its own: seconds and memory, the libraries' included;
-    and the same steps on the bundled set, which is in memory.
+    """A folder of num pictures by class, in a process of its own: seconds and memory, the libraries'
+    included; and the same steps on the bundled set, which is in memory.
     """
     found: dict = {"num_images": num, "teacher": TEACHER, "clock": "seconds of the wall, one thread"}
     with tempfile.TemporaryDirectory() as folder:
@@ -33,6 +33,30 @@ def data(num: int = 200_000) -> dict:
             assert out.returncode == 0, out.stderr
             found[name] = json.loads(out.stdout.splitlines()[-1])
     return found
+
+
+def table(found: dict) -> str:
+    """The part of docs/data.md that says what was measured."""
+    streamed, kept = found["streamed"], found["in_memory"]
+    rows = [
+        ("first step after the start of the process, s", "first_step_seconds"),
+        ("of which libraries and packages, s", "libraries_seconds"),
+        ("peak memory of the process, MB", "peak_megabytes"),
+        ("a step, s", "step_seconds"),
+    ]
+    lines = [f"| {what} | {streamed[key]:g} | {kept[key]:g} |" for what, key in rows]
+    waits = (f"{one['wait_share']:.1%}" for one in (streamed, kept))
+    return "\n".join(
+        [
+            f"| consistency distillation of {found['teacher']} "
+            f"| {found['num_images']:,} pictures, streamed | the bundled set, in memory |",
+            "|---|---|---|",
+            *lines,
+            f"| share of a step that waits for its batch | {' | '.join(waits)} |",
+            "",
+            "By `python -m benchmarks data --write`, kept in `assets/results/benchmarks/data.json`.",
+        ]
+    )
 
 
 def write_pictures(folder: Path, num: int) -> None:

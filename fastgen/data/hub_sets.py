@@ -36,9 +36,17 @@ class RowPicture(Member):
         return value
 
 
+def check_set(name: str, key: str) -> None:
+    """A UserError of what is neither a folder nor the form of a hub id, or without the package."""
+    needed("datasets", key)
+    away = name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if away and not Path(name).expanduser().is_dir():
+        raise UserError(key, f"{name} is not a folder", "give a folder, or a hub id (OWNER/NAME)")
+
+
 def set_samples(source, data, key: str) -> Samples:
     """The pictures of data.dataset: a folder on this disk, or a data set of the hub."""
-    needed("datasets", key)
+    check_set(source.dataset, key)
     import datasets
 
     datasets.disable_progress_bars()
@@ -74,8 +82,6 @@ def _from_hub(source, data, key: str) -> Any:
     import datasets
 
     name = source.dataset
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(key, f"{name} is not a folder", "give a folder, or a hub id (OWNER/NAME)")
     config = datasets.DownloadConfig(local_files_only=not data.allow_download)
     try:
         return datasets.load_dataset(name, split=source.split, download_config=config)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastgen.core.errors import UserError
 from fastgen.data.folders import Samples, gather, scan
-from fastgen.data.hub_sets import set_samples
+from fastgen.data.hub_sets import check_set, set_samples
 from fastgen.data.kinds import kind_of_source
-from fastgen.data.shards import shard_samples
-from fastgen.data.table_files import table_samples
+from fastgen.data.shards import check_shards, shard_samples
+from fastgen.data.table_files import check_table, table_samples
 
 READERS = {"table": table_samples, "dataset": set_samples, "shards": shard_samples}
 
@@ -24,3 +24,13 @@ def gathered(source, data, key: str, clips: bool) -> Samples:
     if clips:
         raise UserError(key, "given for a teacher of clips", "clips are read from a folder: data.images")
     return READERS[kind](source, data, key)
+
+
+def check_named(source, key: str) -> None:
+    """Refuse a table, archives or a data set that are not there, without reading them."""
+    if source.table:
+        check_table(Path(source.table).expanduser(), f"{key}.table")
+    if source.shards:
+        check_shards(source.shards, f"{key}.shards")
+    if source.dataset:
+        check_set(source.dataset, f"{key}.dataset")

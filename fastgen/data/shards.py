@@ -67,6 +67,14 @@ def shard_files(text: str, key: str) -> list[Path]:
     return [path]
 
 
+def check_shards(text: str, key: str) -> list[Path]:
+    """The archives of a source, at least one."""
+    files = shard_files(text, key)
+    if not files:
+        raise UserError(key, f"{text} names no archive", WANTED)
+    return files
+
+
 def check_end(file: Path) -> None:
     """An OSError of an archive without the two blocks of zeros that end one: tarfile would stop quietly."""
     size = file.stat().st_size
@@ -132,9 +140,7 @@ def said(
 
 def shard_samples(source, data, key: str) -> Samples:
     """The pictures of data.shards; archives that are missing or cut short are fatal or skipped by name."""
-    files = shard_files(source.shards, key)
-    if not files:
-        raise UserError(key, f"{source.shards} names no archive", WANTED)
+    files = check_shards(source.shards, key)
     listing = Listing(files[0].parent)
     pictures: list[Member] = []
     captions: list[str | None] = []

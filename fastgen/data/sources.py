@@ -13,9 +13,10 @@ from fastgen.data.bundled import NAMES, load_images, load_labels
 from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
 from fastgen.data.kinds import kind_of_source
 from fastgen.data.labels import class_rows, drop_missing
+from fastgen.data.latents import read_manifest
 from fastgen.data.media import describe, read_files
 from fastgen.data.order import Order
-from fastgen.data.readers import gathered
+from fastgen.data.readers import check_named, gathered
 from fastgen.data.streaming import PictureReader
 from fastgen.data.tables import LARGE
 from fastgen.data.text import read_lines
@@ -56,6 +57,10 @@ def check_there(cfg) -> None:
     for i, source in enumerate(cfg.sources):
         if source.images:
             check_folder(Path(source.images).expanduser(), f"data.sources.{i}.images")
+    for key, source in [("data", cfg), *((f"data.sources.{i}", s) for i, s in enumerate(cfg.sources))]:
+        check_named(source, key)
+    if cfg.latents:
+        read_manifest(Path(cfg.latents).expanduser())
     if cfg.prompts and not Path(cfg.prompts).expanduser().is_file():
         read_lines(cfg.prompts, "data.prompts", PROMPTS)  # says what is wrong with it
 

@@ -18,13 +18,20 @@ KINDS = (".csv", ".jsonl", ".parquet")
 WANTED = "a row for each picture, such as image,text and a/0.png,a red dress"
 
 
-def table_samples(source, data, key: str) -> Samples:
-    """The pictures that a table names."""
-    path = Path(source.table).expanduser()
+def check_table(path: Path, key: str) -> None:
+    """A UserError unless the path is a table that is there."""
     if path.suffix.lower() not in KINDS:
         raise UserError(key, f"found {path}", f"give a file of one of the kinds {', '.join(KINDS)}")
     if not path.is_file():
         raise UserError(key, f"{path} is not a file", WANTED)
+    if path.suffix.lower() == ".parquet":
+        needed("pyarrow", key)
+
+
+def table_samples(source, data, key: str) -> Samples:
+    """The pictures that a table names."""
+    path = Path(source.table).expanduser()
+    check_table(path, key)
     if path.suffix.lower() == ".parquet":
         names, images = _parquet_columns(path, key)
         columns = columns_of(source, names, path.name, key)
@@ -64,7 +71,6 @@ def _paths(table: Path, rows: Iterator[tuple[int, dict]], columns: Columns, key:
 
 def _parquet_columns(path: Path, key: str) -> tuple[list[str], dict[str, bool]]:
     """The columns of a parquet file, and which of them hold text."""
-    needed("pyarrow", key)
     import pyarrow.parquet as parquet
     import pyarrow.types as types
 
