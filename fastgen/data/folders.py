@@ -164,11 +164,14 @@ class Samples:
     labels: list[str | int | None]
     origin: str = ""
     """where the labels come from: a metadata file, "folders", or nothing"""
+    key: str = "data.images"
+    """the setting that a message names"""
 
     def chosen(self, index: list[int]) -> "Samples":
         """Some of them."""
         files, captions = [self.files[i] for i in index], [self.captions[i] for i in index]
-        return Samples(self.listing, files, captions, [self.labels[i] for i in index], self.origin)
+        labels = [self.labels[i] for i in index]
+        return Samples(self.listing, files, captions, labels, self.origin, self.key)
 
     def name(self, i: int) -> str:
         """File i as a message names it."""

@@ -37,11 +37,13 @@ def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tenso
 
 
 def read_files(
-    samples: Samples, size: tuple[int, ...], on_bad: str, limit: int = 0, key: str = "data.images"
+    samples: Samples, size: tuple[int, ...], on_bad: str, limit: int = 0, key: str = ""
 ) -> tuple[Tensor, Samples]:
     """Images (or clips) of the files in order, and which these are: the first `limit` that can be read, all
-    for 0. The others are named in the listing's `skipped`, or fatal.
+    for 0. The others are named in the listing's `skipped`, or fatal. key: that of a UserError, if not the
+    samples' own.
     """
+    key = key or samples.key
     num = min(limit or len(samples.files), len(samples.files))
     found = torch.empty(num, *size, dtype=torch.uint8)
     kept: list[int] = []
@@ -57,7 +59,7 @@ def read_files(
         found[len(kept)] = one
         kept.append(i)
     if on_bad == "error" and (every := [*samples.listing.skipped, *bad]):
-        way = "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
+        way = "; data.on_bad_image skip leaves it out" if key != "data.control" else ""
         raise UserError(key, f"{len(every)} unreadable: {every[0]}", f"repair or remove it{way}")
     if bad:
         print(f"warning: {key}: skipped {len(bad)} unreadable: {some(bad)}")

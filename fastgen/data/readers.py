@@ -19,11 +19,12 @@ def gathered(source, data, key: str, clips: bool) -> Samples:
     what a UserError names.
     """
     kind = kind_of_source(source)
-    if kind == "images":
-        return gather(scan(Path(source.images), clips, key))
-    if clips:
+    if kind != "images" and clips:
         raise UserError(key, "given for a teacher of clips", "clips are read from a folder: data.images")
-    return READERS[kind](source, data, key)
+    folder = kind == "images"
+    samples = gather(scan(Path(source.images), clips, key)) if folder else READERS[kind](source, data, key)
+    samples.key = key
+    return samples
 
 
 def check_named(source, key: str) -> None:

@@ -36,8 +36,8 @@ KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
 
 def make_cast(cfg: RunConfig, device="cpu") -> Cast:
     """The networks of a run; on the device "meta" they have shapes and no weights."""
-    whole = str(device) != "meta"
-    null = read_null(cfg.data.latents) if cfg.data.latents and whole else None
+    encoded = bool(cfg.data.latents) and str(device) != "meta" and Path(cfg.data.latents).is_dir()
+    null = read_null(cfg.data.latents) if encoded else None  # an export needs no data, and so no such folder
     return Cast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device, null)
 
 

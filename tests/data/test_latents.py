@@ -3,6 +3,11 @@ one model.
 """
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,3 +254,24 @@ def test_a_teacher_that_is_shown_an_image_is_refused(teacher, tmp_path):
     codec.family = family
     with pytest.raises(UserError, match="SVD is shown an image"):
         precompute.Precompute(section(images="x"), SimpleNamespace(codec=codec), tmp_path, 4, "fp32")
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_a_kill_costs_what_was_begun(own, tmp_path):
+    _, whole, argv = own
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fastgen", "precompute", *argv, "--out", str(out), "--processes", "2"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    while child.poll() is None and not list(out.glob("shard-*")):
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-?????.safetensors")}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "9 samples in 3 shards" in done.stdout, done.stderr
+    assert shards(out) == shards(whole) and all((out / n).stat().st_mtime_ns == t for n, t in before.items())
+    (out / "shard-00001.safetensors").unlink()
+    broken = subprocess.run([*command, "--data.on_bad_image", "error"], capture_output=True, text=True)
+    assert broken.returncode == 2 and "Traceback" not in broken.stderr

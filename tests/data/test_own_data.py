@@ -136,7 +136,7 @@ def test_the_sources_of_the_page_are_mixed(own):
 
 
 def test_the_measured_table_of_the_page_is_the_recorded_one():
-    """200,000 pictures in less than 1.5 GB, the first step within 20 s of a CPU, and hardly any wait for a batch."""
+    """200,000 pictures in less than 1.5 GB, the first step in 20 CPU seconds, hardly any wait for a batch."""
     found = json.loads((ROOT / "assets/results/benchmarks/data.json").read_text())
     assert PAGE.split("<!-- bench:begin -->\n")[1].split("\n<!-- bench:end -->")[0] == table(found)
     streamed = found["streamed"]

@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgen.cli.python_api import _kind_of_path
 from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError
 from fastgen.data import packages
 from fastgen.data.columns import columns_of
+from fastgen.data.labels import drop_missing
+from fastgen.data.media import read_files
 from fastgen.data.readers import gathered
 from fastgen.data.shards import shard_files
 from fastgen.data.streaming import PictureReader
@@ -256,3 +259,33 @@ def test_clips_are_read_from_folders(made):
 def test_paths_of_a_source_are_expanded(made, monkeypatch):
     monkeypatch.setenv("HOME", str(made))
     assert Path(DataConfig(table="~/a.csv").table).is_file()
+
+
+def test_messages_name_the_setting_that_was_given(made):
+    (made / "a.csv").write_text("image,text\np/0.png,\np/1.png,b\n")
+    (made / "a.jsonl").write_text(json.dumps({"image": "p/0.png"}))
+    data = DataConfig(table=str(made / "a.jsonl"), on_bad_image="error")
+    samples = gathered(data, data, "data.sources.1.table", False)
+    with pytest.raises(UserError, match="data.sources.1.table: 1 of 1 files have no caption: p/0.png"):
+        drop_missing(samples.captions, samples, "error", "caption")
+    (made / "p/0.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="data.sources.1.table: 1 unreadable: p/0.png"):
+        read_files(samples, SIZE, "error")
+
+
+@pytest.mark.parametrize(
+    "path,key",
+    [
+        ("a.csv", "table"),
+        ("s-00.tar", "shards"),
+        ("x.txt", "prompts"),
+        ("p", "images"),
+        ("saved", "dataset"),
+        ("latents", "latents"),
+    ],
+)
+def test_a_path_in_python_is_of_its_kind(made, path, key):
+    for name, file in (("saved", "dataset_info.json"), ("latents", "manifest.json")):
+        (made / name).mkdir()
+        (made / name / file).write_text("{}")
+    assert _kind_of_path(str(made / path)) == key
