@@ -24,6 +24,7 @@ from fastgen.core.paths import is_analytic
 from fastgen.core.yaml_text import dump_yaml
 from fastgen.data.kinds import PICTURES
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
+from fastgen.objectives.requirements import DiscriminatorSpec
 
 if TYPE_CHECKING:
     Method = ObjectiveConfig
@@ -113,6 +114,15 @@ class RunConfig(Section):
             )
         if clash := competing(self.data):
             raise ValueError(clash)
+        if self.data.latents and self.data.buckets:
+            raise ValueError("data.buckets: found beside data.latents, which are of one size; leave it out")
+        if self.data.buckets and not self.reads_data():
+            raise ValueError("data.buckets: found for a method that reads no image; leave it out")
+        for stage in self.all_stages() if self.data.buckets else ():
+            heads = requirements_of(stage.objective).auxiliaries.values()
+            if any(isinstance(one, DiscriminatorSpec) and one.head == "pooled" for one in heads):
+                made = f"the discriminator of {stage.objective.name} is made for one size"
+                raise ValueError(f"data.buckets: {made}; leave it out")
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")

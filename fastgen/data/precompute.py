@@ -55,6 +55,8 @@ class Precompute:
         if isinstance(codec, TextCodec) and codec.family.needs_image:
             found = f"{codec.family.name} is shown an image of every sample"
             raise UserError("--teacher", found, "train it on data.images, which are read as they are")
+        if cfg.buckets:
+            raise UserError("data.buckets", "given", "leave it out: what is encoded once is of one size")
         self.found = read_source(cfg.model_copy(update={"stream": "always"}), codec, device, not cfg.prompts)
         self.num = self.found.num or 0
         if not self.num:
