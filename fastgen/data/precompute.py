@@ -159,7 +159,8 @@ class Precompute:
 
     def _encoded(self, every: Sequence[int], pool: ThreadPoolExecutor) -> tuple[Tensor, list[int], list[str]]:
         """x0 of the samples that can be read, which they are, and the names of the others."""
-        codec, index = self.teacher.codec, []
+        codec: Any = self.teacher.codec
+        index: list[int] = []
         parts: list[Tensor] = [torch.zeros(0, *codec.shape)]
         bad: list[str] = []
         for first in range(0, len(every), BATCH):
