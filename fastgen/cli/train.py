@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    quiet()
     flags = _flags()
     known, rest = flags.parse_known_args(argv)
     script = Path(sys.argv[0]).name == "train.py"
@@ -145,7 +146,6 @@ def run(cfg, known) -> int:
     from fastgen.cli import overview
     from fastgen.training import assembly, checkpoint, run_folder
 
-    quiet()
     _check_libraries(cfg)
     if known.dry_run:
         return _dry_run(cfg)

@@ -265,6 +265,8 @@ class EvalConfig(Section):
     """
     teacher_samples: int = Field(default=0, ge=0)
     """teacher samples of the final evaluation; 0 is as many as the student's"""
+    remeasure_teacher: bool = False
+    """measure a bundled teacher again where its numbers for this very protocol are on record"""
     student_steps: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
     """further step counts with which the student is evaluated; empty is none, or 1, 4, 20 and 50 for a
     denoiser trained by sft
