@@ -68,6 +68,10 @@ class TeacherConfig(Section):
     """allow the download of a model given by hub id; false uses the local cache only"""
     dtype: Literal["bf16", "fp16"] | None = None
     """precision of the frozen weights; null is float32. Trained weights (copies, adapters) are float32"""
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
+    """store the linear layers of the frozen teacher in 8 bits (torchao) or 4 (bitsandbytes): a base for
+    adapters that takes a half or a quarter of bf16's memory. Every role must be an adapter
+    """
     height: int | None = Field(default=None, ge=1, le=65_536)
     """image height in pixels; null is the size that the network was trained for"""
     width: int | None = Field(default=None, ge=1, le=65_536)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastgen.networks.quantization import stored_tensors
+
 WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
 """weights up to WHOLE bytes are hashed in full; of larger ones BLOCKS evenly spaced blocks of each tensor"""
 
@@ -23,7 +25,7 @@ def weights_digest(teacher) -> str:
     digest = hashlib.sha256(repr(_configs(teacher)).encode())
     for name, tensor in kept:
         digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        for part in [tensor] if whole else _blocks(tensor):
+        for part in stored_tensors(tensor) if whole else _blocks(tensor):
             digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
@@ -37,8 +39,10 @@ def _configs(teacher) -> list:
 
 def _blocks(tensor: Tensor) -> Iterable[Tensor]:
     """Evenly spaced blocks of a tensor, the first and the last included."""
-    flat, size = tensor.reshape(-1), max(1, BLOCK // tensor.element_size())
-    if flat.numel() <= BLOCKS * size:
-        return [flat]
-    last = flat.numel() - size
-    return [flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS)]
+    for part in stored_tensors(tensor):
+        flat, size = part.reshape(-1), max(1, BLOCK // part.element_size())
+        if flat.numel() <= BLOCKS * size:
+            yield flat
+            continue
+        last = flat.numel() - size
+        yield from (flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS))
