@@ -20,8 +20,8 @@ def quantized(steps: int = 300, num_samples: int = 500) -> dict:
         for kind in ("null", "int8", "nf4"):
             run = Path(folder) / kind
             train = [f"--config={RECIPE}", "--teacher.quantization", kind, "--output_dir", str(run)]
-            train += ["--max_steps", str(steps), "--eval.num_samples", str(num_samples)]
-            train += ["--eval.teacher_samples", "100", "--eval.student_steps", "4", "--train.num_threads", "1"]
+            train += ["--train.max_train_steps", str(steps), "--eval.num_samples", str(num_samples)]
+            train += ["--eval.teacher_samples", "100", "--eval.student_steps", "4"]
             _call("train.py", *train)
             own = _student(run)
             _call("-m", "eval", "--run", str(run))
