@@ -103,5 +103,5 @@ def _forward_mode(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: Tangen
         raise UserError(
             "objective.tangent",
             "an operation of this network does not support forward-mode differentiation",
-            "set its math_attention or online_attention to true, or its method to difference",
+            "set its math_attention to true, or its method to difference",
         ) from error
