@@ -35,7 +35,7 @@ class Generator:
         from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
         if self.is_student:
-            with self._negative():
+            with self.negative():
                 return self._decoded(sample_student(self.role, seeds, self.codec.shape, cond, device))
         noise = ImageNoise(seeds, self.codec.shape, device).first
         uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
@@ -51,7 +51,7 @@ class Generator:
         return images
 
     @contextmanager
-    def _negative(self):
+    def negative(self):
         """The student's networks under NASA while it draws; a LoRA's teacher shares them afterwards."""
         from fastgen.networks import negative_prompts
 

@@ -1,5 +1,6 @@
 """Base model and student in one picture (--base_steps), and the picture of every step (--visualize_dt)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def with_base(student: Generator, base: Generator, base_steps: int, start: int) 
     return Hybrid(student, base, base_steps, start)
 
 
-def step_estimates(generator: Generator, cond: dict, seeds: list[int], device):
+def step_estimates(
+    generator: Generator, cond: dict, seeds: list[int], device
+) -> Iterator[tuple[str, float, Tensor]]:
     """(who, time, denoised estimate) of every step of any contender."""
     shape, w = generator.codec.shape, generator.guidance if generator.null else 1.0
     uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in generator.null.items()}
@@ -63,7 +66,8 @@ def step_estimates(generator: Generator, cond: dict, seeds: list[int], device):
     else:
         base = generator.role
         plan = Handover(tuple(teacher_grid(base.schedule, generator.steps)), 0, 1.0)
-    return estimates(base, student, plan, seeds, shape, cond, uncond, w, device)
+    with generator.negative():
+        yield from estimates(base, student, plan, seeds, shape, cond, uncond, w, device)
 
 
 @torch.no_grad()

@@ -185,9 +185,11 @@ def _nasa_scale(args, loaded) -> float:
 
     if args.nasa_scale is not None and args.nasa_scale < 0:
         raise UserError("--nasa_scale", f"found {args.nasa_scale}", "give 0 or more")
-    able = loaded.is_student and isinstance(loaded.codec, TextCodec)
+    able = loaded.is_student and isinstance(loaded.codec, TextCodec) and not args.base_steps
     if args.nasa_scale is not None and not (args.negative_prompt and able):
-        warn("--nasa_scale has no effect without a --negative_prompt for a text-to-image student")
+        warn(
+            "--nasa_scale acts on a --negative_prompt of a text-to-image student alone, without --base_steps"
+        )
     if not args.negative_prompt or not able:
         return 0.0
     own = loaded.info.nasa_scale if loaded.info else 0.0
