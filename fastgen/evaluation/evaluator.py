@@ -24,8 +24,8 @@ from fastgen.evaluation.spread import Spread
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
-MOST_FORGOTTEN = 500
-"""samples of what was to be forgotten"""
+MOST_FORGOTTEN, MOST_SHOWN = 500, 100
+"""samples of what was to be forgotten: of a student, of its slower teacher"""
 SPEED_BATCH = 20
 """samples of a timed call, or the batch size where that is less"""
 
@@ -146,12 +146,12 @@ class Evaluator:
         return found | self.metrics.scores(images, about)
 
     def unlearned(self, who: str, images: Tensor, seed: int, steps: int = 0) -> dict[str, float]:
-        """What is left of what the student was to forget, on as many images of it as MOST_FORGOTTEN allows;
-        images: those made for the other requests. Empty where nothing was to be forgotten.
+        """What is left of what the student was to forget, on images of it; `images` are those that `who` made
+        for the other requests. Empty where nothing was to be forgotten.
         """
         if self.forgotten is None or self.measurer is None or isinstance(self.measurer, ToyMeasurer):
             return {}
-        num = min(len(images), MOST_FORGOTTEN)
+        num = min(len(images), MOST_SHOWN if who == "teacher" else MOST_FORGOTTEN)
         firsts = range(0, num, self.protocol.batch_size)
         gone = torch.cat([self._batch(who, i, num, seed, steps, self.forgotten) for i in firsts])
         kept = (images, self.requests.wanted(len(images)))
