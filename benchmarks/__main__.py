@@ -11,8 +11,8 @@
   python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
-  python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks quantized  an adapter trained over an 8- or 4-bit base, over that and over the full one
+  python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -266,8 +266,8 @@ def main() -> None:
             "methods",
             "startup",
             "prompts",
-            "data",
             "quantized",
+            "data",
             "faults",
             "mutations",
             "frechet",

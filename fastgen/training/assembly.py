@@ -62,6 +62,7 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
         student_steps=one.student_steps,
         batch_size=one.batch_size,
         seed=one.seed,
+        forgets=requirements_of(cfg.all_stages()[-1].objective).forgets,
         own_data=bool(own_source(cfg.data)),
     )
 

@@ -25,7 +25,7 @@ from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.quantization import quantize
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
-from fastgen.objectives.requirements import base_name
+from fastgen.objectives.requirements import ConceptSpec, base_name
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
@@ -222,9 +222,18 @@ class Cast:
         return Backbone(net, base.family, base.schedule, base.prediction)
 
     def divide(self, data) -> None:
-        """Give each of several students its part of the prompts."""
+        """Give each of several students its part of the prompts, and sort out those that are to be forgotten;
+        while the text encoders are there.
+        """
         if isinstance(self.student, Students):
             self.student.router.divide(data.cond_table)
+        found = (requirements_of(s.objective).auxiliaries.values() for s in self.stages)
+        specs = {spec for one in found for spec in one if isinstance(spec, ConceptSpec)}
+        if len(specs) > 1:
+            raise UserError("objective.forget", "stages differ in it", "name the same in every stage")
+        for spec in specs:
+            concepts = self.parts["concepts"] = make_auxiliary(spec, self)
+            concepts.read(data.cond_table, data.rows, data.texts)
 
     def _adapter(self, base, name: str, lora: LoraConfig, guided: bool, two_times: bool = False) -> None:
         if guided or two_times:

@@ -91,7 +91,7 @@ def test_one_sample_is_refused_before_anything_runs(key):
 PLAIN = {
     "": "output_dir",
     "teacher": (
-        "guidance num_steps prediction allow_download dtype height width num_frames "
+        "guidance num_steps prediction allow_download dtype quantization height width num_frames "
         "embedded_guidance attention vae_tiling vae_slicing family"
     ),
     "student": (
@@ -111,7 +111,7 @@ PLAIN = {
         "checkpoints_total_limit num_threads report_to"
     ),
     "eval": (
-        "num_samples teacher_samples student_steps validation_samples grid batch_size seed "
+        "num_samples teacher_samples remeasure_teacher student_steps validation_samples grid batch_size seed "
         "metrics weights against keep_by keep"
     ),
     "stages": "name limit",
