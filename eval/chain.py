@@ -149,7 +149,7 @@ def run(recipe: str, seed: int | None = None, dry: bool = False) -> int:
         if finished(name, folder):
             print(f"{name}: finished in {folder}", flush=True)
             continue
-        command = [sys.executable, "-m", "fastgen.cli.train", "--config", *map(str, recipe_files(name))]
+        command = [sys.executable, "-m", "fastgen", "train", "--config", *map(str, recipe_files(name))]
         command += ["--output_dir", str(folder)]
         if name == recipe and seed is not None:
             command += ["--train.seed", str(seed)]

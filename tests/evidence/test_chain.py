@@ -68,7 +68,7 @@ def test_one_command_runs_what_is_needed_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     calls, code = [], 0
     monkeypatch.setattr(
-        chain.subprocess, "run", lambda c: calls.append(c[3:]) or SimpleNamespace(returncode=code)
+        chain.subprocess, "run", lambda c: calls.append(c) or SimpleNamespace(returncode=code)
     )
     assert main(["run", "--recipe", "fashion_dmd2", "--dry_run"]) == 0 and calls == []
     assert "fashion_ode_pairs: 2200 steps, 102 thousand teacher calls" in capsys.readouterr().out
@@ -76,6 +76,7 @@ def test_one_command_runs_what_is_needed_first(tmp_path, monkeypatch, capsys):
     outputs = [c[c.index("--output_dir") + 1] for c in calls]
     assert outputs == ["runs/fashion_ode_pairs", "runs/fashion_dmd2"]
     assert "--train.seed" not in calls[0] and calls[1][-1] == "3"
+    assert all(c[1:4] == ["-m", "fastgen", "train"] for c in calls)
 
     put("fashion_ode_pairs", finished=False)
     calls.clear()
@@ -88,6 +89,14 @@ def test_one_command_runs_what_is_needed_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs/fashion_ode_pairs/results.json").write_text("{}")
     assert main(["run", "--recipe", "fashion_dmd2"]) == 0
     assert [c[c.index("--output_dir") + 1] for c in calls] == ["runs/fashion_dmd2"]
+
+
+def test_the_command_that_is_run_trains(tmp_path, monkeypatch, capfd):
+    """A module without a main would end at once, with exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chain, "recipe_files", lambda name: ["there/is/none.yaml"])
+    assert main(["run", "--recipe", "digits_lcm"]) == 2
+    assert "none.yaml" in capfd.readouterr().err
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
