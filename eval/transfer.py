@@ -28,13 +28,13 @@ from fastgen.export.load import Loaded, load_export, locate
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.feature_net import measure
 
-COLOUR, PICTURES, REPEATS = "purple", 600, 4
-SCALES = (0.0, 0.5, 1.0, 1.5)
+COLOUR, PICTURES, REPEATS = "purple", 600, 3
+SCALES = (0.0, 0.5, 1.0)
 SETTINGS = {
     "student": {"kind": "lora", "lora": {"rank": 8, "lora_alpha": 8}},
     "objective": {"name": "sft"},
     "optim": {"student": {"lr": 1.0e-3, "warmup_steps": 10, "schedule": "cosine"}},
-    "train": {"max_train_steps": 120, "train_batch_size": 24, "ema_decay": [], "validation_steps": 0},
+    "train": {"max_train_steps": 80, "train_batch_size": 24, "ema_decay": [], "validation_steps": 0},
     "eval": {"num_samples": 0},
 }
 
