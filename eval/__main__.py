@@ -6,6 +6,8 @@ python -m eval leaderboard --html PAGE [--runs runs]   a page to look at: filter
 python -m eval run --recipe fashion_dmd2 [--dry_run]   a recipe and, before it, what it starts from, in runs/
 python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
+python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
+                                                       a student that takes w beside guided sampling, by w
 
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
 
@@ -41,6 +43,8 @@ def _flags() -> argparse.ArgumentParser:
         action="store_true",
         help="leaderboard: change nothing; exit 1 where table and evidence differ",
     )
+    add("--base", default="", metavar="DIR", help="guidance: another checkpoint of the base")
+    add("--num_samples", type=int, default=250, help="guidance: samples of each at each scale")
     add("--html", default="", metavar="PAGE", help="leaderboard: write this page to look at, and no table")
     add(
         "--runs", default="", metavar="DIR", help="with --html: run folders named after recipes, for pictures"
@@ -68,6 +72,17 @@ def _negative(args) -> int:
     if not args.run:
         raise UserError("--run", "none given", "a run, or the export, of a text-to-image student")
     file = record(args.run, results_folder() / "benchmarks")
+    print(file.read_text() + f"wrote {file}")
+    return 0
+
+
+def _guidance(args) -> int:
+    from eval.evidence import results_folder
+    from eval.guidance import record
+
+    if not args.run:
+        raise UserError("--run", "none given", "a run, or the export, of a student that takes the scale")
+    file = record(args.run, results_folder() / "benchmarks", args.base, args.num_samples)
     print(file.read_text() + f"wrote {file}")
     return 0
 
@@ -124,6 +139,7 @@ RUN = {
     "leaderboard": _leaderboard,
     "resolved": _resolved,
     "negative": _negative,
+    "guidance": _guidance,
 }
 
 
