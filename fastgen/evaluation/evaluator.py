@@ -12,6 +12,7 @@ from fastgen.core import interrupt
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
+from fastgen.diffusion.spectra import radial_power, spectrum_gap
 from fastgen.evaluation import label_free
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
@@ -260,7 +261,8 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         if show is not None:
             show(name, steps, images)
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
-        beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+        beside = _spectrum(name, images, teacher)
+        beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
         if recon is not None:
             beside |= recon.distance(images)
         return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
@@ -297,6 +299,17 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         "threads": torch.get_num_threads(),
     }
     return found
+
+
+def _spectrum(name: str, images: Tensor, known: dict) -> dict[str, float]:
+    """How far the power spectrum of pictures is from the teacher's, who comes first and is `known`."""
+    if images.ndim != 4:
+        return {}
+    power = radial_power(images)
+    if name == "teacher":
+        known["power"] = power
+        return {}
+    return {"spectrum_gap": spectrum_gap(power, known["power"])} if "power" in known else {}
 
 
 def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict) -> dict[str, float]:

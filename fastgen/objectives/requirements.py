@@ -52,7 +52,14 @@ class PerceptualSpec:
     """The frozen feature network of the teacher's data set, as a metric."""
 
 
-Auxiliary = DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec
+@dataclass(frozen=True)
+class ImagesSpec:
+    """The frozen decoder: x0 as pictures, differentiable."""
+
+
+Auxiliary = (
+    DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec | ImagesSpec
+)
 
 
 # -- the declaration -----------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.feature_net import FeatureNet, Perceptual
+from fastgen.networks.feature_net import FeatureNet, Images, Perceptual
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.requirements import (
     Auxiliary,
     DiscriminatorSpec,
+    ImagesSpec,
     ImageTextSpec,
     LogVarianceSpec,
     PerceptualSpec,
@@ -32,6 +33,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return _weak(cast, path)
         case ImageTextSpec(path):
             return _clip(cast, path)
+        case ImagesSpec():
+            return Images(cast.teacher.codec)
         case PerceptualSpec():
             return _perceptual(cast).to(cast.device)
         case DiscriminatorSpec() if cast.num_students:
