@@ -397,3 +397,29 @@ def test_a_file_says_its_range_and_holds_its_frequencies(exported):
     assert (settings["low"], settings["high"], settings["guidance"]) == (1.0, 6.0, 3.0)
     assert math.isclose(settings["time_scale"], 1 / 999)
     assert any(n.endswith("guidance.frequency") for n in names)
+
+
+# -- measured beside guided sampling -------------------------------------------------------------------------
+def test_only_students_that_take_the_scale_are_measured_by_scale(tiny):
+    from eval.guidance import by_scale
+
+    with pytest.raises(UserError, match="does not take the guidance scale"):
+        by_scale(str(tiny("sd")))
+
+
+@pytest.mark.slow
+def test_an_untrained_adapter_is_as_far_from_guided_pictures_as_unguided_ones(tmp_path):
+    """Its pictures are the unguided teacher's: `apart` is 1, and both have the same scores."""
+    from types import SimpleNamespace
+
+    from eval.guidance import by_scale
+    from fastgen.training.exporting import export_run
+
+    given = {"teacher": {"path": "assets:teachers/tinted-sd", "guidance": 3.0, "num_steps": 4}}
+    given["student"] = {**ADAPTERS, "num_steps": 4}
+    cfg = validate({**values(), **given, "data": {"name": "tinted"}})
+    run = SimpleNamespace(cast=make_cast(cfg), train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    found = by_scale(str(export_run(run, tmp_path / "export", {})), num=12, scales=(3.0,))
+    assert found["scales"]["3"]["apart"] == pytest.approx(1, abs=1e-4)
+    assert found["scales"]["3"]["student"]["fd_mini"] == pytest.approx(found["unguided"]["fd_mini"])
+    assert found["nfe"] == {"guided": 8, "student": 4}
