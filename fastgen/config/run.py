@@ -159,6 +159,11 @@ class RunConfig(Section):
     def _check_guidance_adapter(self) -> None:
         """Whether the adapters of the guidance scale have one to take, and nothing else to add."""
         if self.student.kind != "guidance_adapter":
+            if self.student.guidance_adapter is not None:
+                raise ValueError(
+                    f"student.guidance_adapter: found with student.kind {self.student.kind}; set the kind to "
+                    "guidance_adapter, or leave it out"
+                )
             return
         if self.student.guidance_embedding is None:
             raise ValueError(

@@ -365,6 +365,7 @@ def values(**student):
         ({"init": "somewhere"}, "student.init"),
         ({"guidance_embedding": [3.0, 5.0]}, "student.guidance_embedding"),
         ({"fuse": "somewhere"}, "student.fuse"),
+        ({"kind": "full", "guidance_adapter": {"width": 8}}, "student.guidance_adapter"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(change, key):
