@@ -4,6 +4,7 @@ python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]                   the tables, configs/README.md and the guide
 python -m eval leaderboard --html PAGE [--runs runs]   a page to look at: filter, plots, pictures of runs
 python -m eval run --recipe fashion_dmd2 [--dry_run]   a recipe and, before it, what it starts from, in runs/
+python -m eval teacher --recipe quickstart             measure its bundled teacher once, for every such run
 python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
 python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
@@ -34,7 +35,7 @@ def _flags() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("command", choices=RUN)
     add("--run", default="", metavar="DIR", help="run folder")
-    add("--recipe", default="", help="run, record: the recipe")
+    add("--recipe", default="", help="run, record, teacher: the recipe")
     add("--seed", type=int, default=None, help="record: check that the run had it; run: its seed")
     add("--dry_run", action="store_true", help="run: only say what would be run")
     add("--since", default="HEAD", metavar="REV", help="resolved: the git revision to compare with")
@@ -133,9 +134,19 @@ def _run(args) -> int:
     return run(args.recipe, args.seed, args.dry_run)
 
 
+def _teacher(args) -> int:
+    from eval.teachers import record_teacher
+
+    if not args.recipe:
+        raise UserError("teacher", "needs --recipe NAME", "see --help")
+    print(f"wrote {record_teacher(args.recipe)}")
+    return 0
+
+
 RUN = {
     "run": _run,
     "record": _record,
+    "teacher": _teacher,
     "leaderboard": _leaderboard,
     "resolved": _resolved,
     "negative": _negative,

@@ -148,8 +148,10 @@ class Interrupted(RuntimeError):
 def _run(known: Namespace, over: dict[str, Any]) -> Run:
     from fastgen.cli.train import run
     from fastgen.cli.train_start import refused
+    from fastgen.core.console import quiet
     from fastgen.core.errors import NotFinite
 
+    quiet()
     with interrupt.handled():
         try:
             cfg = recommended_config(known, over)

@@ -24,7 +24,8 @@ class _Players:
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
     from fastgen.data.loader import load_data
-    from fastgen.evaluation.evaluator import measure, table
+    from fastgen.evaluation.evaluator import measure
+    from fastgen.evaluation.final_table import table
     from fastgen.evaluation.report import write_report
     from fastgen.training.assembly import make_evaluator
 
@@ -56,7 +57,8 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
 def measure_teacher(path: str, guidance: float, num_samples: int, device: str = "") -> dict:
     """A teacher at 1, 4, 20 and 50 steps beside the floor; written to card.json where the folder is local."""
     from fastgen.core.paths import resolve
-    from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
+    from fastgen.evaluation.evaluator import Evaluator, measure
+    from fastgen.evaluation.final_table import table, teacher_card
     from fastgen.export.load import load_export
     from fastgen.training.assembly import make_protocol
 

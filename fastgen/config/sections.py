@@ -68,6 +68,10 @@ class TeacherConfig(Section):
     """allow the download of a model given by hub id; false uses the local cache only"""
     dtype: Literal["bf16", "fp16"] | None = None
     """precision of the frozen weights; null is float32. Trained weights (copies, adapters) are float32"""
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
+    """store the linear layers of the frozen teacher in 8 bits (torchao) or 4 (bitsandbytes): a base for
+    adapters that takes a half or a quarter of bf16's memory. Every role must be an adapter
+    """
     height: int | None = Field(default=None, ge=1, le=65_536)
     """image height in pixels; null is the size that the network was trained for"""
     width: int | None = Field(default=None, ge=1, le=65_536)
@@ -282,6 +286,8 @@ class EvalConfig(Section):
     """
     teacher_samples: int = Field(default=0, ge=0)
     """teacher samples of the final evaluation; 0 is as many as the student's"""
+    remeasure_teacher: bool = False
+    """measure a bundled teacher again where its numbers for this very protocol are on record"""
     student_steps: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = ()
     """further step counts with which the student is evaluated; empty is none, or 1, 4, 20 and 50 for a
     denoiser trained by sft

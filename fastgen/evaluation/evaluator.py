@@ -13,13 +13,12 @@ from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
 from fastgen.diffusion.spectra import radial_power, spectrum_gap
-from fastgen.evaluation import label_free
+from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
-from fastgen.evaluation.reconstruction import NAME as RECON
-from fastgen.evaluation.reconstruction import reconstructions
+from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
 from fastgen.networks.codecs import TextCodec
@@ -52,10 +51,6 @@ class EvaluationProtocol:
     """of the first sample"""
     own_data: bool = False
     """whether the data are a user's: their captions and images are measured against, no bundled set's"""
-
-
-MOST_WIDTH = 100
-"""characters of a line of the final table"""
 
 
 class Requests:
@@ -239,15 +234,24 @@ def check_counts(protocol: EvaluationProtocol, primary: str, least: int) -> None
             raise UserError(key, found, "raise it, or set it to 0 to measure nothing")
 
 
-def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
+def measure(
+    evaluator: Evaluator,
+    show: Callable[[str, int, Tensor], None] | None = None,
+    remeasure_teacher: bool = True,
+) -> dict:
     """results.json but for its train section: same requests and seeds for all, timed side by side.
 
     show is handed each contender's measured images: its name, the step count (0: its own), [N, C, H, W].
+    Without remeasure_teacher the numbers of a bundled teacher are those on record for this protocol, where
+    there are any, and one batch of its samples is drawn to be shown.
     """
     protocol = evaluator.protocol
     who = ["teacher", "untrained_student", "student"] if protocol.few_step else ["student"]
     num = protocol.num_samples
     counts = {n: (protocol.teacher_samples or num) if num and n == "teacher" else num for n in who}
+    known = (
+        None if remeasure_teacher or not num else recorded_teachers.find(evaluator, counts.get("teacher", 0))
+    )
 
     seen: dict[str, dict] = {}
     teacher: dict = {}
@@ -257,15 +261,17 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
             return {"nfe": evaluator.nfe(name, steps)}
-        images = evaluator.images(name, counts[name], protocol.seed, steps)
+        recorded = known if name == "teacher" else None
+        drawn = min(protocol.batch_size, counts[name]) if recorded else counts[name]
+        images = evaluator.images(name, drawn, protocol.seed, steps)
         if show is not None:
             show(name, steps, images)
+        if recorded:
+            seen[name] = recorded["look"]
+            _spectrum(name, images, teacher)
+            return recorded["teacher"]
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
-        beside = _spectrum(name, images, teacher)
-        beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
-        if recon is not None:
-            beside |= recon.distance(images)
-        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
+        return scored(evaluator, name, images, steps, recon, teacher)
 
     speed_batch = min(SPEED_BATCH, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
@@ -284,21 +290,39 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         found["look"] = seen
     if evaluator.metrics is not None:
         found["chosen"] = list(evaluator.metrics.better)
-    times = list(evaluator.cast.parts["student"].times) if protocol.few_step else None
-    found["protocol"] = {
-        "num_samples": num,
+    found["protocol"] = _described(evaluator, counts, speed_batch)
+    if known:
+        found["protocol"]["teacher_measured"] = known["measured"]
+    return found
+
+
+def _described(evaluator: Evaluator, counts: dict[str, int], speed_batch: int) -> dict[str, Any]:
+    """What the numbers are to be quoted with."""
+    protocol = evaluator.protocol
+    return {
+        "num_samples": protocol.num_samples,
         "teacher_samples": counts.get("teacher", 0),
         "seed": protocol.seed,
         **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
         **({"metrics": evaluator.metrics.describe()} if evaluator.metrics else {}),
         "guidance": protocol.guidance,
         "teacher_steps": protocol.teacher_steps,
-        "student_times": times,
+        "student_times": list(evaluator.cast.parts["student"].times) if protocol.few_step else None,
         "speed_batch": speed_batch,
         "device": str(evaluator.cast.device),
         "threads": torch.get_num_threads(),
     }
-    return found
+
+
+def scored(
+    evaluator: Evaluator, name: str, images: Tensor, steps: int, recon: Reconstructions | None, teacher: dict
+) -> dict[str, float]:
+    """All numbers of the images of one contender; `teacher` keeps what the others are compared with."""
+    beside = _spectrum(name, images, teacher)
+    beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+    if recon is not None:
+        beside |= recon.distance(images)
+    return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
 
 def _spectrum(name: str, images: Tensor, known: dict) -> dict[str, float]:
@@ -336,49 +360,3 @@ def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     draws = {name: partial(evaluator._batch, name, 0, num, 0, 0) for name in who}
     return interleaved(draws, num, repeats=3)
-
-
-def table(results: dict) -> str:
-    """One line each: teacher, untrained student, student (at every step count measured), real images."""
-    first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "recall", "clip"),
-        ("nfe", "seconds_per_sample"),
-    )
-    chosen = tuple(results.get("chosen", ()))
-    free = ("fd_own_images", "fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
-    wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
-    rows = [
-        (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
-    ]
-    rows += [
-        (f"student, {n} step{'s' * (n != '1')}", row)
-        for n, row in results.get("student_by_steps", {}).items()
-    ]
-    rows += [("real (floor)", results["floor"])] if "floor" in results else []
-    rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
-    columns = [c for c in wanted if any(c in row for _, row in rows)]
-    names = {c: c.replace("_per_sample", "/sample") for c in columns}
-    if 19 + 16 * len(columns) > MOST_WIDTH or any(len(n) > 15 for n in names.values()):
-        return _upright(rows, names)
-    lines = [" " * 19 + "".join(f"{n:>16}" for n in names.values())]
-    for name, row in rows:
-        lines.append(f"{name:<19}" + "".join(f"{row[c]:>16.4g}" if c in row else " " * 16 for c in columns))
-    return "\n".join(lines)
-
-
-def _upright(rows: list[tuple[str, dict]], names: dict[str, str]) -> str:
-    """One line a metric, for long or many names."""
-    first = max(map(len, names.values())) + 2
-    widths = [max(len(name) + 2, 11) for name, _ in rows]
-    lines = [" " * first + "".join(f"{name:>{w}}" for (name, _), w in zip(rows, widths))]
-    for key, name in names.items():
-        cells = [f"{row[key]:.4g}" if key in row else "" for _, row in rows]
-        lines.append(f"{name:<{first}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def teacher_card(results: dict) -> dict:
-    """What a denoiser trained by sft reaches at several step counts, beside the floor."""
-    kept = {k: results[k] for k in ("student_by_steps", "floor", "autoencoder", "protocol") if k in results}
-    train = results.get("train", {})
-    return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})

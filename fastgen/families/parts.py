@@ -55,7 +55,7 @@ def compute_dtype(net: nn.Module) -> torch.dtype:
     is left.
     """
     first = getattr(net, net.names[0]) if isinstance(net, Parts) else net
-    kept = _kept_in_float32(first)
+    kept = kept_in_float32(first)
     for name, parameter in first.named_parameters():
         if parameter.is_floating_point() and not of_adapter(name) and not any(k in name for k in kept):
             return parameter.dtype
@@ -68,7 +68,7 @@ def cast_network(net: nn.Module, dtype: torch.dtype) -> Any:
     keeps in float32 (which stay as they are).
     """
     for part in [getattr(net, n) for n in net.names] if isinstance(net, Parts) else [net]:
-        kept = _kept_in_float32(part)
+        kept = kept_in_float32(part)
         for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
             kept_whole = "guidance_adapters." in name or any(k in name.split(".") for k in kept)
             if tensor.is_floating_point() and not kept_whole:
@@ -76,7 +76,7 @@ def cast_network(net: nn.Module, dtype: torch.dtype) -> Any:
     return net
 
 
-def _kept_in_float32(net: nn.Module) -> tuple[str, ...]:
+def kept_in_float32(net: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(net, "_keep_in_fp32_modules", None) or ())
 
 

@@ -28,6 +28,7 @@ from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import switch_vae
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import TeacherOptions, load_teacher
+from fastgen.networks.quantization import quantize
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
 from fastgen.objectives.requirements import base_name
@@ -35,7 +36,7 @@ from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentS
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.auxiliaries import make_auxiliary
-from fastgen.training.checks import check_fits
+from fastgen.training.checks import check_fits, check_quantized
 
 
 class Cast:
@@ -77,9 +78,16 @@ class Cast:
         kinds |= {"path": self.critic_kind}
         few_step = any(one.few_step for one in needs)
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
+        if self.teacher_cfg.quantization:
+            roles = {name: kind for name, kind in kinds.items() if name in names}
+            own_input = self.two_times or bool(self.student_cfg.guidance_embedding)
+            check_quantized(self.teacher, self.teacher_cfg.quantization, roles, own_input, self.stages)
         copies_first = sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full")
         for name in copies_first:  # adapters go on a network once it has been copied
             self._make(name, kinds[name], alone)
+        if self.teacher_cfg.quantization and str(self.device) != "meta":
+            base = self.teacher.network
+            quantize(base.family, base.net, self.teacher_cfg.quantization, self.device)
 
     def _prepare_networks(self) -> None:
         """Attention kernels, tiles of the autoencoder, compilation and gradient checkpointing."""
@@ -133,7 +141,11 @@ class Cast:
         torch.manual_seed(self.train_cfg.seed)  # an untrained blueprint draws its weights here
         weights = str(self.device) != "meta"
         given = t.model_dump(include={f.name for f in fields(TeacherOptions)})
-        return load_teacher(**given, weights=weights).to(self.device)
+        teacher = load_teacher(**given, weights=weights)
+        if t.quantization is None or not weights:
+            return teacher.to(self.device)
+        teacher.codec.to(self.device)  # the denoiser follows layer by layer, when it has its adapters
+        return teacher
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         """One role under a name, or one for each of several students."""
@@ -173,7 +185,8 @@ class Cast:
         elif adapter:
             lora = self.critic_cfg.lora if name in ("critic", "path") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
-        base.to(self.device)
+        if self.teacher_cfg.quantization is None:
+            base.to(self.device)
         role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)

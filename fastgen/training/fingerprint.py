@@ -10,14 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError, warn
-from fastgen.families.parts import of_adapter
+from fastgen.networks.weights_digest import weights_digest
 
-WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
-"""weights up to WHOLE bytes are hashed in full; of larger ones BLOCKS evenly spaced blocks of each tensor"""
+BLOCK = 2**16
+"""bytes hashed at either end of a data file"""
 FOUND = ("teacher.weights", "data.content", "world_size", "device", "version")
 """keys that are found while a run loads, beside those of its config"""
 TRAIN = (
@@ -68,40 +67,6 @@ def _leaves(tree: dict, prefix: str):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)
-
-
-def weights_digest(teacher) -> str:
-    """Hash of a teacher's weights (denoiser, autoencoder and encoders; adapters apart) and of the settings
-    of its network and scheduler.
-    """
-    tensors: list[tuple[str, Tensor]] = []
-    for part in (teacher.backbone, teacher.codec):
-        if isinstance(part, nn.Module):
-            tensors += [*part.named_parameters(), *part.named_buffers()]
-    kept = [(n, t.detach()) for n, t in tensors if not of_adapter(n) and not t.is_meta]
-    whole = sum(t.numel() * t.element_size() for _, t in kept) <= WHOLE
-    digest = hashlib.sha256(repr(_configs(teacher)).encode())
-    for name, tensor in kept:
-        digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        for part in [tensor] if whole else _blocks(tensor):
-            digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _configs(teacher) -> list:
-    """The settings that a teacher's folder gives its network, its scheduler and us."""
-    found = [getattr(p, "config", None) for p in (getattr(teacher.backbone, "net", None), teacher.scheduler)]
-    plain = [sorted((k, repr(v)) for k, v in dict(c or {}).items() if not k.startswith("_")) for c in found]
-    return [*plain, sorted((k, repr(v)) for k, v in (teacher.info or {}).items())]
-
-
-def _blocks(tensor: Tensor) -> Iterable[Tensor]:
-    """Evenly spaced blocks of a tensor, the first and the last included."""
-    flat, size = tensor.reshape(-1), max(1, BLOCK // tensor.element_size())
-    if flat.numel() <= BLOCKS * size:
-        return [flat]
-    last = flat.numel() - size
-    return [flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS)]
 
 
 def data_digest(source: DataConfig) -> str:
