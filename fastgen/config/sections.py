@@ -124,8 +124,16 @@ class GuidanceAdapterConfig(Section):
     """
     width: int = Field(default=64, ge=1, le=65_536)
     """channels inside an adapter"""
+    heads: int = Field(default=1, ge=1)
+    """heads of the attention form; they must divide the width"""
     multiplier: float = Field(default=0.25, gt=0)
     """the guidance scale is multiplied by it before its Fourier features"""
+
+    @model_validator(mode="after")
+    def _whole_heads(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads: found {self.heads}, which do not divide a width of {self.width}")
+        return self
 
 
 class StudentConfig(Section):

@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,17 +182,11 @@ class Backbone(Denoiser):
         self.set_adapter(None)
 
     def add_guidance_adapter(
-        self,
-        name: str,
-        form: str,
-        width: int,
-        multiplier: float,
-        condition: Cond,
-        classes: int,
-        span: tuple[float, float],
+        self, name: str, settings: dict[str, Any], condition: Cond, classes: int, span: tuple[float, float]
     ) -> None:
         """Add adapters by which cond["guidance"] [B] becomes an input (AGD), which `using(name)` activates.
-        `condition` is one row, or labels below `classes`; `span` the scales that are trained.
+        `settings` are form, width, heads and multiplier; `condition` is one row, or labels below `classes`;
+        `span` the scales that are trained.
         """
         key, parts = "student.kind", self.family.adapted(self.net)
         if len(parts) > 1 or not condition:
@@ -205,12 +199,14 @@ class Backbone(Denoiser):
             raise UserError(key, found, "use full or lora")
         states = 0 if classes else condition["encoder_hidden_states"].shape[-1]
         modules = dict(net.named_modules())
+        form, width, heads = settings["form"], settings["width"], settings["heads"]
         adapters = {
-            p: GuidanceAdapter(form, width, modules[p].to_q.in_features, states, classes) for p in paths
+            p: GuidanceAdapter(form, width, modules[p].to_q.in_features, states, classes, heads)
+            for p in paths
         }
         ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64, device="cpu")
         low, high = span
-        settings = {"form": form, "multiplier": multiplier, "low": low, "high": high}
+        settings = {**settings, "low": low, "high": high}
         settings["time_scale"] = 1 / float(self.net_time(ends.clamp(min=1e-6)).abs().max())
         self.guidance_control = attach(net, name, adapters, settings)
         self.adapter_names += (name,)

@@ -20,7 +20,7 @@ Differs
   inside is read, so that one file serves any class of network.
 - w is multiplied by `multiplier`, 0.25 unless set (theirs: 1, or 1000 in the offset form): at frequencies
   N(0, 1) larger products turn neighbouring scales into unrelated features.
-- no dropout in the offset form.
+- several heads are possible (theirs: one); no dropout in the offset form.
 """
 
 import inspect
@@ -79,9 +79,11 @@ class GuidanceAdapter(nn.Module):
     channels, or are class labels below `classes`.
     """
 
-    def __init__(self, form: str, width: int, channels: int, states: int = 0, classes: int = 0):
+    def __init__(
+        self, form: str, width: int, channels: int, states: int = 0, classes: int = 0, heads: int = 1
+    ):
         super().__init__()
-        self.form = form
+        self.form, self.heads = form, heads
         self.guidance, self.time = ScalarEncoder(width), ScalarEncoder(width)
         self.condition = nn.Embedding(classes, width) if classes else nn.Linear(states, width)
         if form == "attention":
@@ -109,7 +111,9 @@ class GuidanceAdapter(nn.Module):
         tokens = tokens + positions(tokens.shape[1], tokens.shape[2]).to(tokens)
         allowed = torch.cat([mask.new_ones(len(mask), 2), mask], 1)[:, None] > 0.5
         read = (self.query(h), self.key(tokens), self.value(tokens))
-        return self.output(F.scaled_dot_product_attention(*read, attn_mask=allowed))
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in read)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+        return self.output(found.transpose(1, 2).flatten(2))
 
 
 def positions(length: int, width: int) -> Tensor:
@@ -245,7 +249,8 @@ def load_guidance_adapter(pipe, file, guidance: float | None = None, name: str =
         raise ValueError(f"{file} holds no guidance adapter")
     settings = json.loads(header)
     remove(net)
-    adapters = {path: _restored(settings["form"], state) for path, state in _by_layer(tensors).items()}
+    form, heads = settings["form"], settings.get("heads", 1)
+    adapters = {path: _restored(form, heads, state) for path, state in _by_layer(tensors).items()}
     place = next(net.parameters()).device
     control = attach(net, name, {p: a.to(place).eval() for p, a in adapters.items()}, settings)
     control.active = name
@@ -262,12 +267,12 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _restored(form: str, state: Mapping[str, Tensor]) -> GuidanceAdapter:
+def _restored(form: str, heads: int, state: Mapping[str, Tensor]) -> GuidanceAdapter:
     """The adapter of a state; its sizes are those of the tensors."""
     channels, width = state["output.weight"].shape
     rows, columns = state["condition.weight"].shape
     sizes = {"states": columns} if "condition.bias" in state else {"classes": rows}
-    adapter = GuidanceAdapter(form, width, channels, **sizes)
+    adapter = GuidanceAdapter(form, width, channels, **sizes, heads=heads)
     adapter.load_state_dict(dict(state))
     return adapter.requires_grad_(False)
 

@@ -242,9 +242,7 @@ class Cast:
         chosen, codec = self.student_cfg.guidance_adapter or GuidanceAdapterConfig(), self.teacher.codec
         classes = codec.num_classes + 1 if codec.num_classes else 0
         with self._drawing(name):
-            base.add_guidance_adapter(
-                name, chosen.form, chosen.width, chosen.multiplier, codec.null(1), classes, span
-            )
+            base.add_guidance_adapter(name, chosen.model_dump(), codec.null(1), classes, span)
 
     @contextmanager
     def _drawing(self, name: str) -> Iterator[None]:

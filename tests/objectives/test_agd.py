@@ -149,7 +149,7 @@ def adapted(tiny, family, form="attention", **train_settings):
     cfg = validate(
         {
             "teacher": {"path": str(tiny(family)), "guidance": 2.0},
-            "student": {**ADAPTERS, "guidance_adapter": {"form": form, "width": 8}},
+            "student": {**ADAPTERS, "guidance_adapter": {"form": form, "width": 8, "heads": 2}},
             "objective": {"name": "agd", "teacher_steps": 2},
             "data": {"name": "fashion"},
             "train": train_settings,
@@ -232,7 +232,7 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
 # -- the export ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
-    student = {**ADAPTERS, "num_steps": 2, "guidance_adapter": {"width": 8}}
+    student = {**ADAPTERS, "num_steps": 2, "guidance_adapter": {"width": 8, "heads": 4}}
     folder = tmp_path_factory.mktemp("agd")
     objective = {"name": "agd", "teacher_steps": 2}
     return train(tiny, folder, objective, {"guidance": 3.0}, "sd", student=student)
@@ -365,6 +365,7 @@ def values(**student):
         ({"init": "somewhere"}, "student.init"),
         ({"guidance_embedding": [3.0, 5.0]}, "student.guidance_embedding"),
         ({"fuse": "somewhere"}, "student.fuse"),
+        ({"guidance_adapter": {"width": 8, "heads": 3}}, "student.guidance_adapter"),
         ({"kind": "full", "guidance_adapter": {"width": 8}}, "student.guidance_adapter"),
     ],
 )
