@@ -7,6 +7,9 @@ python -m eval run --recipe fashion_dmd2 [--dry_run]   a recipe and, before it, 
 python -m eval teacher --recipe quickstart             measure its bundled teacher once, for every such run
 python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
+python -m eval forgetting --run runs/tinted-sd_sfd       pictures of a student before and after it forgot
+python -m eval diversity --run runs/tinted-sd_tdm_full    does a base model's first step bring variety back?
+python -m eval transfer --run runs/tinted-sd_tdm_full    does a LoRA of the base model work on its student?
 python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
                                                        a student that takes w beside guided sampling, by w
 
@@ -17,6 +20,7 @@ python -m eval --images out --against fashion --prompts labels.txt --metrics fd_
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -66,14 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
 
 
-def _negative(args) -> int:
+def _study(args) -> int:
+    """A study of one run, kept among the benchmarks."""
     from eval.evidence import results_folder
-    from eval.negative import record
 
     if not args.run:
         raise UserError("--run", "none given", "a run, or the export, of a text-to-image student")
+    record = importlib.import_module(f"eval.{args.command}").record
     file = record(args.run, results_folder() / "benchmarks")
-    print(file.read_text() + f"wrote {file}")
+    print((file.read_text() if file.suffix == ".json" else "") + f"wrote {file}")
     return 0
 
 
@@ -149,7 +154,10 @@ RUN = {
     "teacher": _teacher,
     "leaderboard": _leaderboard,
     "resolved": _resolved,
-    "negative": _negative,
+    "negative": _study,
+    "diversity": _study,
+    "forgetting": _study,
+    "transfer": _study,
     "guidance": _guidance,
 }
 

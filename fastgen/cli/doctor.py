@@ -25,6 +25,7 @@ OPTIONAL = (
     Optional("open_clip", "eval", "fastgen eval --metrics clip hps"),
     Optional("torch_fidelity", "eval", "fastgen eval --metrics fid kid"),
     Optional("gradio", "demo", "fastgen demo"),
+    Optional("datasets", "data", "data.dataset, parquet files"),
     Optional("tensorboard", "tensorboard", "train.report_to tensorboard"),
     Optional("wandb", "wandb", "train.report_to wandb"),
     Optional("trackio", "trackio", "train.report_to trackio"),

@@ -10,6 +10,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import to_json, write_json, write_text
 from fastgen.core.paths import is_analytic
 from fastgen.core.reading import read_json
+from fastgen.data.kinds import own_source
 from fastgen.evaluation.run_files import check_run
 from fastgen.networks.device import open_device
 
@@ -39,7 +40,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
     cast = _cast(run, cfg, open_device(device))
     data: Any
-    if (cast.teacher.info or {}).get("measure") and not (cfg.data.images or cfg.data.prompts):
+    if (cast.teacher.info or {}).get("measure") and not own_source(cfg.data):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)

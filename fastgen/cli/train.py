@@ -251,7 +251,7 @@ def _train(cfg, trainer, last: Path | None) -> int:
     accelerator, codec = trainer.acc, trainer.cast.teacher.codec
     if cfg.train.report_to:
         accelerator.init_trackers("fastgen")
-    if isinstance(codec, TextCodec):
+    if isinstance(codec, TextCodec) and not trainer.data.encodes_later:
         freed = codec.free() / 2**20
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
     try:

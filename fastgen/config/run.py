@@ -22,6 +22,7 @@ from fastgen.config.sections import (
 )
 from fastgen.core.paths import is_analytic
 from fastgen.core.yaml_text import dump_yaml
+from fastgen.data.kinds import PICTURES
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ class RunConfig(Section):
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
         for stage in self.all_stages():
-            has_data = self.data.name or self.data.images
+            has_data = any(getattr(self.data, key) for key in PICTURES)
             if requirements_of(stage.objective).real_data and not has_data:
                 raise ValueError(
                     f"data: no images are named; {stage.objective.name} needs real data: "
-                    "set data.name or data.images"
+                    f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
                 )
         return self
 

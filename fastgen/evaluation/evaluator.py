@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgen.core import interrupt
-from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
 from fastgen.diffusion.spectra import radial_power, spectrum_gap
@@ -19,12 +18,14 @@ from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
 from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
+from fastgen.evaluation.requests import Requests
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
-from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
+MOST_FORGOTTEN, MOST_SHOWN = 500, 100
+"""samples of what was to be forgotten: of a student, of its slower teacher"""
 SPEED_BATCH = 20
 """samples of a timed call, or the batch size where that is less"""
 
@@ -49,67 +50,10 @@ class EvaluationProtocol:
     batch_size: int
     seed: int
     """of the first sample"""
+    forgets: tuple[str, ...] = ()
+    """classes or words of prompts that the student was to forget; the others alone are measured"""
     own_data: bool = False
     """whether the data are a user's: their captions and images are measured against, no bundled set's"""
-
-
-class Requests:
-    """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
-
-    def __init__(self, teacher, data, own_data: bool = False):
-        """own_data: captions are those of the data, also for a teacher of a bundled set."""
-        codec = teacher.codec
-        self.codec, self.uncond, self.own = codec, data.uncond, None
-        self.attributes: dict[str, Tensor] = {}
-        self.captions: list[str] | None = None
-        """the text of each row of the table"""
-        measure = (teacher.info or {}).get("measure")
-        if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
-            from fastgen.data.bundled import load_images
-
-            held = load_images("tinted", "heldout")
-            assert held.captions is not None and held.attributes is not None, "tinted images have both"
-            unique = sorted(set(held.captions))
-            self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
-            where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes, self.captions = held.attributes, unique
-        elif codec.num_classes:
-            self.table = codec.labels(torch.arange(codec.num_classes))
-            self.rows = torch.arange(codec.num_classes)
-            self.attributes = {"class": self.rows}
-        else:
-            self.table, self.rows = data.cond_table, data.rows
-            self.own, self.captions = (data if data.own else None), data.texts
-
-    def cond(self, index: Tensor) -> dict[str, Tensor]:
-        if self.own is not None:
-            return self.own.cond(index % len(self.rows))
-        return select(self.table, self.rows[index % len(self.rows)])
-
-    def null(self, index: Tensor) -> dict[str, Tensor]:
-        if self.own is not None:
-            return self.own.null(index % len(self.rows))
-        return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
-
-    def texts(self, num: int) -> list[str] | None:
-        """The prompts of the first num requests; None for a teacher that takes none."""
-        if self.captions is None:
-            return None
-        return [self.captions[int(i)] for i in self.rows[torch.arange(num) % len(self.rows)]]
-
-    def words(self, num: int) -> list[str]:
-        """What the first num requests ask for, as people read it: prompts, names of classes, or nothing."""
-        texts = self.texts(num)
-        if texts is None and self.codec.num_classes:
-            names = getattr(self.codec, "class_names", [])
-            rows = [int(self.rows[i % len(self.rows)]) for i in range(num)]
-            texts = [names[row] if row < len(names) else f"class {row}" for row in rows]
-        return texts or [""] * num
-
-    def wanted(self, num: int) -> dict[str, Tensor]:
-        index = torch.arange(num) % len(self.rows)
-        return {k: v[index] for k, v in self.attributes.items()}
 
 
 class Evaluator:
@@ -117,18 +61,24 @@ class Evaluator:
 
     def __init__(self, protocol: EvaluationProtocol, cast, data, metrics: RunMetrics | None = None):
         """metrics: those that the user chose, besides the ones of the teacher's own set."""
-        from fastgen.evaluation.metrics.fd_mini import measurer_for
+        from fastgen.evaluation.metrics.fd_mini import measurer_for, shows
 
         self.protocol, self.cast, self.metrics = protocol, cast, metrics
         self.requests = Requests(cast.teacher, data, protocol.own_data)
+        self.forgotten: Requests | None = None
+        """requests for what the student was to forget"""
         self.x0 = getattr(data, "x0", None) if protocol.own_data else None
         teacher = cast.teacher
+        values = () if teacher.is_analytic else self.requests.values(protocol.forgets)
+        if values:
+            asked = shows(self.requests.attributes, values)
+            self.requests, self.forgotten = self.requests.divided(asked)
         self.measurer = (
             ToyMeasurer(teacher.backbone)
             if teacher.is_analytic
             else None
             if protocol.own_data
-            else measurer_for(teacher.info, cast.device)
+            else measurer_for(teacher.info, cast.device, values)
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
@@ -154,12 +104,14 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def _batch(self, who: str, first: int, num: int, seed: int, steps: int) -> Tensor:
+    def _batch(
+        self, who: str, first: int, num: int, seed: int, steps: int, requests: Requests | None = None
+    ) -> Tensor:
         """The batch that begins with image `first` of num."""
-        codec, device = self.cast.teacher.codec, self.cast.device
+        codec, device, requests = self.cast.teacher.codec, self.cast.device, requests or self.requests
         index = torch.arange(first, min(first + self.protocol.batch_size, num))
-        cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
-        uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
+        cond = {k: v.to(device) for k, v in requests.cond(index).items()}
+        uncond = {k: v.to(device) for k, v in requests.null(index).items()}
         x0 = self._sample(who, [seed + int(i) for i in index], cond, uncond, steps)
         images = codec.decode(x0) if len(codec.shape) > 1 else x0
         check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
@@ -188,6 +140,18 @@ class Evaluator:
         texts, wanted = self.requests.texts(num), self.requests.wanted(num)
         about = Samples(texts, wanted, len(self.requests.rows), self._generator(who, steps))
         return found | self.metrics.scores(images, about)
+
+    def unlearned(self, who: str, images: Tensor, steps: int = 0) -> dict[str, float]:
+        """What is left of what the student was to forget, on images of it; `images` are those that `who` made
+        for the other requests. Empty where nothing was to be forgotten.
+        """
+        if self.forgotten is None or self.measurer is None or isinstance(self.measurer, ToyMeasurer):
+            return {}
+        num, seed = min(len(images), MOST_SHOWN if who == "teacher" else MOST_FORGOTTEN), self.protocol.seed
+        firsts = range(0, num, self.protocol.batch_size)
+        gone = torch.cat([self._batch(who, i, num, seed, steps, self.forgotten) for i in firsts])
+        kept = (images, self.requests.wanted(len(images)))
+        return self.measurer.unlearned(kept, (gone, self.forgotten.wanted(num)))
 
     def _generator(self, who: str, steps: int) -> Generator:
         """What draws the samples of `who`, for metrics of its speed."""
@@ -322,6 +286,7 @@ def scored(
     beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
     if recon is not None:
         beside |= recon.distance(images)
+    beside |= evaluator.unlearned(name, images, steps)
     return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
 

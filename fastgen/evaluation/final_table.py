@@ -9,7 +9,7 @@ MOST_WIDTH = 100
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
     first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "recall", "clip"),
+        ("fd_mini", RECON, "energy_distance", "agreement", "forgotten", "recall", "clip"),
         ("nfe", "seconds_per_sample"),
     )
     chosen = tuple(results.get("chosen", ()))

@@ -34,17 +34,18 @@ def check_library(kind: str) -> None:
 
 def layers_to_quantize(family: Family, net: nn.Module) -> dict[str, nn.Linear]:
     """Frozen linear layers inside a network's blocks, by name; one under an adapter has its own name."""
+    parts = {f"{n}.": getattr(net, n) for n in net.names} if isinstance(net, Parts) else {"": net}
     found: dict[str, nn.Linear] = {}
-    for part in [getattr(net, n) for n in net.names] if isinstance(net, Parts) else [net]:
-        kept = kept_in_float32(part)
+    for prefix, part in parts.items():
+        left_out = kept_in_float32(part)
         for name, layer in part.named_modules():
             plain = name.replace(".base_layer", "")
             if not isinstance(layer, nn.Linear) or of_adapter(name) or layer.weight.numel() < SMALLEST:
                 continue
-            if any(k in plain.split(".") for k in kept):
+            if any(k in plain.split(".") for k in left_out):
                 continue
             if not any(fnmatch(plain, pattern) for pattern in family.final_layers):
-                found[name] = layer
+                found[prefix + name] = layer
     return found
 
 

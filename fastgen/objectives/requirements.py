@@ -57,8 +57,22 @@ class ImagesSpec:
     """The frozen decoder: x0 as pictures, differentiable."""
 
 
+@dataclass(frozen=True)
+class ConceptSpec:
+    """The conditions of what is to be forgotten, sorted from those of the data."""
+
+    forget: tuple[str, ...]
+    override: tuple[str, ...] = ()
+
+
 Auxiliary = (
-    DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec | ImagesSpec
+    DiscriminatorSpec
+    | LogVarianceSpec
+    | ImageTextSpec
+    | WeakTeacherSpec
+    | PerceptualSpec
+    | ImagesSpec
+    | ConceptSpec
 )
 
 
@@ -91,6 +105,8 @@ class Requirements:
     """students behind a router; 0 where there is a single one without"""
     real_data: bool = True
     """whether `step` reads batch.x0"""
+    forgets: tuple[str, ...] = ()
+    """classes or words of prompts that the student is to forget, which its measurement leaves out"""
 
     one_guidance: bool = True
     """whether the guided teacher is followed at one scale, which `real_guidance` may set; False where the

@@ -13,6 +13,7 @@ from fastgen.networks.feature_net import FeatureNet, Images, Perceptual
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.requirements import (
     Auxiliary,
+    ConceptSpec,
     DiscriminatorSpec,
     ImagesSpec,
     ImageTextSpec,
@@ -20,6 +21,7 @@ from fastgen.objectives.requirements import (
     PerceptualSpec,
     WeakTeacherSpec,
 )
+from fastgen.roles.concepts import Concepts
 from fastgen.roles.heads import Discriminator, LogVariance
 from fastgen.roles.roles import Members, Role, Students
 
@@ -37,6 +39,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return Images(cast.teacher.codec)
         case PerceptualSpec():
             return _perceptual(cast).to(cast.device)
+        case ConceptSpec(forget, override):
+            return Concepts(cast.teacher.codec, forget, override)
         case DiscriminatorSpec() if cast.num_students:
             return Members([_disc(cast, spec, j) for j in range(cast.num_students)])
         case DiscriminatorSpec():

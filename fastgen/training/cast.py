@@ -18,6 +18,7 @@ from fastgen.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
+from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
@@ -25,18 +26,33 @@ from fastgen.diffusion.schedules import VP, Schedule
 from fastgen.export.scheduler import scheduler_setup
 from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.codecs import switch_vae
+from fastgen.networks.codecs import TextCodec, switch_vae
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.quantization import quantize
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
-from fastgen.objectives.requirements import base_name
+from fastgen.objectives.requirements import ConceptSpec, base_name
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits, check_quantized
+
+
+def load_configured(settings: TeacherConfig, device="cpu", null: Cond | None = None) -> Teacher:
+    """The teacher of a config, on the device "meta" without weights; null: the null condition, where every
+    prompt is encoded already and no text encoder is needed.
+    """
+    given = settings.model_dump(include={f.name for f in fields(TeacherOptions)})
+    teacher = load_teacher(**given, weights=str(device) != "meta", encoders=null is None)
+    if null is not None and isinstance(teacher.codec, TextCodec):
+        teacher.codec.know_null(null)
+    switch_vae(teacher.codec.vae, settings)
+    if settings.quantization is None or str(device) == "meta":
+        return teacher.to(device)
+    teacher.codec.to(device)  # the denoiser follows layer by layer, when it has its adapters
+    return teacher
 
 
 class Cast:
@@ -52,12 +68,16 @@ class Cast:
         train: TrainConfig,
         stages: Sequence[StageConfig],
         device="cpu",
+        null: Cond | None = None,
     ):
-        """On the device "meta" networks have shapes and no weights, exact teachers apart."""
+        """On the device "meta" networks have shapes and no weights, exact teachers apart. null: the null
+        condition, where every prompt is encoded already; then no text encoder is loaded.
+        """
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
-        self.teacher = self._load()
+        torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
+        self.teacher = load_configured(teacher, self.device, null)
         check_fits(self.teacher, teacher, student, stages)
         if student.fuse:
             from fastgen.export.load import locate
@@ -95,7 +115,6 @@ class Cast:
         for backbone in self.backbones():
             if isinstance(backbone, Backbone):
                 backbone.attention = check_attention(backbone.net, attention, self.device)
-        switch_vae(self.teacher.codec.vae, self.teacher_cfg)
         if self.train_cfg.compile:
             for backbone in self.backbones():
                 if isinstance(backbone, Backbone):
@@ -135,17 +154,6 @@ class Cast:
         """Distinct networks, teacher first."""
         roles = [r for p in self.parts.values() for r in members(p) if isinstance(r, Role)]
         return list({id(r.backbone): r.backbone for r in roles}.values())
-
-    def _load(self) -> Teacher:
-        t = self.teacher_cfg
-        torch.manual_seed(self.train_cfg.seed)  # an untrained blueprint draws its weights here
-        weights = str(self.device) != "meta"
-        given = t.model_dump(include={f.name for f in fields(TeacherOptions)})
-        teacher = load_teacher(**given, weights=weights)
-        if t.quantization is None or not weights:
-            return teacher.to(self.device)
-        teacher.codec.to(self.device)  # the denoiser follows layer by layer, when it has its adapters
-        return teacher
 
     def _make(self, name: str, kind: str, alone: bool) -> None:
         """One role under a name, or one for each of several students."""
@@ -225,9 +233,18 @@ class Cast:
         return Backbone(net, base.family, base.schedule, base.prediction)
 
     def divide(self, data) -> None:
-        """Give each of several students its part of the prompts."""
+        """Give each of several students its part of the prompts, and sort out those that are to be forgotten;
+        while the text encoders are there.
+        """
         if isinstance(self.student, Students):
             self.student.router.divide(data.cond_table)
+        found = (requirements_of(s.objective).auxiliaries.values() for s in self.stages)
+        specs = {spec for one in found for spec in one if isinstance(spec, ConceptSpec)}
+        if len(specs) > 1:
+            raise UserError("objective.forget", "stages differ in it", "name the same in every stage")
+        for spec in specs:
+            concepts = self.parts["concepts"] = make_auxiliary(spec, self)
+            concepts.read(data.cond_table, data.rows, data.texts)
 
     def _adapter(self, base, name: str, lora: LoraConfig, guided: bool, two_times: bool = False) -> None:
         if guided or two_times:

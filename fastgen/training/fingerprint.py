@@ -2,21 +2,17 @@
 the number of processes. A run that resumes under another fingerprint would be another run.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError, warn
+from fastgen.data.digest import data_digest
 from fastgen.networks.weights_digest import weights_digest
 
-BLOCK = 2**16
-"""bytes hashed at either end of a data file"""
 FOUND = ("teacher.weights", "data.content", "world_size", "device", "version")
 """keys that are found while a run loads, beside those of its config"""
 TRAIN = (
@@ -67,30 +63,6 @@ def _leaves(tree: dict, prefix: str):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)
-
-
-def data_digest(source: DataConfig) -> str:
-    """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
-    digest = hashlib.sha256()
-    for name in (source.images, source.control, source.prompts):
-        root = Path(name).expanduser()
-        for path in sorted(_files(root)) if name else ():
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(BLOCK))
-                if size > BLOCK:
-                    file.seek(max(BLOCK, size - BLOCK))
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
-
-
-def _files(root: Path) -> Iterable[Path]:
-    """Regular files of a folder, hidden ones left out, or the one file."""
-    if root.is_file():
-        return [root]
-    found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    return (p for p in found if p.is_file() and not p.name.startswith("."))
 
 
 def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], report: bool) -> None:

@@ -38,7 +38,7 @@ keeps one frozen base under all three roles, *full copies* a frozen teacher, a s
 Weights, gradients, optimizer states and averages are exact, activations (the second addend) an
 estimate. *Over an nf4 base* is the same with `teacher.quantization nf4`; int8 and fp8 lie halfway
 between. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
-cached, before anything is trained. Full copies that fit no card need sharding.
+cached, before anything is trained. What fits no card needs sharding.
 
 | model | parameters | x0 | guidance | {num}-step times | encoders \
 | shared LoRA | fits | over an nf4 base | fits | full copies | fits |

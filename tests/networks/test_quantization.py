@@ -3,6 +3,7 @@
 The first half needs no package; the rest runs where torchao and bitsandbytes are installed (`.[quant]`).
 """
 
+import copy
 import importlib.util
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.export.lora import shape_of
+from fastgen.families.parts import Parts
 from fastgen.networks import quantization
 from fastgen.networks.load import load_teacher
 from fastgen.networks.quantization import (
@@ -62,6 +64,15 @@ def test_inner_linear_layers_and_no_others():
     assert all(
         isinstance(v, nn.Linear) and v.weight.numel() >= quantization.SMALLEST for v in layers.values()
     )
+
+
+def test_every_part_of_a_denoiser_of_several_networks():
+    """Two experts hold layers of the same names."""
+    base = load_teacher("assets:teachers/tinted-sana").network
+    both = Parts(transformer=base.net, transformer_2=copy.deepcopy(base.net))
+    layers = layers_to_quantize(base.family, both)
+    assert len(layers) == 2 * len(layers_to_quantize(base.family, base.net))
+    assert all(both.get_submodule(name) is layer for name, layer in layers.items())
 
 
 def test_memory_of_a_base_that_is_still_to_be_quantised():
