@@ -10,6 +10,8 @@ python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA
 python -m eval forgetting --run runs/tinted-sd_sfd       pictures of a student before and after it forgot
 python -m eval diversity --run runs/tinted-sd_tdm_full    does a base model's first step bring variety back?
 python -m eval transfer --run runs/tinted-sd_tdm_full    does a LoRA of the base model work on its student?
+python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
+                                                       a student that takes w beside guided sampling, by w
 
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
 
@@ -46,6 +48,8 @@ def _flags() -> argparse.ArgumentParser:
         action="store_true",
         help="leaderboard: change nothing; exit 1 where table and evidence differ",
     )
+    add("--base", default="", metavar="DIR", help="guidance: another checkpoint of the base")
+    add("--num_samples", type=int, default=250, help="guidance: samples of each at each scale")
     add("--html", default="", metavar="PAGE", help="leaderboard: write this page to look at, and no table")
     add(
         "--runs", default="", metavar="DIR", help="with --html: run folders named after recipes, for pictures"
@@ -75,6 +79,17 @@ def _study(args) -> int:
     record = importlib.import_module(f"eval.{args.command}").record
     file = record(args.run, results_folder() / "benchmarks")
     print((file.read_text() if file.suffix == ".json" else "") + f"wrote {file}")
+    return 0
+
+
+def _guidance(args) -> int:
+    from eval.evidence import results_folder
+    from eval.guidance import record
+
+    if not args.run:
+        raise UserError("--run", "none given", "a run, or the export, of a student that takes the scale")
+    file = record(args.run, results_folder() / "benchmarks", args.base, args.num_samples)
+    print(file.read_text() + f"wrote {file}")
     return 0
 
 
@@ -143,6 +158,7 @@ RUN = {
     "diversity": _study,
     "forgetting": _study,
     "transfer": _study,
+    "guidance": _guidance,
 }
 
 

@@ -132,7 +132,9 @@ def _player(player, teacher) -> str:
 
 
 def _count(backbone) -> int:
-    return sum(p.numel() for n, p in backbone.named_parameters() if "lora_" not in n)
+    from fastgen.families.parts import of_adapter
+
+    return sum(p.numel() for n, p in backbone.named_parameters() if not of_adapter(n))
 
 
 def _size(num: float) -> str:

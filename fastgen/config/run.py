@@ -118,14 +118,16 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")
-        if self.student.net and (self.student.kind == "lora" or is_analytic(self.teacher.path)):
+        if self.student.net and (self.student.kind != "full" or is_analytic(self.teacher.path)):
             raise ValueError(
                 "student.net: leave it out: an adapter or an exact teacher has no network to change"
             )
-        if self.student.fuse and self.student.kind == "lora":
+        if self.student.fuse and self.student.kind != "full":
             raise ValueError(
-                "student.fuse: found with student.kind lora; use full, since only full networks are averaged"
+                f"student.fuse: found with student.kind {self.student.kind}; use full, since only full "
+                "networks are averaged"
             )
+        self._check_guidance_adapter()
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse; name an export there")
         self._check_guidance()
@@ -156,6 +158,28 @@ class RunConfig(Section):
                     f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
                 )
         return self
+
+    def _check_guidance_adapter(self) -> None:
+        """Whether the adapters of the guidance scale have one to take, and nothing else to add."""
+        if self.student.kind != "guidance_adapter":
+            if self.student.guidance_adapter is not None:
+                raise ValueError(
+                    f"student.guidance_adapter: found with student.kind {self.student.kind}; set the kind to "
+                    "guidance_adapter, or leave it out"
+                )
+            return
+        if self.student.guidance_embedding is None:
+            raise ValueError(
+                "student.guidance_embedding: none given; set it to the [low, high] of the scales that "
+                "student.kind guidance_adapter is to take"
+            )
+        if self.student.init:
+            raise ValueError("student.init: found with student.kind guidance_adapter; leave it out")
+        two = [s.objective.name for s in self.all_stages() if requirements_of(s.objective).step_end]
+        if two:
+            raise ValueError(
+                f"student.kind: found guidance_adapter; {two[0]} reads two times: use full or lora"
+            )
 
     def _check_buckets(self) -> None:
         """Buckets need pictures that are read as they are, and a method that takes several sizes."""

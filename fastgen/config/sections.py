@@ -115,11 +115,34 @@ class LoraConfig(Section):
     """endings of the names of the layers to adapt; empty is the default of the model family"""
 
 
+class GuidanceAdapterConfig(Section):
+    """Adapters beside the attention that make the guidance scale an input of the frozen teacher (AGD)."""
+
+    form: Literal["attention", "offset"] = "attention"
+    """attention: each place of the image reads w, the time and the condition; offset: one vector of them is
+    added everywhere
+    """
+    width: int = Field(default=64, ge=1, le=65_536)
+    """channels inside an adapter"""
+    heads: int = Field(default=1, ge=1)
+    """heads of the attention form; they must divide the width"""
+    multiplier: float = Field(default=0.25, gt=0)
+    """the guidance scale is multiplied by it before its Fourier features"""
+
+    @model_validator(mode="after")
+    def _whole_heads(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads: found {self.heads}, which do not divide a width of {self.width}")
+        return self
+
+
 class StudentConfig(Section):
     """The student: the few-step generator that is trained."""
 
-    kind: Literal["full", "lora"] = "full"
-    """train a copy of the teacher (full), or a LoRA adapter on the frozen teacher (lora)"""
+    kind: Literal["full", "lora", "guidance_adapter"] = "full"
+    """train a copy of the teacher (full), a LoRA adapter on the frozen teacher (lora), or adapters that take
+    the guidance scale (guidance_adapter)
+    """
     num_steps: int = Field(default=1, ge=1, le=64)
     """network evaluations per sample; their times are those of the exported scheduler"""
     timesteps: tuple[float, ...] = ()
@@ -148,6 +171,8 @@ class StudentConfig(Section):
     """weight of this student in that average; null is 0.5"""
     lora: LoraConfig = LoraConfig()
     """settings of the adapter if kind is lora"""
+    guidance_adapter: GuidanceAdapterConfig | None = None
+    """settings of the adapters if kind is guidance_adapter; null is their defaults"""
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """changes to the teacher's network config, for an untrained student of another size; in files only"""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen.core import interrupt
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
+from fastgen.diffusion.spectra import radial_power, spectrum_gap
 from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
@@ -231,6 +232,7 @@ def measure(
             show(name, steps, images)
         if recorded:
             seen[name] = recorded["look"]
+            _spectrum(name, images, teacher)
             return recorded["teacher"]
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
         return scored(evaluator, name, images, steps, recon, teacher)
@@ -280,11 +282,23 @@ def scored(
     evaluator: Evaluator, name: str, images: Tensor, steps: int, recon: Reconstructions | None, teacher: dict
 ) -> dict[str, float]:
     """All numbers of the images of one contender; `teacher` keeps what the others are compared with."""
-    beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+    beside = _spectrum(name, images, teacher)
+    beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
     if recon is not None:
         beside |= recon.distance(images)
     beside |= evaluator.unlearned(name, images, steps)
     return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
+
+
+def _spectrum(name: str, images: Tensor, known: dict) -> dict[str, float]:
+    """How far the power spectrum of pictures is from the teacher's, who comes first and is `known`."""
+    if images.ndim != 4:
+        return {}
+    power = radial_power(images)
+    if name == "teacher":
+        known["power"] = power
+        return {}
+    return {"spectrum_gap": spectrum_gap(power, known["power"])} if "power" in known else {}
 
 
 def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict) -> dict[str, float]:

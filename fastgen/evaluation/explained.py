@@ -36,6 +36,8 @@ SAID = {
     "mmd_teacher_features": "Kernel distance between student and teacher samples in the teacher's own "
     "features. Lower is nearer.",
     "diversity_ratio": "Effective number of different samples, as a share of the teacher's; 1 is as varied.",
+    "spectrum_gap": "Mean over wavelengths of |ln(power / the teacher's)|, of the pictures' power spectrum. "
+    "Lower is nearer.",
     "saturation": "Mean colour saturation.",
     "contrast": "Spread of brightness within a picture.",
     "sharpness": "Strength of edges.",

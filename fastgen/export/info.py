@@ -26,7 +26,7 @@ class ExportInfo:
     objective: str
     """methods of all stages, joined by +"""
     student_kind: str
-    """full or lora"""
+    """full, lora or guidance_adapter"""
     base: str
     """path of the teacher; empty for a full network that nothing was distilled into"""
     training_steps: int
@@ -71,6 +71,8 @@ class ExportInfo:
     """
     lora: str = ""
     """file name of the adapter in PEFT layout"""
+    guidance_adapter: str = ""
+    """file name of the adapters that take the guidance scale; they stand on the base itself"""
     kohya: str = ""
     """file name of the same adapter under kohya's names"""
     example: str = ""

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from fastgen.core.errors import UserError
+from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import PACKAGE, inside, is_analytic, resolve
-from fastgen.core.reading import reads_model
+from fastgen.core.reading import parse_json, reads_model
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
 from fastgen.export.snippet import PROMPT
 from fastgen.families.parts import cast_network
+from fastgen.networks import guidance_adapters
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import Codec
 from fastgen.networks.denoiser import Denoiser
+from fastgen.networks.guidance_adapters import load_guidance_adapter
 from fastgen.networks.load import RECORDED, load_teacher
 from fastgen.networks.teacher import Teacher
 from fastgen.networks.weight_files import PICKLES
@@ -135,10 +137,12 @@ def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, A
     if found is None:
         return Loaded(*_as_role(load_teacher(str(path), **size)), None, str(path))
     if found.is_file():
-        return _load_lora(found, base, key, size)
+        return _load_adapter(found, base, key, size)
     info = read_info(found, key)
     if info and info.num_students:
         return _load_members(found, info, base, key, size)
+    if info and info.guidance_adapter:
+        return _load_adapter(inside(found, info.guidance_adapter, key), base, key, size)
     if info and info.lora:
         return _load_lora(inside(found, info.lora, key), base, key, size)
     if not any((found / part).is_dir() for part in ("unet", "transformer", "prior")):
@@ -177,6 +181,33 @@ def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str
     span, counted = info.guidance_range, info.steps_as_guidance
     spec = StudentSpec(times, info.sampler, info.gamma, info.grid, guidance, span, counted)
     return Student(backbone, adapter, spec)
+
+
+def _load_adapter(file: Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:
+    """A LoRA file, or one of guidance adapters, on its base."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as handle:
+            metadata = handle.metadata() or {}
+    except (SafetensorError, OSError):
+        metadata = {}
+    if guidance_adapters.HEADER not in metadata:
+        return _load_lora(file, base, key, size)  # which says what is wrong with other files
+    header = parse_json(metadata.get("fastgen", "{}"), f"fastgen in the header of {file}", key)
+    info = ExportInfo.from_json(header, file, key)
+    role, teacher = _as_role(load_teacher(base or info.base, **(_settings(info) | size)))
+    network = teacher.network
+    (net,) = network.family.adapted(network.net).values()
+    try:
+        network.guidance_control = load_guidance_adapter(net, file, name="student")
+    except (ValueError, KeyError, RuntimeError) as error:
+        found = f"{file} does not fit {base or info.base} ({first_line(error)})"
+        raise UserError(key, found, "give a base of the architecture it was trained on") from None
+    network.adapter_names += ("student",)
+    network.set_adapter(None)
+    network.requires_grad_(False)
+    return Loaded(_student(network, "student", info, key), teacher, info, str(file))
 
 
 def _load_lora(file: Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:

@@ -127,6 +127,15 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
             "The network takes the number of steps in its input for the guidance scale: pass the "
             "step count as `guidance_scale`. The guidance itself is baked in."
         )
+    elif info.guidance_adapter and info.guidance_range:
+        low, high = info.guidance_range
+        notes.append(
+            f"{code(info.guidance_adapter)}: adapters that take the guidance scale (AGD, arXiv 2503.07274), "
+            f"trained for {low:g} to {high:g}, put on the base by {code('guidance_adapter.py')}: one call a "
+            "step. Pass `guidance_scale=1.0` and set the scale with `set_guidance(pipe, w)`; "
+            "`remove(pipe)` gives the base back. LoRAs and checkpoints fine-tuned from the base work with "
+            "them; negative prompts do nothing."
+        )
     elif info.guidance_range:
         low, high = info.guidance_range
         notes.append(

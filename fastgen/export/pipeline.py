@@ -8,6 +8,7 @@ from fastgen.core.paths import resolve
 from fastgen.export.info import ExportInfo, read_info
 from fastgen.export.scheduler import bind
 from fastgen.export.snippet import call_keywords, hub_id
+from fastgen.networks.guidance_adapters import load_guidance_adapter
 from fastgen.networks.load import load_teacher
 from fastgen.networks.teacher import Teacher
 
@@ -19,8 +20,9 @@ def _described(folder: Path) -> tuple[ExportInfo, Teacher]:
     info = read_info(folder, KEY)
     if info is None or info.num_students:
         raise UserError(KEY, f"{folder} is no export of one student", "give an export folder")
-    source = info.base if info.lora else str(folder)
-    teacher = load_teacher(source, weights=False, **(info.teacher_settings if info.lora else {}))
+    stands = bool(info.lora or info.guidance_adapter)  # on its base
+    source = info.base if stands else str(folder)
+    teacher = load_teacher(source, weights=False, **(info.teacher_settings if stands else {}))
     if teacher.codec.pipe is None and not teacher.family.label_key:
         found = f"no pipeline of diffusers draws with {teacher.family.net_class}"
         raise UserError(KEY, found, "use fastgen.load_student, or the loop in the export's card")
@@ -39,7 +41,7 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
 
     info, teacher = _described(folder)
     own = bool(info.guidance_range or info.step_lengths)
-    on_base = info.lora and teacher.family.lora_loader and not own
+    on_base = info.guidance_adapter or (info.lora and teacher.family.lora_loader and not own)
     if info.step_lengths:
         raise UserError(KEY, "its network reads the length of each step", "use fastgen.load_student")
     source: str | Path = folder / "merged" if info.lora else folder
@@ -49,8 +51,11 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
     if on_base:
         scheduler = getattr(diffusers, info.scheduler_class)
         pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    if on_base and info.lora:
         for call in teacher.family.lora_calls(info.lora, list(teacher.family.adapted(teacher.network.net))):
             pipe.load_lora_weights(folder, **call)
+    if info.guidance_adapter:
+        load_guidance_adapter(pipe, folder / info.guidance_adapter)
     if info.set_on_scheduler:
         bind(pipe.scheduler, info.timestep_arguments)
     return pipe.to("cuda") if gpu and "device_map" not in parts else pipe

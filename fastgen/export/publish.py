@@ -7,7 +7,9 @@ from fastgen.core.errors import UserError, first_line
 from fastgen.export.info import FILE, read_info
 
 PUBLISHED = (".safetensors", ".json", ".md", ".txt", ".png", ".gif", ".model", ".py")
-"""suffixes of what an export is made of; nasa.py is the one script"""
+"""suffixes of what an export is made of"""
+SCRIPTS = ("nasa.py", "guidance_adapter.py")
+"""of fastgen, which exports carry"""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -19,7 +21,7 @@ def files_to_publish(folder: Path) -> list[Path]:
         raise UserError("--model", f"{folder} has no {FILE} of an export", "give an export folder")
     found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() or p.is_symlink())
     for path in found:
-        wrong = path.suffix not in PUBLISHED or (path.suffix == ".py" and path.name != "nasa.py")
+        wrong = path.suffix not in PUBLISHED or (path.suffix == ".py" and path.name not in SCRIPTS)
         if wrong or not (folder / path).resolve().is_relative_to(folder.resolve()):
             why = "is no file of an export: only safetensors, JSON, text and pictures are published"
             raise UserError("--push", f"{folder / path} {why}", "move it out of the folder")

@@ -39,7 +39,8 @@ def call_keywords(what: dict, family: Family, codec: Codec, info: ExportInfo) ->
     if given and "num_inference_steps" not in given:
         del call["num_inference_steps"]
     w = float(info.steps if info.steps_as_guidance else info.guidance)
-    scale = info.embedded_guidance if info.guidance_range is None else w
+    own = info.guidance_range is not None and not info.guidance_adapter
+    scale = w if own else info.embedded_guidance
     call |= info.step_arguments | family.guidance_call(scale)
     if not info.is_student and info.guidance != 1:
         call |= family.guided_call(info.guidance)
@@ -53,28 +54,30 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
     name, lora = teacher.pipeline, info.lora
     call = call_keywords(what, family, codec, info)
     own = info.guidance_range or info.step_lengths  # an input that the base has not
-    on_base = lora and family.lora_loader and not own
+    adapter = info.guidance_adapter
+    on_base = adapter or (lora and family.lora_loader and not own)
     names = sorted([name, *([scheduler] if on_base else [])])
     source = repr(shown_path(info.base, place)) if on_base else '"merged"' if lora else '"."'
-    note = "  # this folder" if not lora else "  # the base, from this folder" if on_base else ""
+    note = "  # the base, from this folder" if on_base else "" if lora else "  # this folder"
     moving = family.temporal or family.views
     tools = [*(["export_to_gif"] if moving else []), *(["load_image"] if family.needs_image else [])]
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
         *([f"from diffusers.utils import {', '.join(tools)}"] if tools else []),
+        *(["from guidance_adapter import load_guidance_adapter  # this folder"] if adapter else []),
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.bfloat16 if device == "cuda" else torch.float32  # a CPU is slow in halves, or cannot',
         f"pipe = {name}.from_pretrained({source}, torch_dtype=dtype){note}",
     ]
     if on_base:
-        calls = family.lora_calls(lora, list(family.adapted(teacher.network.net)))
+        calls = family.lora_calls(lora, list(family.adapted(teacher.network.net))) if lora else []
         lines += [
             f'pipe.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
             *(f'pipe.load_lora_weights("."{keywords(c)})' for c in calls),
         ]
-    lines.append("pipe.to(device)")
+    lines += ["pipe.to(device)", *_adapter_lines("pipe", info)]
     if info.step_lengths:
         call["latents"] = "latents"
         lines += _step_length_lines(family, info.step_lengths, codec.shape)
@@ -107,6 +110,12 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
     ]
 
 
+def _adapter_lines(net: str, info: ExportInfo) -> list[str]:
+    """Guidance adapters on a pipeline or network, at the export's scale; none where it has none."""
+    file, w = info.guidance_adapter, float(info.guidance)
+    return [f'load_guidance_adapter({net}, "{file}", guidance={w!r})'] if file else []
+
+
 def _step_length_lines(family: Family, lengths: tuple[float, ...], shape: tuple[int, ...]) -> list[str]:
     """A pipeline whose network reads the length of each step as one more channel of its latent."""
     return [
@@ -124,6 +133,7 @@ def _step_length_lines(family: Family, lengths: tuple[float, ...], shape: tuple[
 def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> list[str]:
     """UNet2DModel: the loop that its diffusers pipeline lacks (labels, patches, EDM scaling)."""
     scheduler, classes, shape = info.scheduler_class, codec.num_classes, codec.shape
+    adapter = info.guidance_adapter
     edm, w = scheduler.startswith("EDM"), 1.0 if info.is_student else info.guidance
     label = ", class_labels=label" if classes else ""
     step = [f"        out = net({'scheduler.scale_model_input(x, t)' if edm else 'x'}, t{label}).sample"]
@@ -158,10 +168,12 @@ def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> lis
     return [
         "import torch",
         f"from diffusers import {', '.join(sorted((scheduler, 'UNet2DModel')))}",
+        *(["from guidance_adapter import load_guidance_adapter  # this folder"] if adapter else []),
         "from PIL import Image",
         "",
         f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
-        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        *_adapter_lines("net", info),
+        f'scheduler = {scheduler}.from_pretrained("{"." if adapter else folder}", subfolder="scheduler")',
         *set_steps,
         "generator = torch.Generator().manual_seed(0)",
         *(["label = torch.tensor([" + str(min(3, classes - 1)) + "])"] if classes else []),
@@ -194,7 +206,8 @@ def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
     """
     if isinstance(teacher.codec, TextCodec) or teacher.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, place))
-    return "\n".join(_label_usage(what, info, teacher.codec, "merged" if info.lora else "."))
+    base = shown_path(info.base, place) if info.guidance_adapter else ""
+    return "\n".join(_label_usage(what, info, teacher.codec, base or ("merged" if info.lora else ".")))
 
 
 def _wrapped(items: list[str], width: int = 90) -> list[str]:

@@ -20,6 +20,7 @@ from fastgen.core.reading import read_json
 from fastgen.diffusion.schedules import TrigFlow
 from fastgen.export import lora
 from fastgen.export.comfyui import write_workflow
+from fastgen.export.guidance_adapters import is_guidance_adapter, write_guidance_adapter
 from fastgen.export.info import FILE, ExportInfo, read_info
 from fastgen.export.kohya import write_kohya
 from fastgen.export.model_card import SAMPLES, members_card, model_card
@@ -102,7 +103,10 @@ def _export_one(
 ) -> None:
     """One student's files."""
     teacher, dtype = trained.teacher, trained.dtype
-    if student.adapter is None:
+    if is_guidance_adapter(student):
+        info = write_guidance_adapter(student, folder, setup.scheduler, info)
+        write_model_json(folder / FILE, _document(teacher, info))
+    elif student.adapter is None:
         net = _network(student).net
         export_folder(teacher, net, folder, setup.scheduler, _document(teacher, info), dtype)
     else:
@@ -142,6 +146,12 @@ def _export_members(
     write_text(folder / "README.md", members_card(info, students.router))
 
 
+def _kind(student: Student) -> str:
+    if is_guidance_adapter(student):
+        return "guidance_adapter"
+    return "lora" if student.adapter else "full"
+
+
 def _network(student: Student) -> Backbone:
     """The student's diffusers network; closed forms and the small networks beside them are not exported."""
     if not isinstance(student.backbone, Backbone):
@@ -164,7 +174,7 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         fastgen_version=__version__,
         name=export_name(trained),
         objective=trained.objective,
-        student_kind="lora" if student.adapter else "full",
+        student_kind=_kind(student),
         base=trained.base if few_step or student.adapter else "",
         training_steps=trained.training_steps,
         steps=len(student.times) if few_step else trained.teacher_steps,

@@ -42,6 +42,11 @@ class Parts(DiffusersModel):
             getattr(self, name).enable_gradient_checkpointing(function)
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter or buffer of this name is of an adapter, and not of the network under it."""
+    return "lora_" in name or "guidance_adapters." in name
+
+
 def compute_dtype(net: nn.Module) -> torch.dtype:
     """The floating dtype that a network takes its inputs in.
 
@@ -52,7 +57,7 @@ def compute_dtype(net: nn.Module) -> torch.dtype:
     first = getattr(net, net.names[0]) if isinstance(net, Parts) else net
     kept = kept_in_float32(first)
     for name, parameter in first.named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name and not any(k in name for k in kept):
+        if parameter.is_floating_point() and not of_adapter(name) and not any(k in name for k in kept):
             return parameter.dtype
     return torch.float32
 
@@ -65,7 +70,8 @@ def cast_network(net: nn.Module, dtype: torch.dtype) -> Any:
     for part in [getattr(net, n) for n in net.names] if isinstance(net, Parts) else [net]:
         kept = kept_in_float32(part)
         for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
-            if tensor.is_floating_point() and not any(k in name.split(".") for k in kept):
+            kept_whole = "guidance_adapters." in name or any(k in name.split(".") for k in kept)
+            if tensor.is_floating_point() and not kept_whole:
                 tensor.data = tensor.data.to(dtype)
     return net
 

@@ -4,8 +4,8 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks.attention import kernel
 from fastgen.networks.denoiser import Denoiser
+from fastgen.networks.guidance_adapters import Control, GuidanceAdapter, attach, attention_layers
 from fastgen.networks.linear_attention import guard
 from fastgen.networks.lora_targets import adapter_layers
 
@@ -46,6 +47,8 @@ class Backbone(Denoiser):
         channel
         """
         self.adapter: str | None = None
+        self.guidance_control: Control | None = None
+        """of guidance adapters, where some were added"""
         self.attention: str | None = None
         self.adapter_names: tuple[str, ...] = ()
         self.fixed: tuple[str, ...] = ()
@@ -68,6 +71,9 @@ class Backbone(Denoiser):
         the time that the network gets.
         """
         dtype = compute_dtype(self.net)
+        if self.guidance_control is not None and self.guidance_control.active is not None:
+            self.guidance_control.guidance = cond["guidance"]
+            cond = {k: v for k, v in cond.items() if k != "guidance"}  # an input of the adapters alone
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
         time, x = self.net_time(cond.get("net_t", t)), x_t
@@ -175,6 +181,37 @@ class Backbone(Denoiser):
         self.adapter_names += (name,)
         self.set_adapter(None)
 
+    def add_guidance_adapter(
+        self, name: str, settings: dict[str, Any], condition: Cond, classes: int, span: tuple[float, float]
+    ) -> None:
+        """Add adapters by which cond["guidance"] [B] becomes an input (AGD), which `using(name)` activates.
+        `settings` are form, width, heads and multiplier; `condition` is one row, or labels below `classes`;
+        `span` the scales that are trained.
+        """
+        key, parts = "student.kind", self.family.adapted(self.net)
+        if len(parts) > 1 or not condition:
+            found = f"guidance_adapter for {self.family.name}" + " without conditions" * (not condition)
+            raise UserError(key, found, "use full or lora")
+        net = next(iter(parts.values()))
+        paths = attention_layers(net)
+        if not paths:
+            found = f"guidance_adapter for {type(net).__name__}, which has no attention"
+            raise UserError(key, found, "use full or lora")
+        states = 0 if classes else condition["encoder_hidden_states"].shape[-1]
+        modules = dict(net.named_modules())
+        form, width, heads = settings["form"], settings["width"], settings["heads"]
+        adapters = {
+            p: GuidanceAdapter(form, width, modules[p].to_q.in_features, states, classes, heads)
+            for p in paths
+        }
+        ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64, device="cpu")
+        low, high = span
+        settings = {**settings, "low": low, "high": high}
+        settings["time_scale"] = 1 / float(self.net_time(ends.clamp(min=1e-6)).abs().max())
+        self.guidance_control = attach(net, name, adapters, settings)
+        self.adapter_names += (name,)
+        self.set_adapter(None)
+
     def set_adapter(self, name: str | None) -> None:
         """Activate one adapter (or none) from now on. Unlike peft's own function it does not change
         requires_grad.
@@ -182,6 +219,8 @@ class Backbone(Denoiser):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.adapter = name
+        if self.guidance_control is not None:
+            self.guidance_control.active = name if name in self.guidance_control.names else None
         for module in self.net.modules():
             if isinstance(module, BaseTunerLayer):
                 module._disable_adapters = name is None
@@ -208,10 +247,12 @@ class Backbone(Denoiser):
                 raise UserError("train.gradient_checkpointing", found, "set it to false")
 
         def recompute(function, *args):
-            adapter = self.adapter
+            adapter, control = self.adapter, self.guidance_control
+            reading = control.readings[-1] if control else None
 
             def run(*inputs):
-                with self.using(adapter), kernel(self.attention):
+                again = control.reading(reading) if control else nullcontext()
+                with self.using(adapter), again, kernel(self.attention):
                     return function(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)

@@ -79,6 +79,17 @@ class FeatureNet(nn.Module):
         return net.float().eval().requires_grad_(False)
 
 
+class Images(nn.Module):
+    """x0 [B, *shape] to the pictures in [0, 1] that the codec decodes."""
+
+    def __init__(self, codec: Any):
+        super().__init__()
+        self.shape, self.decode = codec.shape, codec.decode
+
+    def forward(self, x0: Tensor) -> Tensor:
+        return self.decode(x0)
+
+
 class Perceptual(nn.Module):
     """x0 to the feature maps of a frozen network for the images that the codec decodes."""
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastgen.core.errors import UserError
 from fastgen.families.base import Family
-from fastgen.families.parts import Parts, kept_in_float32
+from fastgen.families.parts import Parts, kept_in_float32, of_adapter
 
 BITS = {"int8": 8.0, "fp8": 8.0, "nf4": 4.0}
 LIBRARY = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
@@ -40,7 +40,7 @@ def layers_to_quantize(family: Family, net: nn.Module) -> dict[str, nn.Linear]:
         left_out = kept_in_float32(part)
         for name, layer in part.named_modules():
             plain = name.replace(".base_layer", "")
-            if not isinstance(layer, nn.Linear) or "lora_" in name or layer.weight.numel() < SMALLEST:
+            if not isinstance(layer, nn.Linear) or of_adapter(name) or layer.weight.numel() < SMALLEST:
                 continue
             if any(k in plain.split(".") for k in left_out):
                 continue

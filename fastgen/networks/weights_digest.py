@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastgen.families.parts import of_adapter
 from fastgen.networks.quantization import stored_tensors
 
 WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
@@ -20,7 +21,7 @@ def weights_digest(teacher) -> str:
     for part in (teacher.backbone, teacher.codec):
         if isinstance(part, nn.Module):
             tensors += [*part.named_parameters(), *part.named_buffers()]
-    kept = [(n, t.detach()) for n, t in tensors if "lora_" not in n and not t.is_meta]
+    kept = [(n, t.detach()) for n, t in tensors if not of_adapter(n) and not t.is_meta]
     whole = sum(t.numel() * t.element_size() for _, t in kept) <= WHOLE
     digest = hashlib.sha256(repr(_configs(teacher)).encode())
     for name, tensor in kept:

@@ -25,20 +25,22 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Calls, Requirements, passes
+from fastgen.objectives.shared.remembered import Remembered
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import solver_step, teacher_grid
 
 
-class Pairs:
+class Pairs(Remembered):
     """Teacher trajectories by data index: the states at the student's times and the end point, made when
     first needed.
     """
 
+    what = "teacher pairs"
+
     def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler", noises: int = 1):
         """noises: how many pairs each data index has."""
-        self.obj, self.solver, self.noises = obj, solver, noises
-        self.rows: dict[int, Tensor] = {}
-        self.growing = False  # whether the last batch needed new ones
+        super().__init__(obj, noises)
+        self.solver = solver
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)
         later = times[1:]  # the first input is noise, wherever it enters
@@ -53,29 +55,14 @@ class Pairs:
 
     def __call__(self, batch: Batch, teacher: Role) -> Tensor:
         """[B, len(times) + 1, ...]: the student's noise, the teacher's x_t at each later time, then y."""
-        index = batch.index
-        if self.noises > 1:
-            index = index * self.noises + self.obj.rng.randint(self.noises, len(index)).cpu()
-        number = index.tolist()
-        todo = [r for r, n in enumerate(number) if n not in self.rows]
-        self.growing = bool(todo)
-        if todo:
-            made = self._solve(batch, todo, [number[r] for r in todo], teacher).cpu()
-            self.rows |= {number[r]: row for r, row in zip(todo, made)}
-        return torch.stack([self.rows[n] for n in number]).to(batch.noise)
+        numbers = self.numbers(batch, teacher)
+        return torch.stack([self.rows[n] for n in numbers]).to(batch.noise)
 
-    def busy(self) -> str:
-        """How many there are, while they are collected."""
-        total = self.obj.num_examples * self.noises
-        return f"collecting teacher pairs, {len(self.rows):,} of {total:,}" if self.growing else ""
-
-    @torch.no_grad()
-    def _solve(self, batch: Batch, todo: list[int], numbers: list[int], teacher: Role) -> Tensor:
-        """The guided teacher's ODE for some rows of the batch, from the noises of their numbers."""
+    def make(self, batch: Batch, numbers: list[int], teacher: Role) -> Tensor:
+        """The guided teacher's ODE from the noises of these numbers."""
         obj, like = self.obj, batch.noise
-        seeds = [(obj.rng.seed * 1_000_003 + n) % 2**63 for n in numbers]
-        drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-        cond, uncond = ({n: c[todo] for n, c in d.items()} for d in (batch.cond, batch.uncond))
+        drawn = [torch.randn(like.shape[1:], generator=g) for g in self.generators(numbers)]
+        cond, uncond = batch.cond, batch.uncond
         noise = torch.stack(drawn).to(like)
         first = noise * obj.schedule.prior_std(obj.student.times[0])
         x = noise * obj.schedule.prior_std(self.grid[0])

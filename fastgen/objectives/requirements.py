@@ -53,6 +53,11 @@ class PerceptualSpec:
 
 
 @dataclass(frozen=True)
+class ImagesSpec:
+    """The frozen decoder: x0 as pictures, differentiable."""
+
+
+@dataclass(frozen=True)
 class ConceptSpec:
     """The conditions of what is to be forgotten, sorted from those of the data."""
 
@@ -61,7 +66,13 @@ class ConceptSpec:
 
 
 Auxiliary = (
-    DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec | ConceptSpec
+    DiscriminatorSpec
+    | LogVarianceSpec
+    | ImageTextSpec
+    | WeakTeacherSpec
+    | PerceptualSpec
+    | ImagesSpec
+    | ConceptSpec
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond, stack
 from fastgen.diffusion.schedules import Schedule
+from fastgen.families.parts import of_adapter
 from fastgen.networks.denoiser import Denoiser
 from fastgen.roles.router import Router
 
@@ -84,7 +85,7 @@ class Role:
         """Parameters this role learns: all of its copy, or those of its adapter."""
         named = dict(self.backbone.named_parameters())
         if self.adapter is not None:
-            return {n: p for n, p in named.items() if f".{self.adapter}." in n and "lora_" in n}
+            return {n: p for n, p in named.items() if f".{self.adapter}." in n and of_adapter(n)}
         if self.backbone.adapter_names:
             return {}
         return {n: p for n, p in named.items() if not n.startswith(self.backbone.fixed)}

@@ -3,6 +3,7 @@ depend on the batch size.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,17 @@ from torch import Tensor
 from fastgen.core.batch import Cond
 from fastgen.core.errors import NotFinite
 from fastgen.diffusion.schedules import Schedule, expand
-from fastgen.roles.roles import Role, Student
+from fastgen.roles.roles import Student
+
+
+class Guided(Protocol):
+    """What the teacher's sampler asks of a role."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor: ...
+
 
 DenoiserFn = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> D, the denoised estimate"""
@@ -63,7 +74,13 @@ def teacher_grid(schedule: Schedule, num: int) -> list[float]:
 
 @torch.no_grad()
 def sample_teacher(
-    role: Role, noise: Tensor, cond: Cond, uncond: Cond, num_steps: int, w: float = 1.0, solver: str = "euler"
+    role: Guided,
+    noise: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    num_steps: int,
+    w: float | Tensor = 1.0,
+    solver: str = "euler",
 ) -> Tensor:
     """x0 [B, ...] by the ODE of the guided teacher: num_steps network evaluations, twice as many with
     guidance, and twice as many with Heun.

@@ -9,12 +9,13 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.feature_net import FeatureNet, Perceptual
+from fastgen.networks.feature_net import FeatureNet, Images, Perceptual
 from fastgen.networks.load import load_teacher
 from fastgen.objectives.requirements import (
     Auxiliary,
     ConceptSpec,
     DiscriminatorSpec,
+    ImagesSpec,
     ImageTextSpec,
     LogVarianceSpec,
     PerceptualSpec,
@@ -34,6 +35,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return _weak(cast, path)
         case ImageTextSpec(path):
             return _clip(cast, path)
+        case ImagesSpec():
+            return Images(cast.teacher.codec)
         case PerceptualSpec():
             return _perceptual(cast).to(cast.device)
         case ConceptSpec(forget, override):

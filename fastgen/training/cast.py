@@ -3,14 +3,21 @@ Discriminators and other parts that are no denoiser are made in `auxiliaries.py`
 """
 
 import zlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 
 import torch
 
 from fastgen.config.run import StageConfig
-from fastgen.config.sections import CriticConfig, LoraConfig, StudentConfig, TeacherConfig, TrainConfig
+from fastgen.config.sections import (
+    CriticConfig,
+    GuidanceAdapterConfig,
+    LoraConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import is_analytic
@@ -125,7 +132,8 @@ class Cast:
 
     @property
     def critic_kind(self) -> str:
-        return self.student_cfg.kind if self.critic_cfg.kind == "auto" else self.critic_cfg.kind
+        own = "full" if self.student_cfg.kind == "full" else "lora"
+        return own if self.critic_cfg.kind == "auto" else self.critic_cfg.kind
 
     @property
     def two_times(self) -> bool:
@@ -164,10 +172,10 @@ class Cast:
         chosen, as_student = self.student_cfg, name in ("student", "target", "previous")
         counts = [n for s in self.stages for n in requirements_of(s.objective).step_counts]
         span = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
-        two_times, adapter = as_student and self.two_times, adapter_name if kind == "lora" else None
+        two_times, adapter = as_student and self.two_times, adapter_name if kind != "full" else None
         base = self._network(name, alone) if adapter is None else self.teacher.backbone
         if adapter and self.teacher.is_analytic:
-            found = "lora on an analytic teacher, which has no weights to adapt"
+            found = f"{kind} on an analytic teacher, which has no weights to adapt"
             raise UserError(f"{name}.kind", found, "use full")
         if chosen.smooth_time and as_student:
             from fastgen.networks.time_embedding import smooth_time_embedding
@@ -177,9 +185,12 @@ class Cast:
             base.add_second_time()
         if span and chosen.sprint and not adapter:
             base = make_sprint(base, self.few_step_schedule)
-        if span:
+        if span and kind != "guidance_adapter":
             base.add_guidance()
-        if adapter:
+        if adapter and kind == "guidance_adapter":
+            assert span is not None, "the config says which scales such adapters take"
+            self._guidance_adapter(base, adapter, span)
+        elif adapter:
             lora = self.critic_cfg.lora if name in ("critic", "path") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
         if self.teacher_cfg.quantization is None:
@@ -238,13 +249,25 @@ class Cast:
     def _adapter(self, base, name: str, lora: LoraConfig, guided: bool, two_times: bool = False) -> None:
         if guided or two_times:
             base.requires_grad_(False)
-        where = torch.device("meta") if str(self.device) == "meta" else nullcontext()
-        with torch.random.fork_rng(devices=[]), where:
-            torch.manual_seed((self.train_cfg.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+        with self._drawing(name):
             targets = lora.target_modules or base.family.lora_targets
             targets += base.family.guidance_layers if guided else ()
             targets += (base.family.input_layer,) if two_times else ()
             base.add_adapter(name, lora.rank, lora.lora_alpha, targets, rs=lora.use_rslora)
+
+    def _guidance_adapter(self, base, name: str, span: tuple[float, float]) -> None:
+        chosen, codec = self.student_cfg.guidance_adapter or GuidanceAdapterConfig(), self.teacher.codec
+        classes = codec.num_classes + 1 if codec.num_classes else 0
+        with self._drawing(name):
+            base.add_guidance_adapter(name, chosen.model_dump(), codec.null(1), classes, span)
+
+    @contextmanager
+    def _drawing(self, name: str) -> Iterator[None]:
+        """Draw the first weights of an adapter inside the block: by the run's seed and its name alone."""
+        where = torch.device("meta") if str(self.device) == "meta" else nullcontext()
+        with torch.random.fork_rng(devices=[]), where:
+            torch.manual_seed((self.train_cfg.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+            yield
 
     def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.student_cfg, self.few_step_schedule

@@ -78,7 +78,7 @@ def check_quantized(
 
 def _check_guidance_input(student: StudentConfig, teacher: Teacher) -> None:
     """Whether a pipeline can pass the guidance scale to a student that takes it as an input."""
-    if not student.guidance_embedding:
+    if not student.guidance_embedding or student.kind == "guidance_adapter":
         return
     key, form = "student.guidance_embedding", teacher.backbone.family
     if form and form.guidance_option and not getattr(student, form.guidance_option):

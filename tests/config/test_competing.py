@@ -98,6 +98,7 @@ PLAIN = {
         "kind sampler gamma guidance_embedding guidance smooth_time sprint init fuse fuse_weight net"
     ),
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
+    "student.guidance_adapter": "form width heads multiplier",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "data": (

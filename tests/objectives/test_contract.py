@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from fastgen.config.run import dump, validate
-from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config as config_file
 from fastgen.core.rng import Rng
@@ -19,6 +18,7 @@ from fastgen.data.loader import Data
 from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY, requirements_of
 from fastgen.training.assembly import make_cast
+from tests.support.play import batch, play
 
 MODULES = {n: sys.modules[c.__module__] for n, c in REGISTRY.items()}
 OURS = [n for n, m in MODULES.items() if m.__name__.startswith("fastgen.")]
@@ -56,33 +56,6 @@ def conditions(cast):
         return Data(None, codec.prompts(texts), torch.arange(3), codec.null(1), codec.shape, texts)
     rows = torch.arange(codec.num_classes)
     return Data(None, codec.labels(rows), rows, codec.null(1), codec.shape)
-
-
-def batch(cast, num=2):
-    codec, generator = cast.teacher.codec, torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(2, num, *codec.shape, generator=generator)
-    if isinstance(codec, TextCodec):
-        cond = codec.prompts(["a red dress", "a bag"][:num])
-    else:
-        cond = codec.labels(torch.arange(num) % codec.num_classes)
-    return Batch(x0, cond, codec.null(num), noise, torch.arange(num))
-
-
-def play(objective, one, k, check=False):
-    """One step with plain SGD; the losses by player."""
-    losses = []
-    for loss, _ in objective.step(one, k):
-        active = objective.active
-        loss.backward()
-        losses.append((active, float(loss.detach())))
-        for player in objective.players.values():
-            for parameter in player.trainable().values():
-                if check and player.name != active:
-                    assert parameter.grad is None, f"{player.name} got a gradient in {active}'s turn"
-                if parameter.grad is not None:
-                    parameter.data -= 0.01 * parameter.grad
-                    parameter.grad = None
-    return losses
 
 
 @each

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from fastgen.config.run import validate
+from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
-from tests.support.replay import replay
+from fastgen.training.assembly import make_cast
+from tests.support.play import batch as batch_for
+from tests.support.play import play
+from tests.support.replay import card_replay, replay
 from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
 
@@ -140,6 +145,80 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
             sample_teacher(teacher, noise, cond, uncond, 12, 4.0),
         )
     assert all(distance < apart / 5 for _, distance in found.values()), (found, apart)
+
+
+def test_p1_step_on_trajectories_is_the_formula():
+    """The same error at states of the guided sampler, without data."""
+    world = World(GuidanceDistillation, trajectory_steps=4, weighting="native")
+    world.batch.x0 = None
+    (turn,), (call,) = world.turns(), world.student.calls
+    grid = torch.tensor(world.schedule.teacher_times(4), dtype=torch.float64)
+    assert (call.t[:, None] - grid).abs().min(1).values.max() < 1e-9
+    target = world.guided(call.x_t, call.t, 3.0)
+    wanted = at_x(lambda D: (world.native(call.t)[:, None] * (D - target) ** 2).mean(), call.out)
+    torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-4, atol=1e-6)
+
+
+def lora(tiny, guidance, **more):
+    """(cast, objective) of a LoRA student on trajectories."""
+    cfg = validate(
+        {
+            "teacher": {"path": str(tiny("sd")), "guidance": guidance},
+            "student": {"kind": "lora", "lora": {"rank": 4}, "num_steps": 2, "sampler": "ode"},
+            "objective": {"name": "guidance_distillation", "trajectory_steps": 2},
+            "data": {"name": "fashion"},
+            **more,
+        }
+    )
+    cast = make_cast(cfg)
+    objective = cast.stage(cfg.all_stages()[0], Rng(0))
+    objective.prepare()
+    return cast, objective
+
+
+def test_p1_a_lora_needs_one_network_and_its_own_optimizer_state_alone(tiny):
+    """Storage of one network; trained is sum r (in + out); the teacher is the network with the LoRA off."""
+    cast, objective = lora(tiny, 4.0)
+    named = dict(cast.teacher.backbone.named_parameters())
+    base = {n: p for n, p in named.items() if "lora_" not in n}
+    assert [b is cast.teacher.backbone for b in cast.backbones()] == [True]
+    whole = sum(p.numel() for p in make_cast_alone(tiny).parameters())
+    assert sum(p.numel() for p in base.values()) == whole
+    sizes = {n: p for n, p in base.items() if ".base_layer.weight" in n}
+    wanted = sum(4 * (p[0].numel() + len(p)) for p in sizes.values() if p.ndim == 2)
+    convolutions = sum(4 * (p[0].numel() + len(p)) for p in sizes.values() if p.ndim == 4)
+    trained = objective.players["student"].trainable()
+    assert sum(p.numel() for p in trained.values()) == wanted + convolutions
+    one, t = batch_for(cast), torch.full((2,), 300.0, dtype=torch.float64)
+    with torch.no_grad():
+        before = cast.parts["teacher"](one.noise, t, one.cond)
+    for k in range(4):
+        play(objective, one, k, check=True)
+    with torch.no_grad():
+        assert torch.equal(cast.parts["teacher"](one.noise, t, one.cond), before)
+        assert not torch.equal(cast.student(one.noise, t, one.cond), before)
+
+
+def make_cast_alone(tiny):
+    from fastgen.networks.load import load_teacher
+
+    return load_teacher(str(tiny("sd"))).backbone
+
+
+def test_p1_a_lora_without_guidance_has_nothing_to_learn(tiny):
+    """At w = 1 the target is what the LoRA starts as; the negative is w = 4."""
+    found = {}
+    for w in (1.0, 4.0):
+        cast, objective = lora(tiny, w)
+        loss, _ = next(objective.step(batch_for(cast), 0))
+        found[w] = float(loss.detach())
+    assert found[1.0] < 1e-12 and found[4.0] > 1e-6, found
+
+
+def test_p4_guidance_in_one_lora(tiny, tmp_path):
+    """load_lora_weights and guidance_scale 1: one call a step."""
+    objective = {"name": "guidance_distillation", "trajectory_steps": 2}
+    card_replay(tiny, tmp_path, objective, "sd", steps=2, kind="lora")
 
 
 def test_p4_guidance_distillation(tiny, tmp_path):
