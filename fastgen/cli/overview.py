@@ -54,6 +54,7 @@ def _data(cfg: RunConfig) -> str:
     elif not (data.name or data.images):
         source = "none: the teacher's own conditions"
     more = [f"control images in {data.control}"] * bool(data.control)
+    more += [f"each preferred to its namesake in {data.dispreferred}"] * bool(data.dispreferred)
     more += [f"the first {data.limit:,}"] * bool(data.limit)
     return ", ".join([source, *more])
 

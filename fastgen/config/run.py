@@ -112,6 +112,12 @@ class RunConfig(Section):
             )
         if clash := competing(self.data):
             raise ValueError(clash)
+        if self.data.dispreferred and not any(
+            requirements_of(s.objective).dispreferred for s in self.all_stages()
+        ):
+            raise ValueError(
+                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+            )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")

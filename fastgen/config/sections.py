@@ -175,6 +175,8 @@ class DataConfig(Section):
     """folder of control images (edges, depth), named like data.images or in their order, for teachers with a
     ControlNet
     """
+    dispreferred: UserPath = ""
+    """for pso: folder with one image for each of data.images, of the same name, to which that is preferred"""
     prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""
     limit: int = Field(default=0, ge=0)

@@ -21,7 +21,7 @@ from fastgen.core.rng import Rng
 from fastgen.data import cache, tables
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.media import read_files
-from fastgen.data.sources import Found, control_files, read_source
+from fastgen.data.sources import Found, control_files, dispreferred_files, read_source
 from fastgen.data.text import cut_prompts
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
@@ -43,10 +43,12 @@ class Data:
         texts: list[str] | None = None,
         own: dict[str, Tensor] | None = None,
         own_null: dict[str, Tensor] | None = None,
+        dispreferred: Tensor | None = None,
     ):
-        """texts: the caption of each row of the condition table."""
+        """texts: the caption of each row of the condition table; dispreferred: what x0 is preferred to."""
         self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
         self.own, self.own_null, self.texts = own or {}, own_null or {}, texts
+        self.dispreferred = dispreferred
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +59,9 @@ class Data:
             return self
         x0 = None if self.x0 is None else self.x0[:num]
         own, null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
-        return Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
+        worse = None if self.dispreferred is None else self.dispreferred[:num]
+        rows = self.rows[:num]
+        return Data(x0, self.cond_table, rows, self.uncond, self.shape, self.texts, own, null, worse)
 
     def cond(self, index: Tensor) -> dict[str, Tensor]:
         return select(self.cond_table, self.rows[index]) | select(self.own, index)
@@ -83,7 +87,8 @@ class Data:
                 cond = {n: v.to(device) for n, v in self.cond(index).items()}
                 uncond = {n: v.to(device) for n, v in self.null(index).items()}
                 texts = [self.texts[i] for i in self.rows[index].tolist()] if self.texts else None
-                window.append(Batch(x0, cond, uncond, noise.to(device), index, texts))
+                worse = None if self.dispreferred is None else self.dispreferred[index].float().to(device)
+                window.append(Batch(x0, cond, uncond, noise.to(device), index, texts, worse))
             yield window
             k += 1
 
@@ -187,13 +192,24 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
     goes with them.
     """
+    data, found = _load(cfg, teacher, device, pixels)
+    if cfg.dispreferred and found is not None and found.images is not None:
+        files = dispreferred_files(Path(cfg.dispreferred), found)
+        size = tuple(found.images.shape[1:])
+        images = read_files(files, size, "error", key="data.dispreferred")[0]
+        data.dispreferred = encode_images(teacher.codec, images, cfg.cache_dir, device, teacher.path)
+    return data
+
+
+def _load(cfg, teacher: Teacher, device, pixels: bool) -> tuple[Data, Found | None]:
+    """(the data, what the source holds) without the pairs."""
     codec: Any = teacher.codec
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if is_analytic(teacher.path):
         _check_exact(cfg)
         exact: Any = teacher.backbone
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
-        return Data(x0, _label_table(codec), labels, uncond, codec.shape)
+        return Data(x0, _label_table(codec), labels, uncond, codec.shape), None
     cache.check_folder(cfg.cache_dir)
     found = read_source(cfg, codec, device, pixels)
     x0 = None
@@ -202,7 +218,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         x0 = encode_images(codec, found.images, cfg.cache_dir, device, teacher.path)
     num = 10_000 if found.num is None else found.num
     if isinstance(codec, TextCodec):
-        return _text_data(cfg, teacher, found, x0, uncond, num, device)
+        return _text_data(cfg, teacher, found, x0, uncond, num, device), found
     rows, table = torch.zeros(num).long(), {}
     if codec.num_classes:
         table = _label_table(codec)
@@ -215,7 +231,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
             rows = unlabelled_rows(num, codec, pixels)
             null = codec.null(1) if codec.has_null else {}
             table = {k: torch.cat([v, *(null[n] for n in [k] if n in null)]) for k, v in table.items()}
-    return Data(x0, table, rows, uncond, codec.shape)
+    return Data(x0, table, rows, uncond, codec.shape), found
 
 
 def look_at(cfg, teacher: Teacher) -> None:
@@ -227,6 +243,8 @@ def look_at(cfg, teacher: Teacher) -> None:
         _check_exact(cfg)
         return
     found = read_source(cfg, codec, "cpu", pixels=False)
+    if cfg.dispreferred:
+        dispreferred_files(Path(cfg.dispreferred), found)
     if isinstance(codec, TextCodec):
         if codec.family.needs_image and cfg.control:
             control_files(Path(cfg.control), found, codec.family.name)

@@ -52,7 +52,17 @@ class PerceptualSpec:
     """The frozen feature network of the teacher's data set, as a metric."""
 
 
-Auxiliary = DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec
+@dataclass(frozen=True)
+class RewardsSpec:
+    """Frozen scores of images and prompts, larger is better."""
+
+    models: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    """the name of each, and its (name, local path) pairs of weights"""
+
+
+Auxiliary = (
+    DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec | RewardsSpec
+)
 
 
 # -- the declaration -----------------------------------------------------------------------------------------
@@ -84,6 +94,8 @@ class Requirements:
     """students behind a router; 0 where there is a single one without"""
     real_data: bool = True
     """whether `step` reads batch.x0"""
+    dispreferred: bool = False
+    """whether `step` reads batch.dispreferred, where the data has it"""
 
     one_guidance: bool = True
     """whether the guided teacher is followed at one scale, which `real_guidance` may set; False where the

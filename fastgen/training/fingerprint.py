@@ -106,7 +106,7 @@ def _blocks(tensor: Tensor) -> Iterable[Tensor]:
 def data_digest(source: DataConfig) -> str:
     """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
     digest = hashlib.sha256()
-    for name in (source.images, source.control, source.prompts):
+    for name in (source.images, source.control, source.dispreferred, source.prompts):
         root = Path(name).expanduser()
         for path in sorted(_files(root)) if name else ():
             size = path.stat().st_size
