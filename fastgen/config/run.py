@@ -112,12 +112,6 @@ class RunConfig(Section):
             )
         if clash := competing(self.data):
             raise ValueError(clash)
-        if self.data.dispreferred and not any(
-            requirements_of(s.objective).dispreferred for s in self.all_stages()
-        ):
-            raise ValueError(
-                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
-            )
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")
@@ -151,14 +145,21 @@ class RunConfig(Section):
             raise ValueError(
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
-        for stage in self.all_stages():
-            has_data = self.data.name or self.data.images
-            if requirements_of(stage.objective).real_data and not has_data:
-                raise ValueError(
-                    f"data: no images are named; {stage.objective.name} needs real data: "
-                    "set data.name or data.images"
-                )
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        """Whether there are images for every stage that reads some, and a reader for pairs."""
+        needs = {s.objective.name: requirements_of(s.objective) for s in self.all_stages()}
+        for name in (n for n, one in needs.items() if one.real_data):
+            if not (self.data.name or self.data.images):
+                raise ValueError(
+                    f"data: no images are named; {name} needs real data: set data.name or data.images"
+                )
+        if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
+            raise ValueError(
+                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+            )
 
     def _check_guidance(self) -> None:
         """Whether every stage trains the range of guidance scales that the student gets as an input."""

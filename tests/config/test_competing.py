@@ -75,7 +75,7 @@ PLAIN = {
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
-    "data": "control limit on_bad_image cache_dir",
+    "data": "control dispreferred limit on_bad_image cache_dir",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
         "compile ema_decay log_steps validation_steps checkpointing_steps export_dtype "

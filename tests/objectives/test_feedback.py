@@ -45,8 +45,8 @@ def noise(num=512, seed=0):
     return torch.randn(num, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def descend(objective, student, steps=600, lr=0.05):
-    z = noise(2048)
+def descend(objective, student, steps=250, lr=0.05):
+    z = noise(256)
     z = (z - z.mean()) / z.std(correction=0)
     optimizer = torch.optim.Adam(student.trainable().values(), lr)
     for k in range(1, steps + 1):  # from 1: nothing is calibrated, and the reference stays
@@ -73,8 +73,8 @@ def test_p1_the_reference_keeps_the_spread(g):
     """m = (a + 2 g m_ref) / (1 + 2 g) and s = 2 g s_ref / (1 + 2 g)."""
     objective, student = make(quadratic, ref_weight=g)
     m, s = descend(objective, student)
-    assert m == pytest.approx((A + 2 * g * -0.3) / (1 + 2 * g), abs=2e-3)
-    assert abs(s) == pytest.approx(2 * g * 0.5 / (1 + 2 * g), abs=2e-3)
+    assert m == pytest.approx((A + 2 * g * -0.3) / (1 + 2 * g), abs=5e-3)
+    assert abs(s) == pytest.approx(2 * g * 0.5 / (1 + 2 * g), abs=5e-3)
 
 
 def test_p1_negative_without_a_reference_it_collapses():
@@ -217,7 +217,7 @@ def test_p2_moves_the_mixture_by_its_margin_and_stays_near(tmp_path):
         objective = {"name": "feedback", "rewards": rewards, "ref_weight": weight}
         (tmp_path / str(weight)).mkdir()
         _, _, x, trainer = run_mixture(
-            tmp_path / str(weight), objective, "analytic:gmm2d-vp", steps=120, num_steps=4, lr=3e-3
+            tmp_path / str(weight), objective, "analytic:gmm2d-vp", steps=50, num_steps=4, lr=5e-3, batch=128
         )
         r = -0.5 * (x - torch.tensor([1.0, 0.0])).square().sum(1)
         rise = (r.mean() - trainer.objective.mean[0]) / trainer.objective.std[0]
