@@ -60,7 +60,7 @@ class Feedback(Rewarded, config=FeedbackConfig):
     def requirements(cls, cfg) -> Requirements:
         def network_calls(guidance: float, num_steps: int) -> Calls:
             calls = {"student": (cfg.from_step + num_steps) / 2 - 1, "student+grad": 1.0}
-            return {k: n for k, n in calls.items() if n} | ({"previous": 1} if cfg.ref_weight else {})
+            return {k: n for k, n in calls.items() if n} | ({"previous": 1.0} if cfg.ref_weight else {})
 
         needs = replace(super().requirements(cfg), network_calls=network_calls)
         return needs if cfg.ref_weight else replace(needs, untrained=())
