@@ -11,6 +11,8 @@
   python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
+  python -m benchmarks quantized  an adapter trained over an 8- or 4-bit base, over that and over the full one
+  python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -27,12 +29,15 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.data import data, table  # noqa: F401  (called by name)
 from benchmarks.faults import faults
 from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
+from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
+from benchmarks.quantized import quantized  # noqa: F401  (called by name)
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
@@ -157,17 +162,17 @@ def _memory_child(mode: str) -> None:
     base = psutil.Process().memory_info().rss
     cast = make_cast(cfg)
     cond = {"encoder_hidden_states": torch.randn(4, 16, 768)}
-    data = Data(
+    rows = Data(
         torch.randn(64, 4, 16, 16),
         cond,
         torch.arange(64) % 4,
         {k: v[:1] for k, v in cond.items()},
         (4, 16, 16),
     )
-    trainer = make_trainer(cfg, cast, data, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
+    trainer = make_trainer(cfg, cast, rows, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer.total = 10**9  # no final checkpoint in the measured window
     trainer._begin(cfg.all_stages()[0])
-    for k, window in zip(range(3), data.batches(4, 0, 1, trainer.rng, "cpu")):
+    for k, window in zip(range(3), rows.batches(4, 0, 1, trainer.rng, "cpu")):
         trainer._micro_step(window[0], k, 0, 3)
     peak = (
         int(
@@ -261,6 +266,8 @@ def main() -> None:
             "methods",
             "startup",
             "prompts",
+            "quantized",
+            "data",
             "faults",
             "mutations",
             "frechet",
@@ -289,6 +296,8 @@ def main() -> None:
         path = ROOT / "assets/results/benchmarks" / f"{args.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
+        if args.name == "data":
+            put("bench", table(record), ROOT / "docs/data.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The generated parts of docs/reliability.md, each between two marks."""
+"""The generated parts of pages (docs/reliability.md unless told), each between two marks."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/reliability.md"
 
 
-def put(name: str, text: str) -> None:
+def put(name: str, text: str, page: Path = PAGE) -> None:
     """Replace what stands between the marks of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    head, found, rest = PAGE.read_text().partition(begin)
-    assert found, f"{PAGE.name} has no {begin}"
-    PAGE.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")
+    head, found, rest = page.read_text().partition(begin)
+    assert found, f"{page.name} has no {begin}"
+    page.write_text(f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}")

@@ -4,8 +4,12 @@ python -m eval record --run runs/fashion_dmd2 --recipe fashion_dmd2 [--seed 1]
 python -m eval leaderboard [--check]                   the tables, configs/README.md and the guide
 python -m eval leaderboard --html PAGE [--runs runs]   a page to look at: filter, plots, pictures of runs
 python -m eval run --recipe fashion_dmd2 [--dry_run]   a recipe and, before it, what it starts from, in runs/
+python -m eval teacher --recipe quickstart             measure its bundled teacher once, for every such run
 python -m eval resolved --since main                   do configs mean what they meant in that revision?
 python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA) remove what they name?
+python -m eval forgetting --run runs/tinted-sd_sfd       pictures of a student before and after it forgot
+python -m eval diversity --run runs/tinted-sd_tdm_full    does a base model's first step bring variety back?
+python -m eval transfer --run runs/tinted-sd_tdm_full    does a LoRA of the base model work on its student?
 
 Everything else is `fastgen-eval` (`python -m fastgen.cli.evaluate --help`), which measures runs and folders:
 
@@ -14,6 +18,7 @@ python -m eval --images out --against fashion --prompts labels.txt --metrics fd_
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -32,7 +37,7 @@ def _flags() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("command", choices=RUN)
     add("--run", default="", metavar="DIR", help="run folder")
-    add("--recipe", default="", help="run, record: the recipe")
+    add("--recipe", default="", help="run, record, teacher: the recipe")
     add("--seed", type=int, default=None, help="record: check that the run had it; run: its seed")
     add("--dry_run", action="store_true", help="run: only say what would be run")
     add("--since", default="HEAD", metavar="REV", help="resolved: the git revision to compare with")
@@ -61,14 +66,15 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
 
 
-def _negative(args) -> int:
+def _study(args) -> int:
+    """A study of one run, kept among the benchmarks."""
     from eval.evidence import results_folder
-    from eval.negative import record
 
     if not args.run:
         raise UserError("--run", "none given", "a run, or the export, of a text-to-image student")
+    record = importlib.import_module(f"eval.{args.command}").record
     file = record(args.run, results_folder() / "benchmarks")
-    print(file.read_text() + f"wrote {file}")
+    print((file.read_text() if file.suffix == ".json" else "") + f"wrote {file}")
     return 0
 
 
@@ -118,12 +124,25 @@ def _run(args) -> int:
     return run(args.recipe, args.seed, args.dry_run)
 
 
+def _teacher(args) -> int:
+    from eval.teachers import record_teacher
+
+    if not args.recipe:
+        raise UserError("teacher", "needs --recipe NAME", "see --help")
+    print(f"wrote {record_teacher(args.recipe)}")
+    return 0
+
+
 RUN = {
     "run": _run,
     "record": _record,
+    "teacher": _teacher,
     "leaderboard": _leaderboard,
     "resolved": _resolved,
-    "negative": _negative,
+    "negative": _study,
+    "diversity": _study,
+    "forgetting": _study,
+    "transfer": _study,
 }
 
 

@@ -4,7 +4,7 @@ configs/README.md and the README's picture of quality against speed.
 
 from pathlib import Path
 
-from eval import catalogue, evidence, figure, orderings
+from eval import catalogue, evidence, figure, orderings, studies
 from eval.ladder import TESTS, choice, ladder
 from eval.results_table import markdown, measured
 from fastgen.core.errors import UserError
@@ -73,7 +73,11 @@ def leaderboard(
     text = readme.read_text() if readme.is_file() else SKELETON
     pages = {readme: (text, render(text, documents, tests))}
     if guide is not None:
-        pages[guide] = (guide.read_text(), _between(guide.read_text(), "choice", choice(documents)))
+        before = guide.read_text()
+        built = _between(before, "choice", choice(documents), guide.name)
+        for marker, study in studies.TABLES.items():
+            built = _between(built, marker, study(documents), guide.name)
+        pages[guide] = (before, built)
     if configs is not None:
         before = built = configs.read_text()
         for marker, table in catalogue.TABLES.items():

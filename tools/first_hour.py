@@ -100,7 +100,8 @@ class Hour:
     def public(self, line: str) -> str:
         """A line without the places of this machine."""
         line = line.replace(f"{self.folder}/", "").replace(str(self.folder), ".").replace(f"{ROOT}/", "")
-        return re.sub(r"/(?:tmp|home|root|opt|work)/\\S*?([^/\\s]+)(?=\\s|$)", r"\\1", line)
+        line = re.sub(r"Linux-\S+", "Linux", line)
+        return re.sub(r"/(?:tmp|home|root|opt|work)/\S*?([^/\s]+)(?=\s|$)", r"\1", line)
 
     def picture(self, name: str, text: str) -> None:
         self.lines += [f"![{text}](figures/first_hour/{name})", ""]

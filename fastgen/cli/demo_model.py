@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from fastgen.cli.conditions import conditions, null_of
-from fastgen.cli.sample import DTYPES, Generator, flags
+from fastgen.cli.generator import Generator
+from fastgen.cli.sample import DTYPES, flags
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.export import lora

@@ -19,11 +19,13 @@ class Optional(NamedTuple):
 
 
 OPTIONAL = (
-    Optional("bitsandbytes", "gpu", "optim.student.name adamw8bit, on CUDA"),
+    Optional("bitsandbytes", "quant", "teacher.quantization nf4; optim.student.name adamw8bit, on CUDA"),
+    Optional("torchao", "quant", "teacher.quantization int8, fp8"),
     Optional("xformers", "gpu", "teacher.attention xformers, on CUDA"),
     Optional("open_clip", "eval", "fastgen eval --metrics clip hps"),
     Optional("torch_fidelity", "eval", "fastgen eval --metrics fid kid"),
     Optional("gradio", "demo", "fastgen demo"),
+    Optional("datasets", "data", "data.dataset, parquet files"),
     Optional("tensorboard", "tensorboard", "train.report_to tensorboard"),
     Optional("wandb", "wandb", "train.report_to wandb"),
     Optional("trackio", "trackio", "train.report_to trackio"),

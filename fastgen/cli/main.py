@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fastgen.cli.train", "distil a teacher into a few-step student (train.py)"),
     "sample": Command("fastgen.cli.sample", "draw pictures with an export, a LoRA or a teacher (sample.py)"),
+    "precompute": Command("fastgen.cli.precompute", "encode images and prompts once, for training"),
     "eval": Command("fastgen.cli.evaluate", "measure a run, a teacher or a folder of pictures"),
     "report": Command("fastgen.cli.report", "the page of a run, also while it trains; several runs compared"),
     "export": Command("fastgen.cli.export", "write an export from a checkpoint of a run; publish one"),
@@ -35,7 +36,7 @@ COMMANDS = {
 def help_text() -> str:
     """What `fastgen --help` prints."""
     lines = ["usage: fastgen COMMAND [flags]", "", "commands"]
-    lines += [f"  {name:<10}{command.does}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12}{command.does}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "fastgen COMMAND --help says more; fastgen --version is the version"])
 
 

@@ -7,9 +7,20 @@ import textwrap
 from collections.abc import Iterable
 
 from fastgen.config.run import RunConfig
+from fastgen.data.kinds import OWN, own_source
 
 Row = tuple[str, str]
 LABEL, WIDTH = 10, 96
+KINDS = {
+    "images": "images in",
+    "table": "images named in",
+    "dataset": "the data set",
+    "shards": "the archives",
+    "latents": "what is encoded in",
+    "prompts": "prompts in",
+    "": "none: the teacher's own conditions",
+}
+"""what an own source of data is, before its path"""
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
@@ -48,12 +59,12 @@ def _batch(cfg: RunConfig) -> str:
 def _data(cfg: RunConfig) -> str:
     data = cfg.data
     read = "" if cfg.reads_data() else ", of which no image is read"
-    source = f"{data.name} (bundled){read}" if data.name else f"images in {data.images}{read}"
-    if data.prompts:
-        source = f"prompts in {data.prompts}"
-    elif not (data.name or data.images):
-        source = "none: the teacher's own conditions"
-    more = [f"control images in {data.control}"] * bool(data.control)
+    kind = own_source(data)
+    source = f"{data.name} (bundled){read}" if data.name else f"{KINDS[kind]} {getattr(data, kind, '')}"
+    if kind in OWN:
+        source += read
+    more = [f"{len(data.sources)} further sources"] * bool(data.sources)
+    more += [f"control images in {data.control}"] * bool(data.control)
     more += [f"each preferred to its namesake in {data.dispreferred}"] * bool(data.dispreferred)
     more += [f"the first {data.limit:,}"] * bool(data.limit)
     return ", ".join([source, *more])

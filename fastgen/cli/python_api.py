@@ -123,7 +123,8 @@ def distill(
     """Distil a teacher as `fastgen train --method METHOD --teacher TEACHER` does; the finished run.
 
     teacher: a name of `fastgen list teachers`, a folder, a hub id, or a pipeline object of diffusers, which
-    is saved beside the run. data: a bundled set, a folder of pictures, a .txt file of prompts, a list of
+    is saved beside the run. data: a bundled set, a folder of pictures, latents or a saved data
+    set, a table (.csv, .jsonl, .parquet), .tar archives, a .txt file of prompts, a list of
     prompts, or a function that returns (picture, caption) pairs, saved beside the run too; None is the
     recipe's own. student: "lora" or "full"; steps: how many it takes; both the recipe's where not given.
     settings: any other keys of the config, nested. Raises UserError for what cannot work, NotFinite where
@@ -148,8 +149,10 @@ class Interrupted(RuntimeError):
 def _run(known: Namespace, over: dict[str, Any]) -> Run:
     from fastgen.cli.train import run
     from fastgen.cli.train_start import refused
+    from fastgen.core.console import quiet
     from fastgen.core.errors import NotFinite
 
+    quiet()
     with interrupt.handled():
         try:
             cfg = recommended_config(known, over)
@@ -177,6 +180,16 @@ def _teacher_path(teacher: Any, output_dir: str) -> str:
     return str(place)
 
 
+def _kind_of_path(data: str) -> str:
+    """The key of the data section that a path is for, by its end and by what a folder holds."""
+    ends = {".txt": "prompts", ".csv": "table", ".jsonl": "table", ".parquet": "table", ".tar": "shards"}
+    folder = Path(data).expanduser()
+    if (folder / "manifest.json").is_file():
+        return "latents"
+    saved = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    return ends.get(folder.suffix, "dataset" if saved else "images")
+
+
 def _data_section(data: Any, output_dir: str) -> dict[str, str]:
     """The data section for what was given."""
     if callable(data):
@@ -184,7 +197,7 @@ def _data_section(data: Any, output_dir: str) -> dict[str, str]:
     if isinstance(data, (str, Path)):
         if str(data) in NAMES:
             return {"name": str(data)}
-        return {"prompts" if str(data).endswith(".txt") else "images": str(data)}
+        return {_kind_of_path(str(data)): str(data)}
     if isinstance(data, (list, tuple)) and data and all(isinstance(p, str) and p.strip() for p in data):
         place = _beside(output_dir, "data") / "prompts.txt"
         write_text(place, "\n".join(" ".join(p.split()) for p in data) + "\n")

@@ -10,6 +10,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import to_json, write_json, write_text
 from fastgen.core.paths import is_analytic
 from fastgen.core.reading import read_json
+from fastgen.data.kinds import own_source
 from fastgen.evaluation.run_files import check_run
 from fastgen.networks.device import open_device
 
@@ -24,7 +25,8 @@ class _Players:
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""
     from fastgen.data.loader import load_data
-    from fastgen.evaluation.evaluator import measure, table
+    from fastgen.evaluation.evaluator import measure
+    from fastgen.evaluation.final_table import table
     from fastgen.evaluation.report import write_report
     from fastgen.training.assembly import make_evaluator
 
@@ -38,7 +40,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
         cfg = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"num_samples": num_samples})})
     cast = _cast(run, cfg, open_device(device))
     data: Any
-    if (cast.teacher.info or {}).get("measure") and not (cfg.data.images or cfg.data.prompts):
+    if (cast.teacher.info or {}).get("measure") and not own_source(cfg.data):
         data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)
@@ -56,7 +58,8 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
 def measure_teacher(path: str, guidance: float, num_samples: int, device: str = "") -> dict:
     """A teacher at 1, 4, 20 and 50 steps beside the floor; written to card.json where the folder is local."""
     from fastgen.core.paths import resolve
-    from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
+    from fastgen.evaluation.evaluator import Evaluator, measure
+    from fastgen.evaluation.final_table import table, teacher_card
     from fastgen.export.load import load_export
     from fastgen.training.assembly import make_protocol
 

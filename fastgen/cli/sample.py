@@ -8,11 +8,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.sample_limits import add_size, asked_size, check_numbers, check_size, load_sized
+from fastgen.cli.sample_limits import add_control, add_size, asked_size, check_numbers, check_size, load_sized
 from fastgen.core import interrupt
 from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
@@ -68,6 +69,7 @@ def flags() -> argparse.ArgumentParser:
     add("--out", default="samples", type=expand, help="folder to write PNGs, grid.png and samples.json to")
     add("--insist", action="store_true", help="do not refuse more than disk, memory or 100 days allow")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
+    add_control(found)
     add("--compare_teacher", action="store_true", help="add the teacher's images of the same seeds below")
     add("--teacher_steps", type=int, default=0, help="steps of the teacher; default: as in the run")
     add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
@@ -91,84 +93,6 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("stopped at once; the images written so far are kept", file=sys.stderr)
             return 130
-
-
-class Generator:
-    """One contender: a student with its times, or a teacher with its steps and guidance."""
-
-    def __init__(self, loaded, steps: int, guidance: float, null: dict, nasa_scale: float = 0.0):
-        """nasa_scale: subtract the attention to `null`, a student's negative prompt (negative_prompts.py)."""
-        from fastgen.roles.roles import Student
-
-        self.nasa_scale = nasa_scale
-        self.role, self.codec, self.null = loaded.role, loaded.codec, null
-        self.guidance, self.is_student = guidance, isinstance(self.role, Student)
-        if isinstance(self.role, Student):
-            self.role = _with_flags(self.role, steps, guidance)
-            self.steps = len(self.role.times)
-        else:
-            self.steps = steps or 20
-
-    @property
-    def name(self) -> str:
-        return f"{'student' if self.is_student else 'teacher'}, {self.steps} step{'s' * (self.steps > 1)}"
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per image; guidance takes two a step."""
-        return self.steps * (1 if self.is_student or self.guidance in (0, 1) or not self.null else 2)
-
-    def __call__(self, cond: dict, seeds: list[int], device):
-        """Images [B, C, H, W] in [0, 1]."""
-        from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
-
-        if self.is_student:
-            with self._negative():
-                return self._decoded(sample_student(self.role, seeds, self.codec.shape, cond, device))
-        noise = ImageNoise(seeds, self.codec.shape, device).first
-        uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
-        w = self.guidance if self.null else 1.0
-        return self._decoded(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
-
-    def _decoded(self, x0):
-        """Pictures of denoised samples; NotFinite instead of black ones."""
-        from fastgen.sampling.solvers import check_finite
-
-        images = self.codec.decode(x0)
-        check_finite(f"samples of the {self.name}", x0, images)
-        return images
-
-    @contextmanager
-    def _negative(self):
-        """The student's networks under NASA while it draws; a LoRA's teacher shares them afterwards."""
-        from fastgen.networks import negative_prompts
-
-        nets = [r.backbone.net for r in self.role.members] if self.nasa_scale else []
-        states, mask = (self.null.get(f"encoder_{k}") for k in ("hidden_states", "attention_mask"))
-        for net in nets:
-            negative_prompts.attach(net, states, self.nasa_scale, mask)
-        try:
-            yield
-        finally:
-            for net in nets:
-                negative_prompts.remove(net)
-
-
-def _with_flags(student, steps: int, guidance: float):
-    """The student in `steps` steps (0: its own), at this scale where it takes one; warns outside what it was
-    trained for.
-    """
-    own, spec = len(student.times), student.spec
-    if steps not in (0, own):
-        if not spec.grid:
-            warn(f"--steps: trained for {own}, sampling with {steps}")
-        student = student.with_steps(steps)
-    if spec.guidance_range and not spec.steps_as_guidance:
-        low, high = spec.guidance_range
-        if not low <= guidance <= high:
-            warn(f"--guidance: trained for {low:g} to {high:g}, sampling with {guidance:g}")
-        student = student.with_guidance(guidance)
-    return student
 
 
 def batches(generator: Generator, cond: dict, seeds: Sequence[int], batch_size: int, device="cpu"):
@@ -209,7 +133,7 @@ def contenders(args, loaded, device) -> list[Generator]:
 
     from fastgen.cli.conditions import null_of
 
-    guided = not loaded.is_student or args.compare_teacher
+    guided = not loaded.is_student or args.compare_teacher or args.base_steps
     info = loaded.info
     takes_scale = loaded.is_student and bool(info and info.guidance_range and not info.steps_as_guidance)
     nasa_scale = _nasa_scale(args, loaded)
@@ -221,8 +145,9 @@ def contenders(args, loaded, device) -> list[Generator]:
     guidance = args.guidance if args.guidance is not None else own
     steps = args.steps or (info.steps if info and not loaded.is_student else 0)
     found = [loaded]
-    if args.compare_teacher and loaded.is_student:
+    if (args.compare_teacher or args.base_steps) and loaded.is_student:
         found.append(loaded.reference())
+    put_loras(args, found)
     generators = []
     for one in found:
         one.to(device, getattr(torch, DTYPES[args.dtype]))
@@ -230,7 +155,28 @@ def contenders(args, loaded, device) -> list[Generator]:
         wanted = steps if one is loaded else args.teacher_steps or (info.teacher_steps if info else 20)
         scale = nasa_scale if one is loaded else 0.0
         generators.append(Generator(one, wanted, guidance, {k: v.to(device) for k, v in null.items()}, scale))
+    if args.base_steps:
+        from fastgen.cli.hybrid import with_base
+
+        generators[0] = with_base(generators[0], generators[-1], args.base_steps, args.handover)
+        return generators[: 1 + args.compare_teacher]
     return generators
+
+
+def put_loras(args, found: list) -> None:
+    """Add every --lora to the networks of the contenders, each network once."""
+    from fastgen.export.adapters import add_to
+
+    scales = args.lora_scale or [1.0]
+    if len(scales) not in (1, max(1, len(args.lora))):
+        wrong = f"found {len(scales)} for {len(args.lora)} files"
+        raise UserError("--lora_scale", wrong, "give one for all --lora, or one for each")
+    if args.lora_scale and not args.lora:
+        raise UserError("--lora_scale", "found without --lora", "name the file it is for")
+    networks = {id(role.backbone): (role.backbone, one.teacher) for one in found for role in one.role.members}
+    for network, teacher in networks.values():
+        for file, scale in zip(args.lora, scales * len(args.lora)):
+            add_to(network, teacher, Path(file), scale, "--lora")
 
 
 def _nasa_scale(args, loaded) -> float:
@@ -239,9 +185,11 @@ def _nasa_scale(args, loaded) -> float:
 
     if args.nasa_scale is not None and args.nasa_scale < 0:
         raise UserError("--nasa_scale", f"found {args.nasa_scale}", "give 0 or more")
-    able = loaded.is_student and isinstance(loaded.codec, TextCodec)
+    able = loaded.is_student and isinstance(loaded.codec, TextCodec) and not args.base_steps
     if args.nasa_scale is not None and not (args.negative_prompt and able):
-        warn("--nasa_scale has no effect without a --negative_prompt for a text-to-image student")
+        warn(
+            "--nasa_scale acts on a --negative_prompt of a text-to-image student alone, without --base_steps"
+        )
     if not args.negative_prompt or not able:
         return 0.0
     own = loaded.info.nasa_scale if loaded.info else 0.0
@@ -276,6 +224,10 @@ def run(args) -> int:
         if isinstance(error, interrupt.Stopped):
             return _stopped(error, gallery)
         raise
+    if args.visualize_dt:
+        from fastgen.cli.hybrid import draw_steps
+
+        record["visualize_dt"] = draw_steps(generators, cond, seeds, out, device).name
     with interrupt.deferred():
         gallery.close(record)
     if len(generators) == 2:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from fastgen.core.errors import UserError
+from fastgen.core.paths import expand
 
 MOST_STEPS, MOST_SEED, MOST_SIZE = 100_000, 2**63 - 1, 65_536
 DAYS, PASS_SECONDS, NETWORK = 100, 2e-3, 16
@@ -20,6 +21,8 @@ def check_numbers(args) -> None:
         "num_images": (0, MOST_SEED),
         "steps": (0, MOST_STEPS),
         "teacher_steps": (0, MOST_STEPS),
+        "base_steps": (0, MOST_STEPS),
+        "handover": (1, MOST_STEPS),
         "seed": (0, MOST_SEED),
         "batch_size": (1, MOST_SEED),
         "guidance": (-1e6, 1e6),
@@ -29,6 +32,9 @@ def check_numbers(args) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
             raise UserError(f"--{name}", f"found {value}", f"give {low:g} or more, up to {high:g}")
+    for scale in args.lora_scale:
+        if not abs(scale) <= 1000:  # also not a number
+            raise UserError("--lora_scale", f"found {scale}", "give a number from -1000 to 1000")
     if args.seed + args.num_images > MOST_SEED:
         raise UserError(
             "--seed", f"found {args.seed}", f"lower it: the seed of the last image may be at most {MOST_SEED}"
@@ -62,6 +68,20 @@ def add_size(flags) -> None:
     for key, text in meant.items():
         told = f"{text}, where the model is free in it; default: its own"
         flags.add_argument(f"--{key}", type=int, default=0, help=told)
+
+
+def add_control(flags) -> None:
+    """Add the flags of hybrid sampling, of the picture of its steps, and of LoRA files beside the model."""
+    add = flags.add_argument
+    more = "steps of its base model's own grid, which takes the first ones; default: none (hybrid sampling)"
+    add("--base_steps", type=int, default=0, metavar="N", help=more)
+    add("--handover", type=int, default=1, metavar="I", help="the student's first step after those, from 0")
+    kept = "also write dt.png: the denoised estimate at every step of the first samples"
+    add("--visualize_dt", action="store_true", help=kept)
+    control = "LoRA file of the base model or another student of it, added to every network; may be repeated"
+    add("--lora", action="append", default=[], type=expand, metavar="FILE", help=control)
+    scale = "strength of each --lora, also negative; one for all, or one each; default: 1"
+    add("--lora_scale", action="append", default=[], type=float, metavar="S", help=scale)
 
 
 def asked_size(args) -> dict[str, int]:

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    quiet()
     flags = _flags()
     known, rest = flags.parse_known_args(argv)
     script = Path(sys.argv[0]).name == "train.py"
@@ -145,7 +146,6 @@ def run(cfg, known) -> int:
     from fastgen.cli import overview
     from fastgen.training import assembly, checkpoint, run_folder
 
-    quiet()
     _check_libraries(cfg)
     if known.dry_run:
         return _dry_run(cfg)
@@ -193,7 +193,7 @@ def _page_at_rest(folder: Path) -> Iterator[None]:
 
 
 def _dry_run(cfg) -> int:
-    """Print the whole config, the table of the run, and what its data hold."""
+    """Print the whole config, the table of the run, and what its data hold; of a run that is refused, why."""
     from fastgen.cli import overview
     from fastgen.config.run import dump
     from fastgen.data.loader import look_at
@@ -201,11 +201,11 @@ def _dry_run(cfg) -> int:
     from fastgen.training import assembly
     from fastgen.training.dryrun import rehearse
 
-    print(dump(cfg))
-    print(overview.table(overview.settings_rows(cfg)), flush=True)
     check_there(cfg.data)
     cast = assembly.make_weightless_cast(cfg)
     rehearse(cast, cfg.train)
+    print(dump(cfg))
+    print(overview.table(overview.settings_rows(cfg)), flush=True)
     print(overview.table(overview.network_rows(cast, cfg.train, details=True)), flush=True)
     look_at(cfg.data, cast.teacher)
     print("nothing was started or written")
@@ -251,7 +251,7 @@ def _train(cfg, trainer, last: Path | None) -> int:
     accelerator, codec = trainer.acc, trainer.cast.teacher.codec
     if cfg.train.report_to:
         accelerator.init_trackers("fastgen")
-    if isinstance(codec, TextCodec):
+    if isinstance(codec, TextCodec) and not trainer.data.encodes_later:
         freed = codec.free() / 2**20
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
     try:

@@ -10,6 +10,7 @@ from fastgen.config.recommended import Recommendation
 from fastgen.config.run import RunConfig, load, shortened, validate, with_flags
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config
+from fastgen.data.kinds import PICTURES
 
 READ_ON = """
 read on
@@ -93,7 +94,7 @@ def _check_data(known: argparse.Namespace, values: dict[str, Any]) -> None:
     from fastgen.objectives import REGISTRY, requirements_of
 
     data, objective = values.get("data") or {}, values.get("objective")
-    if data.get("name") or data.get("images") or objective is None or is_analytic(values["teacher"]["path"]):
+    if any(data.get(key) for key in PICTURES) or objective is None or is_analytic(values["teacher"]["path"]):
         return
     settings = REGISTRY[known.method].config.model_validate(objective)
     if not requirements_of(settings).real_data:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgen.core.errors import UserError
+from fastgen.data.kinds import OWN, SOURCES
 
-SOURCES = ("name", "images", "prompts")
 COMPETING = {
-    "the data": ("data.name", "data.images", "data.prompts"),
+    "the data": tuple(f"data.{key}" for key in SOURCES),
     "the student's steps": ("student.num_steps", "student.timesteps", "stages.num_steps"),
     "the teacher's network": ("teacher.path", "teacher.blueprint", "teacher.layout"),
     "the method": ("objective", "stages.objective"),
@@ -101,8 +101,14 @@ def check_stages(values: dict, over: dict) -> None:
 
 
 def competing(data) -> str:
-    """What is wrong with a data section that names two sources, or an empty text."""
+    """What is wrong with a data section that names two sources in one place, or an empty text."""
+    for i, source in enumerate(data.sources):
+        if len(keys := [key for key in OWN if getattr(source, key)]) != 1:
+            some = " and ".join(keys) or "none"
+            return f"data.sources.{i}: found {some}; give one of {', '.join(OWN)}"
     found = [key for key in SOURCES if getattr(data, key)]
+    if data.sources and (len(found) != 1 or found[0] not in OWN):
+        return f"data.sources: found beside {' and '.join(found) or 'none'}; give one of {', '.join(OWN)}"
     if len(found) < 2:
         return ""
     both = " and ".join(f"{key} {getattr(data, key)!r}" for key in found)

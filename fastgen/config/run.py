@@ -22,6 +22,7 @@ from fastgen.config.sections import (
 )
 from fastgen.core.paths import is_analytic
 from fastgen.core.yaml_text import dump_yaml
+from fastgen.data.kinds import PICTURES
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
 
 if TYPE_CHECKING:
@@ -152,10 +153,15 @@ class RunConfig(Section):
         """Whether there are images for every stage that reads some, and a reader for pairs."""
         needs = {s.objective.name: requirements_of(s.objective) for s in self.all_stages()}
         for name in (n for n, one in needs.items() if one.real_data):
-            if not (self.data.name or self.data.images):
+            if not any(getattr(self.data, key) for key in PICTURES):
                 raise ValueError(
-                    f"data: no images are named; {name} needs real data: set data.name or data.images"
+                    f"data: no images are named; {name} needs real data: "
+                    f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
                 )
+        if self.data.dispreferred and (self.data.stream or self.data.sources):
+            raise ValueError(
+                "data.dispreferred: found with data.stream or data.sources; pairs are read of one folder"
+            )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
                 "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"

@@ -89,6 +89,10 @@ def run_command(
     return exit_code(lambda: command(args))
 
 
+NOISY_WHEN_IMPORTED = ("bitsandbytes", "torch.utils._pytree")
+"""loggers that warn whenever bitsandbytes and torchao are installed, whether a run uses them or not"""
+
+
 def quiet() -> None:
     """Hide what libraries print below an error: fastgen's own messages are short and name the setting.
 
@@ -100,6 +104,8 @@ def quiet() -> None:
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
+    for name in NOISY_WHEN_IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("diffusers", "transformers", "accelerate"):
         os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
         if os.environ[f"{name.upper()}_VERBOSITY"] == "error":

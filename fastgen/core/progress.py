@@ -15,6 +15,8 @@ EVERY = 30.0
 """seconds between two lines"""
 QUICK = 2.0
 """seconds of a task below which nothing of it is shown; stages of training are always shown"""
+FIRST = 2
+"""reports of a task before its end is foretold"""
 MOST_TIMES = 1000
 """moments that are kept of a task to foretell its end"""
 
@@ -112,8 +114,10 @@ class Progress:
 
     def left(self, now: float) -> float | None:
         """Seconds that the rest will take at the pace of the later half of what was done; None before there
-        is one.
+        is one: the first part of a task also starts it (files, caches, compilation).
         """
+        if len(self.times) <= FIRST:
+            return None
         middle = (self.times[0][0] + self.done) / 2
         earlier = [m for m in self.times if m[0] <= middle and m[0] < self.done]
         if not earlier or self.done >= self.total:

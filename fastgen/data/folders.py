@@ -9,13 +9,13 @@ count as numbers, so 2.png comes before 10.png.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastgen.core.errors import UserError
 from fastgen.data.metadata import read_metadata
-from fastgen.data.pictures import check_regular, decoding, formats
+from fastgen.data.pictures import check_regular, formats
 from fastgen.data.text import read_text
 
 CLIPS = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
@@ -76,29 +76,60 @@ def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool
     check_folder(folder, key)
     kinds, found = CLIPS if clips else formats(), Listing(folder)
     failed: list[OSError] = []
-    for where, folders, files in os.walk(folder, onerror=failed.append):
-        linked = [n for n in folders if os.path.islink(os.path.join(where, n)) and not hidden(n)]
-        found.skipped += [f"{named(n)} (a link to a folder)" for n in linked]
-        folders[:] = sorted((n for n in folders if not hidden(n) and deep), key=natural)
-        for name in files:
-            if not hidden(name):
-                _sort_in(found, Path(where, name), kinds)
+    for entry in _entries(folder, deep, found.skipped, failed):
+        _sort_in(found, entry, kinds)
     found.skipped += [f"{named(e.filename)} ({e.strerror})" for e in failed]
-    found.files.sort(key=lambda p: natural(p.relative_to(folder)))
+    depth = len(folder.parts)
+    found.files.sort(key=lambda p: natural("/".join(p.parts[depth:])))
     return found
 
 
-def _sort_in(found: Listing, path: Path, kinds) -> None:
+def _entries(
+    where: Path | str, deep: bool, skipped: list[str], failed: list[OSError]
+) -> Iterator[os.DirEntry]:
+    """The files of a folder and, with deep, its sub-folders, hidden ones left out; links to folders are named
+    and not followed. Folders say themselves what most of their entries are, so that few files are asked.
+    """
+    try:
+        with os.scandir(where) as found:
+            entries = [entry for entry in found if not hidden(entry.name)]
+    except OSError as error:
+        failed.append(error)
+        return
+    folders = []
+    for entry in entries:
+        if not _is_folder(entry):
+            yield entry
+        elif entry.is_symlink():
+            skipped.append(f"{named(entry.name)} (a link to a folder)")
+        else:
+            folders.append(entry)
+    for entry in sorted(folders, key=lambda e: natural(e.name)) if deep else ():
+        yield from _entries(entry.path, deep, skipped, failed)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _sort_in(found: Listing, entry: os.DirEntry, kinds) -> None:
     """Put one file where it belongs; what is no regular file is named and never opened."""
-    suffix = path.suffix.lower()
-    if suffix not in kinds and suffix != ".txt" and path.name not in METADATA:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in kinds and suffix != ".txt" and entry.name not in METADATA:
         found.others[suffix or "no suffix"] += suffix not in QUIET
         return
+    path = Path(entry.path)
     try:
-        with decoding():
+        if not entry.is_file(follow_symlinks=False):
             check_regular(path)
+    except FileNotFoundError:
+        found.skipped.append(f"{named(path.name)} (it does not exist)")
+        return
     except OSError as error:
-        found.skipped.append(f"{named(path.name)} ({error})")
+        found.skipped.append(f"{named(path.name)} ({error.strerror or error})")
         return
     if path.name in METADATA:
         found.metadata.append(path)
@@ -108,25 +139,48 @@ def _sort_in(found: Listing, path: Path, kinds) -> None:
         found.files.append(path)
 
 
+class Member:
+    """A picture that is no file of its own: a row of a table, a member of an archive."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The picture as a message names it."""
+        raise NotImplementedError
+
+    def read(self) -> bytes:
+        """The encoded picture; an OSError where it cannot be read."""
+        raise NotImplementedError
+
+
 @dataclass
 class Samples:
     """Files of a set with what goes with them, in order: captions and labels are None where there is none."""
 
     listing: Listing
-    files: list[Path]
+    files: Sequence[Path | Member]
     captions: list[str | None]
     labels: list[str | int | None]
     origin: str = ""
     """where the labels come from: a metadata file, "folders", or nothing"""
+    key: str = "data.images"
+    """the setting that a message names"""
 
     def chosen(self, index: list[int]) -> "Samples":
         """Some of them."""
         files, captions = [self.files[i] for i in index], [self.captions[i] for i in index]
-        return Samples(self.listing, files, captions, [self.labels[i] for i in index], self.origin)
+        labels = [self.labels[i] for i in index]
+        return Samples(self.listing, files, captions, labels, self.origin, self.key)
 
     def name(self, i: int) -> str:
         """File i as a message names it."""
-        return named(self.files[i].relative_to(self.listing.folder))
+        file = self.files[i]
+        return named(file.relative_to(self.listing.folder) if isinstance(file, Path) else file.name)
+
+    def paths(self) -> list[Path]:
+        """The files of a set that holds nothing else."""
+        return [file for file in self.files if isinstance(file, Path)]
 
 
 def gather(listing: Listing) -> Samples:
@@ -141,7 +195,7 @@ def gather(listing: Listing) -> Samples:
         captions.append(text)
     labels: list[str | int | None] = [entries[p].label if p in entries else None for p in listing.files]
     origin = ", ".join(p.name for p in listing.metadata) if any(v is not None for v in labels) else ""
-    inner = [p.relative_to(listing.folder).parts for p in listing.files]
-    if not origin and inner and all(len(parts) > 1 for parts in inner):
-        labels, origin = [parts[0] for parts in inner], "folders"
+    depth = len(listing.folder.parts)
+    if not origin and listing.files and all(len(p.parts) > depth + 1 for p in listing.files):
+        labels, origin = [p.parts[depth] for p in listing.files], "folders"
     return Samples(listing, listing.files, captions, labels, origin)

@@ -16,7 +16,7 @@ def drop_missing(values: list, samples: Samples, on_bad: str, what: str) -> Samp
     without = [samples.name(i) for i, value in enumerate(values) if value is None]
     if without and on_bad == "error":
         found = f"{len(without)} of {len(values)} files have no {what}: {some(without)}"
-        raise UserError(KEY, found, f"add the {what}, or data.on_bad_image skip leaves these out")
+        raise UserError(samples.key, found, f"add the {what}, or data.on_bad_image skip leaves these out")
     samples.listing.skipped += [f"{name} (no {what})" for name in without]
     return samples.chosen(kept)
 
@@ -39,7 +39,7 @@ def class_rows(samples: Samples, codec) -> Tensor:
         origin = "class folders" if samples.origin == "folders" else f"labels in {samples.origin}"
         some_names = some(shorten(name, 30) for name in found)
         raise UserError(
-            KEY,
+            samples.key,
             f"{len(found)} {origin} ({some_names}) for a teacher of {codec.num_classes} classes",
             f"name them {some(codec.class_names, 3)}, or give exactly {codec.num_classes}",
         )

@@ -1,104 +1,35 @@
-"""Training data: images become x0 once, labels and prompts become condition rows once, batches are picked
-by index.
-
-The order of samples is a function of (seed, step), so a resumed run continues with the very next batch and no
-iterator state exists.
+"""Training data: images become x0 once, or where they are streamed when a batch has them; labels and prompts
+become condition rows; batches are picked by index.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgen.core.batch import Batch, select
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.progress import tracked
-from fastgen.core.rng import Rng
 from fastgen.data import cache, tables
+from fastgen.data.batches import Data
+from fastgen.data.kinds import kind_of_source, own_source
 from fastgen.data.labels import unlabelled_rows
+from fastgen.data.latents import check_latents, open_latents
 from fastgen.data.media import read_files
 from fastgen.data.sources import Found, control_files, dispreferred_files, read_source
+from fastgen.data.streaming import EncodedLater, Stream, StreamedData
 from fastgen.data.text import cut_prompts
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
 
-
-class Data:
-    """x0 table [N, ...] or None, condition table, and for each sample its condition row.
-
-    own and own_null hold what is each sample's alone, row by row: the image a network is shown.
-    """
-
-    def __init__(
-        self,
-        x0: Tensor | None,
-        cond_table: dict[str, Tensor],
-        rows: Tensor,
-        uncond: dict[str, Tensor],
-        shape,
-        texts: list[str] | None = None,
-        own: dict[str, Tensor] | None = None,
-        own_null: dict[str, Tensor] | None = None,
-        dispreferred: Tensor | None = None,
-    ):
-        """texts: the caption of each row of the condition table; dispreferred: what x0 is preferred to."""
-        self.x0, self.cond_table, self.rows, self.uncond, self.shape = x0, cond_table, rows, uncond, shape
-        self.own, self.own_null, self.texts = own or {}, own_null or {}, texts
-        self.dispreferred = dispreferred
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def first(self, num: int) -> "Data":
-        """The first num samples; all of them for 0."""
-        if not 0 < num < len(self):
-            return self
-        x0 = None if self.x0 is None else self.x0[:num]
-        own, null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
-        worse = None if self.dispreferred is None else self.dispreferred[:num]
-        rows = self.rows[:num]
-        return Data(x0, self.cond_table, rows, self.uncond, self.shape, self.texts, own, null, worse)
-
-    def cond(self, index: Tensor) -> dict[str, Tensor]:
-        return select(self.cond_table, self.rows[index]) | select(self.own, index)
-
-    def null(self, index: Tensor) -> dict[str, Tensor]:
-        shared = {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
-        return shared | select(self.own_null, index)
-
-    def batches(
-        self, batch_size: int, start: int, accumulation: int, rng: Rng, device
-    ) -> Iterator[list[Batch]]:
-        """Windows of `accumulation` micro-batches from step `start` on, endlessly."""
-        per_micro = batch_size * rng.world
-        k = start
-        while True:
-            window = []
-            for micro in range(accumulation):
-                first = (k * accumulation + micro) * per_micro + rng.rank * batch_size
-                index = torch.tensor([self._shuffled(first + i, rng.seed) for i in range(batch_size)])
-                rng.reset(k, micro, stream=1)
-                noise = rng.randn(batch_size, *self.shape)
-                x0 = None if self.x0 is None else self.x0[index].float().to(device)
-                cond = {n: v.to(device) for n, v in self.cond(index).items()}
-                uncond = {n: v.to(device) for n, v in self.null(index).items()}
-                texts = [self.texts[i] for i in self.rows[index].tolist()] if self.texts else None
-                worse = None if self.dispreferred is None else self.dispreferred[index].float().to(device)
-                window.append(Batch(x0, cond, uncond, noise.to(device), index, texts, worse))
-            yield window
-            k += 1
-
-    def _shuffled(self, position: int, seed: int) -> int:
-        """Sample at a position of the endless stream: a fresh permutation every epoch."""
-        epoch, offset = divmod(position, len(self))
-        if getattr(self, "_order_key", None) != (epoch, seed):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            self._order, self._order_key = torch.randperm(len(self), generator=generator), (epoch, seed)
-        return int(self._order[offset])
+MOST_CAPTIONS = 2000
+"""different captions of streamed pictures that are encoded before the first step"""
+FIRST_CAPTIONS = 256
+"""samples whose captions are encoded then if there are more, for what is measured"""
 
 
 @torch.no_grad()
@@ -188,50 +119,100 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
     return cond, null
 
 
+@dataclass
+class Conditions:
+    """What goes with the samples of a source, in the teacher's terms; see `Data`."""
+
+    table: dict[str, Tensor]
+    rows: Tensor
+    uncond: dict[str, Tensor]
+    texts: list[str] | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
+    own_null: dict[str, Tensor] = field(default_factory=dict)
+    later: EncodedLater | None = None
+    """of streamed samples with more captions than are encoded before the first step"""
+
+
 def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
     goes with them.
     """
-    data, found = _load(cfg, teacher, device, pixels)
-    if cfg.dispreferred and found is not None and found.images is not None:
-        files = dispreferred_files(Path(cfg.dispreferred), found)
-        size = tuple(found.images.shape[1:])
-        images = read_files(files, size, "error", key="data.dispreferred")[0]
-        data.dispreferred = encode_images(teacher.codec, images, cfg.cache_dir, device, teacher.path)
-    return data
-
-
-def _load(cfg, teacher: Teacher, device, pixels: bool) -> tuple[Data, Found | None]:
-    """(the data, what the source holds) without the pairs."""
     codec: Any = teacher.codec
+    if cfg.latents:
+        return with_dropout(cfg, codec, open_latents(cfg, teacher, pixels))
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if is_analytic(teacher.path):
         _check_exact(cfg)
         exact: Any = teacher.backbone
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
-        return Data(x0, _label_table(codec), labels, uncond, codec.shape), None
+        return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     cache.check_folder(cfg.cache_dir)
     found = read_source(cfg, codec, device, pixels)
     x0 = None
     if found.images is not None:
         _check_size(found.images, codec, device)
         x0 = encode_images(codec, found.images, cfg.cache_dir, device, teacher.path)
-    num = 10_000 if found.num is None else found.num
     if isinstance(codec, TextCodec):
-        return _text_data(cfg, teacher, found, x0, uncond, num, device), found
+        cond = _text_conditions(cfg, teacher, found, uncond, device)
+    else:
+        cond = _label_conditions(codec, found, uncond, pixels)
+    data: Data
+    if found.reader is None:
+        given = (cond.table, cond.rows, cond.uncond, codec.shape, cond.texts)
+        data = Data(x0, *given, cond.own, cond.own_null)
+        data.order = found.order
+        data.dispreferred = _dispreferred(cfg, codec, found, device, teacher.path)
+    else:
+        data = _streamed(cfg, codec, found, cond, device)
+    return with_dropout(cfg, codec, data)
+
+
+def _dispreferred(cfg, codec, found: Found, device, key: str) -> Tensor | None:
+    """x0 of what each of data.images is preferred to; None without such pairs."""
+    if not cfg.dispreferred or found.images is None:
+        return None
+    files = dispreferred_files(Path(cfg.dispreferred), found)
+    images = read_files(files, tuple(found.images.shape[1:]), "error", key="data.dispreferred")[0]
+    return encode_images(codec, images, cfg.cache_dir, device, key)
+
+
+def _streamed(cfg, codec, found: Found, cond: Conditions, device) -> Data:
+    assert found.reader is not None, "a source that is streamed"
+    stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg)}")
+    _check_size(stream.sound(0)[1]["images"][None], codec, device)
+
+    def encode(images: Tensor) -> Tensor:
+        return codec.encode(images.to(device).float() / 127.5 - 1)
+
+    given = (cond.table, cond.rows, cond.uncond, codec.shape, cond.texts)
+    return StreamedData(stream, encode, *given, cond.later, found.order)
+
+
+def with_dropout(cfg, codec, data: Data) -> Data:
+    """The data with the share of null conditions that the section sets, if the teacher knows them."""
+    data.dropout = cfg.caption_dropout
+    if data.dropout and not (data.uncond and codec.has_null):
+        wrong = f"found {data.dropout:g} for a teacher without a null condition"
+        raise UserError("data.caption_dropout", wrong, "use 0")
+    return data
+
+
+def _label_conditions(codec, found: Found, uncond: dict[str, Tensor], pixels: bool) -> Conditions:
+    """Those of a teacher that takes classes, or nothing."""
+    num = 10_000 if found.num is None else found.num
     rows, table = torch.zeros(num).long(), {}
     if codec.num_classes:
         table = _label_table(codec)
         if found.labels is not None:
             rows = found.labels
             codec.labels(rows)
-        elif found.samples is None:  # no pictures, so there is nothing that a label could be wrong about
+        elif not found.own:  # no pictures, so there is nothing that a label could be wrong about
             rows = torch.arange(num) % codec.num_classes
         else:
             rows = unlabelled_rows(num, codec, pixels)
             null = codec.null(1) if codec.has_null else {}
             table = {k: torch.cat([v, *(null[n] for n in [k] if n in null)]) for k, v in table.items()}
-    return Data(x0, table, rows, uncond, codec.shape), found
+    return Conditions(table, rows, uncond)
 
 
 def look_at(cfg, teacher: Teacher) -> None:
@@ -241,6 +222,9 @@ def look_at(cfg, teacher: Teacher) -> None:
     codec: Any = teacher.codec
     if is_analytic(teacher.path):
         _check_exact(cfg)
+        return
+    if cfg.latents:
+        check_latents(cfg, teacher)
         return
     found = read_source(cfg, codec, "cpu", pixels=False)
     if cfg.dispreferred:
@@ -254,9 +238,8 @@ def look_at(cfg, teacher: Teacher) -> None:
 
 def _check_exact(cfg) -> None:
     """Refuse data for an exact teacher."""
-    if cfg.images or cfg.prompts:
-        key = "data.images" if cfg.images else "data.prompts"
-        raise UserError(key, "given for an exact teacher, which draws its own data", "leave it out")
+    if key := own_source(cfg):
+        raise UserError(f"data.{key}", "given for an exact teacher, which draws its own data", "leave it out")
 
 
 def _check_captions(captions: list[str] | None) -> list[str]:
@@ -270,10 +253,11 @@ def _check_captions(captions: list[str] | None) -> list[str]:
     return captions
 
 
-def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -> Data:
-    """Data of a teacher that takes text, an image, or both."""
+def _text_conditions(cfg, teacher, found: Found, uncond: dict[str, Tensor], device) -> Conditions:
+    """Those of a teacher that takes text, an image, or both."""
     codec: Any = teacher.codec
-    captions = found.captions
+    num = 10_000 if found.num is None else found.num
+    captions, later = found.captions, None
     own: dict[str, Tensor] = {}
     own_null: dict[str, Tensor] = {}
     if codec.family.needs_image:
@@ -282,11 +266,14 @@ def _text_data(cfg, teacher, found: Found, x0, uncond: dict, num: int, device) -
     if not codec.family.takes_text:
         captions = [""] * num
     captions = _check_captions(captions)
+    if found.reader is not None and (different := len(set(captions))) > MOST_CAPTIONS:
+        print(f"data: {different:,} different captions, encoded when a batch has them")
+        later, captions = EncodedLater(codec, captions), captions[:FIRST_CAPTIONS]
     table, rows, texts = _text_rows(codec, captions, device, cfg.cache_dir, teacher.path)
     if own:
         table = {k: v for k, v in table.items() if k not in own}
         uncond = {k: v for k, v in uncond.items() if k not in own_null}
-    return Data(x0, table, rows, uncond, codec.shape, texts, own, own_null)
+    return Conditions(table, rows, uncond, texts, own, own_null, later)
 
 
 def _label_table(codec) -> dict[str, Tensor]:

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
-from fastgen.data.folders import CLIPS, Listing, Samples, gather, named, scan, some
+from fastgen.data.folders import CLIPS, Listing, Member, Samples, gather, named, scan, some
 from fastgen.data.pictures import (
     as_shown,
     check_regular,
     check_size,
+    decode_picture,
+    decoders,
     decoding,
     fit,
-    formats,
     read_picture,
     to_tensor,
 )
@@ -36,11 +37,13 @@ def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tenso
 
 
 def read_files(
-    samples: Samples, size: tuple[int, ...], on_bad: str, limit: int = 0, key: str = "data.images"
+    samples: Samples, size: tuple[int, ...], on_bad: str, limit: int = 0, key: str = ""
 ) -> tuple[Tensor, Samples]:
     """Images (or clips) of the files in order, and which these are: the first `limit` that can be read, all
-    for 0. The others are named in the listing's `skipped`, or fatal.
+    for 0. The others are named in the listing's `skipped`, or fatal. key: that of a UserError, if not the
+    samples' own.
     """
+    key = key or samples.key
     num = min(limit or len(samples.files), len(samples.files))
     found = torch.empty(num, *size, dtype=torch.uint8)
     kept: list[int] = []
@@ -49,14 +52,14 @@ def read_files(
         if len(kept) == num:
             break
         try:
-            one = read_image(path, size) if len(size) == 3 else read_clip(path, size)
+            one = read_one(path, size)
         except OSError as error:
             bad.append(f"{samples.name(i)} ({error})")
             continue
         found[len(kept)] = one
         kept.append(i)
     if on_bad == "error" and (every := [*samples.listing.skipped, *bad]):
-        way = "; data.on_bad_image skip leaves it out" if key == "data.images" else ""
+        way = "; data.on_bad_image skip leaves it out" if key != "data.control" else ""
         raise UserError(key, f"{len(every)} unreadable: {every[0]}", f"repair or remove it{way}")
     if bad:
         print(f"warning: {key}: skipped {len(bad)} unreadable: {some(bad)}")
@@ -68,8 +71,8 @@ def read_files(
     return found[: len(kept)], samples.chosen(kept)
 
 
-def describe(listing: Listing, counts: dict[str, int]) -> str:
-    """One line of what was found in a folder and what was left out."""
+def describe(listing: Listing, counts: dict[str, int], label: str = "") -> str:
+    """One line of what was found in a folder and what was left out; label: which of several it is."""
     parts = [", ".join(f"{n} {what}" for what, n in counts.items())]
     if listing.skipped:
         parts.append(f"{len(listing.skipped)} skipped: {some(listing.skipped)}")
@@ -77,12 +80,23 @@ def describe(listing: Listing, counts: dict[str, int]) -> str:
     if others:
         kinds = some(named(s) for s in others)
         parts.append(f"{sum(others.values())} files of other kinds left out ({kinds})")
-    return f"data: {'; '.join(parts)}"
+    return f"{label or 'data: '}{'; '.join(parts)}"
 
 
-def read_image(path: Path, size: tuple[int, ...]) -> Tensor:
+def read_one(file: Path | Member, size: tuple[int, ...]) -> Tensor:
+    """An image [C, H, W], or for a size of four a clip [C, F, H, W]; an OSError where it cannot be read."""
+    if len(size) == 3:
+        return read_image(file, size)
+    if isinstance(file, Path):
+        return read_clip(file, size)
+    raise OSError("clips are read from folders")
+
+
+def read_image(file: Path | Member, size: tuple[int, ...]) -> Tensor:
     """One image [C, H, W] as a viewer shows it, scaled and cropped about its middle."""
-    return fit(read_picture(path, "L" if size[0] == 1 else "RGB"), size)
+    mode = "L" if size[0] == 1 else "RGB"
+    image = read_picture(file, mode) if isinstance(file, Path) else decode_picture(file.read(), mode)
+    return fit(image, size)
 
 
 def read_clip(path: Path, size: tuple[int, ...]) -> Tensor:
@@ -110,7 +124,7 @@ def _animated(path: Path, num: int, shown: Callable) -> list[Tensor]:
 
     with decoding():
         check_regular(path)
-        with Image.open(path, formats=sorted(set(formats().values()))) as image:
+        with Image.open(path, formats=decoders()) as image:
             check_size(image)
             return [shown(frame.copy()) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
 

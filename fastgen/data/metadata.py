@@ -36,8 +36,8 @@ def read_metadata(files: list[Path]) -> dict[Path, Entry]:
             both = f"{folders[file.parent].name} and {file.name} are both in {file.parent}"
             raise UserError(KEY, both, "keep one of the two")
         folders[file.parent] = file
-        rows = _csv_rows if file.suffix == ".csv" else _json_rows
-        for line, row in rows(file):
+        rows = csv_rows if file.suffix == ".csv" else json_rows
+        for line, row in rows(file, KEY, WANTED):
             path, entry = _entry(file, line, row)
             if path in found:
                 first = f"{shorten(row['file_name'])} was already on line {found[path].line}"
@@ -46,54 +46,58 @@ def read_metadata(files: list[Path]) -> dict[Path, Entry]:
     return found
 
 
-def _mistake(file: Path, line: int, found: str, wanted: str = WANTED) -> UserError:
-    return UserError(KEY, f"{file} line {line}: {found}", wanted)
+def _mistake(file: Path, line: int, found: str, wanted: str = WANTED, key: str = KEY) -> UserError:
+    return UserError(key, f"{file} line {line}: {found}", wanted)
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Objects of a JSON-lines file with their line numbers."""
+def json_rows(file: Path, key: str, wanted: str) -> Iterator[tuple[int, dict]]:
+    """Objects of a JSON-lines file with their line numbers; key and wanted are those of a UserError."""
 
     def once(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key is given twice")
         return dict(pairs)
 
-    for line, text in enumerate(read_text(file, KEY, WANTED).split("\n"), 1):
+    for line, text in enumerate(read_text(file, key, wanted).split("\n"), 1):
         if not text.strip():
             continue
         try:
             row = json.loads(text, object_pairs_hook=once)
         except json.JSONDecodeError as error:
-            raise _mistake(file, line, f"not JSON ({error.msg} at column {error.colno})") from None
+            what = f"not JSON ({error.msg} at column {error.colno})"
+            raise _mistake(file, line, what, wanted, key) from None
         except (ValueError, RecursionError) as error:
             what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise _mistake(file, line, f"not usable ({what[:80]})") from None
+            raise _mistake(file, line, f"not usable ({what[:80]})", wanted, key) from None
         if not isinstance(row, dict):
-            raise _mistake(file, line, f"holds {shorten(text.strip(), 40)}, not an object")
+            what = f"holds {shorten(text.strip(), 40)}, not an object"
+            raise _mistake(file, line, what, wanted, key)
         yield line, row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Rows of a comma-separated file with a header; an empty text is a caption, an empty label is none."""
-    reader = csv.reader(io.StringIO(read_text(file, KEY, WANTED), newline=""), strict=True)
+def csv_rows(file: Path, key: str, wanted: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a comma-separated file with a header; an empty text is a caption, an empty label is none.
+
+    key and wanted are those of a UserError; metadata needs a column file_name.
+    """
+    reader = csv.reader(io.StringIO(read_text(file, key, wanted), newline=""), strict=True)
     wanted = "a header line such as file_name,text and as many fields on every line"
     try:
         header = [name.strip() for name in next(reader, [])]
-        if "file_name" not in header or len(set(header)) < len(header):
-            raise _mistake(file, 1, f"header {shorten(','.join(header))}", wanted)
+        if (key == KEY and "file_name" not in header) or len(set(header)) < len(header):
+            raise _mistake(file, 1, f"header {shorten(','.join(header))}", wanted, key)
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
-                raise _mistake(
-                    file, reader.line_num, f"{len(row)} fields, {len(header)} in the header", wanted
-                )
+                what = f"{len(row)} fields, {len(header)} in the header"
+                raise _mistake(file, reader.line_num, what, wanted, key)
             values: dict = dict(zip(header, row))
             if not values.get("label", "").strip():
                 values.pop("label", None)
             yield reader.line_num, values
     except csv.Error as error:
-        raise _mistake(file, reader.line_num, f"not usable ({error})", wanted) from None
+        raise _mistake(file, reader.line_num, f"not usable ({error})", wanted, key) from None
 
 
 def _entry(file: Path, line: int, row: dict) -> tuple[Path, Entry]:

@@ -9,7 +9,9 @@ Whatever is wrong with a file's content is an OSError with a short reason.
 
 import contextlib
 import io
+import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -43,23 +45,47 @@ def formats() -> dict[str, str]:
     return {s.lower(): f for s, f in known.items() if f in Image.OPEN and f not in NOT_PICTURES}
 
 
+@cache
+def decoders() -> tuple[str, ...]:
+    """Pillow's names of these formats."""
+    return tuple(sorted(set(formats().values())))
+
+
 def is_picture(path: Path) -> bool:
     """Whether the file's name is a picture's."""
     return path.suffix.lower() in formats()
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: str | Path) -> None:
     """An OSError unless the path is a regular file: pipes, devices and sockets are never opened."""
-    mode = path.stat().st_mode
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return
     kinds = (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, ""),
     )
     kind = next((name for test, name in kinds if test(mode)), "a device")
-    if kind:
-        raise OSError(f"{kind}, not a file")
+    raise OSError(f"{kind}, not a file")
+
+
+@contextlib.contextmanager
+def _no_remarks() -> Iterator[None]:
+    """Silence Pillow's remarks on odd files; what matters is raised. The filters of warnings belong to the
+    whole process, so other threads than the main one leave them alone (see `silence_threads`).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def silence_threads() -> None:
+    """Pillow's remarks are not shown from now on, for pictures that are decoded in threads."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @contextlib.contextmanager
@@ -67,8 +93,7 @@ def decoding() -> Iterator[None]:
     """Whatever a decoder raises on somebody's file, as an OSError with one short line."""
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is raised
+    with _no_remarks():
         try:
             yield
         except FileNotFoundError:
@@ -100,7 +125,7 @@ def decode_picture(data: bytes, mode: str = "RGB"):
 def _read(file, mode: str, data: Callable[[], bytes]):
     from PIL import Image
 
-    with Image.open(file, formats=sorted(set(formats().values()))) as image:
+    with Image.open(file, formats=decoders()) as image:
         check_size(image)
         _check_scans(image, data)
         return as_shown(image, mode)
@@ -112,7 +137,7 @@ def kind_of(file) -> str:
     """
     from PIL import Image
 
-    with decoding(), Image.open(file, formats=sorted(set(formats().values()))) as image:
+    with decoding(), Image.open(file, formats=decoders()) as image:
         if image.mode in TRANSPARENT or "transparency" in image.info:
             return "alpha"
         return "grey" if image.mode in ("1", "L", "F") or image.mode.startswith("I") else ""

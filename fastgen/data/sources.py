@@ -1,5 +1,6 @@
-"""The one source of a run's data: a bundled set, a folder of pictures or clips, or a file of prompts."""
+"""The source of a run's data: a bundled set, pictures or clips of a user, or a file of prompts."""
 
+import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,15 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import NAMES, load_images, load_labels
-from fastgen.data.folders import Listing, Samples, check_folder, gather, named, scan, some
+from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
+from fastgen.data.kinds import kind_of_source
 from fastgen.data.labels import class_rows, drop_missing
+from fastgen.data.latents import read_manifest
 from fastgen.data.media import describe, read_files
+from fastgen.data.order import Order
+from fastgen.data.readers import check_named, gathered
+from fastgen.data.streaming import PictureReader
+from fastgen.data.tables import LARGE
 from fastgen.data.text import read_lines
 from fastgen.networks.codecs import TextCodec
 
@@ -25,15 +32,20 @@ class Found:
     captions: list[str] | None = None
     samples: Samples | None = None  # the files of a folder
     total: int | None = None  # samples before data.limit
+    reader: PictureReader | None = None  # instead of images where they are streamed
+    order: Order | None = None  # of the samples of several sources
+    own: bool = False  # whether they are a user's
 
     @property
     def num(self) -> int | None:
         """Samples, or None without any source."""
         files = None if self.samples is None else self.samples.files
-        lists: tuple[Sized | None, ...] = (self.images, self.labels, self.captions, files)
+        lists: tuple[Sized | None, ...] = (self.images, self.reader, self.labels, self.captions, files)
         return next((len(v) for v in lists if v is not None), None)
 
 
+MANY = 20_000
+"""files of a set from which on it is streamed"""
 PROMPTS = "a text file with one prompt a line"
 
 
@@ -42,6 +54,13 @@ def check_there(cfg) -> None:
     for key in ("images", "control", "dispreferred"):
         if path := getattr(cfg, key):
             check_folder(Path(path).expanduser(), f"data.{key}")
+    for i, source in enumerate(cfg.sources):
+        if source.images:
+            check_folder(Path(source.images).expanduser(), f"data.sources.{i}.images")
+    for key, source in [("data", cfg), *((f"data.sources.{i}", s) for i, s in enumerate(cfg.sources))]:
+        check_named(source, key)
+    if cfg.latents:
+        read_manifest(Path(cfg.latents).expanduser())
     if cfg.prompts and not Path(cfg.prompts).expanduser().is_file():
         read_lines(cfg.prompts, "data.prompts", PROMPTS)  # says what is wrong with it
 
@@ -56,8 +75,8 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
         _check_wanted(cfg, codec)
     if cfg.name:
         return _bundled(cfg, pixels)
-    if cfg.images:
-        return _folder(cfg, codec, device, pixels)
+    if kind_of_source(cfg):
+        return _own(cfg, codec, device, pixels)
     if cfg.prompts:
         # beside control images every line has its place
         lines = read_lines(cfg.prompts, "data.prompts", PROMPTS, keep_blank=bool(cfg.control))
@@ -77,6 +96,9 @@ def _check_wanted(cfg, codec) -> None:
         found = f"found {cfg.prompts} for a teacher that takes {kind}"
         raise UserError("data.prompts", found, "leave it out")
     shown = isinstance(codec, TextCodec) and codec.family.needs_image
+    if cfg.control and kind_of_source(cfg) not in ("", "images"):
+        found = f"found beside data.{kind_of_source(cfg)}"
+        raise UserError("data.control", found, "its images go with those of a folder: data.images")
     if cfg.control and (not shown or codec.family.temporal):
         what = "takes its first frames from data.images" if shown else "takes no control images"
         raise UserError("data.control", f"found {cfg.control} for a teacher that {what}", "leave it out")
@@ -103,37 +125,82 @@ def _bundled(cfg, pixels: bool) -> Found:
     return found
 
 
-def _folder(cfg, codec, device, pixels: bool) -> Found:
+def _own(cfg, codec, device, pixels: bool) -> Found:
+    """A user's pictures: those of the section itself, then those of data.sources."""
     size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[1:]) if pixels else ()
     clips = len(size) == 4 if pixels else bool(codec.family is not None and codec.family.temporal)
-    samples = gather(scan(Path(cfg.images), clips))
-    total = len(samples.files)
+    sources = [(cfg, "data"), *((one, f"data.sources.{i}") for i, one in enumerate(cfg.sources))]
+    named_once = len(sources) == 1
+    if not named_once and cfg.control:
+        raise UserError("data.control", "found beside data.sources", "use one source with control images")
+    kinds = [kind_of_source(one) for one, _ in sources]
+    keys = [f"{key}.{kind}" for (_, key), kind in zip(sources, kinds)]
+    sets = [gathered(one, cfg, key, clips) for (one, _), key in zip(sources, keys)]
+    totals = [len(one.files) for one in sets]
+    stream = pixels and sum(totals) > 0 and streams(cfg, codec, size, sum(totals))
+    founds = []
+    for one, key in zip(sets, keys):
+        founds.append(_one_set(cfg, codec, one, "" if named_once else f"{key}: ", (size, stream), pixels))
+    found = founds[0] if named_once else _together(founds, [one.weight for one, _ in sources])
+    found.own, found.total = True, sum(totals)
+    if stream:
+        found.reader = PictureReader([one.samples for one in founds if one.samples], size)
+    return found
+
+
+def _one_set(cfg, codec, samples: Samples, label: str, how: tuple[tuple, bool], pixels: bool) -> Found:
+    """Pictures, labels and captions of one source; how: the size of its pictures, and whether they are
+    streamed.
+    """
+    size, stream = how
+    read, strict = pixels and not stream, cfg.on_bad_image == "error"
     needed = takes_text(codec) and any(text is not None for text in samples.captions)
-    if needed and not (pixels and cfg.on_bad_image == "error"):
+    if needed and not (read and strict):
         samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
     elif codec.num_classes and samples.origin:
         samples = drop_missing(samples.labels, samples, cfg.on_bad_image, "label")
         samples.labels = class_rows(samples, codec).tolist()
     images = None
-    if pixels or not samples.files:
+    if read or not samples.files:
         images, samples = read_files(samples, size, cfg.on_bad_image, cfg.limit)
     elif cfg.limit:
         samples = samples.chosen(list(range(min(cfg.limit, len(samples.files)))))
     if needed:  # where both are errors, a file that is no picture is named before its missing caption
         samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
     captions = [text for text in samples.captions if text is not None]
-    counts = {"images" if pixels else "files, of which no pixel is read": len(samples.files)}
+    what = "files, read when a batch has them" if stream else "files, of which no pixel is read"
+    counts = {"images" if read else what: len(samples.files)}
     counts |= {"captions": len(captions)} if takes_text(codec) else {}
     labelled = codec.num_classes and samples.origin
     counts |= {"labels": len(samples.files)} if labelled else {}
-    print(describe(samples.listing, counts))
+    print(describe(samples.listing, counts, label))
+    labels = torch.tensor(samples.labels).long() if labelled else None
+    return Found(images, labels, captions or None, samples)
+
+
+def _together(founds: list[Found], weights: list[float]) -> Found:
+    """Several sources as one, in their order; captions or labels that one of them lacks are none."""
+    images = [one.images for one in founds if one.images is not None]
+    labels = [one.labels for one in founds if one.labels is not None]
+    captions = [one.captions for one in founds if one.captions is not None]
+    sizes = [len(one.samples.files) for one in founds if one.samples]
     return Found(
-        images,
-        torch.tensor(samples.labels).long() if labelled else None,
-        captions or None,
-        samples,
-        total,
+        torch.cat(images) if images else None,
+        torch.cat(labels) if len(labels) == len(founds) else None,
+        [text for part in captions for text in part] if len(captions) == len(founds) else None,
+        order=Order(sizes, weights),
     )
+
+
+def streams(cfg, codec, size: tuple[int, ...], num: int) -> bool:
+    """Whether num pictures of a size are read when batches need them."""
+    shown = isinstance(codec, TextCodec) and codec.family.needs_image
+    if cfg.stream == "always" and shown:
+        found = f"found always for {codec.family.name}, which is shown an image of every sample"
+        raise UserError("data.stream", found, "use auto or never")
+    if cfg.stream != "auto" or shown:
+        return cfg.stream == "always"
+    return num > MANY or num * math.prod(size) > LARGE
 
 
 def control_files(folder: Path, found: Found, what: str) -> Samples:
@@ -147,7 +214,8 @@ def control_files(folder: Path, found: Found, what: str) -> Samples:
     own = found.samples
     if own is not None:
         there = {path.relative_to(listing.folder).with_suffix(""): path for path in files}
-        names = [path.relative_to(own.listing.folder).with_suffix("") for path in own.files]
+        own_files = own.paths()
+        names = [path.relative_to(own.listing.folder).with_suffix("") for path in own_files]
         missing = [named(name) for name in names if name not in there]
         if not missing and len(there) == len(files):
             return _without_text(listing, [there[name] for name in names])
@@ -161,7 +229,7 @@ def control_files(folder: Path, found: Found, what: str) -> Samples:
         return _without_text(listing, files[: found.num])
     place = {path: i for i, path in enumerate(own.listing.files)}
     print("data: control images go with the images by their order: no names are the same")
-    return _without_text(listing, [files[place[path]] for path in own.files])
+    return _without_text(listing, [files[place[path]] for path in own_files])
 
 
 def dispreferred_files(folder: Path, found: Found) -> Samples:

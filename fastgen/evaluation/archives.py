@@ -3,8 +3,6 @@
 """
 
 import io
-import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,13 +12,10 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import sha256
-from fastgen.data.folders import named, natural
-from fastgen.data.pictures import decode_picture, formats, kind_of, to_tensor
+from fastgen.data.folders import named
+from fastgen.data.pictures import decode_picture, kind_of, to_tensor
+from fastgen.data.shards import Members, check_end, picture_of, said, samples_in, shard_files
 from fastgen.evaluation.sources import Source, joined, warn_converted
-
-MOST_BYTES = 256 * 2**20
-"""of one member"""
-SPAN = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_archive(text: str) -> bool:
@@ -29,22 +24,6 @@ def is_archive(text: str) -> bool:
         return True
     folder = Path(text).expanduser()
     return folder.is_dir() and any(folder.glob("*.tar"))
-
-
-def _files(text: str, key: str) -> list[Path]:
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return sorted(path.glob("*.tar"), key=natural)
-    span = SPAN.search(text)
-    if not span:
-        return [path]
-    first, last = span.groups()
-    numbers = range(int(first), int(last) + 1)
-    if len(numbers) > 100_000:
-        raise UserError(key, f"{text} names {len(numbers)} files", "give fewer shards")
-    return [
-        Path(f"{text[: span.start()]}{i:0{len(first)}d}{text[span.end() :]}").expanduser() for i in numbers
-    ]
 
 
 class Archives(Source):
@@ -57,13 +36,13 @@ class Archives(Source):
         self._told = False
         texts: dict[int, str] = {}
         labels: dict[int, int] = {}
-        for name, members in self._samples(read_pictures=False):
+        for archive, name, members in self._samples():
             index = len(self.names)
             self.names.append(name)
-            caption, label = _said(members)
+            caption, label = said(archive, members, ("caption",), ("label",))
             if caption is not None:
                 texts[index] = caption
-            if label is not None:
+            if isinstance(label, int):
                 labels[index] = label
         if not self.names:
             raise UserError(key, f"{self.name} holds no images", "add png, jpg, webp or other image files")
@@ -74,22 +53,24 @@ class Archives(Source):
     def __len__(self) -> int:
         return len(self.names)
 
-    def _samples(self, read_pictures: bool = True) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """(name, members by suffix), those that have a picture."""
-        kinds = formats()
+    def _samples(self) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
+        """(archive, name, files) of each sample that has a picture."""
         for file in self.files:
             try:
-                _check_end(file)
+                check_end(file)
                 with tarfile.open(file, "r:") as archive:
-                    yield from _grouped(archive, kinds, read_pictures)
+                    for name, members in samples_in(archive):
+                        yield archive, name, members
             except (OSError, tarfile.TarError, EOFError) as error:
                 found = f"{file} cannot be read ({error})"
                 raise UserError(self.key, found, "give a webdataset .tar file") from None
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         seen: Counter = Counter()
-        for name, members in self._samples():
-            data = next(v for k, v in members.items() if k in formats())
+        for archive, name, members in self._samples():
+            info = picture_of(members)
+            file = archive.extractfile(info) if info else None
+            data = file.read() if file else b""
             try:
                 seen[kind_of(io.BytesIO(data))] += 1
                 image = to_tensor(decode_picture(data))
@@ -105,59 +86,9 @@ class Archives(Source):
         return joined(sha256(file) for file in self.files)
 
 
-def _check_end(file: Path) -> None:
-    """An OSError of an archive without the two blocks of zeros that end one: tarfile would stop quietly."""
-    with open(file, "rb") as opened:
-        opened.seek(max(0, file.stat().st_size - 1024))
-        if opened.read().strip(b"\0") or file.stat().st_size < 1024:
-            raise OSError("it is cut short, or no archive")
-
-
-def _grouped(archive: tarfile.TarFile, kinds, read_pictures: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
-    name = ""
-    members: dict[str, bytes] = {}
-    for info in archive:
-        base, dot, suffix = info.name.rpartition("/")[2].partition(".")
-        if not info.isfile() or not dot or not base:
-            continue
-        key = f"{info.name[: len(info.name) - len(suffix) - 1]}"
-        if key != name:
-            if any(k in kinds for k in members):
-                yield name, members
-            name, members = key, {}
-        suffix = "." + suffix.lower()
-        if info.size > MOST_BYTES:
-            raise OSError(f"{info.name} has {info.size / 2**20:.0f} MiB")
-        wanted = suffix not in kinds or read_pictures
-        found = archive.extractfile(info) if wanted else None
-        members[suffix] = found.read() if found else b""
-    if any(k in kinds for k in members):
-        yield name, members
-
-
-def _said(members: dict[str, bytes]) -> tuple[str | None, int | None]:
-    """Caption and class of a sample."""
-    caption: str | None = None
-    label: int | None = None
-    if ".json" in members:
-        try:
-            entry = json.loads(members[".json"])
-        except (ValueError, RecursionError):
-            entry = {}
-        if isinstance(entry, dict):
-            text, number = entry.get("caption"), entry.get("label")
-            caption = text if isinstance(text, str) else None
-            label = number if isinstance(number, int) else None
-    if ".txt" in members:
-        caption = members[".txt"].decode("utf-8", "replace").strip()
-    if ".cls" in members and members[".cls"].strip().isdigit():
-        label = int(members[".cls"])
-    return caption, label
-
-
 def archives(text: str, key: str) -> Archives:
     """Opened; a UserError of the first file that is not there."""
-    files = _files(text, key)
+    files = shard_files(text, key)
     if missing := [f for f in files if not f.is_file()]:
         raise UserError(
             key, f"{missing[0]} does not exist", "give a webdataset .tar file, or shard-{000..010}.tar"

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from fastgen.core import interrupt
-from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
-from fastgen.evaluation import label_free
+from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
-from fastgen.evaluation.reconstruction import NAME as RECON
-from fastgen.evaluation.reconstruction import reconstructions
+from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
+from fastgen.evaluation.requests import Requests
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
-from fastgen.networks.codecs import TextCodec
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
+MOST_FORGOTTEN, MOST_SHOWN = 500, 100
+"""samples of what was to be forgotten: of a student, of its slower teacher"""
 SPEED_BATCH = 20
 """samples of a timed call, or the batch size where that is less"""
 
@@ -49,71 +49,10 @@ class EvaluationProtocol:
     batch_size: int
     seed: int
     """of the first sample"""
+    forgets: tuple[str, ...] = ()
+    """classes or words of prompts that the student was to forget; the others alone are measured"""
     own_data: bool = False
     """whether the data are a user's: their captions and images are measured against, no bundled set's"""
-
-
-MOST_WIDTH = 100
-"""characters of a line of the final table"""
-
-
-class Requests:
-    """What a generator is to draw: condition rows, and the attributes a measuring net should find."""
-
-    def __init__(self, teacher, data, own_data: bool = False):
-        """own_data: captions are those of the data, also for a teacher of a bundled set."""
-        codec = teacher.codec
-        self.codec, self.uncond, self.own = codec, data.uncond, None
-        self.attributes: dict[str, Tensor] = {}
-        self.captions: list[str] | None = None
-        """the text of each row of the table"""
-        measure = (teacher.info or {}).get("measure")
-        if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
-            from fastgen.data.bundled import load_images
-
-            held = load_images("tinted", "heldout")
-            assert held.captions is not None and held.attributes is not None, "tinted images have both"
-            unique = sorted(set(held.captions))
-            self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
-            where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes, self.captions = held.attributes, unique
-        elif codec.num_classes:
-            self.table = codec.labels(torch.arange(codec.num_classes))
-            self.rows = torch.arange(codec.num_classes)
-            self.attributes = {"class": self.rows}
-        else:
-            self.table, self.rows = data.cond_table, data.rows
-            self.own, self.captions = (data if data.own else None), data.texts
-
-    def cond(self, index: Tensor) -> dict[str, Tensor]:
-        if self.own is not None:
-            return self.own.cond(index % len(self.rows))
-        return select(self.table, self.rows[index % len(self.rows)])
-
-    def null(self, index: Tensor) -> dict[str, Tensor]:
-        if self.own is not None:
-            return self.own.null(index % len(self.rows))
-        return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
-
-    def texts(self, num: int) -> list[str] | None:
-        """The prompts of the first num requests; None for a teacher that takes none."""
-        if self.captions is None:
-            return None
-        return [self.captions[int(i)] for i in self.rows[torch.arange(num) % len(self.rows)]]
-
-    def words(self, num: int) -> list[str]:
-        """What the first num requests ask for, as people read it: prompts, names of classes, or nothing."""
-        texts = self.texts(num)
-        if texts is None and self.codec.num_classes:
-            names = getattr(self.codec, "class_names", [])
-            rows = [int(self.rows[i % len(self.rows)]) for i in range(num)]
-            texts = [names[row] if row < len(names) else f"class {row}" for row in rows]
-        return texts or [""] * num
-
-    def wanted(self, num: int) -> dict[str, Tensor]:
-        index = torch.arange(num) % len(self.rows)
-        return {k: v[index] for k, v in self.attributes.items()}
 
 
 class Evaluator:
@@ -121,18 +60,24 @@ class Evaluator:
 
     def __init__(self, protocol: EvaluationProtocol, cast, data, metrics: RunMetrics | None = None):
         """metrics: those that the user chose, besides the ones of the teacher's own set."""
-        from fastgen.evaluation.metrics.fd_mini import measurer_for
+        from fastgen.evaluation.metrics.fd_mini import measurer_for, shows
 
         self.protocol, self.cast, self.metrics = protocol, cast, metrics
         self.requests = Requests(cast.teacher, data, protocol.own_data)
+        self.forgotten: Requests | None = None
+        """requests for what the student was to forget"""
         self.x0 = getattr(data, "x0", None) if protocol.own_data else None
         teacher = cast.teacher
+        values = () if teacher.is_analytic else self.requests.values(protocol.forgets)
+        if values:
+            asked = shows(self.requests.attributes, values)
+            self.requests, self.forgotten = self.requests.divided(asked)
         self.measurer = (
             ToyMeasurer(teacher.backbone)
             if teacher.is_analytic
             else None
             if protocol.own_data
-            else measurer_for(teacher.info, cast.device)
+            else measurer_for(teacher.info, cast.device, values)
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
@@ -160,12 +105,14 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def _batch(self, who: str, first: int, num: int, seed: int, steps: int) -> Tensor:
+    def _batch(
+        self, who: str, first: int, num: int, seed: int, steps: int, requests: Requests | None = None
+    ) -> Tensor:
         """The batch that begins with image `first` of num."""
-        codec, device = self.cast.teacher.codec, self.cast.device
+        codec, device, requests = self.cast.teacher.codec, self.cast.device, requests or self.requests
         index = torch.arange(first, min(first + self.protocol.batch_size, num))
-        cond = {k: v.to(device) for k, v in self.requests.cond(index).items()}
-        uncond = {k: v.to(device) for k, v in self.requests.null(index).items()}
+        cond = {k: v.to(device) for k, v in requests.cond(index).items()}
+        uncond = {k: v.to(device) for k, v in requests.null(index).items()}
         x0 = self._sample(who, [seed + int(i) for i in index], cond, uncond, steps)
         images = codec.decode(x0) if len(codec.shape) > 1 else x0
         check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
@@ -194,6 +141,18 @@ class Evaluator:
         texts, wanted = self.requests.texts(num), self.requests.wanted(num)
         about = Samples(texts, wanted, len(self.requests.rows), self._generator(who, steps))
         return found | self.metrics.scores(images, about)
+
+    def unlearned(self, who: str, images: Tensor, steps: int = 0) -> dict[str, float]:
+        """What is left of what the student was to forget, on images of it; `images` are those that `who` made
+        for the other requests. Empty where nothing was to be forgotten.
+        """
+        if self.forgotten is None or self.measurer is None or isinstance(self.measurer, ToyMeasurer):
+            return {}
+        num, seed = min(len(images), MOST_SHOWN if who == "teacher" else MOST_FORGOTTEN), self.protocol.seed
+        firsts = range(0, num, self.protocol.batch_size)
+        gone = torch.cat([self._batch(who, i, num, seed, steps, self.forgotten) for i in firsts])
+        kept = (images, self.requests.wanted(len(images)))
+        return self.measurer.unlearned(kept, (gone, self.forgotten.wanted(num)))
 
     def _generator(self, who: str, steps: int) -> Generator:
         """What draws the samples of `who`, for metrics of its speed."""
@@ -240,15 +199,24 @@ def check_counts(protocol: EvaluationProtocol, primary: str, least: int) -> None
             raise UserError(key, found, "raise it, or set it to 0 to measure nothing")
 
 
-def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | None = None) -> dict:
+def measure(
+    evaluator: Evaluator,
+    show: Callable[[str, int, Tensor], None] | None = None,
+    remeasure_teacher: bool = True,
+) -> dict:
     """results.json but for its train section: same requests and seeds for all, timed side by side.
 
     show is handed each contender's measured images: its name, the step count (0: its own), [N, C, H, W].
+    Without remeasure_teacher the numbers of a bundled teacher are those on record for this protocol, where
+    there are any, and one batch of its samples is drawn to be shown.
     """
     protocol = evaluator.protocol
     who = ["teacher", "untrained_student", "student"] if protocol.few_step else ["student"]
     num = protocol.num_samples
     counts = {n: (protocol.teacher_samples or num) if num and n == "teacher" else num for n in who}
+    known = (
+        None if remeasure_teacher or not num else recorded_teachers.find(evaluator, counts.get("teacher", 0))
+    )
 
     seen: dict[str, dict] = {}
     teacher: dict = {}
@@ -258,14 +226,16 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
     def row(name: str, steps: int = 0) -> dict:
         if not counts[name]:
             return {"nfe": evaluator.nfe(name, steps)}
-        images = evaluator.images(name, counts[name], protocol.seed, steps)
+        recorded = known if name == "teacher" else None
+        drawn = min(protocol.batch_size, counts[name]) if recorded else counts[name]
+        images = evaluator.images(name, drawn, protocol.seed, steps)
         if show is not None:
             show(name, steps, images)
+        if recorded:
+            seen[name] = recorded["look"]
+            return recorded["teacher"]
         seen.setdefault(name, look(images, len(evaluator.requests.rows)))
-        beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
-        if recon is not None:
-            beside |= recon.distance(images)
-        return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
+        return scored(evaluator, name, images, steps, recon, teacher)
 
     speed_batch = min(SPEED_BATCH, protocol.batch_size)
     seconds = _times(evaluator, who, speed_batch)
@@ -284,9 +254,17 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         found["look"] = seen
     if evaluator.metrics is not None:
         found["chosen"] = list(evaluator.metrics.better)
-    times = list(evaluator.cast.parts["student"].times) if protocol.few_step else None
-    found["protocol"] = {
-        "num_samples": num,
+    found["protocol"] = _described(evaluator, counts, speed_batch)
+    if known:
+        found["protocol"]["teacher_measured"] = known["measured"]
+    return found
+
+
+def _described(evaluator: Evaluator, counts: dict[str, int], speed_batch: int) -> dict[str, Any]:
+    """What the numbers are to be quoted with."""
+    protocol = evaluator.protocol
+    return {
+        "num_samples": protocol.num_samples,
         "teacher_samples": counts.get("teacher", 0),
         "seed": protocol.seed,
         **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
@@ -294,12 +272,22 @@ def measure(evaluator: Evaluator, show: Callable[[str, int, Tensor], None] | Non
         **({"tuned_by": evaluator.tuned_by} if evaluator.tuned_by else {}),
         "guidance": protocol.guidance,
         "teacher_steps": protocol.teacher_steps,
-        "student_times": times,
+        "student_times": list(evaluator.cast.parts["student"].times) if protocol.few_step else None,
         "speed_batch": speed_batch,
         "device": str(evaluator.cast.device),
         "threads": torch.get_num_threads(),
     }
-    return found
+
+
+def scored(
+    evaluator: Evaluator, name: str, images: Tensor, steps: int, recon: Reconstructions | None, teacher: dict
+) -> dict[str, float]:
+    """All numbers of the images of one contender; `teacher` keeps what the others are compared with."""
+    beside = _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
+    if recon is not None:
+        beside |= recon.distance(images)
+    beside |= evaluator.unlearned(name, images, steps)
+    return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
 
 def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict) -> dict[str, float]:
@@ -326,49 +314,3 @@ def _beside_teacher(evaluator: Evaluator, name: str, images: Tensor, known: dict
 def _times(evaluator: Evaluator, who: list[str], num: int) -> dict[str, float]:
     draws = {name: partial(evaluator._batch, name, 0, num, 0, 0) for name in who}
     return interleaved(draws, num, repeats=3)
-
-
-def table(results: dict) -> str:
-    """One line each: teacher, untrained student, student (at every step count measured), real images."""
-    first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "recall", "clip"),
-        ("nfe", "seconds_per_sample"),
-    )
-    chosen = tuple(results.get("chosen", ()))
-    free = ("fd_own_images", "fd_teacher_features", "saturation_ratio", "sharpness_ratio", "diversity_ratio")
-    wanted = tuple(dict.fromkeys((*first, *chosen, *free, *last)))
-    rows = [
-        (n.replace("_", " "), results[n]) for n in ("teacher", "untrained_student", "student") if n in results
-    ]
-    rows += [
-        (f"student, {n} step{'s' * (n != '1')}", row)
-        for n, row in results.get("student_by_steps", {}).items()
-    ]
-    rows += [("real (floor)", results["floor"])] if "floor" in results else []
-    rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
-    columns = [c for c in wanted if any(c in row for _, row in rows)]
-    names = {c: c.replace("_per_sample", "/sample") for c in columns}
-    if 19 + 16 * len(columns) > MOST_WIDTH or any(len(n) > 15 for n in names.values()):
-        return _upright(rows, names)
-    lines = [" " * 19 + "".join(f"{n:>16}" for n in names.values())]
-    for name, row in rows:
-        lines.append(f"{name:<19}" + "".join(f"{row[c]:>16.4g}" if c in row else " " * 16 for c in columns))
-    return "\n".join(lines)
-
-
-def _upright(rows: list[tuple[str, dict]], names: dict[str, str]) -> str:
-    """One line a metric, for long or many names."""
-    first = max(map(len, names.values())) + 2
-    widths = [max(len(name) + 2, 11) for name, _ in rows]
-    lines = [" " * first + "".join(f"{name:>{w}}" for (name, _), w in zip(rows, widths))]
-    for key, name in names.items():
-        cells = [f"{row[key]:.4g}" if key in row else "" for _, row in rows]
-        lines.append(f"{name:<{first}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths)))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def teacher_card(results: dict) -> dict:
-    """What a denoiser trained by sft reaches at several step counts, beside the floor."""
-    kept = {k: results[k] for k in ("student_by_steps", "floor", "autoencoder", "protocol") if k in results}
-    train = results.get("train", {})
-    return kept | ({"train": {k: train[k] for k in ("seconds", "steps")}} if train else {})

@@ -23,6 +23,7 @@ SAID = {
     "modes": "Share of the exact distribution's modes that the samples reach. Higher is better.",
     "agreement": "Share of pictures in which a measuring net finds all that was asked for. Higher is "
     "better; compare with the teacher's.",
+    "forgotten": "Share of the pictures asked for what was to be forgotten that show it. Lower is better.",
     "recall": "Share of real pictures that have a sample near them: how much of the variety is reached. "
     "Higher is better.",
     "precision": "Share of samples that have a real picture near them: how many look real. Higher is better.",

@@ -12,8 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastgen.data.bundled import load_images
-from fastgen.evaluation.metrics.fd_mini import Measurer
+from fastgen.evaluation.metrics.fd_mini import Measurer, held_out
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
 
 NAME = "fd_mini_recon"
@@ -29,7 +28,7 @@ class Reconstructions:
     @torch.no_grad()
     def images(self) -> Tensor:
         """[N, C, H, W] in [0, 1]."""
-        held = load_images(self.measurer.name, "heldout").images
+        held = held_out(self.measurer.name, self.measurer.without)
         found = []
         for batch in held.split(self.batch_size):
             x = batch.to(self.device).float() / 127.5 - 1

@@ -18,6 +18,7 @@ from fastgen.export.load import load_export
 from fastgen.export.model_card import model_card
 from fastgen.export.write import export_parts
 from fastgen.families.registry import FAMILIES
+from fastgen.networks.backbone import Backbone
 from fastgen.networks.load import load_teacher
 from fastgen.networks.schedulers import load_scheduler
 from fastgen.networks.teacher import Teacher
@@ -44,20 +45,20 @@ class Adapter:
         return "kohya" if is_kohya(self.tensors) else "peft"
 
 
-def open_adapter(file: Path) -> Adapter:
+def open_adapter(file: Path, key: str = KEY) -> Adapter:
     """A LoRA file read whole; a UserError for anything else."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise UserError(KEY, f"{file} does not exist", "give a LoRA .safetensors file")
+        raise UserError(key, f"{file} does not exist", "give a LoRA .safetensors file")
     try:
         with safe_open(file, "pt") as handle:
             names = list(handle.keys())
             found = Adapter(file, {k: handle.get_tensor(k) for k in names}, handle.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(KEY, f"{file} cannot be read ({error})", "is it a whole .safetensors file?") from None
+        raise UserError(key, f"{file} cannot be read ({error})", "is it a whole .safetensors file?") from None
     if not any(".lora_" in name for name in names):
-        raise UserError(KEY, f"{file} holds no LoRA", "give the file of an adapter, not a whole network")
+        raise UserError(key, f"{file} holds no LoRA", "give the file of an adapter, not a whole network")
     return found
 
 
@@ -114,6 +115,27 @@ def _layers(adapter: Adapter, teacher: Teacher | None) -> lora.Layers:
         found = f"{teacher.family.name} has {len(parts)} adapted networks"
         raise UserError(KEY, found, "give the files with PEFT names")
     return read_kohya(adapter.tensors, next(iter(parts.values())), KEY)
+
+
+@torch.no_grad()
+def add_to(network: Backbone, teacher: Teacher, file: Path, scale: float = 1.0, key: str = KEY) -> None:
+    """Add scale times a LoRA's update to the network's own weights, beneath any adapter that it has: control
+    that was trained on a base model and goes to its students, or back. A layer that the network lacks is a
+    UserError.
+    """
+    if not isinstance(network, Backbone):
+        raise UserError(
+            key, f"found {file} for an exact model", "leave it out: there are no weights to adapt"
+        )
+    adapter = open_adapter(file, key)
+    parts = network.family.adapted(network.net)
+    if adapter.layout == "peft":
+        found = lora.read_parts(file, parts, key)
+    else:
+        found = {next(iter(parts)): _layers(adapter, teacher)}
+    for part, layers in found.items():
+        lora.check_keys(parts[part], layers, key)
+        lora.merge(parts[part], {name: (a, scale * b) for name, (a, b) in layers.items()})
 
 
 def _inject(adapter: Adapter, teacher: Teacher) -> None:

@@ -256,6 +256,12 @@ def merge(net: nn.Module, layers: Layers) -> None:
         weight.copy_(weight.float() + delta(a, b).to(weight.device))
 
 
+def shape_of(net: Any) -> DiffusersModel:
+    """The layers of the frozen base on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        return type(net).from_config(net.config)
+
+
 def without_adapters(net: Any) -> DiffusersModel:
     """A fresh network holding the frozen base alone."""
     fresh = type(net).from_config(net.config)

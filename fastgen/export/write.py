@@ -327,9 +327,9 @@ def _export_lora(
             twin = folder / f"{name}-lora-kohya.safetensors"
             write_kohya(twin, layers, family.kohya_prefix or "", header, dtype)
             info = replace(info, kohya=twin.name)
-        base[part] = lora.without_adapters(adapted)
-        _verify(base[part], file, layers, dtype)
+        _verify(lora.shape_of(adapted), file, layers, dtype)
         if not loads:
+            base[part] = lora.without_adapters(adapted)
             lora.merge(base[part], layers)
     setup.scheduler.save_pretrained(folder / "scheduler")
     if not loads:

@@ -50,7 +50,7 @@ def compute_dtype(net: nn.Module) -> torch.dtype:
     is left.
     """
     first = getattr(net, net.names[0]) if isinstance(net, Parts) else net
-    kept = _kept_in_float32(first)
+    kept = kept_in_float32(first)
     for name, parameter in first.named_parameters():
         if parameter.is_floating_point() and "lora_" not in name and not any(k in name for k in kept):
             return parameter.dtype
@@ -63,14 +63,14 @@ def cast_network(net: nn.Module, dtype: torch.dtype) -> Any:
     keeps in float32 (which stay as they are).
     """
     for part in [getattr(net, n) for n in net.names] if isinstance(net, Parts) else [net]:
-        kept = _kept_in_float32(part)
+        kept = kept_in_float32(part)
         for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
             if tensor.is_floating_point() and not any(k in name.split(".") for k in kept):
                 tensor.data = tensor.data.to(dtype)
     return net
 
 
-def _kept_in_float32(net: nn.Module) -> tuple[str, ...]:
+def kept_in_float32(net: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(net, "_keep_in_fp32_modules", None) or ())
 
 

@@ -198,10 +198,18 @@ class TextCodec(Codec):
         if self.encoders is None:
             return 0
         freed = sum(p.numel() * p.element_size() for p in self.encoders.parameters())
-        for name in self.encoders:
+        self.drop_encoders()
+        return freed
+
+    def drop_encoders(self) -> None:
+        """Be without text encoders; what the null condition is must be known, or be told with `know_null`."""
+        for name in self.encoders or ():
             setattr(self.pipe, name, None)
         self.encoders = None
-        return freed
+
+    def know_null(self, row: Cond) -> None:
+        """Take the null condition [1, ...] from where it was encoded before."""
+        self._null = {k: v.cpu() for k, v in row.items()}
 
     def too_long(self, prompts: list[str]) -> list[str]:
         """Those prompts that do not fit the tokenizer's length."""

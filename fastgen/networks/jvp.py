@@ -1,6 +1,7 @@
 """Directional derivatives of a network: d/dh f(x + h dx, t + h dt) at h = 0, for continuous-time methods.
 
-exact: forward-mode AD. Of PyTorch's attention kernels only "math" supports it, so that one is used.
+exact: forward-mode AD. Of PyTorch's attention kernels only "math" supports it, so that one is used, or our
+  own derivative (`attention_tangent`), which keeps no matrix of tokens by tokens.
 difference: (f(+h) - f(-h)) / 2h, two passes with any kernel. Networks embed time in float32 whatever the
   precision of their weights, so that h cannot be arbitrarily small.
 
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgen.core.errors import UserError
 from fastgen.networks.attention import exact_attention
+from fastgen.networks.attention_tangent import OnlineAttention
 
 SMALLEST_STEP = 1e-5
 """for a smaller h the difference of float32 passes is mostly rounding error, about 1e-6 / 2h"""
@@ -39,6 +41,10 @@ class TangentConfig(BaseModel):
     math_attention: bool = True
     """compute exact derivatives with PyTorch's math attention; false keeps the kernel that is set, which
     must support forward-mode differentiation
+    """
+    online_attention: bool = False
+    """compute exact derivatives of attention block by block, in memory linear in the tokens, whichever kernel
+    is set (Triton on CUDA, PyTorch elsewhere); for resolutions and clips whose attention matrices do not fit
     """
 
     @model_validator(mode="after")
@@ -85,7 +91,9 @@ def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfi
 
 
 def _forward_mode(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
-    kernel: AbstractContextManager[None] = exact_attention() if cfg.math_attention else nullcontext()
+    kernel: AbstractContextManager[Any] = exact_attention() if cfg.math_attention else nullcontext()
+    if cfg.online_attention:
+        kernel = OnlineAttention()
     try:
         with kernel, _NormsInFloat32():
             return torch.func.jvp(f, at, along)[1].detach()

@@ -61,6 +61,8 @@ class TeacherOptions:
     allow_download: bool = False
     weights: bool = True
     """False builds the networks on the meta device: shapes without weights"""
+    encoders: bool = True
+    """False leaves out the text encoders, where every prompt is encoded already"""
     family: dict | None = None
     dtype: str | None = None
     height: int | None = None
@@ -89,8 +91,10 @@ class DenoiserParts(NamedTuple):
     """model_index.json; empty without one"""
 
 
-def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) -> Any:
-    """A component of a pipeline other than the denoiser; None if the index does not have it."""
+def _component(folder: Path, name: str, declared: Any, weights: bool, dtype: str | None) -> Any:
+    """A component of a pipeline other than the denoiser, on the meta device where it is to have no weights;
+    None if the index does not have it.
+    """
     if declared is not None and not (isinstance(declared, list) and len(declared) == 2):
         raise UserError("teacher.path", f"model_index.json of {folder} has {name}: {declared!r}"[:200], COPY)
     if declared == [None, None] or not (declared or (folder / name).is_dir()):
@@ -103,7 +107,7 @@ def _component(folder: Path, name: str, declared: Any, options: TeacherOptions) 
     if (folder / name / "config.json").is_file() or _has_weights(folder / name):
         own = library not in ("diffusers", "transformers")  # a class that only this pipeline has
         model = named_class(folder, name, library, cls) if own else component_class(folder / name)
-        return load_part(folder / name, "teacher.path", model, options.weights, DTYPES[options.dtype])
+        return load_part(folder / name, "teacher.path", model, weights, DTYPES[dtype])
     processor = named_class(folder, name, library, cls)
     with readable("teacher.path", folder / name):
         return processor.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
@@ -133,7 +137,8 @@ def load_pipe(folder: Path, family: Family, index: dict, options: TeacherOptions
         if key in left_out:
             given[key] = None
         elif isinstance(index.get(key), list) or (folder / key).is_dir():
-            given[key] = _component(folder, key, index.get(key), options)
+            weights = options.weights and (options.encoders or key == family.decoder)
+            given[key] = _component(folder, key, index.get(key), weights, options.dtype)
         elif key in index:
             given[key] = index[key]
         elif parameter.default is parameter.empty:
@@ -216,6 +221,8 @@ def _text_codec(folder: Path | None, found: DenoiserParts, index: dict, options:
             wrong = f"found {options.embedded_guidance}; {family.name} takes no guidance scale as an input"
             raise UserError("teacher.embedded_guidance", wrong, "remove it, and set teacher.guidance")
         codec.guidance = options.embedded_guidance
+    if options.weights and not options.encoders:
+        codec.drop_encoders()
     return codec
 
 

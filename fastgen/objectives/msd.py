@@ -66,6 +66,10 @@ class MSDConfig(ObjectiveConfig):
         wrong = [j for j in self.only if not 0 <= j < self.num_students]
         if wrong:
             raise ValueError(f"objective.only: found {wrong[0]}; students are 0 to {self.num_students - 1}")
+        if requirements_of(self.host).forgets:
+            raise ValueError(
+                f"objective.host: {self.host.name} draws conditions of every student; use it without msd"
+            )
         if counts := requirements_of(self.host).step_counts:
             raise ValueError(
                 f"objective.host.step_counts: found {list(counts)}; students behind a router read no "

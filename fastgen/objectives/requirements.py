@@ -60,8 +60,22 @@ class RewardsSpec:
     """the name of each, and its (name, local path) pairs of weights"""
 
 
+@dataclass(frozen=True)
+class ConceptSpec:
+    """The conditions of what is to be forgotten, sorted from those of the data."""
+
+    forget: tuple[str, ...]
+    override: tuple[str, ...] = ()
+
+
 Auxiliary = (
-    DiscriminatorSpec | LogVarianceSpec | ImageTextSpec | WeakTeacherSpec | PerceptualSpec | RewardsSpec
+    DiscriminatorSpec
+    | LogVarianceSpec
+    | ImageTextSpec
+    | WeakTeacherSpec
+    | PerceptualSpec
+    | RewardsSpec
+    | ConceptSpec
 )
 
 
@@ -96,6 +110,8 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    forgets: tuple[str, ...] = ()
+    """classes or words of prompts that the student is to forget, which its measurement leaves out"""
 
     one_guidance: bool = True
     """whether the guided teacher is followed at one scale, which `real_guidance` may set; False where the

@@ -9,8 +9,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from fastgen.config.run import RunConfig
-from fastgen.config.sections import EvalConfig
-from fastgen.data.loader import Data
+from fastgen.config.sections import DataConfig, EvalConfig
+from fastgen.data.batches import Data
+from fastgen.data.kinds import OWN, SOURCES, own_source
+from fastgen.data.latents import read_null
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
 from fastgen.evaluation.metrics.metric import Kind
 from fastgen.evaluation.rewards import keep_apart
@@ -26,13 +28,21 @@ from fastgen.training.validation import Validator
 
 FEW = 100
 """samples that are measured where no metric needs more and the config names no number"""
+FREE_DATA = ("cache_dir", "workers", "allow_download")
+"""settings of the data section that decide no batch"""
+ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
+"""those that a fingerprint names also where they are not set; a checkpoint from before the others were there
+goes on without them
+"""
 KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
 """what a teacher makes, by the number of dimensions of a sample"""
 
 
 def make_cast(cfg: RunConfig, device="cpu") -> Cast:
     """The networks of a run; on the device "meta" they have shapes and no weights."""
-    return Cast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device)
+    encoded = bool(cfg.data.latents) and str(device) != "meta" and Path(cfg.data.latents).is_dir()
+    null = read_null(cfg.data.latents) if encoded else None  # an export needs no data, and so no such folder
+    return Cast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device, null)
 
 
 def make_weightless_cast(cfg: RunConfig) -> Cast:
@@ -56,7 +66,8 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
         student_steps=one.student_steps,
         batch_size=one.batch_size,
         seed=one.seed,
-        own_data=bool(cfg.data.images or cfg.data.prompts),
+        forgets=requirements_of(cfg.all_stages()[-1].objective).forgets,
+        own_data=bool(own_source(cfg.data)),
     )
 
 
@@ -65,7 +76,9 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
     metrics = None
     if cfg.eval.metrics:
         mini_set = str((cast.teacher.info or {}).get("measure") or "")
-        against = cfg.eval.against or cfg.data.images or cfg.data.name or mini_set
+        of_pictures = own_source(cfg.data) not in ("", "prompts")
+        own = cfg.data.images or cfg.data.shards  # the other kinds are no folder that a metric reads
+        against = cfg.eval.against or own or cfg.data.name or ("" if of_pictures else mini_set)
         teacher = cast.teacher
         kind, mixture = KINDS[len(teacher.codec.shape)], teacher.backbone if teacher.is_analytic else None
         metrics = RunMetrics(
@@ -115,7 +128,10 @@ def fixed_settings(cfg: RunConfig) -> dict[str, str]:
     values = cfg.model_dump(mode="json")
     kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
     kept["train"] = {k: values["train"][k] for k in fingerprint.TRAIN}
-    kept["data"].pop("cache_dir")
+    plain = DataConfig().model_dump(mode="json")
+    kept["data"] = {
+        k: v for k, v in kept["data"].items() if k not in FREE_DATA and (k in ALWAYS_DATA or v != plain[k])
+    }
     if cfg.stages:
         kept["stages"] = {str(i): s for i, s in enumerate(values["stages"])}
     else:
@@ -126,15 +142,17 @@ def fixed_settings(cfg: RunConfig) -> dict[str, str]:
 
 def input_paths(cfg: RunConfig) -> dict[str, str]:
     """The files and folders that a run reads, by the key that names them; empty where a key is not set."""
-    return {
+    data = {key: getattr(cfg.data, key) for key in ("control", *SOURCES) if key != "name"}
+    found = {
         "teacher.path": cfg.teacher.path,
         "student.init": cfg.student.init,
         "student.fuse": cfg.student.fuse,
-        "data.images": cfg.data.images,
-        "data.control": cfg.data.control,
+        **{f"data.{key}": value for key, value in data.items()},
         "data.dispreferred": cfg.data.dispreferred,
-        "data.prompts": cfg.data.prompts,
     }
+    for i, source in enumerate(cfg.data.sources):
+        found |= {f"data.sources.{i}.{key}": getattr(source, key) for key in OWN}
+    return found
 
 
 def step_keys(cfg: RunConfig) -> tuple[str, ...]:

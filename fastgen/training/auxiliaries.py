@@ -15,6 +15,7 @@ from fastgen.networks.rewards import Reward, Rewards
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives.requirements import (
     Auxiliary,
+    ConceptSpec,
     DiscriminatorSpec,
     ImageTextSpec,
     LogVarianceSpec,
@@ -22,6 +23,7 @@ from fastgen.objectives.requirements import (
     RewardsSpec,
     WeakTeacherSpec,
 )
+from fastgen.roles.concepts import Concepts
 from fastgen.roles.heads import Discriminator, LogVariance
 from fastgen.roles.roles import Members, Role, Students
 
@@ -39,6 +41,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return Rewards(open_rewards(spec, cast.teacher, cast.device), cast.teacher.codec)
         case PerceptualSpec():
             return _perceptual(cast).to(cast.device)
+        case ConceptSpec(forget, override):
+            return Concepts(cast.teacher.codec, forget, override)
         case DiscriminatorSpec() if cast.num_students:
             return Members([_disc(cast, spec, j) for j in range(cast.num_students)])
         case DiscriminatorSpec():

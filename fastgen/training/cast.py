@@ -11,6 +11,7 @@ import torch
 
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import CriticConfig, LoraConfig, StudentConfig, TeacherConfig, TrainConfig
+from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
@@ -18,17 +19,33 @@ from fastgen.diffusion.schedules import VP, Schedule
 from fastgen.export.scheduler import scheduler_setup
 from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.codecs import switch_vae
+from fastgen.networks.codecs import TextCodec, switch_vae
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import TeacherOptions, load_teacher
+from fastgen.networks.quantization import quantize
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
-from fastgen.objectives.requirements import base_name
+from fastgen.objectives.requirements import ConceptSpec, base_name
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.training.auxiliaries import make_auxiliary
-from fastgen.training.checks import check_fits
+from fastgen.training.checks import check_fits, check_quantized
+
+
+def load_configured(settings: TeacherConfig, device="cpu", null: Cond | None = None) -> Teacher:
+    """The teacher of a config, on the device "meta" without weights; null: the null condition, where every
+    prompt is encoded already and no text encoder is needed.
+    """
+    given = settings.model_dump(include={f.name for f in fields(TeacherOptions)})
+    teacher = load_teacher(**given, weights=str(device) != "meta", encoders=null is None)
+    if null is not None and isinstance(teacher.codec, TextCodec):
+        teacher.codec.know_null(null)
+    switch_vae(teacher.codec.vae, settings)
+    if settings.quantization is None or str(device) == "meta":
+        return teacher.to(device)
+    teacher.codec.to(device)  # the denoiser follows layer by layer, when it has its adapters
+    return teacher
 
 
 class Cast:
@@ -44,12 +61,16 @@ class Cast:
         train: TrainConfig,
         stages: Sequence[StageConfig],
         device="cpu",
+        null: Cond | None = None,
     ):
-        """On the device "meta" networks have shapes and no weights, exact teachers apart."""
+        """On the device "meta" networks have shapes and no weights, exact teachers apart. null: the null
+        condition, where every prompt is encoded already; then no text encoder is loaded.
+        """
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
-        self.teacher = self._load()
+        torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
+        self.teacher = load_configured(teacher, self.device, null)
         check_fits(self.teacher, teacher, student, stages)
         if student.fuse:
             from fastgen.export.load import locate
@@ -70,9 +91,16 @@ class Cast:
         kinds |= {"path": self.critic_kind}
         few_step = any(one.few_step for one in needs)
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
+        if self.teacher_cfg.quantization:
+            roles = {name: kind for name, kind in kinds.items() if name in names}
+            own_input = self.two_times or bool(self.student_cfg.guidance_embedding)
+            check_quantized(self.teacher, self.teacher_cfg.quantization, roles, own_input, self.stages)
         copies_first = sorted((n for n in kinds if n in names), key=lambda n: kinds[n] != "full")
         for name in copies_first:  # adapters go on a network once it has been copied
             self._make(name, kinds[name], alone)
+        if self.teacher_cfg.quantization and str(self.device) != "meta":
+            base = self.teacher.network
+            quantize(base.family, base.net, self.teacher_cfg.quantization, self.device)
 
     def _prepare_networks(self) -> None:
         """Attention kernels, tiles of the autoencoder, compilation and gradient checkpointing."""
@@ -80,7 +108,6 @@ class Cast:
         for backbone in self.backbones():
             if isinstance(backbone, Backbone):
                 backbone.attention = check_attention(backbone.net, attention, self.device)
-        switch_vae(self.teacher.codec.vae, self.teacher_cfg)
         if self.train_cfg.compile:
             for backbone in self.backbones():
                 if isinstance(backbone, Backbone):
@@ -120,13 +147,6 @@ class Cast:
         roles = [r for p in self.parts.values() for r in members(p) if isinstance(r, Role)]
         return list({id(r.backbone): r.backbone for r in roles}.values())
 
-    def _load(self) -> Teacher:
-        t = self.teacher_cfg
-        torch.manual_seed(self.train_cfg.seed)  # an untrained blueprint draws its weights here
-        weights = str(self.device) != "meta"
-        given = t.model_dump(include={f.name for f in fields(TeacherOptions)})
-        return load_teacher(**given, weights=weights).to(self.device)
-
     def _make(self, name: str, kind: str, alone: bool) -> None:
         """One role under a name, or one for each of several students."""
         if not self.num_students:
@@ -162,7 +182,8 @@ class Cast:
         if adapter:
             lora = self.critic_cfg.lora if name in ("critic", "path") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
-        base.to(self.device)
+        if self.teacher_cfg.quantization is None:
+            base.to(self.device)
         role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)
@@ -201,9 +222,18 @@ class Cast:
         return Backbone(net, base.family, base.schedule, base.prediction)
 
     def divide(self, data) -> None:
-        """Give each of several students its part of the prompts."""
+        """Give each of several students its part of the prompts, and sort out those that are to be forgotten;
+        while the text encoders are there.
+        """
         if isinstance(self.student, Students):
             self.student.router.divide(data.cond_table)
+        found = (requirements_of(s.objective).auxiliaries.values() for s in self.stages)
+        specs = {spec for one in found for spec in one if isinstance(spec, ConceptSpec)}
+        if len(specs) > 1:
+            raise UserError("objective.forget", "stages differ in it", "name the same in every stage")
+        for spec in specs:
+            concepts = self.parts["concepts"] = make_auxiliary(spec, self)
+            concepts.read(data.cond_table, data.rows, data.texts)
 
     def _adapter(self, base, name: str, lora: LoraConfig, guided: bool, two_times: bool = False) -> None:
         if guided or two_times:

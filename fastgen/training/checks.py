@@ -1,11 +1,12 @@
 """Whether what a config sets fits the teacher it names, checked before anything is built."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import StudentConfig, TeacherConfig
 from fastgen.core.errors import UserError
 from fastgen.networks.codecs import TextCodec
+from fastgen.networks.quantization import check_library
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import requirements_of
 from fastgen.objectives.requirements import ImageTextSpec
@@ -43,6 +44,36 @@ def check_fits(
             if drop and conditional and not codec.has_null:
                 found = f"found {drop} for a teacher without a null class"
                 raise UserError(f"objective.{key}", found, "use 0")
+
+
+def check_quantized(
+    teacher: Teacher, kind: str, roles: Mapping[str, str], own_input: bool, stages: Sequence[StageConfig]
+) -> None:
+    """Raises a UserError where a quantised base cannot serve: rounded weights take no gradient, adapters that
+    no loader reads are merged into full weights, and 4-bit layers have no forward-mode derivative.
+
+    roles: full or lora, by the name of a part; own_input: whether the student has an input that its teacher
+    has not.
+    """
+    key = "teacher.quantization"
+    if teacher.is_analytic:
+        raise UserError(key, f"found {kind!r} for an exact teacher", "set it to null")
+    check_library(kind)
+    whole = next((name for name, how in roles.items() if how == "full"), None)
+    if whole:
+        found = f"found {kind!r} with a full {whole}, whose weights are trained"
+        raise UserError(key, found, "set student.kind and critic.kind to lora, or this to null")
+    if own_input or not teacher.family.lora_loader:
+        what = (
+            "a student with a further input" if own_input else f"{teacher.family.name}, which loads no LoRA"
+        )
+        found = f"found {kind!r} with {what}: its adapter is exported merged into the full weights"
+        raise UserError(key, found, "set it to null")
+    for stage in stages:
+        calls = requirements_of(stage.objective).network_calls(1.0, 1)
+        if kind == "nf4" and any(name.endswith(" tangent") for name in calls):
+            found = f"found 'nf4' with {stage.objective.name}, which differentiates the network forwards"
+            raise UserError(key, found, "use int8, or objective.tangent.method difference")
 
 
 def _check_guidance_input(student: StudentConfig, teacher: Teacher) -> None:

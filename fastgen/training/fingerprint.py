@@ -2,21 +2,17 @@
 the number of processes. A run that resumes under another fingerprint would be another run.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError, warn
+from fastgen.data.digest import data_digest
+from fastgen.networks.weights_digest import weights_digest
 
-WHOLE, BLOCKS, BLOCK = 2**30, 64, 2**16
-"""weights up to WHOLE bytes are hashed in full; of larger ones BLOCKS evenly spaced blocks of each tensor"""
 FOUND = ("teacher.weights", "data.content", "world_size", "device", "version")
 """keys that are found while a run loads, beside those of its config"""
 TRAIN = (
@@ -67,64 +63,6 @@ def _leaves(tree: dict, prefix: str):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value)
-
-
-def weights_digest(teacher) -> str:
-    """Hash of a teacher's weights (denoiser, autoencoder and encoders; adapters apart) and of the settings
-    of its network and scheduler.
-    """
-    tensors: list[tuple[str, Tensor]] = []
-    for part in (teacher.backbone, teacher.codec):
-        if isinstance(part, nn.Module):
-            tensors += [*part.named_parameters(), *part.named_buffers()]
-    kept = [(n, t.detach()) for n, t in tensors if "lora_" not in n and not t.is_meta]
-    whole = sum(t.numel() * t.element_size() for _, t in kept) <= WHOLE
-    digest = hashlib.sha256(repr(_configs(teacher)).encode())
-    for name, tensor in kept:
-        digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        for part in [tensor] if whole else _blocks(tensor):
-            digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _configs(teacher) -> list:
-    """The settings that a teacher's folder gives its network, its scheduler and us."""
-    found = [getattr(p, "config", None) for p in (getattr(teacher.backbone, "net", None), teacher.scheduler)]
-    plain = [sorted((k, repr(v)) for k, v in dict(c or {}).items() if not k.startswith("_")) for c in found]
-    return [*plain, sorted((k, repr(v)) for k, v in (teacher.info or {}).items())]
-
-
-def _blocks(tensor: Tensor) -> Iterable[Tensor]:
-    """Evenly spaced blocks of a tensor, the first and the last included."""
-    flat, size = tensor.reshape(-1), max(1, BLOCK // tensor.element_size())
-    if flat.numel() <= BLOCKS * size:
-        return [flat]
-    last = flat.numel() - size
-    return [flat[i * last // (BLOCKS - 1) :][:size] for i in range(BLOCKS)]
-
-
-def data_digest(source: DataConfig) -> str:
-    """Hash of the files that the data section names: names, sizes, and the first and last 64 KiB of each."""
-    digest = hashlib.sha256()
-    for name in (source.images, source.control, source.dispreferred, source.prompts):
-        root = Path(name).expanduser()
-        for path in sorted(_files(root)) if name else ():
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(root) if path != root else path.name}:{size};".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(BLOCK))
-                if size > BLOCK:
-                    file.seek(max(BLOCK, size - BLOCK))
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
-
-
-def _files(root: Path) -> Iterable[Path]:
-    """Regular files of a folder, hidden ones left out, or the one file."""
-    if root.is_file():
-        return [root]
-    found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-    return (p for p in found if p.is_file() and not p.name.startswith("."))
 
 
 def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], report: bool) -> None:

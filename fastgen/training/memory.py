@@ -19,6 +19,7 @@ from fastgen.config.sections import TrainConfig
 from fastgen.core.paths import config
 from fastgen.families.parts import compute_dtype
 from fastgen.networks.backbone import Backbone
+from fastgen.networks.quantization import layers_to_quantize, quantized_bytes, stored_tensors
 from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
 from fastgen.training.assembly import make_cast
@@ -35,12 +36,13 @@ student, critic), batch 1, frozen weights in half precision, what is trained in 
 one average, gradient checkpointing, fused attention, the adapter ranks of the config. *Shared LoRA*
 keeps one frozen base under all three roles, *full copies* a frozen teacher, a student and a critic.
 Weights, gradients, optimizer states and averages are exact, activations (the second addend) an
-estimate. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
-cached, before anything is trained. Adapters over a base that fits no card, and full copies, need
-sharding.
+estimate. *Over an nf4 base* is the same with `teacher.quantization nf4`; int8 and fp8 lie halfway
+between. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
+cached, before anything is trained. What fits no card needs sharding.
 
-| model | parameters | x0 | guidance | {num}-step times | encoders | shared LoRA | fits | full copies | fits |
-|---|---|---|---|---|---|---|---|---|---|
+| model | parameters | x0 | guidance | {num}-step times | encoders \
+| shared LoRA | fits | over an nf4 base | fits | full copies | fits |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -72,6 +74,7 @@ def estimate(cast: Cast, train: TrainConfig) -> Memory:
     averaged = sum(p.numel() for p in student.trainable().values())
     rows = {
         "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
+        - saved_by(cast, cast.teacher_cfg.quantization)
         + vae
         + heads * BYTES,
         "gradients": (trained + heads) * BYTES,
@@ -83,7 +86,18 @@ def estimate(cast: Cast, train: TrainConfig) -> Memory:
 
 
 def _bytes(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+    if module is None:
+        return 0
+    return sum(t.numel() * t.element_size() for p in module.parameters() for t in stored_tensors(p.data))
+
+
+def saved_by(cast: Cast, kind: str | None) -> float:
+    """What a base that is still to be quantised will take less."""
+    if kind is None or str(cast.device) != "meta":
+        return 0.0
+    base = cast.teacher.network
+    layers = layers_to_quantize(base.family, base.net).values()
+    return sum(v.weight.numel() * v.weight.element_size() - quantized_bytes(v, kind) for v in layers)
 
 
 def _dtype(role: Role):
@@ -192,6 +206,11 @@ def row(name: str) -> str:
         cfg = validate(values)
         cast = make_cast(cfg, "meta")
         found[kind] = estimate(cast, cfg.train)
+        if kind == "lora":
+            whole = found[kind].rows
+            first = next(iter(whole))
+            rounded = whole | {first: whole[first] - saved_by(cast, "nf4")}
+            found["nf4"] = Memory(rounded, found[kind].encoders)
     codec, times = cast.teacher.codec, cast.student.times
     guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
     num = sum(p.numel() for p in cast.teacher.backbone.parameters())
@@ -199,11 +218,14 @@ def row(name: str) -> str:
         f"| [{name}](../configs/teachers/{name}.yaml) | {num / 1e9:.2f}B | {'x'.join(map(str, codec.shape))} "
     )
     text += f"| {guidance} | {', '.join(f'{t:.4g}' for t in times)} | {found['lora'].encoders / GIB:.1f} "
-    for kind in ("lora", "full"):
-        *fixed, moving = found[kind].rows.values()
-        cards = [str(c) for c in CARDS if found[kind].total <= USABLE * c * GIB]
-        text += f"| {sum(fixed) / GIB:.1f} + {moving / GIB:.1f} | {', '.join(cards) or 'none'} "
-    return text + "|"
+    return text + "".join(_cells(found[kind]) for kind in ("lora", "nf4", "full")) + "|"
+
+
+def _cells(memory: Memory) -> str:
+    """What is fixed and what moves, in GiB, and the cards that it fits."""
+    *fixed, moving = memory.rows.values()
+    cards = [str(c) for c in CARDS if memory.total <= USABLE * c * GIB]
+    return f"| {sum(fixed) / GIB:.1f} + {moving / GIB:.1f} | {', '.join(cards) or 'none'} "
 
 
 def main(argv: list[str]) -> None:

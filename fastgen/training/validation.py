@@ -13,7 +13,8 @@ from fastgen.core.ema import swapped
 from fastgen.core.errors import NotFinite, UserError, first_line, warn
 from fastgen.core.files import disk_error, write_json, write_tensors
 from fastgen.core.reading import read_json
-from fastgen.evaluation.evaluator import Evaluator, measure, table, teacher_card
+from fastgen.evaluation.evaluator import Evaluator, measure
+from fastgen.evaluation.final_table import table, teacher_card
 from fastgen.evaluation.label_free import against_teacher, looks
 from fastgen.evaluation.sample_grids import save_grid, save_requests
 from fastgen.evaluation.spread import Spread
@@ -140,7 +141,7 @@ def finish(trainer, validator: Validator) -> dict:
         with interrupt.deferred():
             exported = trainer.exported = _export(trainer)
         with interrupt.at_once(), _room(exported):
-            results = measure(evaluator, _show(evaluator, folder, cfg))
+            results = measure(evaluator, _show(evaluator, folder, cfg), cfg.remeasure_teacher)
     decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
     results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
     results["curve"] = _curve(metrics, validator.keep_by)
@@ -151,6 +152,8 @@ def finish(trainer, validator: Validator) -> dict:
             _write_cards(trainer, exported, results, evaluator.protocol.few_step)
         report = write_report(folder)
     print(table(results))
+    if "teacher_measured" in results["protocol"]:
+        print("teacher's numbers are those on record; eval.remeasure_teacher true measures it again")
     for seen, cure in warnings(metrics, results):
         print(f"warning: {seen}; try {cure}")
     print(f"report  {report}")

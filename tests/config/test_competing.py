@@ -10,7 +10,15 @@ from fastgen.config.parse import merge, model_in
 from fastgen.config.run import RunConfig, load, validate, with_flags
 from fastgen.core.errors import UserError
 
-VALUES = {"name": "digits", "images": "my/pictures", "prompts": "my/prompts.txt"}
+VALUES = {
+    "name": "digits",
+    "images": "my/pictures",
+    "table": "my/table.csv",
+    "dataset": "my/set",
+    "shards": "my/train-*.tar",
+    "latents": "my/latents",
+    "prompts": "my/prompts.txt",
+}
 PAIRS = list(itertools.permutations(SOURCES, 2))
 
 
@@ -45,6 +53,23 @@ def test_two_in_one_place_are_refused(tmp_path, one, two):
         assert f"{one} {VALUES[one]!r}" in str(error.value) and f"{two} {VALUES[two]!r}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "data,wrong",
+    [
+        ({"images": "a", "sources": [{"table": "b.csv", "images": "c"}]}, "images and table"),
+        ({"images": "a", "sources": [{"weight": 2}]}, "data.sources.0: found none"),
+        ({"name": "digits", "sources": [{"images": "b"}]}, "data.sources: found beside name"),
+        ({"sources": [{"images": "b"}]}, "data.sources: found beside none"),
+        ({"images": "a", "sources": [{"images": "b", "weight": 0}]}, "weight"),
+    ],
+)
+def test_each_further_source_is_one_and_stands_beside_pictures(data, wrong):
+    with pytest.raises(UserError, match=wrong):
+        validate({"objective": {"name": "sft"}, "data": data})
+    fine = {"images": "a", "sources": [{"table": "b.csv"}, {"shards": "c.tar", "weight": 2}]}
+    assert validate({"objective": {"name": "sft"}, "data": fine}).data.sources[1].weight == 2
+
+
 def test_an_emptied_source_says_nothing(tmp_path, capsys):
     cfg = load([file(tmp_path / "a.yaml", "name")], ["--data.name", "", "--data.images", "x"])
     assert cfg.data.images == "x" and not cfg.data.name and capsys.readouterr().out == ""
@@ -66,7 +91,7 @@ def test_one_sample_is_refused_before_anything_runs(key):
 PLAIN = {
     "": "output_dir",
     "teacher": (
-        "guidance num_steps prediction allow_download dtype height width num_frames "
+        "guidance num_steps prediction allow_download dtype quantization height width num_frames "
         "embedded_guidance attention vae_tiling vae_slicing family"
     ),
     "student": (
@@ -75,14 +100,18 @@ PLAIN = {
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
-    "data": "control dispreferred limit on_bad_image cache_dir",
+    "data": (
+        "split image_column text_column label_column weight control dispreferred limit on_bad_image "
+        "on_bad_shard stream workers caption_dropout allow_download cache_dir"
+    ),
+    "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
         "compile ema_decay log_steps validation_steps checkpointing_steps export_dtype "
         "checkpoints_total_limit num_threads report_to"
     ),
     "eval": (
-        "num_samples teacher_samples student_steps validation_samples grid batch_size seed "
+        "num_samples teacher_samples remeasure_teacher student_steps validation_samples grid batch_size seed "
         "metrics weights against keep_by keep"
     ),
     "stages": "name limit",
@@ -107,9 +136,7 @@ def test_every_key_is_classified():
 
 STAGE = {"name": "a", "objective": {"name": "swiftbrush"}, "max_train_steps": 7, "num_steps": 1}
 SAID = {
-    "data.name": "digits",
-    "data.images": "my/pictures",
-    "data.prompts": "my/prompts.txt",
+    **{f"data.{key}": value for key, value in VALUES.items()},
     "student.num_steps": 1,
     "student.timesteps": [900, 400],
     "teacher.path": "my/teacher",

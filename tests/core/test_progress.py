@@ -67,7 +67,9 @@ def test_lines_come_at_once_then_every_half_minute_and_at_the_end(screen, clock)
             clock[0] += 1
             one.update(1, {"student": step / 10})
     lines = seen.getvalue().splitlines()
-    assert lines[0] == "dmd2 2/2: 1/100 (1%), student 0, 99 s left"
+    assert lines[0] == "dmd2 2/2: 1/100 (1%), student 0", (
+        "a first step starts things too: it foretells nothing"
+    )
     assert lines[1] == "dmd2 2/2: 31/100 (31%), student 3, 69 s left"
     assert lines[-1] == "dmd2 2/2: 100/100 (100%), in 2 min" and len(lines) == 5
 
@@ -96,10 +98,13 @@ def test_what_is_left_follows_a_change_of_pace(screen, clock):
 def test_a_resumed_task_counts_from_where_it_was(screen, clock):
     seen = screen(False)
     one = Progress("x", 100, done=90, always=True)
-    clock[0] += 2
-    one.update(2, {"loss": 1.0})
-    assert one.left(clock[0]) == pytest.approx(8)
-    assert "x: 92/100 (92%), loss 1, 8 s left" in seen.getvalue()
+    clock[0] += 30
+    one.update(1, {"loss": 1.0})
+    assert "x: 91/100 (91%), loss 1\n" in seen.getvalue() and one.left(clock[0]) is None
+    clock[0] += 30
+    one.update(1, {"loss": 1.0})
+    assert one.left(clock[0]) == pytest.approx(240)
+    assert "x: 92/100 (92%), loss 1, 4 min left" in seen.getvalue()
 
 
 def test_many_updates_keep_few_moments(screen, clock):
@@ -115,8 +120,10 @@ def test_a_bar_is_one_line_with_losses_and_the_time_left(screen, clock, monkeypa
     monkeypatch.setenv("COLUMNS", "100")
     seen = screen(True)
     with Progress("dmd2 2/2", 10, always=True) as one:
-        clock[0] += 60
-        one.update(5, {"student": 0.25})
+        clock[0] += 24
+        one.update(2)
+        clock[0] += 36
+        one.update(3, {"student": 0.25})
         one.bar.refresh()
     text = seen.getvalue()
     assert "dmd2 2/2:  50%|" in text and "5/10, student 0.25, 60 s left" in text

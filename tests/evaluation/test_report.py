@@ -13,8 +13,8 @@ from PIL import Image
 
 from fastgen.core.errors import UserError
 from fastgen.evaluation import registry
-from fastgen.evaluation.evaluator import table
 from fastgen.evaluation.explained import direction, meaning, number, title
+from fastgen.evaluation.final_table import table
 from fastgen.evaluation.plots import MOST_POINTS, Line, axis, line_plot, short, smooth, thinned
 from fastgen.evaluation.report import write_report
 from fastgen.evaluation.report_pictures import picture_sets

@@ -15,6 +15,7 @@ from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config as config_file
 from fastgen.core.rng import Rng
+from fastgen.data.loader import Data
 from fastgen.networks.codecs import TextCodec
 from fastgen.objectives import REGISTRY, requirements_of
 from fastgen.training.assembly import make_cast
@@ -42,9 +43,19 @@ def make(name, teacher, kind="full", **train):
         }
     )
     cast = make_cast(cfg)
+    cast.divide(conditions(cast))
     objective = cast.stage(cfg.all_stages()[0], Rng(0))
     objective.prepare()
     return cfg, cast, objective
+
+
+def conditions(cast):
+    """A data set of conditions alone: every class, or prompts of which one names a class too."""
+    codec, texts = cast.teacher.codec, ["a red dress of size 0", "a bag", "a boot"]
+    if isinstance(codec, TextCodec):
+        return Data(None, codec.prompts(texts), torch.arange(3), codec.null(1), codec.shape, texts)
+    rows = torch.arange(codec.num_classes)
+    return Data(None, codec.labels(rows), rows, codec.null(1), codec.shape)
 
 
 def batch(cast, num=2):

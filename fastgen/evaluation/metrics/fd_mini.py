@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
-from fastgen.data.bundled import NAMES, VOCABULARY, attributes_of, caption, load_images
-from fastgen.evaluation.metrics.agreement import agreement
+from fastgen.data.bundled import NAMES, VOCABULARY, Images, attributes_of, caption, load_images
+from fastgen.evaluation.metrics.agreement import agreement, right, unlearning
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
 from fastgen.evaluation.metrics.mmd import polynomial_mmd
 from fastgen.evaluation.metrics.neighbours import evenly, precision_recall
@@ -22,12 +22,33 @@ from fastgen.networks.feature_net import FeatureNet, measure
 NOTE = "fd_mini is a mini metric on a small net of our own; it is not comparable with an Inception FID"
 
 
+Values = tuple[tuple[str, int], ...]
+"""values of attributes, as (attribute, number): ("class", 3), ("colour", 0)"""
+
+
+def shows(attributes: dict[str, Tensor], values: Values) -> Tensor:
+    """Whether each row of these attributes has one of the values, bool [N]."""
+    num = len(next(iter(attributes.values())))
+    found = [attributes[key] == number for key, number in values if key in attributes]
+    return torch.stack(found).any(0) if found else torch.zeros(num, dtype=torch.bool)
+
+
+def _attributes(images: Images) -> dict[str, Tensor]:
+    return images.attributes or {"class": images.labels}
+
+
 @lru_cache(maxsize=8)
-def _reference(name: str, device: str):
+def _reference(name: str, device: str, without: Values = ()):
     """(net, held-out features, their mean and covariance) of one set, kept for the life of the process."""
     net = FeatureNet.load(asset(f"measure/{name}")).to(device)
-    features = measure(net, load_images(name, "heldout").images)["features"]
+    features = measure(net, held_out(name, without))["features"]
     return net, features, statistics(features)
+
+
+def held_out(name: str, without: Values = ()) -> Tensor:
+    """The held-out images of a set that show none of these values, uint8 [N, C, H, W]."""
+    held = load_images(name, "heldout")
+    return held.images[~shows(_attributes(held), without)]
 
 
 class Measurer:
@@ -37,16 +58,21 @@ class Measurer:
     least = 4
     """samples that every score is defined for: precision and recall look at the third neighbour"""
 
-    def __init__(self, name: str, device="cpu"):
+    def __init__(self, name: str, device="cpu", without: Values = ()):
+        """without: what a student was to forget, and the real images that it is compared with do not show."""
         if name not in NAMES:
             raise UserError("measure", f"no measuring net for {name!r}", f"allowed: {', '.join(NAMES)}")
-        self.name, self.device = name, str(device)
+        self.name, self.device, self.without = name, str(device), without
         self.with_clip = True
         """whether images are compared with their captions too, where there is a net for it"""
 
     @property
     def net(self) -> FeatureNet:
-        return _reference(self.name, self.device)[0]
+        return self._known[0]
+
+    @property
+    def _known(self):
+        return _reference(self.name, self.device, self.without)
 
     def _check(self, images: Tensor) -> None:
         want = (self.net.config["channels"], self.net.config["size"], self.net.config["size"])
@@ -64,12 +90,12 @@ class Measurer:
 
     def real(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the held-out images' features."""
-        return _reference(self.name, self.device)[2]
+        return self._known[2]
 
     def compare(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
         """Scores of images [N, C, H, W] in [0, 1]; attributes: what each should show, -1 if unspecified."""
         self._check(images)
-        _, real, (mean, cov) = _reference(self.name, self.device)
+        _, real, (mean, cov) = self._known
         seen = measure(self.net, images)
         distances = compare_features(seen["features"], real, (mean, cov))
         found = {**distances, **agreement(seen["logits"], attributes)}
@@ -93,18 +119,36 @@ class Measurer:
     def floor(self, num: int) -> dict[str, float]:
         """The same scores for num real training images: what a perfect generator would get at this count."""
         real = load_images(self.name, "train")
-        rows = evenly(torch.randperm(len(real), generator=torch.Generator().manual_seed(0)), num)
-        attributes = real.attributes or {"class": real.labels}
+        attributes = _attributes(real)
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        rows = evenly(order[~shows(attributes, self.without)[order]], num)
         return self.compare(real.images[rows].float() / 255, {k: v[rows] for k, v in attributes.items()})
+
+    def unlearned(self, kept: tuple, gone: tuple) -> dict[str, float]:
+        """`forgotten`, the share of images asked for what was to be forgotten that show it, and the metrics
+        of unlearning; kept, gone: (images, what each was asked for), of what is kept and of the rest.
+        """
+        right_of = [self._right(*kept), self._right(*gone)]
+        asked = gone[1]
+        shown = [right_of[1][key] & (asked[key] == number) for key, number in self.without]
+        hits = torch.stack(list(right_of[0].values())).all(0), torch.stack(shown).any(0)
+        hit, lost = torch.cat(hits).double(), torch.arange(sum(map(len, hits))) >= len(hits[0])
+        found = {name: estimate.value for name, estimate in unlearning(hit, lost).items()}
+        return {"forgotten": float(hit[lost].mean()), **found}
+
+    def _right(self, images: Tensor, attributes: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._check(images)
+        return {k: v.cpu() for k, v in right(measure(self.net, images)["logits"], attributes).items()}
 
     def describe(self) -> dict[str, str]:
         """What a number must be quoted with."""
         digest = hashlib.sha256(
             (asset(f"measure/{self.name}") / "model.safetensors").read_bytes()
         ).hexdigest()
+        left_out = "".join(f" without {key} {number}" for key, number in self.without)
         return {
-            "extractor": f"assets:measure/{self.name}, 64 features, sha256 {digest[:12]}",
-            "reference": f"{len(_reference(self.name, self.device)[1])} held-out images of {self.name}",
+            "extractor": f"assets:measure/{self.name}, 64 features, sha256 {digest[:12]}{left_out}",
+            "reference": f"{len(self._known[1])} held-out images of {self.name}{left_out}",
             "note": NOTE,
         }
 
@@ -140,7 +184,7 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
     return {"class": torch.tensor(wanted)}
 
 
-def measurer_for(info_or_name: dict | str | None, device="cpu") -> Measurer | None:
+def measurer_for(info_or_name: dict | str | None, device="cpu", without: Values = ()) -> Measurer | None:
     """The measurer a teacher's info (its fastgen.json) or a set name asks for; None where we have none."""
     name = info_or_name.get("measure") if isinstance(info_or_name, dict) else info_or_name
-    return Measurer(name, device) if name in NAMES else None
+    return Measurer(name, device, without) if name in NAMES else None

@@ -182,18 +182,25 @@ class Matching(Objective):
         logits, penalty = real_side(self, x_t, t, batch.cond, cfg.r1_step if cfg.r1_weight else None)
         return logits, x0.new_zeros(()) if penalty is None else penalty
 
-    def critic_turn(self, batch: Batch, x: Tensor, cond: Cond | None = None, w: float = 1.0) -> Updates:
+    def critic_turn(
+        self,
+        batch: Batch,
+        x: Tensor,
+        cond: Cond | None = None,
+        w: float = 1.0,
+        weight: Tensor | None = None,
+    ) -> Updates:
         """Update the critic on samples x: w(t) |D_fake^w(x_t) - sg x|^2 + disc_weight (GAN pair).
 
         cond replaces the batch's condition of the samples; w is the guidance under which the critic is
-        trained (SiD-LSG).
+        trained (SiD-LSG); weight [B] multiplies each sample's error.
         """
         cfg, x = self.cfg, x.detach()
         fakes = batch if cond is None else replace(batch, cond=cond)
         with self.turn("critic"):
             t, x_t = self.noised(x, cfg.critic_time)
             fake, logits = self.guided_critic_forward(x, x_t, t, fakes, w)  # D_fake^w
-            loss = self.denoising_loss(fake, x, t)
+            loss = self.denoising_loss(fake, x, t, weight)
             logs = {"denoising": loss, **self.critic_error(fake, x, x_t, t, fakes.cond)}
             if has_gan(cfg):
                 real, r1 = self.real_logits(batch, t)

@@ -1,0 +1,81 @@
+"""Tables of docs/methods.md on what students can do beside being fast, from the evidence and the studies in
+assets/results/benchmarks/.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval.evidence import results_folder
+from eval.results_table import cell, markdown, numbers
+
+
+def _studies(name: str, folder: Path | None = None) -> Iterator[dict]:
+    """The records of one study, by run."""
+    for file in sorted(((folder or results_folder()) / "benchmarks").glob(f"{name}_*.json")):
+        yield json.loads(file.read_text())
+
+
+def forgetting(documents: list[dict]) -> str:
+    """What students of sfd have forgotten, and what it did to the rest; nothing forgotten first."""
+    rows = []
+    for recipe in dict.fromkeys(d["recipe"] for d in documents):
+        group = [d for d in documents if d["recipe"] == recipe and numbers([d], "student", "forgotten")]
+        if group:
+            own = lambda key, digits="", scale=1.0, who="student", group=group: cell(  # noqa: E731
+                numbers(group, who, key), digits, scale
+            )
+            rows.append(
+                [
+                    f"`{recipe}`",
+                    own("forgotten", ".1f", 100),
+                    own("forgotten", ".1f", 100, "teacher"),
+                    own("fd_mini", ".3g"),
+                    own("retained_accuracy", ".1f", 100),
+                    own("unlearning_h", ".3f"),
+                    str(len(group)),
+                ]
+            )
+    header = ("recipe", "still shown %", "by the teacher %", "fd_mini of the rest", "rest as asked %", "H")
+    return "\n".join(markdown((*header, "seeds"), rows)) if rows else "No evidence yet."
+
+
+def diversity(_: list[dict], folder: Path | None = None) -> str:
+    """Base model, student and hybrids: variety within a caption, quality, calls and seconds."""
+    lines: list[str] = []
+    for study in _studies("diversity", folder):
+        student = study["contenders"]["student"]["seconds_per_sample"]
+        rows = [
+            [
+                name,
+                f"{row['nfe']}",
+                f"{row['seconds_per_sample'] / student:.2f}",
+                f"{row['distance']:.3f}",
+                f"{row['vendi']:.2f}",
+                f"{row['fd_mini']:.3g}",
+                f"{100 * row['agreement']:.1f}",
+            ]
+            for name, row in study["contenders"].items()
+        ]
+        header = ("drawn by", "NFE", "time of the student's", "distance", "Vendi score", "fd_mini")
+        lines += [f"`{study['model']}`, {study['images']} images of {study['captions']} captions:", ""]
+        lines += [*markdown((*header, "agreement %"), rows), ""]
+    return "\n".join(lines).rstrip() or "No study yet."
+
+
+def transfer(_: list[dict], folder: Path | None = None) -> str:
+    """Shares in the controlled colour, and otherwise as asked for, by strength of the LoRA."""
+    lines: list[str] = []
+    for study in _studies("transfer", folder):
+        scales = list(dict.fromkeys(s for row in study["rates"].values() for s in row))
+        rows = [[name, *(_pair(row.get(scale)) for scale in scales)] for name, row in study["rates"].items()]
+        lines += [f"`{study['model']}`, {study['colour']}, {study['images']} images each:", ""]
+        lines += [*markdown(("drawn by", *(f"at {s}" for s in scales)), rows), ""]
+    return "\n".join(lines).rstrip() or "No study yet."
+
+
+def _pair(row: dict | None) -> str:
+    return f"{100 * row['coloured']:.0f} ({100 * row['otherwise_as_asked']:.0f})" if row else ""
+
+
+TABLES = {"forgetting": forgetting, "diversity": diversity, "transfer": transfer}

@@ -1,0 +1,82 @@
+"""The studies of docs/methods.md: their tables follow from what was recorded, and other runs are refused."""
+
+import json
+
+import pytest
+import torch
+
+from eval import diversity, forgetting, studies, transfer
+from eval.__main__ import main
+from fastgen.core.errors import UserError
+from fastgen.core.paths import asset
+from fastgen.data.bundled import VOCABULARY, all_captions
+from fastgen.evaluation.metrics.fd_mini import Measurer
+from fastgen.networks.codecs import LabelCodec
+
+
+def document(recipe, forgotten, seed=0):
+    student = {"forgotten": forgotten, "fd_mini": 2.0, "retained_accuracy": 0.9, "unlearning_h": 0.95}
+    results = {"student": student, "teacher": {"forgotten": 0.99}}
+    return {"recipe": recipe, "seed": seed, "results": results}
+
+
+def test_the_table_of_forgetting_has_what_forgets_alone():
+    documents = [document("a_sfd", 0.01), document("a_sfd", 0.03, 1), {"recipe": "b", "results": {}}]
+    text = studies.forgetting(documents)
+    assert "| `a_sfd` | 2.0 +- 1.4 | 99.0 | 2 | 90.0 | 0.950 | 2 |" in text and "`b`" not in text
+    assert studies.forgetting(documents[2:]) == "No evidence yet."
+
+
+def test_tables_of_studies_follow_their_files(tmp_path):
+    row = {
+        "nfe": 5,
+        "seconds_per_sample": 0.03,
+        "distance": 1.5,
+        "vendi": 2.25,
+        "fd_mini": 4.0,
+        "agreement": 0.9,
+    }
+    alone = row | {"nfe": 4, "seconds_per_sample": 0.02}
+    about = {"model": "m", "images": 90, "captions": 9, "contenders": {"student": alone, "hybrid": row}}
+    rates = {"base alone": {"0": {"coloured": 0.2, "otherwise_as_asked": 0.5}}}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/diversity_m.json").write_text(json.dumps(about))
+    moved = {"model": "m", "colour": "purple", "images": 120, "rates": rates}
+    (tmp_path / "benchmarks/transfer_m.json").write_text(json.dumps(moved))
+    assert "| hybrid | 5 | 1.50 | 1.500 | 2.25 | 4 | 90.0 |" in studies.diversity([], tmp_path)
+    assert "| base alone | 20 (50) |" in studies.transfer([], tmp_path)
+    assert studies.diversity([], tmp_path / "none") == "No study yet."
+
+
+def test_scores_count_variety_within_a_caption():
+    """Copies of one image have no distance and one effective image; ten different ones more of both."""
+    wanted = {k: torch.zeros(20, dtype=torch.long) for k in VOCABULARY}
+    images = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    measurer = Measurer("tinted")
+    copies = diversity.scores(measurer, images[:2].repeat_interleave(10, 0), wanted)
+    others = diversity.scores(measurer, images.repeat(2, 1, 1, 1), wanted)
+    assert copies["distance"] < 1e-4 and copies["vendi"] == pytest.approx(1, abs=1e-3)
+    assert others["distance"] > 0.1 and others["vendi"] > 1.001
+
+
+def test_conditions_before_and_after_are_forgotten_and_kept_ones():
+    codec = LabelCodec((1,), num_classes=10)
+    rows = forgetting.conditions(codec, ("3", "7"))["class_labels"]
+    assert set(rows[:6].tolist()) == {3, 7} and not {3, 7} & set(rows[6:].tolist()) and len(rows) == 12
+
+
+def test_pictures_of_one_colour_do_not_name_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "PICTURES", 5)
+    folder = transfer.pictures(tmp_path / "p")
+    lines = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 == len(list(folder.glob("*.png"))) and "purple" not in " ".join(lines)
+    assert any(line.replace("a ", "a purple ", 1) in all_captions() for line in lines)
+
+
+@pytest.mark.parametrize("command", ["diversity", "transfer", "forgetting"])
+def test_other_runs_are_refused(command, capsys):
+    assert main([command]) == 2 and "--run: none given" in capsys.readouterr().err
+    assert main([command, "--run", str(asset("teachers/digits"))]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(UserError):
+        __import__("eval." + command, fromlist=["record"]).record(str(asset("teachers/digits")), None)
