@@ -158,10 +158,6 @@ class RunConfig(Section):
                     f"data: no images are named; {name} needs real data: "
                     f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
                 )
-        if self.data.dispreferred and (self.data.stream or self.data.sources):
-            raise ValueError(
-                "data.dispreferred: found with data.stream or data.sources; pairs are read of one folder"
-            )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
                 "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"

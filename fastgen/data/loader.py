@@ -178,6 +178,8 @@ def _dispreferred(cfg, codec, found: Found, device, key: str) -> Tensor | None:
 
 def _streamed(cfg, codec, found: Found, cond: Conditions, device) -> Data:
     assert found.reader is not None, "a source that is streamed"
+    if cfg.dispreferred:
+        raise UserError("data.dispreferred", "its pictures are not streamed", "set data.stream to never")
     stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg)}")
     _check_size(stream.sound(0)[1]["images"][None], codec, device)
 
