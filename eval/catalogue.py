@@ -41,10 +41,6 @@ VARIANTS = {
     "lsg": Variant("long and short guidance (SiD-LSG)", lambda c: c.objective.score_guidance is not None),
     "clip": Variant("with the image-text loss", lambda c: c.objective.clip_weight > 0),
     "v2": Variant("SwiftBrush v2: fused with a second student", lambda c: bool(c.student.fuse)),
-    "sequence": Variant(
-        "Hyper-SD's sequence in one run: TSCD, reward feedback, score distillation",
-        lambda c: [s.objective.name for s in c.stages][-3:] == ["tscd", "feedback", "dmd2"],
-    ),
     "hyper": Variant("Hyper-SD's last stage, from a TSCD student", lambda c: "_tscd/" in c.student.init),
 }
 

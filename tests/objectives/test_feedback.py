@@ -1,12 +1,17 @@
 """Reward feedback: its gradient in closed form, the margin, the reference, which step carries gradient."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
+from fastgen.cli.train import main
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import VP, Flow
+from fastgen.export.load import load_export
 from fastgen.networks.rewards import Reward, Rewards
 from fastgen.objectives import requirements_of
 from fastgen.objectives.feedback import Feedback, FeedbackConfig
@@ -228,3 +233,37 @@ def test_p2_moves_the_mixture_by_its_margin_and_stays_near(tmp_path):
 
 def test_p4_feedback(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "feedback", "rewards": [{"name": "contrast"}]})
+
+
+def test_hyper_sd_is_one_run(tiny, tmp_path):
+    """TSCD over 8-4-2-1 segments, feedback in two steps, score distillation in one: stages of one adapter,
+    each from what the one before left; its export draws in one step.
+    """
+    tscd = {"name": "tscd", "grid_steps": 16, "gan_weight": 0.0}
+    feedback = {"name": "feedback", "rewards": [{"name": "contrast"}], "ref_weight": 1.0}
+    last = {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
+    plan = [*(({**tscd, "segments": k}, 1) for k in (8, 4, 2, 1)), (feedback, 2), (last, 1)]
+    stages = [
+        {"name": str(i), "objective": one, "num_steps": steps, "max_train_steps": 1}
+        for i, (one, steps) in enumerate(plan)
+    ]
+    prompts = tmp_path / "set"
+    prompts.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 40, 90)).save(prompts / f"{i}.png")
+        (prompts / f"{i}.txt").write_text("a red dress")
+    values = {
+        "teacher": {"path": str(tiny("sd")), "guidance": 2.0},
+        "student": {"kind": "lora", "timesteps": [800], "lora": {"rank": 2}},
+        "critic": {"kind": "lora", "lora": {"rank": 2}},
+        "data": {"images": str(prompts)},
+        "stages": stages,
+        "train": {"train_batch_size": 2, "validation_steps": 0},
+        "eval": {"num_samples": 0},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    info = load_export(str(tmp_path / "run/export")).info
+    assert info.objective == "tscd+feedback+dmd2" and list(info.times) == [800]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert any("student/reward_contrast" in line for line in lines)
