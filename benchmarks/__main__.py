@@ -11,7 +11,6 @@
   python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
-  python -m benchmarks quantized  an adapter trained over an 8- or 4-bit base, over that and over the full one
   python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
@@ -37,7 +36,6 @@ from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
 from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
-from benchmarks.quantized import quantized  # noqa: F401  (called by name)
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
@@ -266,7 +264,6 @@ def main() -> None:
             "methods",
             "startup",
             "prompts",
-            "quantized",
             "data",
             "faults",
             "mutations",
