@@ -241,7 +241,7 @@ def dispreferred_files(folder: Path, found: Found) -> Samples:
         )
     listing = scan(folder, key=key)
     there = {path.relative_to(listing.folder).with_suffix(""): path for path in listing.files}
-    names = [path.relative_to(own.listing.folder).with_suffix("") for path in own.files]
+    names = [path.relative_to(own.listing.folder).with_suffix("") for path in own.paths()]
     missing = [named(name) for name in names if name not in there]
     if missing:
         lost = f"{len(missing)} of {len(names)} pairs have no file in {folder}: {some(missing)}"

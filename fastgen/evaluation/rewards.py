@@ -215,7 +215,7 @@ def _own(name: str, where: str, device: str) -> Reward:
 
 
 # -- what tunes does not measure -----------------------------------------------------------------------------
-def keep_apart(rewards: Sequence[Reward], measurer: Measurer | None, metrics: RunMetrics | None) -> list[str]:
+def keep_apart(rewards: Sequence[Reward], measurer: object, metrics: RunMetrics | None) -> list[str]:
     """Names of the rewards that a run is tuned by. What the same network would measure is refused where it
     was asked for or cannot be left out, and otherwise left out.
     """
