@@ -82,6 +82,7 @@ class PSO(Rewarded, config=PSOConfig):
 
         def network_calls(guidance: float, num: int) -> Calls:
             if online:
+                num = max(num, 2)  # one step has no transition
                 tried = 2.0 * (num - 1)
                 return {"student": 2.0 * num, "previous": tried, "student+grad": cfg.updates * tried}
             return {"student+grad": 2, "previous": 2}
