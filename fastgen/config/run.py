@@ -24,6 +24,7 @@ from fastgen.core.paths import is_analytic
 from fastgen.core.yaml_text import dump_yaml
 from fastgen.data.kinds import PICTURES
 from fastgen.objectives import REGISTRY, ObjectiveConfig, requirements_of
+from fastgen.objectives.requirements import DiscriminatorSpec
 
 if TYPE_CHECKING:
     Method = ObjectiveConfig
@@ -113,6 +114,7 @@ class RunConfig(Section):
             )
         if clash := competing(self.data):
             raise ValueError(clash)
+        self._check_buckets()
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")
@@ -162,6 +164,20 @@ class RunConfig(Section):
             raise ValueError(
                 "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
             )
+
+    def _check_buckets(self) -> None:
+        """Buckets need pictures that are read as they are, and a method that takes several sizes."""
+        if not self.data.buckets:
+            return
+        if self.data.latents:
+            raise ValueError("data.buckets: found beside data.latents, which are of one size; leave it out")
+        if not self.reads_data():
+            raise ValueError("data.buckets: found for a method that reads no image; leave it out")
+        for stage in self.all_stages():
+            heads = requirements_of(stage.objective).auxiliaries.values()
+            if any(isinstance(one, DiscriminatorSpec) and one.head == "pooled" for one in heads):
+                made = f"the discriminator of {stage.objective.name} is made for one size"
+                raise ValueError(f"data.buckets: {made}; leave it out")
 
     def _check_guidance(self) -> None:
         """Whether every stage trains the range of guidance scales that the student gets as an input."""

@@ -226,6 +226,10 @@ class DataConfig(SourceConfig):
     """read pictures when a batch needs them, not before the first step; auto does for sets of more than
     20,000 files or 256 MiB of pixels
     """
+    buckets: tuple[str, ...] = ()
+    """sizes HEIGHTxWIDTH, such as 512x768 768x512: each picture is trained on at the one nearest in shape,
+    each batch at one size; empty is the teacher's own size
+    """
     workers: int = Field(default=4, ge=0, le=256)
     """threads that read ahead where pictures are streamed; 0 reads within the step. Batches do not depend on
     it

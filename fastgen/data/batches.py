@@ -80,8 +80,7 @@ class Data:
         self, batch_size: int, start: int, accumulation: int, rng: Rng, device
     ) -> Iterator[list[Batch]]:
         """Windows of `accumulation` micro-batches from step `start` on, endlessly."""
-        order = self.order or Order([len(self)])
-        indices = indices_from(order, batch_size, start * accumulation, rng)
+        indices = self._indices(batch_size, start * accumulation, rng)
         k = start
         with closing(self._taken(indices, device)) as taken:
             while True:
@@ -89,7 +88,7 @@ class Data:
                 for micro in range(accumulation):
                     index, x0, cond = next(taken)
                     rng.reset(k, micro, stream=1)
-                    noise = rng.randn(batch_size, *self.shape)
+                    noise = rng.randn(batch_size, *(self.shape if x0 is None else x0.shape[1:]))
                     cond = {n: v.to(device) for n, v in cond.items()}
                     uncond = {n: v.to(device) for n, v in self.null(index).items()}
                     texts = self.texts_of(index)
@@ -104,20 +103,19 @@ class Data:
                 yield window
                 k += 1
 
+    def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
+        """The samples of this process in each micro-batch from micro-batch `start` on, endlessly."""
+        order, micro = self.order or Order([len(self)]), start
+        while True:
+            first = micro * batch_size * rng.world + rng.rank * batch_size
+            yield torch.tensor([order(first + i, rng.seed) for i in range(batch_size)])
+            micro += 1
+
     def _taken(self, indices: Iterator[Tensor], device) -> Generator[Taken, None, None]:
         """What is read of the samples of each micro-batch."""
         for index in indices:
             x0 = None if self.x0 is None else self.x0[index].float().to(device)
             yield index, x0, self.cond(index)
-
-
-def indices_from(order: Order, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
-    """The samples of this process in each micro-batch from micro-batch `start` on, endlessly."""
-    micro = start
-    while True:
-        first = micro * batch_size * rng.world + rng.rank * batch_size
-        yield torch.tensor([order(first + i, rng.seed) for i in range(batch_size)])
-        micro += 1
 
 
 def _without(cond: Cond, uncond: Cond, gone: Tensor) -> Cond:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.progress import tracked
-from fastgen.data import cache, tables
+from fastgen.data import buckets, cache, tables
 from fastgen.data.batches import Data
 from fastgen.data.kinds import kind_of_source, own_source
 from fastgen.data.labels import unlabelled_rows
@@ -147,6 +147,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     cache.check_folder(cfg.cache_dir)
+    if cfg.buckets:
+        buckets.check_fits(buckets.parsed(cfg.buckets), codec)
     found = read_source(cfg, codec, device, pixels)
     x0 = None
     if found.images is not None:
@@ -181,13 +183,16 @@ def _streamed(cfg, codec, found: Found, cond: Conditions, device) -> Data:
     if cfg.dispreferred:
         raise UserError("data.dispreferred", "its pictures are not streamed", "set data.stream to never")
     stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg)}")
-    _check_size(stream.sound(0)[1]["images"][None], codec, device)
+    read = stream.sound(0)[1]["images"][None]
+    if not cfg.buckets:
+        _check_size(read, codec, device)
 
     def encode(images: Tensor) -> Tensor:
         return codec.encode(images.to(device).float() / 127.5 - 1)
 
     given = (cond.table, cond.rows, cond.uncond, codec.shape, cond.texts)
-    return StreamedData(stream, encode, *given, cond.later, found.order)
+    kind = buckets.BucketedData if cfg.buckets else StreamedData
+    return kind(stream, encode, *given, cond.later, found.order)
 
 
 def with_dropout(cfg, codec, data: Data) -> Data:
@@ -228,6 +233,8 @@ def look_at(cfg, teacher: Teacher) -> None:
     if cfg.latents:
         check_latents(cfg, teacher)
         return
+    if cfg.buckets:
+        buckets.check_fits(buckets.parsed(cfg.buckets), codec)
     found = read_source(cfg, codec, "cpu", pixels=False)
     if cfg.dispreferred:
         dispreferred_files(Path(cfg.dispreferred), found)

@@ -1,5 +1,6 @@
 """Images and clips: folders read into tensors, fitted to the size a teacher takes, and samples written."""
 
+import io
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,8 @@ from fastgen.data.pictures import (
     to_tensor,
 )
 
+ORIENTATION = 0x0112
+"""EXIF's tag of how a camera was held; 5 to 8 are turned by a quarter"""
 CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
 """animated pictures; every other kind of clip is a video file"""
 
@@ -90,6 +93,25 @@ def read_one(file: Path | Member, size: tuple[int, ...]) -> Tensor:
     if isinstance(file, Path):
         return read_clip(file, size)
     raise OSError("clips are read from folders")
+
+
+def shape_of(file: Path | Member) -> tuple[int, int]:
+    """Height and width of a picture as a viewer shows it, by its header alone; an OSError without one."""
+    from PIL import Image
+
+    with decoding():
+        if isinstance(file, Path):
+            check_regular(file)
+        with Image.open(
+            file if isinstance(file, Path) else io.BytesIO(file.read()), formats=decoders()
+        ) as image:
+            check_size(image)
+            width, height = image.size
+            whole = (
+                image.format == "PNG" and "exif" not in image.info
+            )  # Pillow would decode it to look behind
+            turned = not whole and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
 
 
 def read_image(file: Path | Member, size: tuple[int, ...]) -> Tensor:

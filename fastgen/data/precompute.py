@@ -55,6 +55,8 @@ class Precompute:
         if isinstance(codec, TextCodec) and codec.family.needs_image:
             found = f"{codec.family.name} is shown an image of every sample"
             raise UserError("--teacher", found, "train it on data.images, which are read as they are")
+        if cfg.buckets:
+            raise UserError("data.buckets", "given", "leave it out: what is encoded once is of one size")
         self.found = read_source(cfg.model_copy(update={"stream": "always"}), codec, device, not cfg.prompts)
         self.num = self.found.num or 0
         if not self.num:
@@ -157,7 +159,8 @@ class Precompute:
 
     def _encoded(self, every: Sequence[int], pool: ThreadPoolExecutor) -> tuple[Tensor, list[int], list[str]]:
         """x0 of the samples that can be read, which they are, and the names of the others."""
-        codec, index = self.teacher.codec, []
+        codec: Any = self.teacher.codec
+        index: list[int] = []
         parts: list[Tensor] = [torch.zeros(0, *codec.shape)]
         bad: list[str] = []
         for first in range(0, len(every), BATCH):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
+from fastgen.data.buckets import parsed, sorted_in
 from fastgen.data.bundled import NAMES, load_images, load_labels
 from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
 from fastgen.data.kinds import kind_of_source
@@ -17,7 +18,7 @@ from fastgen.data.latents import read_manifest
 from fastgen.data.media import describe, read_files
 from fastgen.data.order import Order
 from fastgen.data.readers import check_named, gathered
-from fastgen.data.streaming import PictureReader
+from fastgen.data.streaming import PictureReader, Reader
 from fastgen.data.tables import LARGE
 from fastgen.data.text import read_lines
 from fastgen.networks.codecs import TextCodec
@@ -32,7 +33,7 @@ class Found:
     captions: list[str] | None = None
     samples: Samples | None = None  # the files of a folder
     total: int | None = None  # samples before data.limit
-    reader: PictureReader | None = None  # instead of images where they are streamed
+    reader: Reader | None = None  # instead of images where they are streamed
     order: Order | None = None  # of the samples of several sources
     own: bool = False  # whether they are a user's
 
@@ -73,6 +74,10 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
     """What the data section names; with pixels=False no image is read, only what goes with them."""
     if not cfg.prompts:  # a file that is not there is named first
         _check_wanted(cfg, codec)
+    if cfg.buckets and not kind_of_source(cfg):
+        raise UserError(
+            "data.buckets", "found without pictures of your own", "set data.images, or leave it out"
+        )
     if cfg.name:
         return _bundled(cfg, pixels)
     if kind_of_source(cfg):
@@ -137,13 +142,15 @@ def _own(cfg, codec, device, pixels: bool) -> Found:
     keys = [f"{key}.{kind}" for (_, key), kind in zip(sources, kinds)]
     sets = [gathered(one, cfg, key, clips) for (one, _), key in zip(sources, keys)]
     totals = [len(one.files) for one in sets]
+    if cfg.buckets and not named_once:
+        raise UserError("data.buckets", "found beside data.sources", "use one source with buckets")
     stream = pixels and sum(totals) > 0 and streams(cfg, codec, size, sum(totals))
     founds = []
     for one, key in zip(sets, keys):
         founds.append(_one_set(cfg, codec, one, "" if named_once else f"{key}: ", (size, stream), pixels))
     found = founds[0] if named_once else _together(founds, [one.weight for one, _ in sources])
     found.own, found.total = True, sum(totals)
-    if stream:
+    if stream and found.reader is None:
         found.reader = PictureReader([one.samples for one in founds if one.samples], size)
     return found
 
@@ -167,6 +174,10 @@ def _one_set(cfg, codec, samples: Samples, label: str, how: tuple[tuple, bool], 
         samples = samples.chosen(list(range(min(cfg.limit, len(samples.files)))))
     if needed:  # where both are errors, a file that is no picture is named before its missing caption
         samples = drop_missing(samples.captions, samples, cfg.on_bad_image, "caption")
+    reader = None
+    if cfg.buckets:  # headers alone, also for a dry run
+        reader = sorted_in(samples, size[0] if size else 3, parsed(cfg.buckets), cfg.on_bad_image)
+        samples = reader.samples
     captions = [text for text in samples.captions if text is not None]
     what = "files, read when a batch has them" if stream else "files, of which no pixel is read"
     counts = {"images" if read else what: len(samples.files)}
@@ -175,7 +186,7 @@ def _one_set(cfg, codec, samples: Samples, label: str, how: tuple[tuple, bool], 
     counts |= {"labels": len(samples.files)} if labelled else {}
     print(describe(samples.listing, counts, label))
     labels = torch.tensor(samples.labels).long() if labelled else None
-    return Found(images, labels, captions or None, samples)
+    return Found(images, labels, captions or None, samples, reader=reader if stream else None)
 
 
 def _together(founds: list[Found], weights: list[float]) -> Found:
@@ -198,6 +209,10 @@ def streams(cfg, codec, size: tuple[int, ...], num: int) -> bool:
     if cfg.stream == "always" and shown:
         found = f"found always for {codec.family.name}, which is shown an image of every sample"
         raise UserError("data.stream", found, "use auto or never")
+    if cfg.buckets and cfg.stream == "never":
+        raise UserError("data.stream", "found never beside data.buckets, which are streamed", "use auto")
+    if cfg.buckets:
+        return True
     if cfg.stream != "auto" or shown:
         return cfg.stream == "always"
     return num > MANY or num * math.prod(size) > LARGE

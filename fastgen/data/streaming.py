@@ -51,6 +51,10 @@ class Reader:
         """The first num samples."""
         raise NotImplementedError
 
+    def after(self, i: int, k: int) -> int:
+        """The k-th sample after sample i, which may stand in for it."""
+        return (i + k) % len(self)
+
 
 class PictureReader(Reader):
     """Pictures (or clips) as uint8 [C, H, W], scaled and cropped to a size."""
@@ -94,13 +98,14 @@ class Stream:
     def sound(self, i: int) -> tuple[int, Rows]:
         """Sample i, or the first one after it that can be read."""
         num = len(self.reader)
-        for j in ((i + k) % num for k in range(min(num, IN_A_ROW))):
+        for j in (self.reader.after(i, k) for k in range(min(num, IN_A_ROW))):
             if j not in self.bad:
                 try:
                     return j, self.reader.load(j)
                 except OSError as error:
                     self._note(j, error)
-        found = f"{min(num, IN_A_ROW)} in a row cannot be read, such as {self.reader.name(i)} ({self.bad[i]})"
+        why = f"{self.reader.name(i)} ({self.bad.get(i, '')})"
+        found = f"{min(num, IN_A_ROW)} in a row cannot be read, such as {why}"
         raise UserError(self.key, found, "repair or remove them")
 
     def _note(self, j: int, error: OSError) -> None:

@@ -79,17 +79,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, dq, dk, dv, dmask, dscale):
         q, k, v, *mask = ctx.saved_tensors
-        tangents = [torch.zeros_like(x) if d is None else d for x, d in ((q, dq), (k, dk), (v, dv))]
-        return _derive(q, k, v, tangents, mask[0] if mask else None, ctx.scale).to(q.dtype)
+        dq, dk, dv = (torch.zeros_like(x) if d is None else d for x, d in ((q, dq), (k, dk), (v, dv)))
+        if q.is_cuda and not mask:
+            from fastgen.networks.triton_attention import fused_attention_tangent, there
 
-
-def _derive(q, k, v, tangents: list[Tensor], mask: Tensor | None, scale: float | None) -> Tensor:
-    if q.is_cuda and mask is None:
-        from fastgen.networks.triton_attention import fused_attention_tangent, there
-
-        if there():
-            return fused_attention_tangent(q, k, v, *tangents, scale)[1]
-    return attention_tangent(q, k, v, *tangents, mask, scale)[1]
+            if there():
+                return fused_attention_tangent(q, k, v, dq, dk, dv, ctx.scale)[1].to(q.dtype)
+        return attention_tangent(q, k, v, dq, dk, dv, mask[0] if mask else None, ctx.scale)[1].to(q.dtype)
 
 
 class OnlineAttention(TorchFunctionMode):

@@ -118,10 +118,20 @@ def test_latents_are_made_and_read_by_the_commands_of_the_page(own, capsys):
     from fastgen.cli.main import main as fastgen
 
     (made,) = re.findall(r"^fastgen (precompute .*)$", BIG, re.M)
-    (train,) = re.findall(r"^python train\.py (.*)$", BIG, re.M)
+    (train,) = [c for c in re.findall(r"^python train\.py (.*)$", BIG, re.M) if "latents" in c]
     assert fastgen(shlex.split(made)) == 0
     assert main([*shlex.split(train), "--dry_run"]) == 0
     assert "data: 8 encoded images in 1 shards, none of them decoded" in capsys.readouterr().out
+
+
+def test_the_buckets_of_the_page_are_filled(own, capsys):
+    (train,) = [c for c in re.findall(r"^python train\.py (.*)$", BIG, re.M) if "buckets" in c]
+    assert main([*shlex.split(train), "--dry_run"]) == 2
+    assert "data.buckets: no picture is of the shape of 64x96, 96x64" in capsys.readouterr().err
+    for i, size in enumerate([(30, 20), (20, 30)]):
+        Image.new("RGB", size).save(f"my/cats/{i}.png")
+    assert main([*shlex.split(train), "--dry_run"]) == 0
+    assert "6 of 64x64, 1 of 64x96, 1 of 96x64" in capsys.readouterr().out
 
 
 def test_the_sources_of_the_page_are_mixed(own):

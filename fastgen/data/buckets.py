@@ -1,0 +1,185 @@
+"""Aspect-ratio buckets: a picture is scaled and cropped to that of several sizes whose shape is nearest to
+its own, and every batch is of one size.
+
+The order of the batches is a function of (seed, step) as it is elsewhere: an epoch permutes the pictures of
+each bucket, cuts them into batches of all processes together, and permutes the batches. What is left of a
+bucket after its last whole batch waits for another epoch; a bucket smaller than a batch is repeated in it.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgen.core.batch import Cond
+from fastgen.core.errors import UserError
+from fastgen.core.rng import Rng
+from fastgen.data.batches import Data
+from fastgen.data.folders import Samples
+from fastgen.data.media import read_one, shape_of
+from fastgen.data.streaming import Reader, Rows, Stream, StreamedData
+from fastgen.networks.codecs import TextCodec, spatial_factor
+
+KEY = "data.buckets"
+Size = tuple[int, int]
+"""height and width in pixels"""
+
+
+def parsed(texts: Sequence[str]) -> list[Size]:
+    """Sizes of texts such as 512x768, height x width."""
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+        if not match:
+            raise UserError(KEY, f"found {text[:40]!r}", "give sizes as HEIGHTxWIDTH, such as 512x768")
+        found.append((int(match[1]), int(match[2])))
+    if double := next((text for text, size in zip(texts, found) if found.count(size) > 1), ""):
+        raise UserError(KEY, f"{double} is given twice", "give each size once")
+    return found
+
+
+def check_fits(sizes: Sequence[Size], codec) -> None:
+    """A UserError where a teacher cannot be trained at several sizes, or not at one of these."""
+    family = codec.family
+    why = ""
+    if family is None or not family.has_size:
+        why = "has no image size"
+    elif family.square:
+        why = "needs square images"
+    elif family.temporal or (isinstance(codec, TextCodec) and family.needs_image):
+        why = "is shown an image, or makes clips"
+    if why:
+        name = "an exact teacher" if family is None else family.name
+        raise UserError(KEY, f"given for {name}, which {why}", "leave it out")
+    text = isinstance(codec, TextCodec)
+    factor = spatial_factor(family, codec.pipe) if text else family.factor * getattr(codec, "patch", 1)
+    step = factor * family.divisor
+    for height, width in sizes:
+        if height % step or width % step:
+            wanted = f"give multiples of {step}, as {family.name} needs"
+            raise UserError(KEY, f"found {height}x{width}", wanted)
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> int:
+    """The bucket whose ratio of sides is nearest to that of a picture, by its logarithm."""
+    ratio = math.log(size[0] / size[1])
+    return min(range(len(sizes)), key=lambda b: abs(math.log(sizes[b][0] / sizes[b][1]) - ratio))
+
+
+class BucketReader(Reader):
+    """Pictures as uint8 [C, H, W] at the size of their bucket."""
+
+    def __init__(self, samples: Samples, channels: int, sizes: Sequence[Size], bucket: Sequence[int]):
+        """bucket: that of each picture."""
+        self.samples, self.channels, self.sizes, self.bucket = samples, channels, list(sizes), list(bucket)
+        self.members: list[list[int]] = [[] for _ in sizes]
+        self.place: list[int] = []
+        for i, b in enumerate(bucket):
+            self.place.append(len(self.members[b]))
+            self.members[b].append(i)
+
+    def __len__(self) -> int:
+        return len(self.bucket)
+
+    def load(self, i: int) -> Rows:
+        return {"images": read_one(self.samples.files[i], (self.channels, *self.sizes[self.bucket[i]]))}
+
+    def name(self, i: int) -> str:
+        return self.samples.name(i)
+
+    def after(self, i: int, k: int) -> int:
+        """Of the same bucket, so that a batch stays of one size."""
+        members = self.members[self.bucket[i]]
+        return members[(self.place[i] + k) % len(members)]
+
+    def first(self, num: int) -> "BucketReader":
+        some = self.samples.chosen(list(range(num)))
+        return BucketReader(some, self.channels, self.sizes, self.bucket[:num])
+
+
+def sorted_in(samples: Samples, channels: int, sizes: Sequence[Size], on_bad: str) -> BucketReader:
+    """Pictures with their buckets, by their headers alone; those without a readable one are left out or
+    fatal. A bucket without a picture is an error.
+    """
+    kept, bucket = [], []
+    for i, file in enumerate(samples.files):
+        try:
+            size = shape_of(file)
+        except OSError as error:
+            bad = f"{samples.name(i)} ({error})"
+            if on_bad == "error":
+                way = "repair or remove it; data.on_bad_image skip leaves it out"
+                raise UserError(samples.key, f"1 unreadable: {bad}", way) from None
+            samples.listing.skipped.append(bad)
+            continue
+        kept.append(i)
+        bucket.append(nearest(size, sizes))
+    empty = [f"{h}x{w}" for b, (h, w) in enumerate(sizes) if b not in bucket]
+    if empty:
+        raise UserError(KEY, f"no picture is of the shape of {', '.join(empty)}", "leave it out")
+    counts = ", ".join(f"{bucket.count(b)} of {h}x{w}" for b, (h, w) in enumerate(sizes))
+    print(f"data: in buckets, height x width: {counts}")
+    return BucketReader(samples.chosen(kept), channels, sizes, bucket)
+
+
+def batches_of(members: Sequence[Sequence[int]], size: int, epoch: int, seed: int) -> list[list[int]]:
+    """The batches of an epoch, each of `size` pictures of one bucket."""
+    found: list[list[int]] = []
+    for b, some in enumerate(members):
+        order = [some[i] for i in _permutation(len(some), epoch, seed, b + 1)]
+        if len(order) < size:
+            order = (order * -(-size // len(order)))[:size] if order else []
+        found += [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+    return [found[i] for i in _permutation(len(found), epoch, seed, 0)]
+
+
+def _permutation(num: int, epoch: int, seed: int, stream: int) -> list[int]:
+    mixed = ((seed * 1_000_003 + epoch) * 1_009 + stream) % 2**63
+    return torch.randperm(num, generator=torch.Generator().manual_seed(mixed)).tolist()
+
+
+class BucketedData(StreamedData):
+    """Streamed pictures of several sizes, a size a batch."""
+
+    reader: BucketReader
+
+    def __init__(self, stream: Stream, *given, **more):
+        assert isinstance(stream.reader, BucketReader), "pictures that are sorted into buckets"
+        super().__init__(stream, *given, **more)
+        self.reader, self.x0 = stream.reader, None  # no table holds pictures of several sizes
+
+    def first(self, num: int) -> Data:
+        if not 0 < num < len(self):
+            return self
+        s = self.stream
+        stream = Stream(self.reader.first(num), s.workers, s.on_bad, s.key)
+        given = (self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, self.later)
+        some = BucketedData(stream, self.encode, *given)
+        some.dropout = self.dropout
+        return some
+
+    def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
+        whole, members, micro = batch_size * rng.world, self.reader.members, start
+        num = len(batches_of(members, whole, 0, rng.seed))
+        while True:
+            epoch, place = divmod(micro, num)
+            batches = batches_of(members, whole, epoch, rng.seed)
+            for batch in batches[place:]:
+                yield torch.tensor(batch[rng.rank * batch_size : (rng.rank + 1) * batch_size])
+            micro = (epoch + 1) * num
+
+    def cond(self, index: Tensor) -> Cond:
+        return self._sized(super().cond(index), index)
+
+    def null(self, index: Tensor) -> Cond:
+        return self._sized(super().null(index), index)
+
+    def _sized(self, cond: Cond, index: Tensor) -> Cond:
+        """With the sizes that SDXL takes as a condition: that of the bucket, not cropped."""
+        if "time_ids" not in cond:
+            return cond
+        sizes = [self.reader.sizes[self.reader.bucket[i]] for i in index.tolist()]
+        ids = torch.tensor([[h, w, 0, 0, h, w] for h, w in sizes]).to(cond["time_ids"])
+        return cond | {"time_ids": ids}
