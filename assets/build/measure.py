@@ -1,8 +1,11 @@
-"""Train the measuring net of one image set into assets/measure/<set>."""
+"""Train the measuring net of one image set into assets/measure/<set>, or with --out and another seed and
+width a net of the same kind that students are tuned by (assets/rewards/<set>): what tunes never measures.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +22,14 @@ def targets_of(data):
     return data.attributes or {"class": data.labels}
 
 
-def train(name: str, seed: int, folder: Path, batch_size: int = 100) -> None:
+def train(
+    name: str, seed: int, folder: Path, widths: Sequence[int] = (32, 64, 96), batch_size: int = 100
+) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     data, heldout = load_images(name, "train"), load_images(name, "heldout")
     heads = {k: len(v) for k, v in VOCABULARY.items()} if name == "tinted" else {"class": 10}
-    net = FeatureNet(data.images.shape[1], data.images.shape[-1], heads)
+    net = FeatureNet(data.images.shape[1], data.images.shape[-1], heads, widths)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
     steps = EPOCHS[name] * (len(data) // batch_size)
     order = Rows(len(data), batch_size, generator)
@@ -64,5 +69,6 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder to write; the shipped one if not given")
+    parser.add_argument("--widths", type=int, nargs=3, default=(32, 64, 96), help="channels of its layers")
     args = parser.parse_args()
-    train(args.name, args.seed, args.out or ASSETS / "measure" / args.name)
+    train(args.name, args.seed, args.out or ASSETS / "measure" / args.name, args.widths)

@@ -1,8 +1,9 @@
-"""LoRA files: what is in them, merged into their base, under other names.
+"""LoRA files: what is in them, merged into their base, under other names, what one adds to another.
 
 fastgen adapters list runs/tinted-sd_dmd2_lora                         rank, layers, base, steps
 fastgen adapters merge FILE --out merged [--base BASE] [--dtype fp16]    a whole model folder
 fastgen adapters convert FILE --to kohya --out OTHER.safetensors       or --to peft --base BASE
+fastgen adapters difference TUNED START --out ADDED.safetensors        stacked on START it is TUNED
 """
 
 import argparse
@@ -22,7 +23,7 @@ def _flags() -> argparse.ArgumentParser:
     add("paths", nargs="+", type=expand, metavar="PATH", help="LoRA file; for list also a folder")
     add("--base", default="", type=expand, help="model that the LoRA adapts, if its header names none")
     add("--to", choices=("kohya", "peft"), default="", help="convert: whose names")
-    add("--out", default="", type=expand, help="merge: folder to write; convert: file to write")
+    add("--out", default="", type=expand, help="merge: folder to write; else the file")
     add("--dtype", choices=DTYPES, default="fp32", help="merge: of the weights")
     add("--overwrite", action="store_true", help="replace what is there")
     return flags
@@ -35,11 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _one(args: argparse.Namespace) -> Path:
     """The one file that merge and convert are about."""
-    from fastgen.export.adapters import lora_files
-
     if len(args.paths) > 1:
         raise UserError("adapters", f"found {len(args.paths)} files", "give one")
-    path = Path(args.paths[0])
+    return _file(args.paths[0])
+
+
+def _file(place: str) -> Path:
+    """The LoRA file that a path stands for."""
+    from fastgen.export.adapters import lora_files
+
+    path = Path(place)
     files = [f for f in lora_files(path) if f == path or not f.stem.endswith("-kohya")]
     if len(files) > 1:
         raise UserError("adapters", f"{path} holds {len(files)} LoRA files", "name one of them")
@@ -73,21 +79,36 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(args: argparse.Namespace) -> int:
-    from fastgen.export.adapters import convert
-
+def _new_file(args: argparse.Namespace) -> Path:
+    """The LoRA file to write."""
     out = _out(args)
-    if not args.to:
-        raise UserError("--to", "none given", "kohya or peft")
     if out.suffix != ".safetensors":
         raise UserError("--out", f"found {out}", "give a .safetensors file")
     if out.exists() and not args.overwrite:
         raise UserError("--out", f"{out} exists", "give another file, or --overwrite")
-    print(f"wrote {convert(_one(args), args.to, out, args.base)}")
+    return out
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from fastgen.export.adapters import convert
+
+    if not args.to:
+        raise UserError("--to", "none given", "kohya or peft")
+    print(f"wrote {convert(_one(args), args.to, _new_file(args), args.base)}")
     return 0
 
 
-RUN = {"list": _list, "merge": _merge, "convert": _convert}
+def _difference(args: argparse.Namespace) -> int:
+    from fastgen.export.adapters import difference
+
+    if len(args.paths) != 2:
+        raise UserError("adapters", f"found {len(args.paths)} files", "give two: TUNED START")
+    tuned, start = map(_file, args.paths)
+    print(f"wrote {difference(tuned, start, _new_file(args))}")
+    return 0
+
+
+RUN = {"list": _list, "merge": _merge, "convert": _convert, "difference": _difference}
 
 
 if __name__ == "__main__":

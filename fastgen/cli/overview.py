@@ -65,6 +65,7 @@ def _data(cfg: RunConfig) -> str:
         source += read
     more = [f"{len(data.sources)} further sources"] * bool(data.sources)
     more += [f"control images in {data.control}"] * bool(data.control)
+    more += [f"each preferred to its namesake in {data.dispreferred}"] * bool(data.dispreferred)
     more += [f"the first {data.limit:,}"] * bool(data.limit)
     return ", ".join([source, *more])
 

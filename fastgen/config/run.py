@@ -150,14 +150,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
-        for stage in self.all_stages():
-            has_data = any(getattr(self.data, key) for key in PICTURES)
-            if requirements_of(stage.objective).real_data and not has_data:
+        self._check_data()
+        return self
+
+    def _check_data(self) -> None:
+        """Whether there are images for every stage that reads some, and a reader for pairs."""
+        needs = {s.objective.name: requirements_of(s.objective) for s in self.all_stages()}
+        for name in (n for n, one in needs.items() if one.real_data):
+            if not any(getattr(self.data, key) for key in PICTURES):
                 raise ValueError(
-                    f"data: no images are named; {stage.objective.name} needs real data: "
+                    f"data: no images are named; {name} needs real data: "
                     f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
                 )
-        return self
+        if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
+            raise ValueError(
+                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+            )
 
     def _check_guidance_adapter(self) -> None:
         """Whether the adapters of the guidance scale have one to take, and nothing else to add."""

@@ -235,6 +235,8 @@ class DataConfig(SourceConfig):
     """folder of control images (edges, depth), named like data.images or in their order, for teachers with a
     ControlNet
     """
+    dispreferred: UserPath = ""
+    """for pso: folder with one image for each of data.images, of the same name, to which that is preferred"""
     limit: int = Field(default=0, ge=0)
     """use only this many examples, the first; 0 is all"""
     on_bad_image: Literal["skip", "error"] = "skip"

@@ -12,7 +12,8 @@ Cond = dict[str, Tensor]
 @dataclass
 class Batch:
     """One micro-batch: x0 [B, ...] or None without data, conditions, null conditions, standard normal noise
-    [B, ...], the index of each row in the data set, and the captions of text data.
+    [B, ...], the index of each row in the data set, the captions of text data, and where the data has pairs
+    the x0 that each row's is preferred to.
     """
 
     x0: Tensor | None
@@ -21,6 +22,7 @@ class Batch:
     noise: Tensor
     index: Tensor
     texts: list[str] | None = None
+    dispreferred: Tensor | None = None
 
 
 def stack(conds: list[Cond]) -> Cond:

@@ -28,6 +28,8 @@ class Data:
     """of the samples; None for one source of them all"""
     dropout: float = 0.0
     """share of the samples that get the null condition"""
+    dispreferred: Tensor | None = None
+    """x0 that each sample's own is preferred to; None without pairs"""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Data:
         own, null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
         some = Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
         some.dropout = self.dropout
+        some.dispreferred = None if self.dispreferred is None else self.dispreferred[:num]
         return some
 
     def cond(self, index: Tensor) -> Cond:
@@ -94,7 +97,9 @@ class Data:
                         gone = rng.rand(batch_size) < self.dropout
                         cond = _without(cond, uncond, gone.to(device))
                         texts = texts and ["" if out else text for out, text in zip(gone.tolist(), texts)]
-                    window.append(Batch(x0, cond, uncond, noise.to(device), index, texts))
+                    worse = self.dispreferred
+                    worse = None if worse is None else worse[index].float().to(device)
+                    window.append(Batch(x0, cond, uncond, noise.to(device), index, texts, worse))
                 yield window
                 k += 1
 

@@ -18,7 +18,7 @@ NOT_ENCODERS = ("unet", "transformer", "prior", "scheduler", "safety_checker", "
 def data_digest(source) -> str:
     """Hash of the files that a data section names: names, sizes, and the first and last 64 KiB of each."""
     digest = hashlib.sha256()
-    named = [source.images, source.control, source.prompts, source.table, source.latents]
+    named = [source.images, source.control, source.dispreferred, source.prompts, source.table, source.latents]
     for one in source.sources:
         named += [one.images, one.table]
     for name in named:

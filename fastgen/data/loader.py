@@ -20,7 +20,7 @@ from fastgen.data.kinds import kind_of_source, own_source
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.latents import check_latents, open_latents
 from fastgen.data.media import read_files
-from fastgen.data.sources import Found, control_files, read_source
+from fastgen.data.sources import Found, control_files, dispreferred_files, read_source
 from fastgen.data.streaming import EncodedLater, Stream, StreamedData
 from fastgen.data.text import cut_prompts
 from fastgen.networks.codecs import TextCodec
@@ -163,13 +163,25 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         given = (cond.table, cond.rows, cond.uncond, codec.shape, cond.texts)
         data = Data(x0, *given, cond.own, cond.own_null)
         data.order = found.order
+        data.dispreferred = _dispreferred(cfg, codec, found, device, teacher.path)
     else:
         data = _streamed(cfg, codec, found, cond, device)
     return with_dropout(cfg, codec, data)
 
 
+def _dispreferred(cfg, codec, found: Found, device, key: str) -> Tensor | None:
+    """x0 of what each of data.images is preferred to; None without such pairs."""
+    if not cfg.dispreferred or found.images is None:
+        return None
+    files = dispreferred_files(Path(cfg.dispreferred), found)
+    images = read_files(files, tuple(found.images.shape[1:]), "error", key="data.dispreferred")[0]
+    return encode_images(codec, images, cfg.cache_dir, device, key)
+
+
 def _streamed(cfg, codec, found: Found, cond: Conditions, device) -> Data:
     assert found.reader is not None, "a source that is streamed"
+    if cfg.dispreferred:
+        raise UserError("data.dispreferred", "its pictures are not streamed", "set data.stream to never")
     stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg)}")
     read = stream.sound(0)[1]["images"][None]
     if not cfg.buckets:
@@ -224,6 +236,8 @@ def look_at(cfg, teacher: Teacher) -> None:
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
     found = read_source(cfg, codec, "cpu", pixels=False)
+    if cfg.dispreferred:
+        dispreferred_files(Path(cfg.dispreferred), found)
     if isinstance(codec, TextCodec):
         if codec.family.needs_image and cfg.control:
             control_files(Path(cfg.control), found, codec.family.name)

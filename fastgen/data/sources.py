@@ -52,7 +52,7 @@ PROMPTS = "a text file with one prompt a line"
 
 def check_there(cfg) -> None:
     """Refuse a data section whose folders or files are not there, before anything is loaded."""
-    for key in ("images", "control"):
+    for key in ("images", "control", "dispreferred"):
         if path := getattr(cfg, key):
             check_folder(Path(path).expanduser(), f"data.{key}")
     for i, source in enumerate(cfg.sources):
@@ -245,6 +245,25 @@ def control_files(folder: Path, found: Found, what: str) -> Samples:
     place = {path: i for i, path in enumerate(own.listing.files)}
     print("data: control images go with the images by their order: no names are the same")
     return _without_text(listing, [files[place[path]] for path in own_files])
+
+
+def dispreferred_files(folder: Path, found: Found) -> Samples:
+    """The image that each of data.images is preferred to, the one of the same name."""
+    key, own = "data.dispreferred", found.samples
+    if own is None:
+        raise UserError(
+            key, "found without data.images", "give both: each image is preferred to its namesake"
+        )
+    listing = scan(folder, key=key)
+    there = {path.relative_to(listing.folder).with_suffix(""): path for path in listing.files}
+    names = [path.relative_to(own.listing.folder).with_suffix("") for path in own.paths()]
+    missing = [named(name) for name in names if name not in there]
+    if missing:
+        lost = f"{len(missing)} of {len(names)} pairs have no file in {folder}: {some(missing)}"
+        raise UserError(key, lost, "give an image of the same name as each in data.images, or remove that")
+    if len(there) < len(listing.files):
+        raise UserError(key, "found two files of one name and different kinds", "keep one of them")
+    return _without_text(listing, [there[name] for name in names])
 
 
 def _unequal(what: str, num: int, found: Found, why: str) -> UserError:

@@ -85,6 +85,8 @@ class Evaluator:
         if metrics is not None:
             metrics.check_texts(self.requests.texts(1) is not None)
         self.label_free = self.measurer is None and len(teacher.codec.shape) > 1
+        self.tuned_by: list[str] = []
+        """names of the rewards that the student was tuned by, which measure nothing here"""
 
     def images(self, who: str, num: int, seed: int, steps: int = 0) -> Tensor:
         """num images in [0, 1] of "teacher", "student" or "untrained_student"; one seed per image.
@@ -269,6 +271,7 @@ def _described(evaluator: Evaluator, counts: dict[str, int], speed_batch: int) -
         "seed": protocol.seed,
         **(evaluator.measurer.describe() if evaluator.measurer else {"extractor": "none"}),
         **({"metrics": evaluator.metrics.describe()} if evaluator.metrics else {}),
+        **({"tuned_by": evaluator.tuned_by} if evaluator.tuned_by else {}),
         "guidance": protocol.guidance,
         "teacher_steps": protocol.teacher_steps,
         "student_times": list(evaluator.cast.parts["student"].times) if protocol.few_step else None,

@@ -201,3 +201,28 @@ def convert(file: Path, to: str, out: Path, base: str = "") -> Path:
         found = f"diffusers reads no kohya file for these layers of {family.net_class}"
         raise UserError("--to", found, "keep the PEFT names")
     return write_kohya(out, layers, family.kohya_prefix or "", described)
+
+
+def difference(tuned: Path, start: Path, out: Path) -> Path:
+    """What one adapter adds to another, B A of the first minus B A of the second, exactly: the ranks add up.
+    Stacked on the second at weight 1 it is the first, at less a share of the way.
+    """
+    files = [open_adapter(tuned), open_adapter(start)]
+    for one in files:
+        if one.layout != "peft":
+            raise UserError(KEY, f"{one.file} has kohya names", "give the files with PEFT names")
+    first, second = (_layers(one, None) for one in files)
+    prefix, other = ({k.partition(".")[0] for k in one.tensors} for one in files)
+    common = [name for name in first if name in second]
+    if len(prefix) > 1 or prefix != other or not common:
+        raise UserError(KEY, f"{tuned} and {start} adapt other networks", "give two adapters of one base")
+    for name in common:
+        shapes = [(layers[name][0].shape[1:], layers[name][1].shape[0]) for layers in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise UserError(KEY, f"{name} differs in shape", "give two adapters of one base")
+    none = {name: (a[:0], b[:, :0]) for layers in (first, second) for name, (a, b) in layers.items()}
+    found = {}
+    for name, empty in none.items():
+        (a, b), (a0, b0) = first.get(name, empty), second.get(name, empty)
+        found[name] = (torch.cat([a, a0]).contiguous(), torch.cat([b, -b0], 1).contiguous())
+    return lora.write_peft(out, found, next(iter(prefix)), {})

@@ -58,6 +58,14 @@ class ImagesSpec:
 
 
 @dataclass(frozen=True)
+class RewardsSpec:
+    """Frozen scores of images and prompts, larger is better."""
+
+    models: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    """the name of each, and its (name, local path) pairs of weights"""
+
+
+@dataclass(frozen=True)
 class ConceptSpec:
     """The conditions of what is to be forgotten, sorted from those of the data."""
 
@@ -72,6 +80,7 @@ Auxiliary = (
     | WeakTeacherSpec
     | PerceptualSpec
     | ImagesSpec
+    | RewardsSpec
     | ConceptSpec
 )
 
@@ -105,6 +114,8 @@ class Requirements:
     """students behind a router; 0 where there is a single one without"""
     real_data: bool = True
     """whether `step` reads batch.x0"""
+    dispreferred: bool = False
+    """whether `step` reads batch.dispreferred, where the data has it"""
     forgets: tuple[str, ...] = ()
     """classes or words of prompts that the student is to forget, which its measurement leaves out"""
 

@@ -185,17 +185,35 @@ class Student(Role):
         """
         final = len(self.times) - 1
         last = final if last is None else last
-        x_t = noise * self.schedule.prior_std(self.times[0])
-        with torch.no_grad():
-            for i in range(last):
-                t, u = self.time(i, noise), self.time(i + 1, noise)
-                x = self(x_t, t, self.ending(cond, i, noise))
-                x_t = self.between(x, x_t, t, u, randn_like)
-        t = self.time(last, noise)
+        x_t, t = self.states(noise, cond, randn_like, last)[-1], self.time(last, noise)
         x = self(x_t, t, self.ending(cond, last, noise))
-        if self.sampler == "tcd" and last == final:
+        return self.sample_at(x, x_t, last)
+
+    @torch.no_grad()
+    def states(
+        self, noise: Tensor, cond: Cond, randn_like: Callable[[Tensor], Tensor], last: int
+    ) -> list[Tensor]:
+        """The states [B, ...] at the first last + 1 times of the walk from unit noise, without gradient."""
+        found = [noise * self.schedule.prior_std(self.times[0])]
+        for i in range(last):
+            t, u = self.time(i, noise), self.time(i + 1, noise)
+            x = self(found[i], t, self.ending(cond, i, noise))
+            found.append(self.between(x, found[i], t, u, randn_like))
+        return found
+
+    def sample_at(self, x: Tensor, x_t: Tensor, last: int) -> Tensor:
+        """What the walk returns if it stops at step `last` with the estimate x: x but for TCD's last step."""
+        if self.sampler == "tcd" and last == len(self.times) - 1:
+            t = self.time(last, x_t)
             return self.schedule.ode_step(x, x_t, t, torch.full_like(t, self.schedule.t_min))
         return x
+
+    def transition(self, x: Tensor, x_t: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, ...] of the state at u after the estimate x at t, which is Gaussian
+        given x_t; the deviation is 0 where no fresh noise enters.
+        """
+        mean = self.between(x, x_t, t, u, torch.zeros_like)
+        return mean, (self.between(x, x_t, t, u, torch.ones_like) - mean).detach()
 
     def between(self, x: Tensor, x_t: Tensor, t: Tensor, u: Tensor, randn_like: Callable) -> Tensor:
         """The state at u after the estimate x at t: fresh noise, the ODE, or TCD's mixture of both."""

@@ -15,9 +15,13 @@ from fastgen.data.kinds import OWN, SOURCES, own_source
 from fastgen.data.latents import read_null
 from fastgen.evaluation.evaluator import EvaluationProtocol, Evaluator
 from fastgen.evaluation.metrics.metric import Kind
+from fastgen.evaluation.rewards import keep_apart
 from fastgen.evaluation.run_metrics import RunMetrics
+from fastgen.networks.rewards import Reward
 from fastgen.objectives import requirements_of
+from fastgen.objectives.requirements import RewardsSpec
 from fastgen.training import fingerprint
+from fastgen.training.auxiliaries import open_rewards
 from fastgen.training.cast import Cast
 from fastgen.training.trainer import Trainer
 from fastgen.training.validation import Validator
@@ -82,6 +86,7 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
         )
     protocol = make_protocol(cfg)
     evaluator = Evaluator(protocol, cast, data, metrics)
+    evaluator.tuned_by = keep_apart(tuned_by(cfg, cast), evaluator.measurer, metrics)
     if metrics is None and evaluator.label_free and protocol.num_samples == EvalConfig().num_samples:
         evaluator.protocol = replace(protocol, num_samples=FEW)
         print(
@@ -89,6 +94,13 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
             "beyond the teacher's own features; eval.num_samples sets another number, 0 none"
         )
     return evaluator
+
+
+def tuned_by(cfg: RunConfig, cast) -> list[Reward]:
+    """The rewards that any stage of a run is tuned by."""
+    parts = [p for s in cfg.all_stages() for p in requirements_of(s.objective).auxiliaries.values()]
+    specs = [spec for spec in parts if isinstance(spec, RewardsSpec)]
+    return [model for spec in specs for model in open_rewards(spec, cast.teacher, cast.device)]
 
 
 def make_validator(cfg: RunConfig, cast: Cast, data: Data, folder: Path) -> Validator:
@@ -136,6 +148,7 @@ def input_paths(cfg: RunConfig) -> dict[str, str]:
         "student.init": cfg.student.init,
         "student.fuse": cfg.student.fuse,
         **{f"data.{key}": value for key, value in data.items()},
+        "data.dispreferred": cfg.data.dispreferred,
     }
     for i, source in enumerate(cfg.data.sources):
         found |= {f"data.sources.{i}.{key}": getattr(source, key) for key in OWN}

@@ -11,6 +11,8 @@ from fastgen.core.paths import asset
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.feature_net import FeatureNet, Images, Perceptual
 from fastgen.networks.load import load_teacher
+from fastgen.networks.rewards import Reward, Rewards
+from fastgen.networks.teacher import Teacher
 from fastgen.objectives.requirements import (
     Auxiliary,
     ConceptSpec,
@@ -19,6 +21,7 @@ from fastgen.objectives.requirements import (
     ImageTextSpec,
     LogVarianceSpec,
     PerceptualSpec,
+    RewardsSpec,
     WeakTeacherSpec,
 )
 from fastgen.roles.concepts import Concepts
@@ -37,6 +40,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return _clip(cast, path)
         case ImagesSpec():
             return Images(cast.teacher.codec)
+        case RewardsSpec():
+            return Rewards(open_rewards(spec, cast.teacher, cast.device), cast.teacher.codec)
         case PerceptualSpec():
             return _perceptual(cast).to(cast.device)
         case ConceptSpec(forget, override):
@@ -51,6 +56,15 @@ def _clip(cast, path: str):
     from fastgen.networks.clip import Alignment, image_text
 
     return Alignment(image_text(path, str(cast.device)), cast.teacher.codec)
+
+
+def open_rewards(spec: RewardsSpec, teacher: Teacher, device) -> list[Reward]:
+    """The rewards that a method is tuned by; they are the same objects wherever a run asks for them."""
+    from fastgen.evaluation.rewards import open_reward
+
+    place = "cpu" if str(device) == "meta" else str(device)
+    mini_set = str((teacher.info or {}).get("measure") or "")
+    return [open_reward(name, weights, mini_set, place) for name, weights in spec.models]
 
 
 def _weak(cast, path: str) -> Role:

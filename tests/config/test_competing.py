@@ -102,8 +102,8 @@ PLAIN = {
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "data": (
-        "split image_column text_column label_column weight control limit on_bad_image on_bad_shard stream "
-        "buckets workers caption_dropout allow_download cache_dir"
+        "split image_column text_column label_column weight control dispreferred limit on_bad_image "
+        "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (

@@ -9,6 +9,7 @@ from fastgen.export import lora
 from fastgen.export.load import load_export
 from fastgen.training.exporting import export_run
 from tests.export.test_plain_diffusers import make_run, ours
+from tests.support.replay import plainly
 from tests.support.tiny import PROMPTS
 
 
@@ -88,6 +89,8 @@ def test_kohya_s_alpha_is_its_strength(export, tiny, tmp_path):
         (("convert", "{lora}", "--to", "peft", "--out", "x.safetensors"), "has peft names already"),
         (("convert", "{kohya}", "--to", "peft", "--out", "x.safetensors"), "--base: none given"),
         (("convert", "{lora}", "--to", "kohya", "--out", "x.bin"), "give a .safetensors file"),
+        (("difference", "{lora}", "--out", "x.safetensors"), "give two"),
+        (("difference", "{lora}", "{kohya}", "--out", "x.safetensors"), "has kohya names"),
     ],
 )
 def test_mistakes_are_one_line(export, tiny, argv, said, capsys, tmp_path, monkeypatch):
@@ -97,3 +100,35 @@ def test_mistakes_are_one_line(export, tiny, argv, said, capsys, tmp_path, monke
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
     assert not any(tmp_path.iterdir())
+
+
+STACKED = """
+import torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+images = []
+both = ["start", "added"]
+for names, weights in ((["tuned"], [1.0]), (both, [1.0, 1.0]), (both, [1.0, 0.5])):
+    pipe.unload_lora_weights()
+    for name in names:
+        pipe.load_lora_weights(".", weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(names, weights)
+    seed = torch.Generator().manual_seed(3)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"}
+    images.append(pipe("a red dress", generator=seed, **call).images.float())
+images = torch.cat(images)
+"""
+
+
+def test_the_difference_stacked_on_the_start_is_the_tuned_adapter(export, tiny, tmp_path):
+    """Of other ranks, with set_adapters as users stack a LoRA on a distilled one; at half weight half-way."""
+    start = lora.read_lora(file_of(export))[0]
+    tuned = {n: (torch.cat([a, a]), torch.cat([1.5 * b, 0.5 * b.flip(1)], 1)) for n, (a, b) in start.items()}
+    lora.write_peft(tmp_path / "start.safetensors", start, "unet", {})
+    lora.write_peft(tmp_path / "tuned.safetensors", tuned, "unet", {})
+    names = [str(tmp_path / f"{n}.safetensors") for n in ("tuned", "start", "added")]
+    assert main(["difference", *names[:2], "--out", names[2]]) == 0
+    images = plainly(f"BASE = {str(tiny('sd'))!r}\n" + STACKED, tmp_path)
+    assert (images[0] - images[1]).abs().max() < 1e-3
+    assert (images[0] - images[2]).abs().max() > 1e-3, "the negative"

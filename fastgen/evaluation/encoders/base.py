@@ -55,9 +55,13 @@ class Encoder:
         """Float32 outputs on the CPU; one grey channel is repeated to three."""
         assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.shape)
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        x = self.prepare(images).to(self.device)
+        found = self.outputs(self.prepare(images).to(self.device))
+        return {k: v.cpu() for k, v in found.items()}
+
+    def outputs(self, x: Tensor) -> Outputs:
+        """Float32 outputs of what `prepare` makes, where the network is; differentiable."""
         found = self._run(self.net, x) if self._run else {"features": self.net(x)}
-        return {k: v.flatten(1).float().cpu() for k, v in found.items()}
+        return {k: v.flatten(1).float() for k, v in found.items()}
 
     def describe(self) -> dict[str, str]:
         """What a number must be quoted with."""
@@ -65,7 +69,11 @@ class Encoder:
 
 
 class TextImageEncoder(Encoder):
-    """An encoder of images and of texts into one space; `scale` is the network's own logit scale."""
+    """An encoder of images and of texts into one space; `scale` is the network's own logit scale, `size` the
+    side of the pictures it takes.
+    """
+
+    size: int
 
     def __init__(self, *args: Any, texts: Callable[[list[str]], Tensor], scale: float = 100.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -92,7 +100,7 @@ def state_checksum(net: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

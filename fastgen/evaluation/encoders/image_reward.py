@@ -60,6 +60,8 @@ class Reward(Encoder):
     """Scores images together with their prompts; it has no features of images alone."""
 
     tokenizer: Any
+    size: int
+    """side of the pictures"""
 
     def __call__(self, images: Tensor) -> Outputs:
         raise UserError("--metrics", "image_reward has no features", "ask for the metric image_reward")
@@ -67,12 +69,15 @@ class Reward(Encoder):
     @torch.no_grad()
     def rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B] of uint8 images [B, 3, H, W]."""
-        pixels = self.prepare(images).to(self.device)
+        return self.of_pixels(self.prepare(images).to(self.device), prompts).double().cpu()
+
+    def of_pixels(self, pixels: Tensor, prompts: list[str]) -> Tensor:
+        """[B] of what `prepare` makes, where the network is; differentiable in it."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         )
         ids, mask = (tokens[k].to(self.device) for k in ("input_ids", "attention_mask"))
-        return self.net(pixels, ids, mask).double().cpu()
+        return self.net(pixels, ids, mask)
 
 
 def load(folder: Path) -> Reward:
@@ -92,7 +97,7 @@ def load(folder: Path) -> Reward:
 
     words = f"PIL bicubic to {size}, centre crop; prompts of {TOKENS} tokens"
     found = Reward("image_reward", net, prepare, words, checksum(folder / FILE))
-    found.tokenizer = _tokenizer(folder / VOCABULARY)
+    found.tokenizer, found.size = _tokenizer(folder / VOCABULARY), size
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,6 +37,19 @@ def cropped(images: Tensor, size: int, pre_resize: int = 0) -> Tensor:
         return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
 
     return _each(images, change)
+
+
+def tensors(images: Tensor, size: int) -> Tensor:
+    """Float images [B, 3, H, W] in [0, 1] as `cropped` and `normalised` by CLIP's mean make them of uint8
+    ones, but differentiable: an antialiased bicubic filter on tensors.
+    """
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = images[..., top : top + side, left : left + side]
+    if side != size:
+        square = interpolate(square, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return normalised(255 * square, CLIP_MEAN, CLIP_STD)
 
 
 def squared(images: Tensor, size: int) -> Tensor:

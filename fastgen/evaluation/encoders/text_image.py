@@ -32,7 +32,7 @@ def load(name: str, path: Path, arch: str, pre_resize: int = 0, crop: bool = Tru
     words = f"PIL bicubic to {size}, {'centre crop' if crop else 'no crop'}"
     words = f"PIL Lanczos to {pre_resize}, then {words}" if pre_resize else words
     encoder = TextImageEncoder(name, net, prepare, words, checksum(path), _embed, texts=texts, scale=scale)
-    encoder._texts = partial(texts, encoder)
+    encoder._texts, encoder.size = partial(texts, encoder), size
     return encoder
 
 

@@ -63,6 +63,8 @@ class Measurer:
         if name not in NAMES:
             raise UserError("measure", f"no measuring net for {name!r}", f"allowed: {', '.join(NAMES)}")
         self.name, self.device, self.without = name, str(device), without
+        self.with_clip = True
+        """whether images are compared with their captions too, where there is a net for it"""
 
     @property
     def net(self) -> FeatureNet:
@@ -103,7 +105,11 @@ class Measurer:
     def _alignment(self, images: Tensor, attributes: dict[str, Tensor]) -> float | None:
         """Image-text agreement by the bundled two-tower net, where captions follow from the attributes."""
         keys = ("garment", "colour", "background")
-        if self.name != "tinted" or any(k not in attributes or (attributes[k] < 0).any() for k in keys):
+        if (
+            not self.with_clip
+            or self.name != "tinted"
+            or any(k not in attributes or (attributes[k] < 0).any() for k in keys)
+        ):
             return None
         from fastgen.evaluation.metrics.alignment import score
 
