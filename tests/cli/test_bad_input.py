@@ -62,7 +62,7 @@ SIMPLE = {
         ["--objective.student_every", "0"],
         ["objective.student_every", "greater than or equal to 1"],
     ),
-    "bad choice": (["--student.kind", "loora"], ["student.kind", "'full' or 'lora'", "loora"]),
+    "bad choice": (["--student.kind", "loora"], ["student.kind", "'lora' or 'guidance_adapter'", "loora"]),
     "unknown objective": (
         ["--objective.name", "dmd22"],
         ["objective.name", "dmd22", "did you mean 'dmd2'", "consistency"],
