@@ -66,14 +66,15 @@ class GuidanceDistillation(Objective, config=GuidanceDistillationConfig):
         return Requirements(network_calls, real_data=not cfg.trajectory_steps, guidance_embedding=True)
 
     def prepare(self):
-        self.trajectories = Trajectories(self, self.cfg.trajectory_steps, self.cfg.noises or 1)
+        steps = self.cfg.trajectory_steps
+        self.trajectories = Trajectories(self, steps, self.cfg.noises or 1) if steps else None
 
     def busy(self) -> str:
-        return self.trajectories.busy()
+        return self.trajectories.busy() if self.trajectories else ""
 
     def step(self, batch: Batch, k: int) -> Updates:
         with self.turn("student"):
-            if self.cfg.trajectory_steps:
+            if self.trajectories:
                 x_t, t, target, _, cond = self.trajectories(batch, self.teacher)
             else:
                 x_t, t, target, cond = self.noised(batch)

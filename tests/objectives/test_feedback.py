@@ -187,7 +187,7 @@ def test_p1_augmented_images_are_judged():
         ({"rewards": []}, "objective.rewards: none given"),
         ({"rewards": [{"name": "jpeg"}]}, "jpeg has no gradient; use objective.name pso"),
         ({"rewards": [{"name": "contrast"}], "from_step": 3}, "objective.from_step: found 3 of 1 steps"),
-        ({"rewards": [{"name": "contrst"}]}, "did you mean 'contrast'"),
+        ({"rewards": [{"name": "kontrast"}]}, "did you mean 'contrast'"),
         ({"rewards": [{"name": "attributes"}]}, "bundled for digits and tinted"),
     ],
 )
