@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgen.cli.train import main
 from fastgen.core.files import sha256, to_json
+from fastgen.networks import weights_digest
 from fastgen.training import checkpoint, fingerprint
 from fastgen.training.trainer import NotFinite, Trainer
 from tests.training.test_resume import BASE, DMD2, RUNS, Stop, losses, pictures, state, stop_after, write
@@ -215,7 +216,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(whole, tmp_path, capfd):
 
 def test_large_weights_are_hashed_in_blocks(monkeypatch):
     tensor = torch.arange(10_000_000, dtype=torch.float32)
-    blocks = list(fingerprint._blocks(tensor))
+    blocks = list(weights_digest._blocks(tensor))
     assert len(blocks) == 64 and blocks[0][0] == 0 and blocks[-1][-1] == tensor[-1]
     assert sum(b.numel() * 4 for b in blocks) == 64 * 2**16
 
