@@ -66,15 +66,15 @@ class GuidanceDistillation(Objective, config=GuidanceDistillationConfig):
         return Requirements(network_calls, real_data=not cfg.trajectory_steps, guidance_embedding=True)
 
     def prepare(self):
-        steps = self.cfg.trajectory_steps
-        self.trajectories = Trajectories(self, steps, self.cfg.noises or 1) if steps else None
+        if self.cfg.trajectory_steps:
+            self.trajectories = Trajectories(self, self.cfg.trajectory_steps, self.cfg.noises or 1)
 
     def busy(self) -> str:
-        return self.trajectories.busy() if self.trajectories else ""
+        return self.trajectories.busy() if self.cfg.trajectory_steps else ""
 
     def step(self, batch: Batch, k: int) -> Updates:
         with self.turn("student"):
-            if self.trajectories:
+            if self.cfg.trajectory_steps:
                 x_t, t, target, _, cond = self.trajectories(batch, self.teacher)
             else:
                 x_t, t, target, cond = self.noised(batch)
