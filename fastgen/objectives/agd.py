@@ -26,7 +26,7 @@ from pydantic import Field
 from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, native_weighting
-from fastgen.objectives.requirements import Requirements, passes
+from fastgen.objectives.requirements import Requirements, remembered_calls
 from fastgen.objectives.shared.remembered import Trajectories
 
 
@@ -44,10 +44,7 @@ class AGD(Objective, config=AGDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         return Requirements(
-            lambda guidance, num_steps: {
-                "student+grad": 1,
-                "teacher (first epoch)": cfg.teacher_steps * passes(guidance),
-            },
+            remembered_calls(cfg.teacher_steps),
             real_data=False,
             guidance_embedding=True,
         )

@@ -37,7 +37,7 @@ from fastgen.objectives.base import (
     guided,
     native_weighting,
 )
-from fastgen.objectives.requirements import Calls, Requirements, passes
+from fastgen.objectives.requirements import Calls, Requirements, passes, remembered_calls
 from fastgen.objectives.shared.remembered import Trajectories
 
 
@@ -59,11 +59,11 @@ class GuidanceDistillation(Objective, config=GuidanceDistillationConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         def network_calls(guidance: float, num_steps: int) -> Calls:
-            if not cfg.trajectory_steps:
-                return {"student+grad": 1, "teacher": passes(guidance)}
-            return {"student+grad": 1, "teacher (first epoch)": cfg.trajectory_steps * passes(guidance)}
+            return {"student+grad": 1, "teacher": passes(guidance)}
 
-        return Requirements(network_calls, real_data=not cfg.trajectory_steps, guidance_embedding=True)
+        steps = cfg.trajectory_steps
+        calls = remembered_calls(steps) if steps else network_calls
+        return Requirements(calls, real_data=not steps, guidance_embedding=True)
 
     def prepare(self):
         if self.cfg.trajectory_steps:

@@ -32,7 +32,7 @@ from fastgen.diffusion import losses, spectra
 from fastgen.networks.feature_net import Images, Perceptual
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
 from fastgen.objectives.ode_pairs import Pairs
-from fastgen.objectives.requirements import ImagesSpec, PerceptualSpec, Requirements, passes
+from fastgen.objectives.requirements import ImagesSpec, PerceptualSpec, Requirements, remembered_calls
 
 
 class HiPAConfig(ObjectiveConfig):
@@ -60,10 +60,7 @@ class HiPA(Objective, config=HiPAConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         return Requirements(
-            lambda guidance, num_steps: {
-                "student+grad": 1,
-                "teacher (first epoch)": cfg.teacher_steps * passes(guidance),
-            },
+            remembered_calls(cfg.teacher_steps),
             real_data=False,
             auxiliaries={
                 "images": ImagesSpec(),

@@ -24,7 +24,7 @@ from fastgen.core.batch import Batch
 from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
-from fastgen.objectives.requirements import Calls, Requirements, passes
+from fastgen.objectives.requirements import Requirements, remembered_calls
 from fastgen.objectives.shared.remembered import Remembered
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import solver_step, teacher_grid
@@ -98,11 +98,8 @@ class ODEPairsConfig(ObjectiveConfig):
 class ODEPairs(Objective, config=ODEPairsConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        def network_calls(guidance: float, num_steps: int) -> Calls:
-            calls = cfg.teacher_steps * (2 if cfg.solver == "heun" else 1) - (cfg.solver == "heun")
-            return {"student+grad": 1, "teacher (first epoch)": calls * passes(guidance)}
-
-        return Requirements(network_calls, real_data=False)
+        calls = cfg.teacher_steps * (2 if cfg.solver == "heun" else 1) - (cfg.solver == "heun")
+        return Requirements(remembered_calls(calls), real_data=False)
 
     def prepare(self):
         self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver, self.cfg.noises or 1)

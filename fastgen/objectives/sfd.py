@@ -35,7 +35,7 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import TimeConfig, Updates, guided
 from fastgen.objectives.requirements import ConceptSpec, Requirements
-from fastgen.objectives.shared.critic import Matching, MatchingConfig, calls_through_scores, diagnostics
+from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics, through_scores
 from fastgen.roles.concepts import Concepts
 from fastgen.roles.roles import Role
 
@@ -73,11 +73,8 @@ class SFD(Matching, config=SFDConfig):
 
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        scales = {"score_guidance": cfg.score_guidance, "train_guidance": cfg.train_guidance}
         return replace(
-            super().requirements(cfg),
-            network_calls=lambda w, num_steps: calls_through_scores(cfg, w, num_steps, *scales.values()),
-            guidance_settings=scales,
+            through_scores(super().requirements(cfg), cfg),
             auxiliaries={"concepts": ConceptSpec(cfg.forget, cfg.override)},
             forgets=cfg.forget,
         )

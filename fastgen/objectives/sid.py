@@ -22,7 +22,6 @@ Differs
 - SiDA has no new parameters (`disc_mean`): logits are channel means of the critic's deepest encoder features.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,7 +31,7 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion import divergences, losses
 from fastgen.objectives.base import TimeConfig, Updates, guided
 from fastgen.objectives.requirements import Requirements
-from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, calls_through_scores, diagnostics
+from fastgen.objectives.shared.critic import GanMatchingConfig, Matching, diagnostics, through_scores
 from fastgen.roles.roles import Role
 
 
@@ -67,12 +66,7 @@ class SiDConfig(GanMatchingConfig):
 class SiD(Matching, config=SiDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        scales = {"score_guidance": cfg.score_guidance, "train_guidance": cfg.train_guidance}
-        return replace(
-            super().requirements(cfg),
-            network_calls=lambda w, num_steps: calls_through_scores(cfg, w, num_steps, *scales.values()),
-            guidance_settings=scales,
-        )
+        return through_scores(super().requirements(cfg), cfg)
 
     def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         cfg, teacher = self.cfg, teacher or self.teacher

@@ -20,14 +20,13 @@ from fastgen.export.load import load_export
 from fastgen.families.parts import of_adapter
 from fastgen.objectives.agd import AGD, AGDConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
-from fastgen.sampling.solvers import sample_teacher
 from fastgen.training.assembly import make_cast
 from tests.objectives.test_guidance_distillation import TwoMeans
 from tests.support.play import batch as batch_for
 from tests.support.play import play
 from tests.support.replay import plainly, train
 from tests.support.spelled import World, at_x, gradient
-from tests.support.toys import batch_of, energy_distance, rng, run_mixture
+from tests.support.toys import batch_of, distances_by_scale, rng, run_mixture
 
 SHORT = {"teacher_steps": 2}
 SHORT_TEACHER = {"guidance": 4.0}
@@ -169,18 +168,7 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
         guidance=2.0,
         student={"sampler": "ode", "guidance_embedding": [1.0, 5.0]},
     )
-    cast = trainer.cast
-    codec, student, teacher = cast.teacher.codec, cast.parts["student"], cast.parts["teacher"]
-    labels = torch.arange(900) % 3
-    noise = torch.randn(900, 2, generator=torch.Generator().manual_seed(3))
-    cond, uncond, found = codec.labels(labels), codec.null(900), {}
-    with torch.no_grad():
-        for w in (1.0, 2.0, 4.0):
-            guided = sample_teacher(teacher, noise, cond, uncond, 8, w)
-            mine = student.with_guidance(w).generate(noise, cond, torch.randn_like)
-            found[w] = energy_distance(mine, guided)
-        ends = (sample_teacher(teacher, noise, cond, uncond, 8, w) for w in (1.0, 4.0))
-        apart = energy_distance(*ends)
+    found, apart = distances_by_scale(trainer.cast, 8, (1.0, 2.0, 4.0))
     assert all(distance < apart / 5 for distance in found.values()), (found, apart)
 
 

@@ -8,13 +8,12 @@ from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import Flow
 from fastgen.objectives.guidance_distillation import GuidanceDistillation, GuidanceDistillationConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
-from fastgen.sampling.solvers import sample_teacher
 from fastgen.training.assembly import make_cast
 from tests.support.play import batch as batch_for
 from tests.support.play import play
 from tests.support.replay import card_replay, replay
 from tests.support.spelled import NEAR, World, at_x, gradient
-from tests.support.toys import GaussianNet, batch_of, energy_distance, rng, run_mixture
+from tests.support.toys import GaussianNet, batch_of, distances_by_scale, rng, run_mixture
 
 SHORT = {}
 SHORT_TEACHER = {"guidance": 4.0}
@@ -129,22 +128,8 @@ def test_p2_one_network_for_a_range_of_w(tmp_path):
         guidance=2.0,
         student={"sampler": "ode", "guidance_embedding": [1.0, 5.0]},
     )
-    cast = trainer.cast
-    codec, student, teacher = cast.teacher.codec, cast.parts["student"], cast.parts["teacher"]
-    labels = torch.arange(900) % 3
-    noise = torch.randn(900, 2, generator=torch.Generator().manual_seed(3))
-    cond, uncond = codec.labels(labels), codec.null(900)
-    found = {}
-    with torch.no_grad():
-        for w in (1.0, 2.0, 4.0):
-            guided = sample_teacher(teacher, noise, cond, uncond, 12, w)
-            mine = student.with_guidance(w).generate(noise, cond, torch.randn_like)
-            found[w] = float((mine - guided).square().mean().sqrt()), energy_distance(mine, guided)
-        apart = energy_distance(
-            sample_teacher(teacher, noise, cond, uncond, 12, 1.0),
-            sample_teacher(teacher, noise, cond, uncond, 12, 4.0),
-        )
-    assert all(distance < apart / 5 for _, distance in found.values()), (found, apart)
+    found, apart = distances_by_scale(trainer.cast, 12, (1.0, 2.0, 4.0))
+    assert all(distance < apart / 5 for distance in found.values()), (found, apart)
 
 
 def test_p1_step_on_trajectories_is_the_formula():

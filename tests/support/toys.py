@@ -9,7 +9,7 @@ from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, Flow, expand
 from fastgen.networks.denoiser import Denoiser
 from fastgen.roles.roles import Role, Student, StudentSpec
-from fastgen.sampling.solvers import teacher_grid
+from fastgen.sampling.solvers import sample_teacher, teacher_grid
 
 SCHEDULES = {"vp": VP.scaled_linear(), "flow": Flow(), "edm": EDM()}
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -258,3 +258,19 @@ def run_mixture(
 
 def energy_distance(x, y):
     return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+
+@torch.no_grad()
+def distances_by_scale(cast, steps: int, scales) -> tuple[dict[float, float], float]:
+    """Energy distance of a student that takes w from guided sampling with its exact teacher, at each scale,
+    and that of guided sampling at the first scale from the last.
+    """
+    codec, student, teacher = cast.teacher.codec, cast.parts["student"], cast.parts["teacher"]
+    noise = torch.randn(900, 2, generator=torch.Generator().manual_seed(3))
+    cond, uncond = codec.labels(torch.arange(900) % 3), codec.null(900)
+    guided = {w: sample_teacher(teacher, noise, cond, uncond, steps, w) for w in scales}
+    found = {}
+    for w in scales:
+        mine = student.with_guidance(w).generate(noise, cond, torch.randn_like)
+        found[w] = energy_distance(mine, guided[w])
+    return found, energy_distance(guided[scales[0]], guided[scales[-1]])

@@ -116,6 +116,16 @@ def calls_through_scores(
     return {name: round(n, 3) for name, n in calls.items() if n}
 
 
+def through_scores(needs: Requirements, cfg) -> Requirements:
+    """Requirements of such a method whose critic is trained and read under guidance scales of its own."""
+    scales = {"score_guidance": cfg.score_guidance, "train_guidance": cfg.train_guidance}
+    return replace(
+        needs,
+        network_calls=lambda w, num_steps: calls_through_scores(cfg, w, num_steps, *scales.values()),
+        guidance_settings=scales,
+    )
+
+
 class Matching(Objective):
     """A method with an online critic, whose optimizer also trains the discriminator's heads of a GAN."""
 
