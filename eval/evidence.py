@@ -1,8 +1,8 @@
 """Evidence: one JSON per recipe and seed in assets/results/<teacher>/, written from a finished run of it.
 
 The hash ties it to the recipe: sha256 over the canonical JSON of the validated config without output_dir,
-train.num_threads and the seed. Values that mean "off" (0, false, null, empty) are left out, and settings that
-came later (LATER) where they have their default, so that what nobody has set does not outdate every number.
+train.num_threads and the seed. Values that mean "off" (0, false, null, empty) are left out, and so are later
+settings of the data at their default: what nobody has set does not outdate every number.
 """
 
 import hashlib
@@ -15,11 +15,9 @@ from fastgen.config.run import RunConfig, validate
 from fastgen.core.errors import UserError, suggest
 from fastgen.core.files import write_text
 from fastgen.core.paths import PACKAGE, config
+from fastgen.training.fingerprint import data_settings
 
 KEYS = ("recipe", "objective", "teacher", "student", "seed", "command", "config_sha256", "results")
-
-LATER = {"data": ("split", "weight", "on_bad_shard", "stream", "workers")}
-"""settings by section whose default means what there was before them"""
 
 
 def _without_off(value):
@@ -35,9 +33,7 @@ def config_sha256(cfg: RunConfig) -> str:
     values = cfg.model_dump(mode="json")
     values.pop("output_dir")
     values["train"] = {k: v for k, v in values["train"].items() if k not in ("num_threads", "seed")}
-    for section, keys in LATER.items():
-        own, plain = values[section], type(getattr(cfg, section))().model_dump(mode="json")
-        values[section] = {k: v for k, v in own.items() if k not in keys or v != plain[k]}
+    values["data"] = data_settings(cfg.data)
     canonical = json.dumps(_without_off(values), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

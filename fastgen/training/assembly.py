@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from fastgen.config.run import RunConfig
-from fastgen.config.sections import DataConfig, EvalConfig
+from fastgen.config.sections import EvalConfig
 from fastgen.data.batches import Data
 from fastgen.data.kinds import OWN, SOURCES, own_source
 from fastgen.data.latents import read_null
@@ -30,10 +30,6 @@ FEW = 100
 """samples that are measured where no metric needs more and the config names no number"""
 FREE_DATA = ("cache_dir", "workers", "allow_download")
 """settings of the data section that decide no batch"""
-ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
-"""those that a fingerprint names also where they are not set; a checkpoint from before the others were there
-goes on without them
-"""
 KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
 """what a teacher makes, by the number of dimensions of a sample"""
 
@@ -128,10 +124,7 @@ def fixed_settings(cfg: RunConfig) -> dict[str, str]:
     values = cfg.model_dump(mode="json")
     kept = {k: values[k] for k in ("teacher", "student", "critic", "data")}
     kept["train"] = {k: values["train"][k] for k in fingerprint.TRAIN}
-    plain = DataConfig().model_dump(mode="json")
-    kept["data"] = {
-        k: v for k, v in kept["data"].items() if k not in FREE_DATA and (k in ALWAYS_DATA or v != plain[k])
-    }
+    kept["data"] = {k: v for k, v in fingerprint.data_settings(cfg.data).items() if k not in FREE_DATA}
     if cfg.stages:
         kept["stages"] = {str(i): s for i, s in enumerate(values["stages"])}
     else:

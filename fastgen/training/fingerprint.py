@@ -26,6 +26,16 @@ TRAIN = (
 )
 FREE = ("lr", "gradient_checkpointing", "compile", "version")
 """last or first words of keys whose change is reported and never refused"""
+ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
+"""settings of the data section that are named also where they are not set; checkpoints and evidence from
+before the others were there stay good without them
+"""
+
+
+def data_settings(data: DataConfig) -> dict:
+    """The data section as JSON, settings that came later only where they differ from their default."""
+    plain = DataConfig().model_dump(mode="json")
+    return {k: v for k, v in data.model_dump(mode="json").items() if k in ALWAYS_DATA or v != plain[k]}
 
 
 def by_key(tree: dict) -> dict[str, str]:
