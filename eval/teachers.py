@@ -25,7 +25,7 @@ def record_teacher(recipe: str) -> Path:
     file = file_of(cfg.teacher.path)
     if file is None:
         raise UserError(
-            "--recipe", f"{recipe} has the teacher {cfg.teacher.path}", "take one of a bundled one"
+            "--recipe", f"{recipe} has the teacher {cfg.teacher.path}", "take the recipe of a bundled one"
         )
     cast = make_cast(cfg)
     evaluator = make_evaluator(cfg, cast, load_data(cfg.data, cast.teacher, cast.device))

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
-from fastgen.data.batches import Data
 from fastgen.data.folders import Samples
 from fastgen.data.media import read_one, shape_of
 from fastgen.data.streaming import Reader, Rows, Stream, StreamedData
@@ -150,19 +149,9 @@ class BucketedData(StreamedData):
         super().__init__(stream, *given, **more)
         self.reader, self.x0 = stream.reader, None  # no table holds pictures of several sizes
 
-    def first(self, num: int) -> Data:
-        if not 0 < num < len(self):
-            return self
-        s = self.stream
-        stream = Stream(self.reader.first(num), s.workers, s.on_bad, s.key)
-        given = (self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, self.later)
-        some = BucketedData(stream, self.encode, *given)
-        some.dropout = self.dropout
-        return some
-
     def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
         whole, members, micro = batch_size * rng.world, self.reader.members, start
-        num = len(batches_of(members, whole, 0, rng.seed))
+        num = sum(max(len(some) // whole, 1) for some in members if some)
         while True:
             epoch, place = divmod(micro, num)
             batches = batches_of(members, whole, epoch, rng.seed)

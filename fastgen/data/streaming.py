@@ -220,7 +220,7 @@ class StreamedData(Data):
         s = self.stream
         stream = Stream(s.reader.first(num), s.workers, s.on_bad, s.key)
         given = (self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, self.later)
-        some = StreamedData(stream, self.encode, *given)
+        some = type(self)(stream, self.encode, *given)
         some.dropout = self.dropout
         return some
 

@@ -14,15 +14,15 @@ from fastgen.networks.weights_digest import weights_digest
 
 def protocol_of(evaluator, num: int) -> dict:
     """Everything that the numbers of `num` samples of the teacher depend on."""
-    protocol, measurer = evaluator.protocol, evaluator.measurer
+    protocol, described = evaluator.protocol, evaluator.measurer.describe()
     return {
         "weights": weights_digest(evaluator.cast.teacher),
         "num_samples": num,
         "seed": protocol.seed,
         "guidance": protocol.guidance,
         "teacher_steps": protocol.teacher_steps,
-        "extractor": measurer.describe()["extractor"],
-        "reference": measurer.describe()["reference"],
+        "extractor": described["extractor"],
+        "reference": described["reference"],
     }
 
 

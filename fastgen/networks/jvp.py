@@ -91,9 +91,11 @@ def tangent(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfi
 
 
 def _forward_mode(f: Callable[..., Tensor], at: tuple, along: tuple, cfg: TangentConfig) -> Tensor:
-    kernel: AbstractContextManager[Any] = exact_attention() if cfg.math_attention else nullcontext()
+    kernel: AbstractContextManager[Any] = nullcontext()
     if cfg.online_attention:
         kernel = OnlineAttention()
+    elif cfg.math_attention:
+        kernel = exact_attention()
     try:
         with kernel, _NormsInFloat32():
             return torch.func.jvp(f, at, along)[1].detach()
