@@ -279,7 +279,8 @@ def test_p4_the_cards_code_draws(exported, tmp_path):
     code = text.split("```python\n")[1].split("```")[0]
     work = exported.parent / "card"  # beside the export: the card's path to the base is relative
     shutil.copytree(exported, work)
-    as_tensor = "from diffusers.image_processor import VaeImageProcessor as As\n"  # no torchvision in the test extra
+    # Without torchvision, which no extra installs.
+    as_tensor = "from diffusers.image_processor import VaeImageProcessor as As\n"
     as_tensor += "images = As.numpy_to_pt(As.pil_to_numpy(image))\n"
     images = plainly(code + as_tensor, work)
     assert images.shape[1:] == (3, 16, 16) and images.isfinite().all()
