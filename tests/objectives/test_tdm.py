@@ -318,7 +318,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
                 if p.grad is not None:
                     p.data -= 0.05 * p.grad.sign()
                     p.grad = None
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=4, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=4, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     images = plainly(PLAIN % (list(PROMPTS),), folder)
     loaded = load_export(folder)
