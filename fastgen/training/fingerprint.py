@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastgen.config.sections import DataConfig
+from fastgen.config.data_section import DataConfig
 from fastgen.core.errors import UserError, warn
 from fastgen.data.digest import data_digest
 from fastgen.networks.weights_digest import weights_digest

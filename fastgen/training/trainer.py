@@ -112,6 +112,7 @@ class Trainer:
         self.unchanged = False  # True within a step until it changes the first weight
         self.exported: Path | None = None
         self.example = example_of(data.texts)  # a prompt that the export may suggest
+        self.enlarges = data.degradation.factor if data.degradation else 0
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:

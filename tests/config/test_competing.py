@@ -105,6 +105,7 @@ PLAIN = {
         "split image_column text_column label_column weight control dispreferred limit on_bad_image "
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
+    "data.degradation": "factor teacher_factor kind",
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
