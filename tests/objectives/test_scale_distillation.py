@@ -112,6 +112,7 @@ def test_p1_pictures_degraded_apart_break_the_identity(monkeypatch):
 def test_p1_step_is_the_formula():
     """One x_t for both networks, the teacher beside the milder picture, the student beside its own."""
     objective, batch = make(0.3, 0.2), pair(16)
+    objective.teacher.backbone.requires_grad_(True)
     loss, _ = next(objective.step(batch, 0))
     x_t, t, target = objective.teacher.seen[0]
     a, b = posterior(MILD)
