@@ -354,6 +354,7 @@ def test_p2_distils_the_mixture(tmp_path, name):
     assert after < before * 0.5 and after < 0.06, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
     before, after, _, _ = run_mixture(

@@ -265,6 +265,7 @@ def test_p2_distils_the_mixture(tmp_path, teacher):
     assert modes.min() > 0.10, modes
 
 
+@pytest.mark.slow
 def test_p2_with_gan_and_four_steps(tmp_path):
     objective = {"name": "dmd2", "gan_weight": 0.03, "disc_weight": 0.03, "student_every": 2}
     before, after, _, _ = run_mixture(tmp_path, objective, num_steps=4, steps=300)

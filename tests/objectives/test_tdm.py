@@ -261,6 +261,7 @@ def test_p2_four_steps_on_the_mixture(tmp_path):
     assert after < 0.02 and after < before / 2, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_several_step_counts(tmp_path):
     """One student for one, two and four steps, better at each than the network it started from."""
     objective = {"name": "tdm", "step_counts": [1, 2, 4]}
