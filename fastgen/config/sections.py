@@ -160,12 +160,20 @@ class PlayerOptim(Section):
     """decoupled weight decay"""
     name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
     """optimizer; adamw8bit needs the package bitsandbytes and a CUDA GPU"""
+    fused: bool = False
+    """update all weights in one kernel (adamw): faster, and rounded otherwise"""
     clip: float = Field(default=1.0, ge=0)
     """maximal norm of the gradient, larger ones are scaled down; 0 is off"""
     warmup_steps: int = Field(default=0, ge=0)
     """steps over which the learning rate rises linearly from 0"""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """learning rate after the warm-up; cosine and linear decay to 0 at the end of the stage"""
+
+    @model_validator(mode="after")
+    def _fused_adam(self):
+        if self.fused and self.name != "adamw":
+            raise ValueError(f"fused: found true with {self.name}; leave it out, or use adamw")
+        return self
 
 
 class OptimConfig(Section):
@@ -196,6 +204,8 @@ class TrainConfig(Section):
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
     """compile the networks with torch.compile"""
+    compile_blocks: bool = False
+    """compile each kind of repeated block once, not whole networks: starts in a fraction of the time"""
     ema_decay: tuple[Decay, ...] = (0.995,)
     """decay rates of moving averages of the student's weights; the first average is validated and exported;
     an empty list exports the trained weights themselves

@@ -118,10 +118,11 @@ class Cast:
         for backbone in self.backbones():
             if isinstance(backbone, Backbone):
                 backbone.attention = check_attention(backbone.net, attention, self.device)
-        if self.train_cfg.compile:
-            for backbone in self.backbones():
-                if isinstance(backbone, Backbone):
-                    backbone.net.compile()  # in place: parameter names and hooks stay as they are
+        for backbone in self.backbones():
+            if isinstance(backbone, Backbone) and self.train_cfg.compile_blocks:
+                backbone.compile_blocks()
+            elif isinstance(backbone, Backbone) and self.train_cfg.compile:
+                backbone.net.compile()  # in place: parameter names and hooks stay as they are
         if self.train_cfg.gradient_checkpointing:
             for backbone in self.backbones():
                 backbone.enable_gradient_checkpointing()

@@ -40,8 +40,10 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
                 "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
             ) from None
         return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
-    cls = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[cfg.name]
-    return cls(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    given = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if cfg.name == "radam":
+        return torch.optim.RAdam(parameters, **given)
+    return torch.optim.AdamW(parameters, **given, fused=cfg.fused or None)
 
 
 def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:

@@ -186,6 +186,11 @@ def test_compile_switch_reaches_every_network(tiny, monkeypatch):
     compiled.clear()
     make("consistency", tiny("flow"))
     assert compiled == []
+    make("consistency", tiny("flow"), compile_blocks=True)
+    assert "UNet2DModel" not in compiled and len(compiled) % 3 == 0 and len(compiled) >= 6, compiled
+    compiled.clear()
+    make("consistency", tiny("sana"), "lora", compile_blocks=True)
+    assert set(compiled) == {"SanaTransformerBlock"}
 
 
 def data_free():
