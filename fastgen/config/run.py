@@ -154,7 +154,7 @@ class RunConfig(Section):
 
     def _check_sharding(self) -> None:
         """What networks that are spread over processes cannot be combined with."""
-        if self.train.sharding == "none":
+        if not self.train.sharding:
             return
         refused = {
             "teacher.quantization": self.teacher.quantization is not None,

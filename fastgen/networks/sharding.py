@@ -35,12 +35,12 @@ def shard(backbones: Iterable[Denoiser], device: str | torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if processes() == 1:
-        way = "start it with `accelerate launch --num_processes N`, or set it to none"
+        way = "start it with `accelerate launch --num_processes N`, or leave it out"
         raise UserError("train.sharding", "found fsdp for one process", way)
     mesh = init_device_mesh(torch.device(device).type, (processes(),))
     for backbone in backbones:
         if not isinstance(backbone, Backbone):
-            raise UserError("train.sharding", "found fsdp for an exact teacher", "set it to none")
+            raise UserError("train.sharding", "found fsdp for an exact teacher", "leave it out")
         _shapes[backbone.net] = _without_weights(backbone.net)
         for part in backbone.family.parts(backbone.net).values():
             whole = {p for n, p in part.named_parameters() if of_adapter(n)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgen.config.sections import PlayerOptim
-from fastgen.training.trainer import make_optimizer
+from fastgen.training.optimizers import make_optimizer
 
 
 def trained(cfg: PlayerOptim, steps: int = 20) -> torch.Tensor:

@@ -52,7 +52,7 @@ RUNS = {
 }
 
 
-def settings(run: dict, batch: int, sharding: str, steps: int = 4) -> dict:
+def settings(run: dict, batch: int, sharding: str | None, steps: int = 4) -> dict:
     return {
         "teacher": {"path": "assets:teachers/digits", "num_steps": 2},
         "data": {"name": "digits", "limit": 64},
@@ -82,7 +82,7 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", first_of(RUNS))
 def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
     """Checkpoint, averages and optimizer are whole and those of one process; so are results and export."""
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, "none")))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, None)))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 4, "fsdp")))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     launch_two(tmp_path, DRIVER)
@@ -106,7 +106,7 @@ def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
 def test_a_run_goes_on_spread_over_two_processes(tmp_path):
     """A checkpoint of one process, resumed by two with a part each, ends where one process ends."""
     run = RUNS["dmd2 with GAN"]
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, "none")))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, None)))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(run, 4, "fsdp")))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")

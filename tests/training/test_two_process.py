@@ -108,7 +108,7 @@ def test_a_validation_is_drawn_by_both_processes_and_is_the_same(tmp_path):
 
 def test_an_expert_that_only_another_process_needed(monkeypatch):
     """Its gradient is averaged with zeros here, and the processes agree on what they send."""
-    from fastgen.training.trainer import average_gradients
+    from fastgen.training.optimizers import average_gradients
 
     def all_reduce(tensor, op=None):
         tensor.fill_(1) if tensor.dtype == torch.uint8 else tensor.add_(torch.tensor([0, 0, 4.0, 4.0, 4.0]))
