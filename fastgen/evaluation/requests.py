@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.batch import select
+from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
 
@@ -20,12 +21,10 @@ class Requests:
         self.attributes: dict[str, Tensor] = {}
         self.captions: list[str] | None = None
         """the text of each row of the table"""
-        measure = (teacher.info or {}).get("measure")
-        if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
-            from fastgen.data.bundled import load_images
-
-            held = load_images("tinted", "heldout")
-            assert held.captions is not None and held.attributes is not None, "tinted images have both"
+        self.set_name = str((teacher.info or {}).get("measure") or "")
+        if isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:
+            held = load_images(self.set_name, "heldout")
+            assert held.captions is not None and held.attributes is not None, "such images have both"
             unique = sorted(set(held.captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
@@ -45,9 +44,7 @@ class Requests:
             return tuple(("class", number) for number in class_numbers(self.codec, names, KEY))
         if not self.attributes:
             return ()
-        from fastgen.data.bundled import attributes_of
-
-        return tuple(pair for name in names for pair in attributes_of(name).items())
+        return tuple(pair for name in names for pair in attributes_of(name, self.set_name).items())
 
     def divided(self, asked: Tensor) -> tuple["Requests", "Requests"]:
         """The requests without those that ask [N] for something, and these alone."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
-from fastgen.data.bundled import NAMES, VOCABULARY, Images, attributes_of, caption, load_images
+from fastgen.data.bundled import NAMES, WORDS, Images, attributes_of, caption, load_images
 from fastgen.evaluation.metrics.agreement import agreement, right, unlearning
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
 from fastgen.evaluation.metrics.mmd import polynomial_mmd
@@ -168,15 +168,15 @@ def compare_features(
 
 
 def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
-    """What prompts ask for: classes by number or name, or for tinted the attributes that a caption names."""
+    """What prompts ask for: classes by number or name, or of a set with captions the attributes they name."""
     if not lines:
         return {}
-    if name == "tinted":
+    if name in WORDS:
         try:
-            found = [attributes_of(line) for line in lines]
+            found = [attributes_of(line, name) for line in lines]
         except ValueError as error:
             raise UserError("--prompts", str(error), "name each attribute once") from None
-        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in VOCABULARY}
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in WORDS[name]}
     names = load_images(name, "heldout").class_names
     wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
