@@ -1,38 +1,16 @@
 """The sections of a run's configuration. The docstrings of the fields are the text of --help."""
 
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
 import tyro.conf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from fastgen.core.paths import expand
-
-UserPath = Annotated[str, AfterValidator(expand)]
-"""a path whose leading ~ is the home folder"""
+from fastgen.config.assets import AssetConfig, ViewsConfig
+from fastgen.config.section import Section, UserPath
 
 MOST = 2**63 - 1
 """largest whole number and seed"""
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _wrap(cls, values: Any) -> Any:
-        """A single value for a list is the list of that value."""
-        if not isinstance(values, dict):
-            return values
-        lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
-        texts = {n for n, f in cls.model_fields.items() if f.annotation is str}
-        whole = {k: str(v) for k, v in values.items() if k in texts and type(v) is int}
-        return {
-            k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v
-            for k, v in (values | whole).items()
-        }
 
 
 def check_numbers(section: BaseModel, prefix: str = "") -> None:
@@ -173,6 +151,8 @@ class StudentConfig(Section):
     """settings of the adapter if kind is lora"""
     guidance_adapter: GuidanceAdapterConfig | None = None
     """settings of the adapters if kind is guidance_adapter; null is their defaults"""
+    asset: AssetConfig | None = None
+    """3D scenes that are rendered in the place of a network; trained on data.views"""
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """changes to the teacher's network config, for an untrained student of another size; in files only"""
 
@@ -224,11 +204,13 @@ class DataConfig(SourceConfig):
     """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """bundled data set: digits, fashion or tinted; instead of images or prompts of your own"""
+    """bundled data set: digits, fashion, tinted or solids; instead of images or prompts of your own"""
     latents: UserPath = ""
     """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
     prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""
+    views: ViewsConfig | None = None
+    """one prompt and the cameras that it is seen from, for a student that is a 3D asset"""
     sources: Annotated[tuple[SourceConfig, ...], tyro.conf.Suppress] = ()
     """further sources of pictures, drawn from by their weights; in files only"""
     control: UserPath = ""

@@ -21,7 +21,6 @@ from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.requests import Requests
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
-from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
 MOST_FORGOTTEN, MOST_SHOWN = 500, 100
@@ -130,7 +129,7 @@ class Evaluator:
             return sample_teacher(role, noise, cond, uncond, num, self.protocol.guidance)
         student = student.with_steps(steps)
         if who == "untrained_student":
-            student = student.with_network(Role(cast.teacher.backbone))
+            student = student.with_network(cast.untrained())
         return sample_student(student, seeds, shape, cond, device)
 
     def score(self, images: Tensor, who: str = "student", steps: int = 0) -> dict[str, float]:

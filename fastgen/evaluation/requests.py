@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.data.bundled import WORDS, attributes_of, load_images
+from fastgen.data.views import Views
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
 
@@ -22,7 +23,10 @@ class Requests:
         self.captions: list[str] | None = None
         """the text of each row of the table"""
         self.set_name = str((teacher.info or {}).get("measure") or "")
-        if isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:
+        if isinstance(data, Views):
+            self.table, self.rows, self.own, self.captions = data.cond_table, data.rows, data, data.texts
+            self.attributes = _shown(self.set_name, self.captions or [], self.rows)
+        elif isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:
             held = load_images(self.set_name, "heldout")
             assert held.captions is not None and held.attributes is not None, "such images have both"
             unique = sorted(set(held.captions))
@@ -82,3 +86,13 @@ class Requests:
     def wanted(self, num: int) -> dict[str, Tensor]:
         index = torch.arange(num) % len(self.rows)
         return {k: v[index] for k, v in self.attributes.items()}
+
+
+def _shown(name: str, texts: list[str], rows: Tensor) -> dict[str, Tensor]:
+    """What a measuring net should find in each request [N], where the texts name a value of every attribute
+    of its set; else nothing.
+    """
+    found = [attributes_of(text, name) for text in texts] if name in WORDS else []
+    if not found or any(key not in one for one in found for key in WORDS[name]):
+        return {}
+    return {key: torch.tensor([one[key] for one in found])[rows] for key in WORDS[name]}

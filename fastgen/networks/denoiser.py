@@ -56,6 +56,20 @@ class Denoiser(nn.Module):
         """Make the end of a step, cond["r"] [B], an input of the network."""
         raise NotImplementedError(f"{type(self).__name__} cannot take a second time")
 
+    def settle(self, k: int) -> None:
+        """Between two steps of training; nothing for a network."""
+
+    def penalty(self, sparse: float, opaque: float) -> Tensor:
+        """Regularisers of the sample that was drawn last, by weight; of a network there are none."""
+        raise NotImplementedError(f"{type(self).__name__} is no 3D asset")
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors beside the parameters that a resumed run needs."""
+        return {}
+
+    def add_camera(self, adapter: str | None) -> None:
+        """Make the camera, cond["c2w"] [B, 16], an input; networks that have no place for it go without."""
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; networks without blocks keep them."""
 

@@ -61,9 +61,7 @@ class Cameras:
     def position(self) -> Tensor:
         """[B, 3] in the world."""
         az, el = self.azimuth.deg2rad(), self.elevation.clamp(-STEEPEST, STEEPEST).deg2rad()
-        return self.distance[:, None] * torch.stack(
-            [el.cos() * az.cos(), el.cos() * az.sin(), el.sin()], -1
-        )
+        return self.distance[:, None] * torch.stack([el.cos() * az.cos(), el.cos() * az.sin(), el.sin()], -1)
 
     @property
     def c2w(self) -> Tensor:
@@ -103,7 +101,9 @@ class Cameras:
         c2w, f = self.c2w, self.focal(height)[:, None, None]
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
         x, y = x.to(f), y.to(f)
-        local = torch.stack(torch.broadcast_tensors((x - width / 2) / f, (height / 2 - y) / f, -x.new_ones(())), -1)
+        local = torch.stack(
+            torch.broadcast_tensors((x - width / 2) / f, (height / 2 - y) / f, -x.new_ones(())), -1
+        )
         directions = F.normalize(torch.einsum("bij,bhwj->bhwi", c2w[:, :3, :3], local), dim=-1)
         return c2w[:, None, None, :3, 3].expand_as(directions), directions
 

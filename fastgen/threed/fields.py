@@ -93,7 +93,9 @@ KINDS = {"grid": DenseGrid, "triplane": Triplane, "hash": HashGrid}
 class FieldAsset(Asset):
     """Density and colour of one of `KINDS` with `size` points a side (of a hash grid: of its finest level)."""
 
-    def __init__(self, kind: str = "grid", size: int = 32, surface: bool = False, samples: int = 48, seed: int = 0):
+    def __init__(
+        self, kind: str = "grid", size: int = 32, surface: bool = False, samples: int = 48, seed: int = 0
+    ):
         """surface: the first value is a signed distance and not a density; samples: of a ray."""
         super().__init__()
         self.kind, self.size, self.surface, self.samples = kind, size, surface, samples

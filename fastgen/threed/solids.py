@@ -64,7 +64,10 @@ SHAPES: dict[str, tuple[Distance, tuple[float, float, float]]] = {
     "cone": (lambda p: cone(p, 0.62, -0.6, 0.75), (0.5, 0.0, -0.2)),
     "cylinder": (lambda p: cylinder(p, 0.42, 0.68), (0.47, 0.0, 0.2)),
     "snowman": (_least(lambda p: sphere(p, 0.5, -0.32), lambda p: sphere(p, 0.34, 0.42)), (0.38, 0.0, 0.45)),
-    "house": (_least(lambda p: box(p, (0.42, 0.42, 0.36), -0.36), lambda p: cone(p, 0.66, 0.0, 0.7)), (0.47, 0.0, -0.3)),
+    "house": (
+        _least(lambda p: box(p, (0.42, 0.42, 0.36), -0.36), lambda p: cone(p, 0.66, 0.0, 0.7)),
+        (0.47, 0.0, -0.3),
+    ),
     "mushroom": (
         _least(
             lambda p: cylinder(p, 0.2, 0.4, -0.3),
@@ -72,8 +75,14 @@ SHAPES: dict[str, tuple[Distance, tuple[float, float, float]]] = {
         ),
         (0.6, 0.0, 0.3),
     ),
-    "rocket": (_least(lambda p: cylinder(p, 0.26, 0.45, -0.25), lambda p: cone(p, 0.44, 0.2, 0.85)), (0.31, 0.0, -0.1)),
-    "table": (_least(lambda p: cylinder(p, 0.7, 0.11, 0.36), lambda p: box(p, (0.16, 0.16, 0.45), -0.2)), (0.7, 0.0, 0.4)),
+    "rocket": (
+        _least(lambda p: cylinder(p, 0.26, 0.45, -0.25), lambda p: cone(p, 0.44, 0.2, 0.85)),
+        (0.31, 0.0, -0.1),
+    ),
+    "table": (
+        _least(lambda p: cylinder(p, 0.7, 0.11, 0.36), lambda p: box(p, (0.16, 0.16, 0.45), -0.2)),
+        (0.7, 0.0, 0.4),
+    ),
 }
 """by name: the distance, and where the white ball sits"""
 
