@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from common import ASSETS, seconds
 
-from fastgen.data.solids import COLOURS, VOCABULARY
+from fastgen.data.solids import BRIGHTEST, COLOURS, DARKEST, VOCABULARY
 from fastgen.threed.cameras import VIEWS, Cameras, Ranges, random_cameras
 from fastgen.threed.solids import SHAPES, Solid
 
 SIZE, HIGH = 32, Ranges(elevation=(61.0, 85.0))
 SPLITS = {"train": 80, "heldout": 16}
 """images of each shape in each colour"""
-DARKEST, BRIGHTEST = 0.05, 0.95
-"""greys of the background"""
 
 
 def drawn(num: int, generator: torch.Generator) -> Cameras:

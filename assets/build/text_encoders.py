@@ -1,7 +1,8 @@
 """Train the text encoder of a captioned mini teacher: --kind clip (Stable Diffusion) or gemma (Sana).
 
 A caption's pooled state must pick out the images that it describes: softmax over all captions of the
-set (--set) of the cosine with a linear map of its measuring net's features. Writes text_encoder/ and tokenizer/.
+set (--set) of the cosine with a linear map of its measuring net's features. Writes text_encoder/ and
+tokenizer/.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.views import add_views, draw_views
 from fastgen.cli.sample_limits import add_control, add_size, asked_size, check_numbers, check_size, load_sized
+from fastgen.cli.views import add_views, draw_views
 from fastgen.core import interrupt
 from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn

@@ -32,7 +32,7 @@ class AssetConfig(Section):
 
 
 class ViewsConfig(Section):
-    """A prompt and where it is seen from; a word for the view is added to it, as in "a red torus, side view"."""
+    """A prompt and where it is seen from; a word for the view is added to it: "a red torus, side view"."""
 
     prompt: str = Field(min_length=1)
     """what the asset shows"""

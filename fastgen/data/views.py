@@ -30,8 +30,8 @@ class Views(Data):
         ranges: Ranges,
         sectors: tuple[float, float] = (45.0, 45.0),
     ):
-        """table: the prompt's rows [4, ...] in the order of `VIEWS`; plain: the prompt's own row; sectors: half
-        widths of front and back in degrees.
+        """table: the prompt's rows [4, ...] in the order of `VIEWS`; plain: the prompt's own row; sectors:
+        half widths of front and back in degrees.
         """
         generator = torch.Generator().manual_seed(0)
         drawn = random_cameras(POOL, ranges, generator)

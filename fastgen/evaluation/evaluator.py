@@ -77,7 +77,7 @@ class Evaluator:
             if teacher.is_analytic
             else None
             if protocol.own_data
-            else measurer_for(teacher.info, cast.device, values)
+            else measurer_for(teacher.info, cast.device, values, self.requests.renders())
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
@@ -247,8 +247,9 @@ def measure(
     steps = protocol.student_steps or (() if protocol.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
-    if evaluator.measurer is not None and num:
-        found["floor"] = evaluator.measurer.floor(num)
+    floor = evaluator.measurer.floor(num) if evaluator.measurer is not None and num else None
+    if floor:  # of one object there are no training images
+        found["floor"] = floor
     if recon is not None and num:
         found["autoencoder"] = recon.own()
     if seen:

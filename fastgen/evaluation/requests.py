@@ -7,9 +7,13 @@ from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.data.bundled import WORDS, attributes_of, load_images
+from fastgen.data.solids import renders
 from fastgen.data.views import Views
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
+
+HELD_OUT = 512
+"""renders that the samples of an asset are compared with"""
 
 
 class Requests:
@@ -41,6 +45,15 @@ class Requests:
         else:
             self.table, self.rows = data.cond_table, data.rows
             self.own, self.captions = (data if data.own else None), data.texts
+
+    def renders(self) -> Tensor | None:
+        """New images [N, 3, H, W] of the solid that the views of a prompt show, from the requests' own
+        cameras; None of other requests.
+        """
+        if not isinstance(self.own, Views) or "shape" not in self.attributes:
+            return None
+        shape, colour = (int(self.attributes[key][0]) for key in ("shape", "colour"))
+        return renders(shape, colour, self.own.pool[torch.arange(HELD_OUT)], self.codec.pixels[0], seed=1)
 
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""

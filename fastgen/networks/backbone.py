@@ -17,7 +17,8 @@ from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks.attention import kernel
-from fastgen.networks.camera_embedding import CameraEmbedding, attach as attach_camera
+from fastgen.networks.camera_embedding import CameraEmbedding
+from fastgen.networks.camera_embedding import attach as attach_camera
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.guidance_adapters import Control, GuidanceAdapter, attach, attention_layers
 from fastgen.networks.linear_attention import guard

@@ -6,16 +6,16 @@ critic from the authors' code and threestudio's.
   every step:
     i ~ particles, c ~ cameras;  x = encode(render(theta_i, c))
     t ~ U(0.02, 0.98), from step `anneal.after` on U(0.02, 0.50);  x_t = alpha x + sigma eps
-    e_T^w(x_t, prompt as seen from c),  e_F(x_t, plain prompt, c)                      the critic is not guided
+    e_T^w(x_t, prompt as seen from c),  e_F(x_t, plain prompt, c)                     the critic is not guided
     theta_i: gradient  sigma^2 (e_T^w - e_F) dx/dtheta_i
     critic:  |e_F(x'_t', prompt, c') - eps'|^2,  t' ~ U(0, 1);  c' = none with probability 0.1
 
   With e_F = eps it is SDS. The critic sees no i: it learns the distribution over all particles.
 
-swiftbrush is the same for networks, with a weighted critic's loss and prompts dropped in the place of cameras.
+swiftbrush is the same for networks, with a weighted critic's loss and prompts dropped, not cameras.
 
 Differs
-- the critic starts as the teacher with a zero camera embedding; threestudio takes the v-prediction checkpoint.
+- the critic starts as the teacher with a zero camera embedding; threestudio takes a v-prediction network.
 - perp-negative prompts and the stages for geometry and texture are not built.
 - times are drawn from the schedule's grid as everywhere here, not as whole steps.
 """

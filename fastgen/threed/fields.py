@@ -3,12 +3,12 @@
   density(x) = softplus(f(x) + 10 (1 - |x| / 0.5))                    the blob that Magic3D starts from
   or from a signed distance s(x) = |x| - 0.5 + f(x), as VolSDF does (Yariv et al. 2021, arXiv 2106.12052):
   density(s) = k (0.5 + 0.5 sign(-s) (1 - exp(-|s| k)))               k fixed
-  alpha_i = 1 - exp(-density_i d),  T_i = prod_{j < i} (1 - alpha_j),  C = sum_i T_i alpha_i c_i + T background
+  alpha_i = 1 - exp(-density_i d), T_i = prod_{j < i} (1 - alpha_j),  C = sum_i T_i alpha_i c_i + T background
 
 What gives f and the colour is a dense grid, three planes with a small network (EG3D, arXiv 2112.07945), or a
 hash grid with one (instant NGP, Mueller et al. 2022, arXiv 2201.05989).
 
-Differs: samples are evenly spaced over the ray's way through the unit ball's box; no occupancy grid prunes them.
+Differs: samples are evenly spaced over a ray's way past the box; no occupancy grid prunes them.
 """
 
 import torch
@@ -25,14 +25,21 @@ PRIMES = (1, 2654435761, 805459861)
 
 
 class DenseGrid(nn.Module):
-    """Four values at each of size^3 points, trilinear between them."""
+    """Four values at each of size^3 points, trilinear between them; stored in units of `UNIT`, so that the
+    learning rate of Gaussians fits.
+    """
+
+    UNIT = 4.0
 
     def __init__(self, size: int, generator: torch.Generator):
         super().__init__()
-        self.table = nn.Parameter(0.1 * torch.randn(1, 4, size, size, size, generator=generator))
+        start = 0.1 * torch.randn(1, 4, size, size, size, generator=generator)
+        self.table = nn.Parameter(start / self.UNIT)
 
     def forward(self, p: Tensor) -> Tensor:
-        found = F.grid_sample(self.table, p.view(1, -1, 1, 1, 3), align_corners=True, padding_mode="border")
+        found = F.grid_sample(
+            self.UNIT * self.table, p.view(1, -1, 1, 1, 3), align_corners=True, padding_mode="border"
+        )
         return found[0, :, :, 0, 0].T
 
 
@@ -91,7 +98,7 @@ KINDS = {"grid": DenseGrid, "triplane": Triplane, "hash": HashGrid}
 
 
 class FieldAsset(Asset):
-    """Density and colour of one of `KINDS` with `size` points a side (of a hash grid: of its finest level)."""
+    """Density and colour of one of `KINDS` with `size` points a side (a hash grid: its finest level)."""
 
     def __init__(
         self, kind: str = "grid", size: int = 32, surface: bool = False, samples: int = 48, seed: int = 0

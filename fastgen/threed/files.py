@@ -33,8 +33,8 @@ def ply_names(degree: int) -> list[str]:
 
 @torch.no_grad()
 def write_ply(asset: GaussianAsset, path: Path) -> None:
-    """Binary little-endian .ply: log scales, logits of the opacity, harmonics by channel, quaternions (w first)
-    of length 1; normals are zero.
+    """Binary little-endian .ply: log scales, logits of the opacity, harmonics by channel, quaternions (w
+    first) of length 1; normals are zero.
     """
     sh = asset.value("sh").transpose(1, 2)  # [N, 3, K]
     columns = [
@@ -88,8 +88,8 @@ def read_ply(path: Path) -> GaussianAsset:
 
 @torch.no_grad()
 def mesh_of(asset: FieldAsset, size: int = 48, level: float = DENSITY):
-    """A trimesh.Trimesh of the field's surface with a colour at each vertex, from size^3 points: the zero set of
-    a distance, else where the density is `level`. A UserError where there is no surface.
+    """A trimesh.Trimesh of the field's surface with a colour at each vertex, from size^3 points: the zero
+    set of a distance, else where the density is `level`. A UserError where there is no surface.
     """
     mcubes, trimesh = _packages()
     line = torch.linspace(-1, 1, size)
@@ -101,12 +101,12 @@ def mesh_of(asset: FieldAsset, size: int = 48, level: float = DENSITY):
         values = asset.at(points)[0]
     values = np.pad(values.double().cpu().numpy(), 1, constant_values=level - 1.0)  # closed at the box
     if not values.min() < level < values.max():
-        found = f"no surface at {level:g}: the field is {values[1:-1, 1:-1, 1:-1].min():.3g} to {values.max():.3g}"
+        low = values[1:-1, 1:-1, 1:-1].min()
+        found = f"no surface at {level:g}: the field is {low:.3g} to {values.max():.3g}"
         raise UserError("export", found, "train longer, or export the turntable alone")
     vertices, faces = mcubes.marching_cubes(values, level)
     vertices = (vertices - 1) * (2 / (size - 1)) - 1
     colours = asset.at(torch.from_numpy(vertices).to(points).clamp(-1, 1))[1].cpu().numpy()
-    faces = faces[:, ::-1]  # outward where the values fall
     return trimesh.Trimesh(vertices, faces, vertex_colors=(colours * 255).astype(np.uint8))
 
 
@@ -120,7 +120,7 @@ def _packages():
 
 
 def cameras_json(cameras: Cameras, size: int) -> str:
-    """Cameras as NeRF's data sets give them: camera-to-world matrices with OpenGL axes, and angles in radians."""
+    """Cameras as NeRF's data sets give them: camera-to-world matrices with OpenGL axes, angles in radians."""
     rows = zip(cameras.c2w.tolist(), cameras.rows().tolist())
     frames = [
         {"transform_matrix": c2w, "camera_angle_y": math.radians(fovy), "azimuth": az, "elevation": el}

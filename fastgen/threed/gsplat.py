@@ -11,7 +11,7 @@ from fastgen.threed.asset import Render
 
 
 def gsplat_or_none(device: torch.device) -> Callable[..., Render] | None:
-    """A renderer (asset, cameras, size, background) -> Render on this device; None where plain torch renders."""
+    """A renderer (asset, cameras, size, background) -> Render on this device; None for plain torch."""
     return _compiled() if device.type == "cuda" else None
 
 

@@ -46,7 +46,7 @@ def rotations(quaternions: Tensor) -> Tensor:
 
 
 def project(means: Tensor, quaternions: Tensor, scales: Tensor, cameras: Cameras, size: int) -> Projected:
-    """Gaussians with means [N, 3], rotations [N, 4] and standard deviations [N, 3] on images of size x size."""
+    """Gaussians with means [N, 3], rotations [N, 4] and standard deviations [N, 3] on square images."""
     view, f = cameras.viewmat.to(means), cameras.focal(size).to(means)[:, None]
     local = means @ view[:, :3, :3].transpose(1, 2) + view[:, None, :3, 3]  # [B, N, 3]
     x, y, z = local.unbind(-1)

@@ -1,7 +1,7 @@
 """Coloured solids as signed distances: the analytic scenes that minis are trained on and tests compare with.
 
-Each stands on the z axis inside the unit ball and carries a white ball on its front (+x), so that the front of
-a torus or of a sphere differs from its back.
+Each stands on the z axis inside the unit ball and carries a white ball on its front (+x), so that the front
+of a torus or of a sphere differs from its back.
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ def test_tiles_are_the_loop_over_pixels():
     slow = by_pixel(seen, opacities, colours, 20)
     # A tile may leave out a Gaussian three deviations away: exp(-4.5) of its opacity at most.
     assert (image - slow).abs().max() < 0.02 and (image - slow).abs().mean() < 5e-4
-    assert 0 <= alpha.min() and alpha.max() <= 1
+    assert alpha.min() >= 0 and alpha.max() <= 1
     wrong = by_pixel(seen, opacities, colours, 20, far_first=True)
     assert (image - wrong).abs().max() > 0.1, "the negative: the order matters"
 
