@@ -2,7 +2,8 @@
 
 Both map 3x32x32 images in [-1, 1] to 4x8x8 latents. The loss is the absolute error of the image plus that
 of the feature maps of the set's measuring net; kl adds the divergence of its posterior from a unit Gaussian,
-dc adds noise to its latents and a penalty on their size, so that both decoders bear a denoiser's small errors.
+dc adds noise to its latents and a penalty on their size, so that both decoders bear a denoiser's small
+errors.
 """
 
 from __future__ import annotations

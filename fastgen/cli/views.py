@@ -22,8 +22,8 @@ def add_views(found) -> None:
 
 
 def draw_views(args, folder: Path, info, out: Path) -> int:
-    """Write a picture of each camera, or a turntable, of every asset in an export (`info`: its asset.json); the
-    exit code.
+    """Write a picture of each camera, or a turntable, of every asset in an export; the exit code. `info`: its
+    asset.json.
     """
     import torch
 

@@ -4,7 +4,7 @@ OWN = ("images", "table", "dataset", "shards")
 """sources of a user's pictures"""
 PICTURES = ("name", *OWN, "latents")
 """sources that hold pictures"""
-SOURCES = (*PICTURES, "prompts", "views")
+SOURCES = (*PICTURES, "prompts")
 """of which a section gives one"""
 
 

@@ -247,8 +247,7 @@ def measure(
     steps = protocol.student_steps or (() if protocol.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
-    floor = evaluator.measurer.floor(num) if evaluator.measurer is not None and num else None
-    if floor:  # of one object there are no training images
+    if evaluator.measurer is not None and num and (floor := evaluator.measurer.floor(num)):
         found["floor"] = floor
     if recon is not None and num:
         found["autoencoder"] = recon.own()

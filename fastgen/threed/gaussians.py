@@ -83,8 +83,8 @@ class GaussianAsset(Asset):
     @torch.no_grad()
     def settle(self, k: int) -> None:
         """Every `move_every` steps: transparent Gaussians become halves of those that were pulled most.
-        Halves stand half a deviation to either side along the longest axis and are sqrt(3) / 2 as long, which keeps
-        the variance; each takes the opacity 1 - sqrt(1 - o), which together covers as the one did.
+        Halves stand half a deviation to either side along the longest axis and are sqrt(3) / 2 as long,
+        which keeps the variance; each takes the opacity 1 - sqrt(1 - o): together they cover as the one did.
         """
         if not self.move_every or not k or k % self.move_every:
             return

@@ -30,8 +30,6 @@ FEW = 100
 """samples that are measured where no metric needs more and the config names no number"""
 FREE_DATA = ("cache_dir", "workers", "allow_download")
 """settings of the data section that decide no batch"""
-NO_PATHS = ("name", "views")
-"""sources of data that are no file or folder"""
 KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
 """what a teacher makes, by the number of dimensions of a sample"""
 
@@ -65,7 +63,7 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
         batch_size=one.batch_size,
         seed=one.seed,
         forgets=requirements_of(cfg.all_stages()[-1].objective).forgets,
-        own_data=own_source(cfg.data) not in ("", "views"),
+        own_data=bool(own_source(cfg.data)),
     )
 
 
@@ -74,7 +72,7 @@ def make_evaluator(cfg: RunConfig, cast, data) -> Evaluator:
     metrics = None
     if cfg.eval.metrics:
         mini_set = str((cast.teacher.info or {}).get("measure") or "")
-        of_pictures = own_source(cfg.data) not in ("", "prompts", "views")
+        of_pictures = own_source(cfg.data) not in ("", "prompts")
         own = cfg.data.images or cfg.data.shards  # the other kinds are no folder that a metric reads
         against = cfg.eval.against or own or cfg.data.name or ("" if of_pictures else mini_set)
         teacher = cast.teacher
@@ -137,7 +135,7 @@ def fixed_settings(cfg: RunConfig) -> dict[str, str]:
 
 def input_paths(cfg: RunConfig) -> dict[str, str]:
     """The files and folders that a run reads, by the key that names them; empty where a key is not set."""
-    data = {key: getattr(cfg.data, key) for key in ("control", *SOURCES) if key not in NO_PATHS}
+    data = {key: getattr(cfg.data, key) for key in ("control", *SOURCES) if key != "name"}
     found = {
         "teacher.path": cfg.teacher.path,
         "student.init": cfg.student.init,
