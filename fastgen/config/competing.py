@@ -110,7 +110,9 @@ def competing(data) -> str:
     if data.sources and (len(found) != 1 or found[0] not in OWN):
         return f"data.sources: found beside {' and '.join(found) or 'none'}; give one of {', '.join(OWN)}"
     if data.views is not None and found:
-        return f"data.views: found beside {' and '.join(found)}; a 3D asset has no other data, leave those out"
+        return (
+            f"data.views: found beside {' and '.join(found)}; a 3D asset has no other data, leave those out"
+        )
     if len(found) < 2:
         return ""
     both = " and ".join(f"{key} {getattr(data, key)!r}" for key in found)

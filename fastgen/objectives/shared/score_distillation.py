@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
-from fastgen.diffusion.schedules import Schedule
+from fastgen.diffusion.schedules import Schedule, expand
 from fastgen.objectives.base import Objective, TimeConfig
 
 Omega = Literal["sigma2", "one", "alpha_sigma2"]
@@ -62,6 +62,13 @@ def pulled(x: Tensor, real: Tensor, fake: Tensor, S: Schedule, t: Tensor, kind: 
     """
     weight = omega(kind, S, t) * S.alpha(t) / S.sigma(t)
     return losses.score_difference(x, real.nan_to_num(), fake.nan_to_num(), weight) * x[0].numel()
+
+
+def along(x: Tensor, g: Tensor, weight: Tensor | float) -> Tensor:
+    """Loss whose gradient in x is weight g / B, for a difference g [B, ...] of two noise estimates."""
+    weight = expand(weight, x) if isinstance(weight, Tensor) else weight
+    target = (x - (weight * g).nan_to_num().to(x)).detach()
+    return 0.5 * (x - target).square().sum() / len(x)
 
 
 def asset_terms(obj: Objective, terms: AssetTermsConfig, k: int) -> tuple[Tensor | float, dict]:
