@@ -129,7 +129,7 @@ def score(vae: nn.Module, name: str, train_images: Tensor, heldout: Images) -> d
     }
 
 
-def main(kind: str, name: str, init: Path | None, out: Path, steps: int, seed: int) -> None:
+def main(kind: str, out: Path, steps: int, seed: int, name: str = "tinted", init: Path | None = None) -> None:
     vae = train(kind, name, init, steps, seed)
     images, heldout = load_images(name, "train").images, load_images(name, "heldout")
     scale = 1 / rebuild(vae, images[:5000])[0].std().item()
@@ -151,4 +151,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}" / "vae"
-    main(args.kind, args.set, args.init, folder, args.steps or STEPS[args.kind], args.seed)
+    main(args.kind, folder, args.steps or STEPS[args.kind], args.seed, args.set, args.init)

@@ -23,7 +23,7 @@ LR, SCALE, BATCH_SIZE, STEPS = 2e-3, 20.0, 512, 1200
 TEACHER, SEED = {"clip": "sd", "gemma": "sana"}, {"clip": 11, "gemma": 12}
 
 
-def build(kind: str, name: str) -> tuple[nn.Module, object]:
+def build(kind: str, name: str = "tinted") -> tuple[nn.Module, object]:
     """An untrained text encoder of the shipped shape, with its tokenizer."""
     import transformers as hf
 
@@ -96,7 +96,7 @@ def train(kind: str, name: str, steps: int, seed: int) -> tuple[Match, FeatureNe
     return match.eval(), net, tokenizer
 
 
-def main(kind: str, name: str, out: Path, steps: int, seed: int) -> None:
+def main(kind: str, out: Path, steps: int, seed: int, name: str = "tinted") -> None:
     match, net, tokenizer = train(kind, name, steps, seed)
     folder = out / "text_encoder"
     match.encoder.half().save_pretrained(folder)
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, help="as recorded if not given")
     args = parser.parse_args()
     folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}"
-    main(args.kind, args.set, folder, args.steps, SEED[args.kind] if args.seed is None else args.seed)
+    main(args.kind, folder, args.steps, SEED[args.kind] if args.seed is None else args.seed, args.set)

@@ -6,13 +6,13 @@ Paper: Ma et al. 2024, arXiv 2407.02040 (Sec. 3.2); times, shift and schedule fr
     c ~ cameras;  x = render(theta, c)
     t ~ U[low, high], both falling over the run;  t' = t + u rho (t - low), u ~ U(0, 1)       t' >= t: noisier
     the same eps in  x_t = alpha x + sigma eps  and  x_t' = alpha' x + sigma' eps
-    theta: gradient  sigma_t^2 (e^w(x_t, prompt) - e(x_t', prompt)) dx/dtheta                    e: the teacher
+    theta: gradient  sigma_t^2 (e^w(x_t, prompt) - e(x_t', prompt)) dx/dtheta                   e: the teacher
 
-  No critic, so nothing drifts and memory stays that of SDS. e(x_t') has about the noise of e(x_t), so that the
-  variance falls; without guidance the mean pull has the wrong sign at small times, which is why w > 1.
+  No critic, so nothing drifts and memory stays that of SDS. e(x_t') has about the noise of e(x_t), so that
+  the variance falls; without guidance the mean pull has the wrong sign at small times, which is why w > 1.
 
 Differs
-- times are positions of the schedule's grid as everywhere here, not whole steps; the ceiling of t' is its end.
+- times are positions of the schedule's grid as everywhere here, not whole steps; t' ends with the grid.
 - one asset: the generators that take many prompts are not built.
 """
 

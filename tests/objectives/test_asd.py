@@ -1,4 +1,4 @@
-"""Asynchronous score distillation: its Gaussian closed form against that of SDS, its shift, an exact scene."""
+"""Asynchronous score distillation: its closed form against that of SDS, its shift, an exact scene."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_p1_mean_and_variance_in_closed_form():
 
 
 def test_p1_below_the_peak_it_repels():
-    """h rises up to t = 81 for s = 0.3: there t' > t has the larger pull; a shift the other way turns both."""
+    """h rises up to t = 81 for s = 0.3: there t' > t has the larger pull; a shift the other way repels."""
     assert float(between(40, 60).mean()) < 0 < float(between(300, 340).mean())
     assert float(between(300, 270).mean()) < 0, "the negative: t' below t"
 
@@ -83,7 +83,7 @@ def test_p1_times_fall_and_the_second_is_noisier():
 
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_p1_step_is_the_formula(shift):
-    """sigma^2 (e_u + w (e_c - e_u) - e'), e' without guidance; without a shift it is classifier guidance alone:
+    """sigma^2 (e_u + w (e_c - e_u) - e'), e' without guidance; without a shift it is guidance alone:
     sigma^2 (w - 1) (e_c - e_u).
     """
     world = World(ASD, VP.scaled_linear(), low=(0.3, 0.3), high=(0.4, 0.4), shift=shift)
