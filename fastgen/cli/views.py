@@ -44,7 +44,7 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
     for asset in assets:
         check_outside(asset, cameras)
     out.mkdir(parents=True, exist_ok=True)
-    images = []
+    images: list[dict[str, str]] = []
     for asset, name in zip(assets, info.names):
         frames = turntable_of(asset, cameras, size)
         if not args.camera:

@@ -28,7 +28,8 @@ def caption(shape: int, colour: int, view: int) -> str:
 
 def renders(shape: int, colour: int, cameras: Cameras, size: int, seed: int = 0) -> Tensor:
     """Images uint8 [B, 3, size, size] of one solid from given cameras, each over a grey drawn by the seed."""
-    solid = Solid(VOCABULARY["shape"][shape], tuple(v / 255 for v in tuple(COLOURS.values())[colour]))
+    red, green, blue = tuple(COLOURS.values())[colour]
+    solid = Solid(VOCABULARY["shape"][shape], (red / 255, green / 255, blue / 255))
     u = torch.rand(len(cameras), 1, generator=torch.Generator().manual_seed(seed))
     grey = DARKEST + (BRIGHTEST - DARKEST) * u
     return (solid.render(cameras, size, grey.expand(-1, 3)) * 255).round().byte()

@@ -63,8 +63,7 @@ def export_assets(student: AssetStudent, info: AssetInfo, folder: Path) -> Path:
     size = max(info.size, 64)
     write_text(temporary / "cameras.json", cameras_json(cameras, size))
     files: list[str] = []
-    for asset, name in zip(student.assets, info.names):
-        assert isinstance(asset, Asset)
+    for asset, name in zip(student.scenes, info.names):
         files += write_asset(asset, temporary, name)
         write_gif(turntable_of(asset, cameras, size), temporary / f"{name}.gif", scale=max(1, 192 // size))
     write_json(temporary / FILE, vars(info))

@@ -27,16 +27,18 @@ class CameraEmbedding(nn.Module):
         time_embedding.register_forward_hook(self._add)
 
     def add(self, name: str | None) -> None:
-        net = nn.Sequential(nn.Linear(16, self.width), nn.SiLU(), nn.Linear(self.width, self.width))
-        nn.init.zeros_(net[2].weight)
-        nn.init.zeros_(net[2].bias)
-        self.nets[name or WHOLE] = net
+        """Give an adapter, or (None) the whole network, an embedding of its own."""
+        last = nn.Linear(self.width, self.width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.nets[name or WHOLE] = nn.Sequential(nn.Linear(16, self.width), nn.SiLU(), last)
 
     def _add(self, _module: nn.Module, _args: tuple, out: Tensor) -> Tensor:
         name = self.active or WHOLE
         if self.c2w is None or name not in self.nets:
             return out
-        return out + self.nets[name](self.c2w.to(self.nets[name][0].weight.dtype)).to(out.dtype)
+        net = self.nets[name]
+        return out + net(self.c2w.to(next(net.parameters()).dtype)).to(out.dtype)
 
 
 def attach(net: nn.Module) -> CameraEmbedding:

@@ -23,6 +23,8 @@ class Denoiser(nn.Module):
     """what a diffusers class declares; None for closed forms and for the small networks beside them"""
     second_time: bool = False
     """whether the network also reads where its step ends, cond["r"] [B]"""
+    is_asset: bool = False
+    """whether it renders 3D assets and is no network"""
     adapter_names: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     """beginnings of the names of parameters that no role trains"""
@@ -61,6 +63,10 @@ class Denoiser(nn.Module):
 
     def penalty(self, sparse: float, opaque: float) -> Tensor:
         """Regularisers of the sample that was drawn last, by weight; of a network there are none."""
+        raise NotImplementedError(f"{type(self).__name__} is no 3D asset")
+
+    def opacity(self) -> Tensor:
+        """Mean opacity of the sample that was drawn last."""
         raise NotImplementedError(f"{type(self).__name__} is no 3D asset")
 
     def state(self) -> dict[str, Tensor]:

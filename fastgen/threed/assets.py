@@ -11,8 +11,8 @@ def make_asset(settings: dict[str, Any], seed: int) -> Asset:
     """One untrained asset; the keys are those of the config's section `student.asset`."""
     if settings["kind"] == "gaussians":
         return GaussianAsset(settings["points"], settings["degree"], seed, settings["move_every"])
-    names = ("size", "surface", "samples")
-    return FieldAsset(settings["kind"], *(settings[name] for name in names), seed=seed)
+    size, surface, samples = (settings[name] for name in ("size", "surface", "samples"))
+    return FieldAsset(settings["kind"], size, surface, samples, seed)
 
 
 def make_assets(settings: dict[str, Any], seed: int) -> list[Asset]:

@@ -86,12 +86,12 @@ class HashGrid(nn.Module):
 
 def _small_net(width: int, hidden: int, generator: torch.Generator) -> nn.Sequential:
     """To four values."""
-    net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, 4)
     with torch.no_grad():
-        for layer in (net[0], net[2]):
+        for layer in (first, last):
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
             layer.bias.zero_()
-    return net
+    return nn.Sequential(first, nn.ReLU(), last)
 
 
 KINDS = {"grid": DenseGrid, "triplane": Triplane, "hash": HashGrid}

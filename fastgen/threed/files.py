@@ -95,14 +95,12 @@ def mesh_of(asset: FieldAsset, size: int = 48, level: float = DENSITY):
     line = torch.linspace(-1, 1, size)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
     points = points.to(next(asset.parameters()))
-    if asset.surface:
-        values, level = -asset.distance(points), 0.0
-    else:
-        values = asset.at(points)[0]
-    values = np.pad(values.double().cpu().numpy(), 1, constant_values=level - 1.0)  # closed at the box
+    field = -asset.distance(points) if asset.surface else asset.at(points)[0]
+    level = 0.0 if asset.surface else level
+    inside = field.double().cpu().numpy()
+    values = np.pad(inside, 1, constant_values=level - 1.0)  # closed at the box
     if not values.min() < level < values.max():
-        low = values[1:-1, 1:-1, 1:-1].min()
-        found = f"no surface at {level:g}: the field is {low:.3g} to {values.max():.3g}"
+        found = f"no surface at {level:g}: the field is {inside.min():.3g} to {inside.max():.3g}"
         raise UserError("export", found, "train longer, or export the turntable alone")
     vertices, faces = mcubes.marching_cubes(values, level)
     vertices = (vertices - 1) * (2 / (size - 1)) - 1

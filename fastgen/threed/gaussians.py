@@ -25,6 +25,16 @@ class GaussianAsset(Asset):
     """`num` Gaussians, at first a grey cloud in a ball of radius 0.6, drawn by `seed`."""
 
     UNITS = {"means": 0.25, "log_scales": 0.5, "quaternions": 0.5, "logits": 2.5, "sh": 2.0}
+    means: Tensor
+    """[N, 3], world units"""
+    log_scales: Tensor
+    """[N, 3], logarithms of the standard deviations"""
+    quaternions: Tensor
+    """[N, 4], w first, of any length"""
+    logits: Tensor
+    """[N], of the opacity"""
+    sh: Tensor
+    """[N, (degree + 1)^2, 3], harmonics of the colour less 0.5"""
     pull: Tensor
     """[N], gradient of the loss in the projected means since the last `settle`, summed"""
 
@@ -61,8 +71,8 @@ class GaussianAsset(Asset):
         return (torch.einsum("bnk,nkc->bnc", basis, self.value("sh")) + 0.5).clamp(min=0)
 
     def projected(self, cameras: Cameras, size: int) -> Projected:
-        values = (self.value(n) for n in ("means", "quaternions"))
-        return project(*values, self.value("log_scales").exp(), cameras, size)
+        scales = self.value("log_scales").exp()
+        return project(self.value("means"), self.value("quaternions"), scales, cameras, size)
 
     def render(self, cameras: Cameras, size: int, background: Tensor) -> Render:
         if (fast := gsplat_or_none(self.means.device)) is not None and not self.training:

@@ -23,15 +23,14 @@ def _compiled() -> Callable[..., Render] | None:
     except ImportError:
         return None
     try:
-        one = {"device": "cuda"}
         gsplat.rasterization(
-            torch.zeros(1, 3, **one),
-            torch.tensor([[1.0, 0, 0, 0]], **one),
-            torch.ones(1, 3, **one),
-            torch.ones(1, **one),
-            torch.ones(1, 3, **one),
-            torch.eye(4, **one)[None],
-            torch.eye(3, **one)[None],
+            torch.zeros(1, 3, device="cuda"),
+            torch.tensor([[1.0, 0, 0, 0]], device="cuda"),
+            torch.ones(1, 3, device="cuda"),
+            torch.ones(1, device="cuda"),
+            torch.ones(1, 3, device="cuda"),
+            torch.eye(4, device="cuda")[None],
+            torch.eye(3, device="cuda")[None],
             8,
             8,
         )

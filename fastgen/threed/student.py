@@ -25,6 +25,7 @@ class AssetStudent(Denoiser):
     """D(x_t, t, cond) that does not read the time: x_t is the noise, and cond["camera"] [B, 4] the view."""
 
     prediction = "x0"
+    is_asset = True
 
     def __init__(
         self,
@@ -49,6 +50,11 @@ class AssetStudent(Denoiser):
 
     raw = forward
 
+    @property
+    def scenes(self) -> list[Asset]:
+        """The assets, as what they are."""
+        return [asset for asset in self.assets if isinstance(asset, Asset)]
+
     def particle(self, z: Tensor) -> Tensor:
         """Which asset each row [B] of noise [B, 4] picks, all alike."""
         share = 0.5 * (1 + torch.erf(z[:, 0].double() / 2**0.5))
@@ -66,9 +72,9 @@ class AssetStudent(Denoiser):
         """The assets that the noise picks, each row from its camera."""
         which, colour = self.particle(z), self.behind(z)
         if len(self.assets) == 1:
-            return self.assets[0].render(cameras, self.size, colour)
+            return self.scenes[0].render(cameras, self.size, colour)
         found, places = [], []
-        for i, asset in enumerate(self.assets):
+        for i, asset in enumerate(self.scenes):
             rows = (which == i).nonzero()[:, 0]
             if len(rows):
                 found.append(asset.render(cameras[rows], self.size, colour[rows]))
@@ -78,7 +84,7 @@ class AssetStudent(Denoiser):
         return Render(*(torch.cat(part)[back] for part in parts))
 
     def settle(self, k: int) -> None:
-        for asset in self.assets:
+        for asset in self.scenes:
             asset.settle(k)
 
     def penalty(self, sparse: float, opaque: float) -> Tensor:

@@ -153,7 +153,7 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
     if cast.student_cfg.asset is not None:  # what a render keeps depends on what is seen; a critic is larger
         critic = cast.parts.get("critic")
         if not isinstance(critic, Role):
-            return 0.0, 1
+            return 0, 1
         student = critic
     for p in student.trainable().values():
         p.requires_grad_(True)

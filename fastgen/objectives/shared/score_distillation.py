@@ -74,7 +74,7 @@ def along(x: Tensor, g: Tensor, weight: Tensor | float) -> Tensor:
 def asset_terms(obj: Objective, terms: AssetTermsConfig, k: int) -> tuple[Tensor | float, dict]:
     """(regularisers of what the student drew last, what to log of it); nothing of a network."""
     net = obj.student.backbone
-    if not hasattr(net, "opacity"):
+    if not net.is_asset:
         return 0.0, {}
     opaque = terms.opaque if k >= terms.opaque_from else 0.0
     penalty = net.penalty(terms.sparsity, opaque) if terms.used else 0.0
@@ -83,7 +83,7 @@ def asset_terms(obj: Objective, terms: AssetTermsConfig, k: int) -> tuple[Tensor
 
 def check_terms(obj: Objective, terms: AssetTermsConfig) -> None:
     """Refuse regularisers of a student that is no asset."""
-    if terms.used and not hasattr(obj.student.backbone, "opacity"):
+    if terms.used and not obj.student.backbone.is_asset:
         found = (
             f"found sparsity {terms.sparsity:g} and opaque {terms.opaque:g} for a student that is a network"
         )
