@@ -48,10 +48,10 @@ class Views(Data):
         return self
 
     def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
-        """Numbers that no two micro-batches of any process share."""
-        micro = start
+        """Numbers that no two micro-batches of any process share, others for each seed."""
+        micro, own = start, (rng.seed % 2**31) * 2**31
         while True:
-            first = (micro * rng.world + rng.rank) * batch_size
+            first = own + (micro * rng.world + rng.rank) * batch_size
             yield torch.arange(first, first + batch_size)
             micro += 1
 

@@ -98,6 +98,8 @@ class GaussianAsset(Asset):
         """
         if not self.move_every or not k or k % self.move_every:
             return
+        if torch.distributed.is_initialized():  # every process makes the same moves
+            torch.distributed.all_reduce(self.pull)
         opacity = self.value("logits").sigmoid()
         idle = (opacity < FAINT).nonzero()[:, 0]
         busy = (opacity >= FAINT).nonzero()[:, 0]

@@ -16,8 +16,8 @@ def views():
     return Views(table, plain, null, (4, 8, 8), "a red torus", Ranges(elevation=(-10.0, 80.0)))
 
 
-def taken(start, rank=0, world=1, num=3):
-    stream = views().batches(6, start, 1, Rng(0, rank, world), "cpu")
+def taken(start, rank=0, world=1, num=3, seed=0):
+    stream = views().batches(6, start, 1, Rng(seed, rank, world), "cpu")
     return [next(stream)[0] for _ in range(num)]
 
 
@@ -42,6 +42,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen_and_processes_differ():
     assert torch.equal(whole[2].noise, rest[0].noise)
     cameras = [taken(0, rank, 2)[0].cond["camera"] for rank in (0, 1)]
     assert not torch.equal(*cameras)
+    assert not torch.equal(whole[0].cond["camera"], taken(0, seed=1)[0].cond["camera"])
 
 
 def test_requests_are_always_the_same_and_from_all_around():
