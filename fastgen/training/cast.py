@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import torch
 
+from fastgen.config.assets import ViewsConfig
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import (
     CriticConfig,
@@ -71,10 +72,13 @@ class Cast:
         stages: Sequence[StageConfig],
         device="cpu",
         null: Cond | None = None,
+        views: ViewsConfig | None = None,
     ):
         """On the device "meta" networks have shapes and no weights, exact teachers apart. null: the null
-        condition, where every prompt is encoded already; then no text encoder is loaded.
+        condition, where every prompt is encoded already; then no text encoder is loaded. views: what a 3D
+        asset is seen by.
         """
+        self.views = views
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device

@@ -49,28 +49,28 @@ def trained(trainer) -> Trained:
 
 def export_run(trainer, folder: Path, results: dict) -> Path:
     """Write the student of a run (call inside the EMA swap); `results` go on its card."""
-    if isinstance(trainer.student.backbone, AssetStudent):
-        return export_assets(trainer.student.backbone, asset_info(trainer), folder)
+    student = trainer.cast.student.backbone
+    if isinstance(student, AssetStudent):
+        return export_assets(student, asset_info(trainer), folder)
     return export_student(trained(trainer), folder, results)
 
 
 def asset_info(trainer) -> AssetInfo:
     """What the export of assets says about itself."""
-    cast, data, student = trainer.cast, trainer.data, trainer.student.backbone
-    low_high = vars(data.ranges)
+    cast, views, student = trainer.cast, trainer.cast.views, trainer.cast.student.backbone
     return AssetInfo(
-        prompt=data.prompt,
+        prompt=views.prompt,
         objective="+".join(dict.fromkeys(s.objective.name for s in cast.stages)),
         training_steps=trainer.step,
         size=student.size,
         settings=cast.student_cfg.asset.model_dump(mode="json"),
-        views={k: list(v) for k, v in low_high.items()},
+        views=views.model_dump(mode="json", include={"elevation", "distance", "fovy"}),
     )
 
 
 def write_cards(trainer, folder: Path, results: dict) -> None:
     """Write the cards of an export again, with what was measured since and pictures of the student."""
-    if isinstance(trainer.student.backbone, AssetStudent):
+    if isinstance(trainer.cast.student.backbone, AssetStudent):
         scores = {k: v for k, v in results.get("student", {}).items() if isinstance(v, float)}
         kinds = (".ply", ".glb", ".safetensors")
         files = sorted(p.name for p in folder.iterdir() if p.suffix in kinds)

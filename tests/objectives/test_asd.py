@@ -126,11 +126,11 @@ def test_p2_fits_an_exact_scene(monkeypatch):
         return batch
 
     monkeypatch.setitem(fitted.__globals__, "seen_from", with_null)
-    parts = {"student": asset_student([GaussianAsset(150)]), "teacher": role(teacher)}
-    objective = ASD(ASDConfig(fall_steps=200), parts, rng(), 7.5)
+    parts = {"student": asset_student([GaussianAsset(80)]), "teacher": role(teacher)}
+    objective = ASD(ASDConfig(fall_steps=100), parts, rng(), 7.5)
     before = psnr(objective.student.backbone, teacher)
-    after = psnr(fitted(objective, 200), teacher)
-    assert before < 20 and after > 28, (before, after)
+    after = psnr(fitted(objective, 100, batch=3), teacher)
+    assert before < 20 and after > 25, (before, after)
 
 
 def test_p4_asd(tiny, tmp_path):

@@ -57,14 +57,14 @@ def test_p1_mean_and_variance_in_closed_form():
     assert float(g.var()) == pytest.approx(float((a**2 * 0.3**2 / V) ** 2), rel=2e-2)
 
 
-@pytest.mark.parametrize("kind,bound", [("gaussians", 30.0), ("grid", 30.0)])
+@pytest.mark.parametrize("kind,bound", [("gaussians", 30.0), ("grid", 28.0)])
 def test_p2_fits_an_exact_scene(kind, bound):
     """Per-camera Gaussian teachers of three blobs: renders of unseen views are theirs."""
-    asset = GaussianAsset(150) if kind == "gaussians" else FieldAsset("grid", 24, samples=32)
+    asset = GaussianAsset(100) if kind == "gaussians" else FieldAsset("grid", 24, samples=32)
     teacher = SceneTeacher(VP.scaled_linear())
     objective = SDS(SDSConfig(), {"student": asset_student([asset]), "teacher": role(teacher)}, rng())
     before = psnr(objective.student.backbone, teacher)
-    after = psnr(fitted(objective, 150), teacher)
+    after = psnr(fitted(objective, 120), teacher)
     assert before < 20 and after > bound, (before, after)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from fastgen.cli import sample
+from fastgen.cli import export, sample
 from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
@@ -36,13 +36,13 @@ def run(tiny, folder, *more, **changes):
 
 def test_a_run_ends_in_files_that_open_and_resumes_where_it_was(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "a") == 0
-    export = tmp_path / "a" / "export"
+    folder = tmp_path / "a" / "export"
     assert {"asset0.ply", "asset1.ply", "asset0.gif", "cameras.json", "README.md"} <= {
-        p.name for p in export.iterdir()
+        p.name for p in folder.iterdir()
     }
     assert "data:image/gif" in (tmp_path / "a" / "report" / "index.html").read_text()
-    info = read_info(export)
-    one, two = load_assets(export, info)
+    info = read_info(folder)
+    one, two = load_assets(folder, info)
     assert info.prompt == "a red bag" and not torch.equal(one.means, two.means)
 
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -51,6 +51,11 @@ def test_a_run_ends_in_files_that_open_and_resumes_where_it_was(tiny, tmp_path, 
     again, _ = load_assets(tmp_path / "b" / "export", info)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), again.parameters()))
 
+    kept = tmp_path / "kept"
+    assert export.main(["--run", str(tmp_path / "a"), "--checkpoint", "2", "--out", str(kept)]) == 0
+    early, _ = load_assets(kept, read_info(kept))
+    assert read_info(kept).training_steps == 2 and not torch.equal(early.means, one.means)
+
     out = tmp_path / "views"
     assert sample.main(["--model", str(tmp_path / "a"), "--out", str(out), "--turntable", "6"]) == 0
     assert (out / "asset0.gif").exists() and len(
@@ -58,7 +63,7 @@ def test_a_run_ends_in_files_that_open_and_resumes_where_it_was(tiny, tmp_path, 
     ) == 6
     capsys.readouterr()
     inside = ["--camera", "0", "0", "0.01", "50"]
-    assert sample.main(["--model", str(export), "--out", str(tmp_path / "no"), *inside]) == 2
+    assert sample.main(["--model", str(folder), "--out", str(tmp_path / "no"), *inside]) == 2
     assert "inside the asset" in capsys.readouterr().err
 
 
