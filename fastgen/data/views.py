@@ -37,6 +37,7 @@ class Views(Data):
         drawn = random_cameras(POOL, ranges, generator)
         self.pool = drawn[torch.randperm(POOL, generator=generator)]
         self.prompt, self.plain, self.ranges, self.sectors = prompt, plain, ranges, sectors
+        self.share = (0, 1)  # of the processes of a run
         own, texts = {"camera": self.pool.rows()}, captions(prompt)
         super().__init__(None, table, self._rows(self.pool), uncond, shape, texts, own, own)
 
@@ -56,16 +57,19 @@ class Views(Data):
             micro += 1
 
     def _taken(self, indices: Iterator[Tensor], device) -> Generator[Taken, None, None]:
-        """New cameras for each micro-batch, by its number."""
+        """New cameras for each micro-batch, by its number: this process's part of those of all."""
+        rank, world = self.share
         for index in indices:
-            generator = torch.Generator().manual_seed((int(index[0]) + 1) * 1_000_003 % 2**63)
-            cameras = random_cameras(len(index), self.ranges, generator)
+            first, num = int(index[0]) - rank * len(index), len(index)
+            generator = torch.Generator().manual_seed((first + 1) * 1_000_003 % 2**63)
+            cameras = random_cameras(num * world, self.ranges, generator)[rank * num : (rank + 1) * num]
             cond = select(self.cond_table, self._rows(cameras)) | {"camera": cameras.rows()}
             yield index % len(self), None, cond
 
     def batches(
         self, batch_size: int, start: int, accumulation: int, rng: Rng, device
     ) -> Iterator[list[Batch]]:
+        self.share = rng.rank, rng.world
         for window in super().batches(batch_size, start, accumulation, rng, device):
             yield [self._seen(batch) for batch in window]
 

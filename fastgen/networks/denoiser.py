@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot take a second time")
 
     def settle(self, k: int) -> None:
-        """Between two steps of training; nothing for a network."""
+        """After step k of training, on every process; nothing for a network."""
 
     def penalty(self, sparse: float, opaque: float) -> Tensor:
         """Regularisers of the sample that was drawn last, by weight; of a network there are none."""

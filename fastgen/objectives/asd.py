@@ -32,6 +32,7 @@ from fastgen.objectives.shared.score_distillation import (
     asset_terms,
     check_terms,
     omega,
+    settle,
 )
 
 
@@ -77,7 +78,6 @@ class ASD(Objective, config=ASDConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
-        self.student.backbone.settle(k)
         with self.turn("student"):
             x = self.generate(batch, self.rng.shared_randint(len(self.student.times)))  # x = render(theta, c)
             t, later = (S.from_unit(p) for p in self.positions(len(x), k))
@@ -90,6 +90,7 @@ class ASD(Objective, config=ASDConfig):
             loss = along(x, g, omega(cfg.omega, S, t))
             penalty, logs = asset_terms(self, cfg.asset, k)
             yield loss + penalty, {"gap": g.abs().mean(), **logs}
+        settle(self, k)
 
     def state(self) -> dict:
         return self.student.backbone.state()

@@ -9,10 +9,10 @@ Paper: Ren et al. 2024, arXiv 2407.13976 (Sec. 3.3); constants from the authors'
     a = clip(<d - c, d> / |d - c|^2, 0, 1) for each sample;  g0 = a c + (1 - a) d
     theta: gradient  0.1 alpha_t g0 dx/dtheta
 
-  g0 is the point of the segment from c to d that is nearest to 0 (MGDA, arXiv 1810.04650):
-  <g0, c> >= 0 and <g0, d> >= 0, so that a step serves both or neither. Guidance adds them by a fixed scale and
-  may climb the one to descend the other, which saturates colours. `auto` needs no ratio: c = e_c - e_u,
-  d = 1.25 (e_u - eps), and sigma_t |e_u - eps| / 50 in the place of 0.1 alpha_t, the norm over the batch.
+  g0 is the point of the segment from c to d that is nearest to 0 (MGDA, arXiv 1810.04650): <g0, c> >= 0 and
+  <g0, d> >= 0, so that a step serves both or neither. Guidance adds them by a fixed scale and may climb the one
+  to descend the other, which saturates colours. `auto` needs no ratio: c = e_c - e_u, d = 1.25 (e_u - eps), and
+  sigma_t |e_u - eps| / 50 in the place of 0.1 alpha_t, the norm over the batch.
 
 Differs
 - the authors' 3D code takes 15 for the ratio whatever is asked for; here it is the setting.
@@ -30,7 +30,13 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements
-from fastgen.objectives.shared.score_distillation import AssetTermsConfig, along, asset_terms, check_terms
+from fastgen.objectives.shared.score_distillation import (
+    AssetTermsConfig,
+    along,
+    asset_terms,
+    check_terms,
+    settle,
+)
 
 
 class BSDConfig(ObjectiveConfig):
@@ -68,7 +74,6 @@ class BSD(Objective, config=BSDConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
-        self.student.backbone.settle(k)
         with self.turn("student"):
             x = self.generate(batch, self.rng.shared_randint(len(self.student.times)))  # x = render(theta, c)
             high = cfg.high[0] + (cfg.high[1] - cfg.high[0]) * min(1.0, k / cfg.fall_steps)
@@ -89,6 +94,7 @@ class BSD(Objective, config=BSDConfig):
             loss = along(x, g0, weight)
             penalty, logs = asset_terms(self, cfg.asset, k)
             yield loss + penalty, {"balance": a.mean(), "gap": g0.abs().mean(), **logs}
+        settle(self, k)
 
     def state(self) -> dict:
         return self.student.backbone.state()

@@ -31,6 +31,7 @@ from fastgen.objectives.shared.score_distillation import (
     asset_terms,
     check_terms,
     pulled,
+    settle,
 )
 
 
@@ -65,7 +66,6 @@ class SDS(Objective, config=SDSConfig):
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
-        self.student.backbone.settle(k)
         with self.turn("student"):
             x = self.generate(batch, self.rng.shared_randint(len(self.student.times)))  # x = render(theta, c)
             t = self.sample_t(len(x), cfg.anneal.at(cfg.time, k))
@@ -75,6 +75,7 @@ class SDS(Objective, config=SDSConfig):
             loss = pulled(x, real, x.detach(), S, t, cfg.omega)  # omega (e^w - eps)
             penalty, logs = asset_terms(self, cfg.asset, k)
             yield loss + penalty, {"gap": (real - x).abs().mean(), **logs}
+        settle(self, k)
 
     def state(self) -> dict:
         return self.student.backbone.state()

@@ -38,6 +38,7 @@ from fastgen.objectives.shared.score_distillation import (
     asset_terms,
     check_terms,
     pulled,
+    settle,
 )
 
 
@@ -69,7 +70,6 @@ class VSD(Matching, config=ProlificDreamerConfig):
 
     def step(self, batch: Batch, k: int, teacher=None) -> Updates:
         cfg, S, teacher = self.cfg, self.schedule, teacher or self.teacher
-        self.student.backbone.settle(k)
         told = batch.cond if batch.critic_cond is None else batch.critic_cond
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
@@ -92,6 +92,7 @@ class VSD(Matching, config=ProlificDreamerConfig):
             fake = self.critic(x_t, t, told)
             loss = self.denoising_loss(fake, x, t)  # |e_F - eps|^2
             yield loss, {"denoising": loss, **self.critic_error(fake, x, x_t, t, told)}
+        settle(self, k)
 
     def drop_cameras(self, told: Cond, num: int) -> Cond:
         """Conditions with the camera of some rows set to zeros, where there are cameras."""

@@ -40,7 +40,7 @@ class Asset(nn.Module):
         raise NotImplementedError
 
     def settle(self, k: int) -> None:
-        """Between two steps: representations with a budget of parts move those that do nothing."""
+        """After step k: representations with a budget of parts move those that do nothing."""
 
     def extent(self) -> float:
         """Radius around the origin that holds it all, so that a camera inside is noticed; world units."""

@@ -36,7 +36,7 @@ class GaussianAsset(Asset):
     sh: Tensor
     """[N, (degree + 1)^2, 3], harmonics of the colour less 0.5"""
     pull: Tensor
-    """[N], gradient of the loss in the projected means since the last `settle`, summed"""
+    """[N], gradient of the loss in the projected means since the last move, summed"""
 
     def __init__(self, num: int = 500, degree: int = 0, seed: int = 0, move_every: int = 0):
         """degree: of the spherical harmonics of the colour, 0 to 3; move_every: steps between two moves of
@@ -58,6 +58,7 @@ class GaussianAsset(Asset):
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value / self.UNITS[name]))
         self.register_buffer("pull", torch.zeros(num))
+        self.register_buffer("fresh", torch.zeros(num), persistent=False)  # of this step and process
 
     @property
     def num(self) -> int:
@@ -88,18 +89,23 @@ class GaussianAsset(Asset):
     @torch.no_grad()
     def _note(self, pull: Tensor) -> None:
         """Add up the gradient [B, N, 2] in the projected means, in units of half an image."""
-        self.pull += pull.norm(dim=-1).sum(0).to(self.pull)
+        self.fresh += pull.norm(dim=-1).sum(0).to(self.fresh)
 
     @torch.no_grad()
     def settle(self, k: int) -> None:
-        """Every `move_every` steps: transparent Gaussians become halves of those that were pulled most.
+        """After every `move_every` steps: transparent Gaussians become halves of those that were pulled most.
         Halves stand half a deviation to either side along the longest axis and are sqrt(3) / 2 as long,
         which keeps the variance; each takes the opacity 1 - sqrt(1 - o): together they cover as the one did.
         """
-        if not self.move_every or not k or k % self.move_every:
+        if not self.move_every:
             return
         if torch.distributed.is_initialized():  # every process makes the same moves
-            torch.distributed.all_reduce(self.pull)
+            torch.distributed.all_reduce(self.fresh)
+            self.fresh /= torch.distributed.get_world_size()
+        self.pull += self.fresh
+        self.fresh.zero_()
+        if (k + 1) % self.move_every:
+            return
         opacity = self.value("logits").sigmoid()
         idle = (opacity < FAINT).nonzero()[:, 0]
         busy = (opacity >= FAINT).nonzero()[:, 0]

@@ -93,7 +93,7 @@ class AssetStudent(Denoiser):
         return sparse * sparsity(self.seen) + opaque * opaqueness(self.seen)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"assets/{n}": b for n, b in self.named_buffers()}
+        return {f"assets/{n}": b for n, b in self.named_buffers() if n.endswith("pull")}
 
     def opacity(self) -> Tensor:
         """Mean opacity of the render that was drawn last: near 0 the box is empty, near 1 it is full."""

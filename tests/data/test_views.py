@@ -40,8 +40,9 @@ def test_a_resumed_run_sees_what_it_would_have_seen_and_processes_differ():
     whole, rest = taken(0), taken(2)
     assert torch.equal(whole[2].cond["camera"], rest[0].cond["camera"])
     assert torch.equal(whole[2].noise, rest[0].noise)
-    cameras = [taken(0, rank, 2)[0].cond["camera"] for rank in (0, 1)]
-    assert not torch.equal(*cameras)
+    cameras = torch.cat([taken(0, rank, 2)[0].cond["camera"] for rank in (0, 1)])
+    slot = ((cameras[:, 0] + 180) / 30).floor().long().tolist()
+    assert slot == list(range(12)), "stratified over the batch of both"
     assert not torch.equal(whole[0].cond["camera"], taken(0, seed=1)[0].cond["camera"])
 
 

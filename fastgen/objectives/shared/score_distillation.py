@@ -81,6 +81,12 @@ def asset_terms(obj: Objective, terms: AssetTermsConfig, k: int) -> tuple[Tensor
     return penalty, {"opacity": net.opacity(), "penalty": float(penalty)}
 
 
+def settle(obj: Objective, k: int) -> None:
+    """Let an asset move its parts once step k is done."""
+    if obj.sync:
+        obj.student.backbone.settle(k)
+
+
 def check_terms(obj: Objective, terms: AssetTermsConfig) -> None:
     """Refuse regularisers of a student that is no asset."""
     if terms.used and not obj.student.backbone.is_asset:
