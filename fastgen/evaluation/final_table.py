@@ -9,7 +9,7 @@ MOST_WIDTH = 100
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
     first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "forgotten", "recall", "clip"),
+        ("fd_mini", RECON, "energy_distance", "agreement", "psnr", "ssim", "forgotten", "recall", "clip"),
         ("nfe", "seconds_per_sample"),
     )
     chosen = tuple(results.get("chosen", ()))
@@ -23,6 +23,7 @@ def table(results: dict) -> str:
         for n, row in results.get("student_by_steps", {}).items()
     ]
     rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    rows += [("bicubic", results["enlarged"])] if "enlarged" in results else []
     rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
     columns = [c for c in wanted if any(c in row for _, row in rows)]
     names = {c: c.replace("_per_sample", "/sample") for c in columns}

@@ -170,6 +170,15 @@ class Backbone(Denoiser):
         return [self.family.feature_map(self.net, out, x_t).float() for out in tokens], D
 
     # -- adapters ------------------------------------------------------------------------------------------
+    def compile_blocks(self) -> None:
+        """Compile every repeated block in place, which PyTorch does once for each kind: those that diffusers
+        names, else those whose outputs can be features.
+        """
+        names = getattr(self.net, "_repeated_blocks", None) or ()
+        blocks = [m for m in self.net.modules() if type(m).__name__ in names]
+        for block in blocks or self.family.taps(self.net):
+            block.compile()
+
     def add_adapter(
         self, name: str, rank: int, alpha: float, targets: tuple[str, ...], rs: bool = False
     ) -> None:

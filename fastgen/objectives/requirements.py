@@ -124,6 +124,8 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    degraded: bool = False
+    """whether the teacher is shown a less degraded picture than the student (data.degradation)"""
     forgets: tuple[str, ...] = ()
     """classes or words of prompts that the student is to forget, which its measurement leaves out"""
 

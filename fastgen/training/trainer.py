@@ -40,8 +40,10 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
                 "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
             ) from None
         return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
-    cls = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[cfg.name]
-    return cls(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    given = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if cfg.name == "radam":
+        return torch.optim.RAdam(parameters, **given)
+    return torch.optim.AdamW(parameters, **given, fused=cfg.fused or None)
 
 
 def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
@@ -112,6 +114,7 @@ class Trainer:
         self.unchanged = False  # True within a step until it changes the first weight
         self.exported: Path | None = None
         self.example = example_of(data.texts)  # a prompt that the export may suggest
+        self.enlarges = data.degradation.factor if data.degradation else 0
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:

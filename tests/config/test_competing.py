@@ -107,10 +107,11 @@ PLAIN = {
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
     "data.views": "prompt elevation distance fovy front back",
+    "data.degradation": "factor teacher_factor kind",
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
-        "compile ema_decay log_steps validation_steps checkpointing_steps export_dtype "
+        "compile compile_blocks ema_decay log_steps validation_steps checkpointing_steps export_dtype "
         "checkpoints_total_limit num_threads report_to"
     ),
     "eval": (
