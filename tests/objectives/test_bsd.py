@@ -63,6 +63,17 @@ def test_p1_samples_do_not_see_each_other():
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("k,high", [(0, 0.98), (10, 0.1)])
+def test_p1_step_has_lower_times_late(k, high):
+    seen = []
+    for seed in range(40):
+        world = World(BSD, VP.scaled_linear(), high=(0.98, 0.1), fall_steps=10)
+        world.tape.reset(seed)
+        world.turns(k)
+        seen.append(float(world.shown(world.teacher)[1][0]) / 999)
+    assert min(seen) >= 0.02 - 1e-3 and 0.7 * high < max(seen) <= high + 1e-3
+
+
 @pytest.mark.parametrize("auto", [False, True])
 def test_p1_step_is_the_formula(auto):
     world = World(BSD, VP.scaled_linear(), ratio=5.0, auto=auto)

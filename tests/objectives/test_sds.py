@@ -25,11 +25,20 @@ def test_p1_step_is_the_formula():
     x, S = world.student.calls[0].out, world.schedule
     x_t, t = world.shown(world.teacher)
     world.within(t, NEAR)
-    eps = world.noise_in(x_t, t, x)
+    world.noise_in(x_t, t, x)
     estimate = S.from_x0("eps", world.guided(x_t, t), x_t, t)
     wanted = S.sigma(t)[:, None] ** 2 * (estimate - S.from_x0("eps", x, x_t, t)) / len(x)
     torch.testing.assert_close(gradient(student.loss, x), wanted.detach(), rtol=1e-4, atol=1e-7)
-    assert eps is None or eps.shape == x.shape
+
+
+@pytest.mark.parametrize("k,high", [(9, 0.98), (10, 0.1)])
+def test_p1_step_has_lower_times_late(k, high):
+    cfg = {"time": {"low": 0.02, "high": 0.98}, "anneal": {"after": 10, "high": 0.1}}
+    world = World(SDS, VP.scaled_linear(), num=64, **cfg)
+    world.turns(k)
+    _, t = world.shown(world.teacher)
+    world.within(t, {"low": 0.02, "high": high})
+    assert t.max() > 0.7 * high * 999
 
 
 def draws(time=400 / 999, num=200_000):
