@@ -149,8 +149,30 @@ class RunConfig(Section):
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
         self._check_asset()
+        self._check_sharding()
         self._check_data()
         return self
+
+    def _check_sharding(self) -> None:
+        """What networks that are spread over processes cannot be combined with."""
+        if self.train.sharding == "none":
+            return
+        refused = {
+            "teacher.quantization": self.teacher.quantization is not None,
+            "train.mixed_precision": self.train.mixed_precision == "fp16",
+            "eval.keep": self.eval.keep == "best",
+            "student.fuse": bool(self.student.fuse),
+            "student.asset": self.student.asset is not None,
+        }
+        for key, found in refused.items():
+            if found:
+                raise ValueError(f"{key}: not with train.sharding fsdp; change one of them")
+        forward = [s.objective for s in self.all_stages() if requirements_of(s.objective).forward_mode]
+        for name in (one.name for one in forward):
+            raise ValueError(
+                f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
+                "differentiate; use difference"
+            )
 
     def _check_asset(self) -> None:
         """A 3D asset is trained on views, in one step of no network, by methods that need no images."""

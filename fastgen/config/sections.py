@@ -223,6 +223,8 @@ class TrainConfig(Section):
     """precision of exported weights; no is float32 for students, and fp16 for teachers trained by sft"""
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """number of checkpoints that are kept, the latest"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """over several processes, keep a part of every network on each (torch's FSDP2); none keeps them whole"""
     num_threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 is its own default, at most the CPUs that affinity and the container allow"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
