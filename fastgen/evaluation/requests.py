@@ -25,7 +25,9 @@ class Requests:
     def __init__(self, teacher, data, own_data: bool = False):
         """own_data: captions are those of the data, also for a teacher of a bundled set."""
         codec = teacher.codec
-        self.codec, self.uncond, self.own = codec, data.uncond, None
+        self.codec, self.uncond = codec, data.uncond
+        self.own: Data | None = None
+        """whose rows have conditions of their own"""
         self.degradation = data.degradation
         self.attributes: dict[str, Tensor] = {}
         self.captions: list[str] | None = None

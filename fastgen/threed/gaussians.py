@@ -38,6 +38,9 @@ class GaussianAsset(Asset):
     pull: Tensor
     """[N], gradient of the loss in the projected means since the last move, summed"""
 
+    fresh: Tensor
+    """[N], the same of this step and this process"""
+
     def __init__(self, num: int = 500, degree: int = 0, seed: int = 0, move_every: int = 0):
         """degree: of the spherical harmonics of the colour, 0 to 3; move_every: steps between two moves of
         transparent Gaussians, 0 never.
@@ -58,7 +61,7 @@ class GaussianAsset(Asset):
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value / self.UNITS[name]))
         self.register_buffer("pull", torch.zeros(num))
-        self.register_buffer("fresh", torch.zeros(num), persistent=False)  # of this step and process
+        self.register_buffer("fresh", torch.zeros(num), persistent=False)
 
     @property
     def num(self) -> int:
