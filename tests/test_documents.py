@@ -205,6 +205,7 @@ def test_no_document_names_where_it_was_written():
 MODULES = {  # distribution: what is imported, where the names differ
     "open-clip-torch": "open_clip",
     "pillow": "PIL",
+    "pymcubes": "mcubes",
     "pyyaml": "yaml",
     "torch-fidelity": "torch_fidelity",
 }

@@ -1,8 +1,9 @@
 """Train the autoencoder of a captioned mini teacher: --kind kl (Stable Diffusion) or dc (Sana).
 
 Both map 3x32x32 images in [-1, 1] to 4x8x8 latents. The loss is the absolute error of the image plus that
-of the tinted measuring net's feature maps; kl adds the divergence of its posterior from a unit Gaussian, dc
-adds noise to its latents and a penalty on their size, so that both decoders bear a denoiser's small errors.
+of the feature maps of the set's measuring net; kl adds the divergence of its posterior from a unit Gaussian,
+dc adds noise to its latents and a penalty on their size, so that both decoders bear a denoiser's small
+errors.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 from common import ASSETS, Rows, frechet, one_cycle, readable, seconds, update, write_card
 from torch import Tensor, nn
 
-from fastgen.data.bundled import Images, load_images
+from fastgen.data.bundled import WORDS, Images, load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 
 LR, FEATURE_WEIGHT, KL_WEIGHT, SIZE_WEIGHT, NOISE = 2e-3, 0.03, 3e-5, 1e-3, 0.05
 STEPS, BATCH_SIZE = {"kl": 4200, "dc": 5600}, {"kl": 32, "dc": 64}
-TEACHER = {"kl": "tinted-sd", "dc": "tinted-sana"}
+TEACHER = {"kl": "sd", "dc": "sana"}
 
 
 def build(kind: str) -> nn.Module:
@@ -74,10 +75,12 @@ def rebuild(vae: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tens
     return torch.cat(latents), torch.cat(decoded)
 
 
-def train(kind: str, steps: int, seed: int) -> nn.Module:
+def train(kind: str, name: str, init: Path | None, steps: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    images, vae = load_images("tinted", "train").images, build(kind)
-    net = FeatureNet.load(ASSETS / "measure" / "tinted")
+    images, vae = load_images(name, "train").images, build(kind)
+    if init is not None:
+        vae.load_state_dict(type(vae).from_pretrained(init, torch_dtype=torch.float32).state_dict())
+    net = FeatureNet.load(ASSETS / "measure" / name)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1e-4)
     rows = Rows(len(images), BATCH_SIZE[kind], torch.Generator().manual_seed(seed))
     for step in range(steps):
@@ -102,47 +105,50 @@ def train(kind: str, steps: int, seed: int) -> nn.Module:
     return vae.eval()
 
 
-def score(vae: nn.Module, train_images: Tensor, heldout: Images) -> dict:
+def score(vae: nn.Module, name: str, train_images: Tensor, heldout: Images) -> dict:
     """What the card records: errors of held-out images, and what the measuring net sees in them."""
     latents, decoded = rebuild(vae, heldout.images)
     error = decoded - (heldout.images.float() / 127.5 - 1)
-    net = FeatureNet.load(ASSETS / "measure" / "tinted")
+    net = FeatureNet.load(ASSETS / "measure" / name)
     real, seen, known = (measure(net, x) for x in (heldout.images, decoded / 2 + 0.5, train_images))
+    what = next(iter(net.config["heads"]))
     right = {
-        name: (m["logits"]["garment"].argmax(1) == heldout.labels).float().mean().item()
-        for name, m in (("real", real), ("rebuilt", seen))
+        which: (m["logits"][what].argmax(1) == heldout.labels).float().mean().item()
+        for which, m in (("real", real), ("rebuilt", seen))
     }
     return {
         "latent_mean": [round(v, 3) for v in latents.mean((0, 2, 3)).tolist()],
         "latent_std": [round(v, 3) for v in latents.std((0, 2, 3)).tolist()],
         "heldout_l1": round(error.abs().mean().item(), 4),
         "heldout_psnr": round(-10 * (error / 2).square().mean().log10().item(), 2),
-        "garment_accuracy_real": round(right["real"], 4),
-        "garment_accuracy_rebuilt": round(right["rebuilt"], 4),
+        f"{what}_accuracy_real": round(right["real"], 4),
+        f"{what}_accuracy_rebuilt": round(right["rebuilt"], 4),
         "frechet_rebuilt_vs_heldout": round(frechet(seen["features"], real["features"]), 3),
         "frechet_rebuilt_vs_train": round(frechet(seen["features"], known["features"]), 3),
         "frechet_train_vs_heldout": round(frechet(known["features"], real["features"]), 3),
     }
 
 
-def main(kind: str, out: Path, steps: int, seed: int) -> None:
-    vae = train(kind, steps, seed)
-    images, heldout = load_images("tinted", "train").images, load_images("tinted", "heldout")
+def main(kind: str, out: Path, steps: int, seed: int, name: str = "tinted", init: Path | None = None) -> None:
+    vae = train(kind, name, init, steps, seed)
+    images, heldout = load_images(name, "train").images, load_images(name, "heldout")
     scale = 1 / rebuild(vae, images[:5000])[0].std().item()
     vae.register_to_config(scaling_factor=round(scale, 5))
     vae.half().save_pretrained(out)
     readable(out)
     vae = type(vae).from_pretrained(out, torch_dtype=torch.float32).eval()
     facts = {"parameters": sum(p.numel() for p in vae.parameters()), "steps": steps, "seed": seed}
-    write_card(out, **facts, scaling_factor=round(scale, 5), **score(vae, images, heldout))
+    write_card(out, **facts, scaling_factor=round(scale, 5), **score(vae, name, images, heldout))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=STEPS, required=True)
+    parser.add_argument("--set", choices=WORDS, default="tinted", help="bundled image set with captions")
+    parser.add_argument("--init", type=Path, help="folder of an autoencoder of the same shape to start from")
     parser.add_argument("--out", type=Path, help="folder to write; the shipped one if not given")
     parser.add_argument("--steps", type=int, help="training steps; as recorded if not given")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.out or ASSETS / "teachers" / TEACHER[args.kind] / "vae"
-    main(args.kind, folder, args.steps or STEPS[args.kind], args.seed)
+    folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}" / "vae"
+    main(args.kind, folder, args.steps or STEPS[args.kind], args.seed, args.set, args.init)

@@ -8,10 +8,15 @@ import common  # noqa: F401  makes fastgen importable
 import torch
 from torch import Tensor
 
-from fastgen.data.bundled import BACKGROUNDS, COLOURS, GARMENTS, VOCABULARY, all_captions, attributes_of
+from fastgen.data.bundled import BACKGROUNDS, COLOURS, GARMENTS, WORDS, all_captions, attributes_of
+from fastgen.threed.cameras import VIEWS
+from fastgen.threed.solids import SHAPES
 
 LENGTH = 16
-WORDS = ("photo", "of", "with", *GARMENTS, "on", "background", *COLOURS, *BACKGROUNDS)
+TOKENS = {
+    "tinted": ("photo", "of", "with", *GARMENTS, "on", "background", *COLOURS, *BACKGROUNDS),
+    "solids": ("photo", "of", *SHAPES, *COLOURS, *VIEWS, "view"),
+}
 LAST = ("of", "on", "red", "top")  # their merges would cut up longer words if they came first
 
 
@@ -29,11 +34,11 @@ def byte_letters() -> list[str]:
     return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
 
 
-def clip_tokenizer():
+def clip_tokenizer(name: str = "tinted"):
     """A CLIPTokenizer of every byte and the captions' words, one token for each word."""
     from transformers import CLIPTokenizer
 
-    pieces = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in TOKENS[name]]
     merges = list(dict.fromkeys(pair for word in pieces for pair in steps_to(word, from_right=True)))
     letters = byte_letters()
     tokens = [*letters, *(x + "</w>" for x in letters), *("".join(pair) for pair in merges)]
@@ -48,8 +53,8 @@ def gemma_tokenizer():
     from transformers import GemmaTokenizer
 
     space = "\u2581"
-    plain = [*sorted(set(WORDS) - set(LAST)), *LAST]
-    words = [*(space + word for word in WORDS), space + "a", *plain]
+    plain = [*sorted(set(TOKENS["tinted"]) - set(LAST)), *LAST]
+    words = [*(space + word for word in TOKENS["tinted"]), space + "a", *plain]
     merges = list(dict.fromkeys(pair for word in words for pair in steps_to(list(word), from_right=False)))
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{b:02X}>" for b in range(256)), space]
     tokens += string.digits + string.ascii_letters + string.punctuation
@@ -67,28 +72,28 @@ def tokens_of(tokenizer, texts: list[str]) -> dict[str, Tensor]:
     return {key: found[key] for key in ("input_ids", "attention_mask")}
 
 
-def phrasings() -> list[list[str]]:
-    """The 180 captions as they are, and said with the other words a user may choose."""
-    plain = all_captions()
+def phrasings(name: str = "tinted") -> list[list[str]]:
+    """Every caption as it is, and said with the other words a user may choose."""
+    plain = all_captions(name)
     return [plain, ["a photo of " + text.replace(" on a ", " with a ") for text in plain]]
 
 
-def caption_ids(attributes: dict[str, Tensor]) -> Tensor:
-    """Which of the 180 captions is true of each image, [N]."""
-    ids = torch.zeros_like(attributes["garment"])
-    for key, names in VOCABULARY.items():
+def caption_ids(attributes: dict[str, Tensor], name: str = "tinted") -> Tensor:
+    """Which of all captions is true of each image, [N]."""
+    ids = torch.zeros_like(next(iter(attributes.values())))
+    for key, names in WORDS[name].items():
         ids = ids * len(names) + attributes[key]
     return ids
 
 
-def retrieval(similarity: Tensor, attributes: dict[str, Tensor]) -> dict:
-    """How often the nearest of 180 captions [N, 180] is the true one, and names each attribute rightly."""
-    found = similarity.argmax(1)
-    share = (found == caption_ids(attributes)).float().mean().item()
-    named = [attributes_of(text) for text in all_captions()]
-    table = {key: torch.tensor([row[key] for row in named]) for key in VOCABULARY}
-    right = {key: (table[key][found] == attributes[key]).float().mean().item() for key in VOCABULARY}
+def retrieval(similarity: Tensor, attributes: dict[str, Tensor], name: str = "tinted") -> dict:
+    """How often the nearest of all captions [N, K] is the true one, and names each attribute rightly."""
+    found, captions = similarity.argmax(1), all_captions(name)
+    share = (found == caption_ids(attributes, name)).float().mean().item()
+    named = [attributes_of(text, name) for text in captions]
+    table = {key: torch.tensor([row[key] for row in named]) for key in WORDS[name]}
+    right = {key: (table[key][found] == attributes[key]).float().mean().item() for key in WORDS[name]}
     return {
-        "heldout_retrieval_of_180_captions": round(share, 4),
+        f"heldout_retrieval_of_{len(captions)}_captions": round(share, 4),
         "heldout_agreement": {key: round(value, 4) for key, value in right.items()},
     }

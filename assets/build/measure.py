@@ -12,10 +12,10 @@ import torch
 from common import ASSETS, Rows, frechet, jitter, one_cycle, seconds, update, write_card
 from torch.nn import functional as F
 
-from fastgen.data.bundled import NAMES, VOCABULARY, load_images
+from fastgen.data.bundled import NAMES, WORDS, load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 
-EPOCHS = {"digits": 40, "fashion": 14, "tinted": 7}
+EPOCHS = {"digits": 40, "fashion": 14, "tinted": 7, "solids": 14}
 
 
 def targets_of(data):
@@ -28,7 +28,7 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     data, heldout = load_images(name, "train"), load_images(name, "heldout")
-    heads = {k: len(v) for k, v in VOCABULARY.items()} if name == "tinted" else {"class": 10}
+    heads = {k: len(v) for k, v in WORDS[name].items()} if name in WORDS else {"class": 10}
     net = FeatureNet(data.images.shape[1], data.images.shape[-1], heads, widths)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
     steps = EPOCHS[name] * (len(data) // batch_size)

@@ -1,7 +1,8 @@
 """Train the text encoder of a captioned mini teacher: --kind clip (Stable Diffusion) or gemma (Sana).
 
-A caption's pooled state must pick out the images that it describes: softmax over all 180 captions of the
-cosine with a linear map of the tinted measuring net's features. Writes text_encoder/ and tokenizer/.
+A caption's pooled state must pick out the images that it describes: softmax over all captions of the
+set (--set) of the cosine with a linear map of its measuring net's features. Writes text_encoder/ and
+tokenizer/.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from captions import LENGTH, caption_ids, clip_tokenizer, gemma_tokenizer, phras
 from common import ASSETS, Rows, one_cycle, readable, seconds, update, write_card
 from torch import Tensor, nn
 
-from fastgen.data.bundled import load_images
+from fastgen.data.bundled import WORDS, load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 
 LR, SCALE, BATCH_SIZE, STEPS = 2e-3, 20.0, 512, 1200
-TEACHER, SEED = {"clip": "tinted-sd", "gemma": "tinted-sana"}, {"clip": 11, "gemma": 12}
+TEACHER, SEED = {"clip": "sd", "gemma": "sana"}, {"clip": 11, "gemma": 12}
 
 
-def build(kind: str) -> tuple[nn.Module, object]:
+def build(kind: str, name: str = "tinted") -> tuple[nn.Module, object]:
     """An untrained text encoder of the shipped shape, with its tokenizer."""
     import transformers as hf
 
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "clip":
-        tokenizer = clip_tokenizer()
+        tokenizer = clip_tokenizer(name)
         config = hf.CLIPTextConfig(
             vocab_size=len(tokenizer),
             intermediate_size=192,
@@ -76,13 +77,13 @@ class Match(nn.Module):
         return F.normalize(self.of_image(features), dim=-1) @ texts.T
 
 
-def train(kind: str, steps: int, seed: int) -> tuple[Match, FeatureNet, object]:
+def train(kind: str, name: str, steps: int, seed: int) -> tuple[Match, FeatureNet, object]:
     torch.manual_seed(seed)
-    data, net = load_images("tinted", "train"), FeatureNet.load(ASSETS / "measure" / "tinted")
-    features, wanted = measure(net, data.images)["features"], caption_ids(data.attributes)
-    encoder, tokenizer = build(kind)
+    data, net = load_images(name, "train"), FeatureNet.load(ASSETS / "measure" / name)
+    features, wanted = measure(net, data.images)["features"], caption_ids(data.attributes, name)
+    encoder, tokenizer = build(kind, name)
     match = Match(encoder, net.num_features)
-    said = [tokens_of(tokenizer, texts) for texts in phrasings()]
+    said = [tokens_of(tokenizer, texts) for texts in phrasings(name)]
     optimizer = torch.optim.AdamW(match.parameters(), lr=LR, weight_decay=0.01)
     rows = Rows(len(data), BATCH_SIZE, torch.Generator().manual_seed(seed))
     for step in range(steps):
@@ -95,33 +96,34 @@ def train(kind: str, steps: int, seed: int) -> tuple[Match, FeatureNet, object]:
     return match.eval(), net, tokenizer
 
 
-def main(kind: str, out: Path, steps: int, seed: int) -> None:
-    match, net, tokenizer = train(kind, steps, seed)
+def main(kind: str, out: Path, steps: int, seed: int, name: str = "tinted") -> None:
+    match, net, tokenizer = train(kind, name, steps, seed)
     folder = out / "text_encoder"
     match.encoder.half().save_pretrained(folder)
     readable(folder)
     tokenizer.save_pretrained(out / "tokenizer")
     match.encoder = type(match.encoder).from_pretrained(folder, dtype=torch.float32).eval()
-    heldout = load_images("tinted", "heldout")
+    heldout = load_images(name, "heldout")
     with torch.no_grad():
         features = measure(net, heldout.images)["features"]
-        similarity = match(features, tokens_of(tokenizer, phrasings()[0]))
+        similarity = match(features, tokens_of(tokenizer, phrasings(name)[0]))
     write_card(
         folder,
         parameters=sum(p.numel() for p in match.encoder.parameters()),
         vocabulary=len(tokenizer),
         steps=steps,
         seed=seed,
-        **retrieval(similarity, heldout.attributes),
+        **retrieval(similarity, heldout.attributes, name),
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=TEACHER, required=True)
+    parser.add_argument("--set", choices=WORDS, default="tinted", help="bundled image set with captions")
     parser.add_argument("--out", type=Path, help="teacher folder to write into; the shipped one if not given")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, help="as recorded if not given")
     args = parser.parse_args()
-    folder = args.out or ASSETS / "teachers" / TEACHER[args.kind]
-    main(args.kind, folder, args.steps, SEED[args.kind] if args.seed is None else args.seed)
+    folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}"
+    main(args.kind, folder, args.steps, SEED[args.kind] if args.seed is None else args.seed, args.set)

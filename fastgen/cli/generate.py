@@ -29,6 +29,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.files import placed, to_json
 from fastgen.core.paths import expand
 from fastgen.core.reading import read_json
+from fastgen.data.bundled import WORDS, load_labels
 from fastgen.evaluation.prompts import MOST_BYTES
 from fastgen.evaluation.prompts import SAMPLES as RECORD
 from fastgen.evaluation.sources import REQUEST
@@ -140,10 +141,9 @@ def default_texts(loaded) -> list[str]:
 
     if not isinstance(loaded.codec, TextCodec):
         return [str(i) for i in range(loaded.codec.num_classes)]
-    if (loaded.teacher.info or {}).get("measure") == "tinted":
-        from fastgen.data.bundled import load_labels
-
-        captions = load_labels("tinted", "heldout")[1]
+    measure = (loaded.teacher.info or {}).get("measure")
+    if measure in WORDS:
+        captions = load_labels(measure, "heldout")[1]
         assert captions is not None
         return captions
     raise UserError(

@@ -60,6 +60,9 @@ def _data(cfg: RunConfig) -> str:
     data = cfg.data
     read = "" if cfg.reads_data() else ", of which no image is read"
     kind = own_source(data)
+    if data.views is not None:
+        low, high = data.views.distance
+        return f"views of {data.views.prompt!r} from distances of {low:g} to {high:g}"
     source = f"{data.name} (bundled){read}" if data.name else f"{KINDS[kind]} {getattr(data, kind, '')}"
     if kind in OWN:
         source += read

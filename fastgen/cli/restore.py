@@ -38,6 +38,8 @@ class Restored:
     """which: an average by its decay, raw, or best"""
     example: str
     """a prompt of the run's own data"""
+    enlarges: int
+    """how many times larger the pictures are that it makes of others; 0 of one that is shown none"""
 
 
 def choose(run: Path, step: int | None) -> Path:
@@ -87,7 +89,9 @@ def restore(run: Path, step: int | None = None, raw: bool = False, device="cpu")
         if cfg.student.fuse:
             fuse(student, cfg.student.fuse, cfg.student.fuse_weight)
     cast.stages = stages[: writer + 1]
-    return Restored(cast, cfg.train, meta["step"], run, finished, weights, meta.get("example", ""))
+    enlarges = cfg.data.degradation.factor if cfg.data.degradation else 0
+    example = meta.get("example", "")
+    return Restored(cast, cfg.train, meta["step"], run, finished, weights, example, enlarges)
 
 
 def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor], prefix: str, source: Path) -> None:

@@ -22,6 +22,7 @@ from fastgen.cli.sample_limits import (
     check_size,
     load_sized,
 )
+from fastgen.cli.views import add_views, draw_views
 from fastgen.core import interrupt
 from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
@@ -79,6 +80,7 @@ def flags() -> argparse.ArgumentParser:
     add("--insist", action="store_true", help="do not refuse more than disk, memory or 100 days allow")
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
     add_control(found)
+    add_views(found)
     add("--compare_teacher", action="store_true", help="add the teacher's images of the same seeds below")
     add("--teacher_steps", type=int, default=0, help="steps of the teacher; default: as in the run")
     add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
@@ -208,10 +210,17 @@ def _nasa_scale(args, loaded) -> float:
 def run(args) -> int:
     """Load, draw and write; the exit code."""
     from fastgen.cli.conditions import conditions
+    from fastgen.export.assets import read_info
+    from fastgen.export.load import locate
     from fastgen.networks.device import open_device
 
     check_numbers(args)
     out = open_folder(Path(args.out), args.overwrite)
+    folder = locate(args.model)
+    if folder is not None and (asset := read_info(folder)) is not None:
+        return draw_views(args, folder, asset, out)
+    for flag in (f for f in ("camera", "turntable") if vars(args)[f]):
+        raise UserError(f"--{flag}", f"found for {args.model}, which is no 3D asset", "leave it out")
     device = open_device(args.device)
     loaded = load_sized(args.model, args.base, asked_size(args))
     if len(loaded.codec.shape) == 1:

@@ -109,6 +109,10 @@ def competing(data) -> str:
     found = [key for key in SOURCES if getattr(data, key)]
     if data.sources and (len(found) != 1 or found[0] not in OWN):
         return f"data.sources: found beside {' and '.join(found) or 'none'}; give one of {', '.join(OWN)}"
+    if data.views is not None and found:
+        return (
+            f"data.views: found beside {' and '.join(found)}; a 3D asset has no other data, leave those out"
+        )
     if len(found) < 2:
         return ""
     both = " and ".join(f"{key} {getattr(data, key)!r}" for key in found)

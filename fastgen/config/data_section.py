@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import tyro.conf
 from pydantic import Field
 
+from fastgen.config.assets import ViewsConfig
 from fastgen.config.section import Section, UserPath
 
 
@@ -53,11 +54,13 @@ class DataConfig(SourceConfig):
     """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """bundled data set: digits, fashion or tinted; instead of images or prompts of your own"""
+    """bundled data set: digits, fashion, tinted or solids; instead of images or prompts of your own"""
     latents: UserPath = ""
     """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
     prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""
+    views: ViewsConfig | None = None
+    """one prompt and the cameras that it is seen from, for a student that is a 3D asset"""
     sources: Annotated[tuple[SourceConfig, ...], tyro.conf.Suppress] = ()
     """further sources of pictures, drawn from by their weights; in files only"""
     control: UserPath = ""

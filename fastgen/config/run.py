@@ -148,6 +148,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
+        self._check_asset()
         self._check_sharding()
         self._check_data()
         return self
@@ -161,6 +162,7 @@ class RunConfig(Section):
             "train.mixed_precision": self.train.mixed_precision == "fp16",
             "eval.keep": self.eval.keep == "best",
             "student.fuse": bool(self.student.fuse),
+            "student.asset": self.student.asset is not None,
         }
         for key, found in refused.items():
             if found:
@@ -171,6 +173,37 @@ class RunConfig(Section):
                 f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
                 "differentiate; use difference"
             )
+
+    def _check_asset(self) -> None:
+        """A 3D asset is trained on views, in one step of no network, by methods that need no images."""
+        asset, views = self.student.asset, self.data.views
+        if (asset is None) != (views is None):
+            have, lack = ("data.views", "student.asset") if asset is None else ("student.asset", "data.views")
+            raise ValueError(f"{lack}: none given beside {have}; a 3D asset needs both")
+        if asset is None:
+            return
+        plain, own = StudentConfig(), self.student
+        for key in (
+            "kind",
+            "num_steps",
+            "guidance_embedding",
+            "smooth_time",
+            "sprint",
+            "init",
+            "fuse",
+            "net",
+        ):
+            if getattr(own, key) != getattr(plain, key):
+                raise ValueError(
+                    f"student.{key}: found beside student.asset, which is no network; leave it out"
+                )
+        for stage in self.all_stages():
+            needs = requirements_of(stage.objective)
+            if needs.real_data or not needs.few_step or needs.step_end or stage.num_steps not in (None, 1):
+                name = stage.objective.name
+                raise ValueError(
+                    f"objective.name: {name} trains no 3D asset; use one that needs no images, as vsd or sds"
+                )
 
     def _check_data(self) -> None:
         """Whether there are images for every stage that reads some, and a reader for pairs."""

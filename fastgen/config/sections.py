@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import tyro.conf
 from pydantic import Field, model_validator
 
+from fastgen.config.assets import AssetConfig
 from fastgen.config.section import MOST, Decay, Section, UserPath
 
 
@@ -130,6 +131,8 @@ class StudentConfig(Section):
     """settings of the adapter if kind is lora"""
     guidance_adapter: GuidanceAdapterConfig | None = None
     """settings of the adapters if kind is guidance_adapter; null is their defaults"""
+    asset: AssetConfig | None = None
+    """3D scenes that are rendered in the place of a network; trained on data.views"""
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """changes to the teacher's network config, for an untrained student of another size; in files only"""
 

@@ -15,8 +15,8 @@ MILDER = "milder_"
 @dataclass
 class Batch:
     """One micro-batch: x0 [B, ...] or None without data, conditions, null conditions, standard normal noise
-    [B, ...], the index of each row in the data set, the captions of text data, and where the data has pairs
-    the x0 that each row's is preferred to.
+    [B, ...], the index of each row in the data set, the captions of text data, where the data has pairs the
+    x0 that each row's is preferred to, and of views of an asset what its critic is told in the place of cond.
     """
 
     x0: Tensor | None
@@ -26,6 +26,7 @@ class Batch:
     index: Tensor
     texts: list[str] | None = None
     dispreferred: Tensor | None = None
+    critic_cond: Cond | None = None
 
 
 def stack(conds: list[Cond]) -> Cond:

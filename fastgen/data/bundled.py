@@ -1,4 +1,4 @@
-"""The small real image sets that ship with fastgen: digits, fashion and tinted."""
+"""The small image sets that ship with fastgen: digits, fashion, tinted and solids."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import numpy as np
 import torch
 
 from fastgen.core.paths import asset
+from fastgen.data import solids
+from fastgen.data.solids import COLOURS
 
-NAMES = ("digits", "fashion", "tinted")
+NAMES = ("digits", "fashion", "tinted", "solids")
 SPLITS = ("train", "heldout")
 GARMENTS = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-COLOURS = {
-    "red": (235, 45, 45),
-    "yellow": (245, 220, 45),
-    "green": (45, 190, 70),
-    "cyan": (45, 215, 225),
-    "blue": (50, 80, 240),
-    "purple": (190, 60, 220),
-}
 BACKGROUNDS = {"black": (16, 16, 16), "grey": (128, 128, 128), "white": (240, 240, 240)}
 VOCABULARY = {"garment": GARMENTS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+FILES = {"digits": "digits", "fashion": "fashion", "tinted": "fashion", "solids": "solids"}
 TINTS = 3  # variants of each training image
 
 
@@ -33,7 +28,7 @@ class Images:
     num_classes: int
     class_names: tuple[str, ...]
     captions: list[str] | None = None
-    attributes: dict[str, torch.Tensor] | None = None  # garment, colour, background: long [N]
+    attributes: dict[str, torch.Tensor] | None = None  # of each word of the vocabulary: long [N]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,6 +40,8 @@ def load_labels(name: str, split: str = "train") -> tuple[torch.Tensor, list[str
     if name == "tinted":
         ids, captions = _tints(labels, TINTS if split == "train" else 1)
         return torch.from_numpy(ids["garment"]), captions
+    if name == "solids":
+        return torch.from_numpy(labels), _solid_words(split)[1]
     return torch.from_numpy(labels), None
 
 
@@ -54,13 +51,14 @@ def _member(name: str, split: str, part: str) -> np.ndarray:
         raise ValueError(f"unknown image set {name!r}: choose one of {', '.join(NAMES)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    source = asset("data/digits.npz" if name == "digits" else "data/fashion.npz")
-    with np.load(source, allow_pickle=False) as file:
+    with np.load(asset(f"data/{FILES[name]}.npz"), allow_pickle=False) as file:
         return file[f"{split}_{part}"]
 
 
 def load_images(name: str, split: str = "train") -> Images:
-    """Load a bundled set: digits (1x8x8), fashion (1x32x32) or tinted (3x32x32, with captions)."""
+    """Load a bundled set: digits (1x8x8), fashion (1x32x32), or tinted or solids (3x32x32, with captions)."""
+    if name == "solids":
+        return _solids(split)
     grey, labels = _member(name, split, "images"), _member(name, split, "labels").astype(np.int64)
     if name == "digits":
         grey = np.round(grey * (255 / 16)).astype(np.uint8)
@@ -112,22 +110,41 @@ def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
     return Images(torch.from_numpy(images), attributes["garment"], 10, GARMENTS, captions, attributes)
 
 
+def _solid_words(split: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Attribute ids and captions of the renders of solids."""
+    parts = (_member("solids", split, part) for part in ("labels", "colours", "views"))
+    ids = dict(zip(solids.VOCABULARY, (torch.from_numpy(part.astype(np.int64)) for part in parts)))
+    return ids, [solids.caption(*row) for row in zip(*(v.tolist() for v in ids.values()))]
+
+
+def _solids(split: str) -> Images:
+    ids, captions = _solid_words(split)
+    images, names = torch.from_numpy(_member("solids", split, "images")), solids.VOCABULARY["shape"]
+    return Images(images, ids["shape"], len(names), names, captions, ids)
+
+
 def caption(garment: int, colour: int, background: int) -> str:
     """The sentence that names all three attributes."""
     words = VOCABULARY["colour"][colour], GARMENTS[garment], VOCABULARY["background"][background]
     return "a {} {} on a {} background".format(*words)
 
 
-def all_captions() -> list[str]:
-    """Every combination of garment, colour and background, 180 captions in a fixed order."""
-    return [caption(*ids) for ids in itertools.product(*(range(len(v)) for v in VOCABULARY.values()))]
+WORDS = {"tinted": VOCABULARY, "solids": solids.VOCABULARY}
+"""names of every attribute that the captions of a set tell apart"""
+CAPTIONS = {"tinted": caption, "solids": solids.caption}
+"""of the sets with captions, by the ids of their attributes"""
 
 
-def attributes_of(text: str) -> dict[str, int]:
+def all_captions(name: str = "tinted") -> list[str]:
+    """Every combination of a set's attributes as a caption, in a fixed order."""
+    return [CAPTIONS[name](*ids) for ids in itertools.product(*(range(len(v)) for v in WORDS[name].values()))]
+
+
+def attributes_of(text: str, name: str = "tinted") -> dict[str, int]:
     """Ids of the attributes that a caption names; those it does not name are left out."""
     words = text.lower().replace(",", " ").replace(".", " ").split()
     found = {}
-    for key, names in VOCABULARY.items():
+    for key, names in WORDS[name].items():
         hits = [names.index(word) for word in words if word in names]
         if len(hits) > 1:
             raise ValueError(f"caption names more than one {key}: {text!r}")

@@ -25,6 +25,7 @@ from fastgen.data.media import read_files
 from fastgen.data.sources import Found, control_files, dispreferred_files, read_source
 from fastgen.data.streaming import EncodedLater, Stream, StreamedData
 from fastgen.data.text import cut_prompts
+from fastgen.data.views import Views, captions
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.teacher import Teacher
 
@@ -173,6 +174,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         exact: Any = teacher.backbone
         x0, labels = exact.sample(20_000, torch.Generator().manual_seed(1))
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
+    if cfg.views is not None:
+        return _views(cfg.views, codec, uncond)
     cache.check_folder(cfg.cache_dir)
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
@@ -195,6 +198,25 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     else:
         data = _streamed(cfg, codec, found, cond, device)
     return with_dropout(cfg, codec, data)
+
+
+def _views(views, codec, uncond: dict[str, Tensor]) -> Views:
+    """The prompt of a section `views` as it is seen from each side."""
+    _check_views(views, codec)
+    texts = [*captions(views.prompt), views.prompt]
+    for cut in cut_prompts(codec, texts):
+        print(f"warning: {cut}")
+    rows = {k: v.cpu() for k, v in codec.prompts(texts).items()}
+    table, plain = ({k: v[some] for k, v in rows.items()} for some in (slice(4), slice(4, 5)))
+    sectors = views.front, views.back
+    return Views(table, plain, uncond, codec.shape, views.prompt, views.ranges, sectors)
+
+
+def _check_views(views, codec) -> None:
+    """Refuse a prompt for a teacher that draws no pictures of text."""
+    if not (isinstance(codec, TextCodec) and codec.family.takes_text and len(codec.shape) == 3):
+        found = f"found {views.prompt!r} for a teacher that makes no image of a prompt"
+        raise UserError("data.views", found, "use a text-to-image teacher")
 
 
 def _dispreferred(cfg, codec, found: Found, device, key: str) -> Tensor | None:
@@ -260,6 +282,9 @@ def look_at(cfg, teacher: Teacher) -> None:
         return
     if cfg.latents:
         check_latents(cfg, teacher)
+        return
+    if cfg.views is not None:
+        _check_views(cfg.views, codec)
         return
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+EMPTY, FULL = 0.01, 0.98
 COLLAPSE, SATURATION, RISE, LAG, LOGITS, FALL = 0.6, 1.25, 1.6, 2.5, 8.0, 1.4
 
 Warnings = Iterator[tuple[str, str]]
@@ -33,7 +34,11 @@ def warnings(metrics: list[dict], results: dict) -> list[tuple[str, str]]:
     players = {k.split("/")[0] for r in metrics for k in r if "/" in k}
     for student in sorted(p for p in players if p.startswith("student")):
         number = student.removeprefix("student")
-        found += [*_student(metrics, student), *_critic(metrics, student, f"critic{number}")]
+        found += [
+            *_student(metrics, student),
+            *_asset(metrics, student),
+            *_critic(metrics, student, f"critic{number}"),
+        ]
         weighs = any(f"{student}/log_ratio" in r for r in metrics)  # f_distill, uni_instruct
         found += [*_heads(metrics, f"critic{number}", weighs), *_heads(metrics, f"disc{number}", weighs)]
     return found
@@ -83,6 +88,17 @@ def _student(metrics: list[dict], student: str) -> Warnings:
     if spread and spread[-1] < COLLAPSE * max(spread):
         symptom = f"{student} collapsed: its samples' spread fell from {max(spread):.3g} to {spread[-1]:.3g}"
         yield symptom, "more critic updates (student_every), a lower optim.student.lr, or the GAN term"
+
+
+def _asset(metrics: list[dict], student: str) -> Warnings:
+    """The mean opacity of what an asset's cameras see."""
+    opacity = fifths(metrics, f"{student}/opacity")
+    if opacity and opacity[-1] < EMPTY:
+        cure = "a lower objective.asset.sparsity, a higher teacher.guidance, or another seed"
+        yield f"the asset is empty: its pixels are {opacity[-1]:.1%} covered", cure
+    if opacity and opacity[-1] > FULL:
+        cure = "objective.asset.sparsity above 0, backgrounds that vary, or cameras farther away"
+        yield f"the asset fills its box: its pixels are {opacity[-1]:.1%} covered", cure
 
 
 def _critic(metrics: list[dict], student: str, critic: str) -> Warnings:

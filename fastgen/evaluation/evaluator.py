@@ -23,7 +23,6 @@ from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.requests import Requests
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
-from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
 MOST_FORGOTTEN, MOST_SHOWN = 500, 100
@@ -80,7 +79,7 @@ class Evaluator:
             if teacher.is_analytic
             else None
             if protocol.own_data
-            else measurer_for(teacher.info, cast.device, values)
+            else measurer_for(teacher.info, cast.device, values, self.requests.renders())
         )
         if self.measurer is not None:
             check_counts(protocol, self.measurer.primary, self.measurer.least)
@@ -134,7 +133,7 @@ class Evaluator:
             return sample_teacher(role, noise, cond, uncond, num, self.protocol.guidance)
         student = student.with_steps(steps)
         if who == "untrained_student":
-            student = student.with_network(Role(cast.teacher.backbone))
+            student = student.with_network(cast.untrained())
         return sample_student(student, seeds, shape, cond, device)
 
     def score(self, images: Tensor, who: str = "student", steps: int = 0) -> dict[str, float]:
@@ -269,8 +268,8 @@ def measure(
 def _references(evaluator: Evaluator, recon: Reconstructions | None) -> dict[str, dict[str, float]]:
     """Numbers of what no network has made: real images, these through the autoencoder, pictures enlarged."""
     num, found = evaluator.protocol.num_samples, {}
-    if evaluator.measurer is not None:
-        found["floor"] = evaluator.measurer.floor(num)
+    if evaluator.measurer is not None and (floor := evaluator.measurer.floor(num)):
+        found["floor"] = floor
     if recon is not None:
         found["autoencoder"] = recon.own()
     if (enlarged := evaluator.requests.enlarged(num)) is not None:

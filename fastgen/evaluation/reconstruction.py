@@ -28,7 +28,8 @@ class Reconstructions:
     @torch.no_grad()
     def images(self) -> Tensor:
         """[N, C, H, W] in [0, 1]."""
-        held = held_out(self.measurer.name, self.measurer.without)
+        own = self.measurer.own
+        held = held_out(self.measurer.name, self.measurer.without) if own is None else own
         found = []
         for batch in held.split(self.batch_size):
             x = batch.to(self.device).float() / 127.5 - 1

@@ -12,7 +12,7 @@ from fastgen.evaluation.diagnostics import warnings
 from fastgen.evaluation.explained import SAID, direction, meaning, number, title
 from fastgen.evaluation.pages import render
 from fastgen.evaluation.plots import Line, Marks, line_plot, smooth
-from fastgen.evaluation.report_pictures import SMALL, layout, picture_sets, way
+from fastgen.evaluation.report_pictures import SMALL, layout, picture_sets, turntables, way
 from fastgen.evaluation.run_files import RunFiles, Stage, read_run
 
 FIRST = (
@@ -71,6 +71,7 @@ def report_page(folder: Path, running: bool = False) -> str:
         small=known is None or known.side <= SMALL,
         whole=known is None,
         strips=strips,
+        turntables=turntables(folder),
         strip_texts=strip_texts,
         glossary=_glossary(run),
     )
@@ -100,6 +101,10 @@ def summary(run: RunFiles) -> str:
     steps = len(results.get("protocol", {}).get("student_times") or []) or student["num_steps"]
     guided = f", guidance {teacher['guidance']:g}" if teacher["guidance"] != 1 else ""
     made = f"{source} ({teacher['num_steps']} steps{guided}) distilled with {methods} "
+    if student.get("asset"):
+        number, kind = student["asset"]["num"], student["asset"]["kind"]
+        what = f"{number} 3D assets" if number > 1 else "a 3D asset"
+        return f"{made}into {what} of {config['data']['views']['prompt']!r} ({kind})."
     made += f"into a {student['kind']} student of {steps} step{'s' * (steps > 1)}"
     ratio = faster(results)
     return f"{made}: {ratio:.1f} times as fast." if ratio else f"{made}."

@@ -79,6 +79,13 @@ def contenders(folder: Path) -> list[tuple[str, Path]]:
     return found
 
 
+def turntables(folder: Path) -> list[tuple[str, str]]:
+    """(name, picture as text) of the turntable of every 3D asset that a run exported."""
+    export = folder / "export"
+    files = sorted(export.glob("asset*.gif")) if (export / "asset.json").is_file() else []
+    return [(file.stem, uri(file.read_bytes(), "gif")) for file in files]
+
+
 def steps(folder: Path) -> list[tuple[int, Path]]:
     """(step, grid) of every validation, in order."""
     files = (folder / "samples").glob("step_*.png")

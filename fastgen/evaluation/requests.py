@@ -7,10 +7,16 @@ from torch import Tensor
 
 from fastgen.core.batch import select
 from fastgen.data.batches import Data
+from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
 from fastgen.data.loader import degraded_rows
+from fastgen.data.solids import renders
+from fastgen.data.views import Views
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
+
+HELD_OUT = 512
+"""renders that the samples of an asset are compared with"""
 
 
 class Requests:
@@ -19,19 +25,22 @@ class Requests:
     def __init__(self, teacher, data, own_data: bool = False):
         """own_data: captions are those of the data, also for a teacher of a bundled set."""
         codec = teacher.codec
-        self.codec, self.uncond, self.own = codec, data.uncond, None
+        self.codec, self.uncond = codec, data.uncond
+        self.own: Data | None = None
+        """whose rows have conditions of their own"""
         self.degradation = data.degradation
         self.attributes: dict[str, Tensor] = {}
         self.captions: list[str] | None = None
         """the text of each row of the table"""
         self.originals: Tensor | None = None
         """uint8 [N, C, H, W]: what is to be restored from what is shown of it"""
-        measure = (teacher.info or {}).get("measure")
-        if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
-            from fastgen.data.bundled import load_images
-
-            held = load_images("tinted", "heldout")
-            assert held.captions is not None and held.attributes is not None, "tinted images have both"
+        self.set_name = str((teacher.info or {}).get("measure") or "")
+        if isinstance(data, Views):
+            self.table, self.rows, self.own, self.captions = data.cond_table, data.rows, data, data.texts
+            self.attributes = _shown(self.set_name, self.captions or [], self.rows)
+        elif isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:
+            held = load_images(self.set_name, "heldout")
+            assert held.captions is not None and held.attributes is not None, "such images have both"
             self.attributes = held.attributes
             if data.degradation:
                 self.own, self.originals = degraded(codec, held.images, data), held.images
@@ -51,15 +60,22 @@ class Requests:
             self.own, self.captions = (data if data.own else None), data.texts
             self.originals = data.originals
 
+    def renders(self) -> Tensor | None:
+        """New images [N, 3, H, W] of the solid that the views of a prompt show, from the requests' own
+        cameras; None of other requests.
+        """
+        if not isinstance(self.own, Views) or "shape" not in self.attributes:
+            return None
+        shape, colour = (int(self.attributes[key][0]) for key in ("shape", "colour"))
+        return renders(shape, colour, self.own.pool[torch.arange(HELD_OUT)], self.codec.pixels[0], seed=1)
+
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""
         if "class" in self.attributes:
             return tuple(("class", number) for number in class_numbers(self.codec, names, KEY))
         if not self.attributes:
             return ()
-        from fastgen.data.bundled import attributes_of
-
-        return tuple(pair for name in names for pair in attributes_of(name).items())
+        return tuple(pair for name in names for pair in attributes_of(name, self.set_name).items())
 
     def divided(self, asked: Tensor) -> tuple["Requests", "Requests"]:
         """The requests without those that ask [N] for something, and these alone."""
@@ -127,3 +143,13 @@ def degraded(codec, images: Tensor, data) -> Data:
     row = {k: v.cpu() for k, v in codec.prompts([""]).items() if k not in own}
     rows = torch.zeros(len(images)).long()
     return Data(None, row, rows, data.uncond, codec.shape, [""], own, null)
+
+
+def _shown(name: str, texts: list[str], rows: Tensor) -> dict[str, Tensor]:
+    """What a measuring net should find in each request [N], where the texts name a value of every attribute
+    of its set; else nothing.
+    """
+    found = [attributes_of(text, name) for text in texts] if name in WORDS else []
+    if not found or any(key not in one for one in found for key in WORDS[name]):
+        return {}
+    return {key: torch.tensor([one[key] for one in found])[rows] for key in WORDS[name]}

@@ -318,6 +318,8 @@ def sample_command(path: str | Path) -> str:
     """The shell command that samples an export."""
     program = "python sample.py" if (PACKAGE.parent / "sample.py").is_file() else "fastgen-sample"
     folder = locate(path) or Path(path)
+    if (folder / "asset.json").is_file():
+        return f"{program} --model {shlex.quote(str(path))} --turntable 48 --out samples"
     text = folder.is_dir() and _text_to_image(folder)
     info = read_info(folder, "--model") if text else None
     prompt = f" --prompt {shlex.quote((info and info.example) or PROMPT)}" if text else ""

@@ -44,7 +44,7 @@ class Parts(DiffusersModel):
 
 def of_adapter(name: str) -> bool:
     """Whether a parameter or buffer of this name is of an adapter, and not of the network under it."""
-    return "lora_" in name or "guidance_adapters." in name
+    return any(part in name for part in ("lora_", "guidance_adapters.", "camera_embedding."))
 
 
 def compute_dtype(net: nn.Module) -> torch.dtype:

@@ -17,6 +17,8 @@ from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks.attention import kernel
+from fastgen.networks.camera_embedding import CameraEmbedding
+from fastgen.networks.camera_embedding import attach as attach_camera
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.guidance_adapters import Control, GuidanceAdapter, attach, attention_layers
 from fastgen.networks.linear_attention import guard
@@ -49,6 +51,8 @@ class Backbone(Denoiser):
         self.adapter: str | None = None
         self.guidance_control: Control | None = None
         """of guidance adapters, where some were added"""
+        self.camera_embedding: CameraEmbedding | None = None
+        """where the network, or an adapter of it, reads cameras"""
         self.spread = False
         """whether each process holds a part of it alone"""
         self.attention: str | None = None
@@ -76,6 +80,8 @@ class Backbone(Denoiser):
         if self.guidance_control is not None and self.guidance_control.active is not None:
             self.guidance_control.guidance = cond["guidance"]
             cond = {k: v for k, v in cond.items() if k != "guidance"}  # an input of the adapters alone
+        if self.camera_embedding is not None:
+            self.camera_embedding.active, self.camera_embedding.c2w = self.adapter, cond.get("c2w")
         if self.prediction == "edm":
             x_t = x_t * expand(1 / (t.double() ** 2 + self.schedule.sigma_data**2).sqrt(), x_t)
         time, x = self.net_time(cond.get("net_t", t)), x_t
@@ -101,6 +107,12 @@ class Backbone(Denoiser):
     def add_guidance(self) -> None:
         """Make the guidance scale, cond["guidance"] [B], an input of the network; call before adapters."""
         self.net = guard(self.family.add_guidance(self.net).eval())
+
+    def add_camera(self, adapter: str | None) -> None:
+        """Make the camera, cond["c2w"] [B, 16], an input of this adapter or (None) of the whole network."""
+        if self.camera_embedding is None:
+            self.camera_embedding = attach_camera(self.net)
+        self.camera_embedding.add(adapter)
 
     def add_second_time(self) -> None:
         """Make the end of a step, cond["r"] [B], an input of the network; call before adapters."""

@@ -254,9 +254,8 @@ def temporal_factor(family: Family, pipe) -> int:
     return family.temporal
 
 
-@torch.no_grad()
 def encode_latents(family: Family, vae, images: Tensor) -> Tensor:
-    """x0 of images in [-1, 1]."""
+    """x0 of images in [-1, 1]; differentiable."""
     with _no_overflow(vae):
         return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
 

@@ -23,6 +23,8 @@ class Denoiser(nn.Module):
     """what a diffusers class declares; None for closed forms and for the small networks beside them"""
     second_time: bool = False
     """whether the network also reads where its step ends, cond["r"] [B]"""
+    is_asset: bool = False
+    """whether it renders 3D assets and is no network"""
     adapter_names: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     """beginnings of the names of parameters that no role trains"""
@@ -55,6 +57,24 @@ class Denoiser(nn.Module):
     def add_second_time(self) -> None:
         """Make the end of a step, cond["r"] [B], an input of the network."""
         raise NotImplementedError(f"{type(self).__name__} cannot take a second time")
+
+    def settle(self, k: int) -> None:
+        """After step k of training, on every process; nothing for a network."""
+
+    def penalty(self, sparse: float, opaque: float) -> Tensor:
+        """Regularisers of the sample that was drawn last, by weight; of a network there are none."""
+        raise NotImplementedError(f"{type(self).__name__} is no 3D asset")
+
+    def opacity(self) -> Tensor:
+        """Mean opacity of the sample that was drawn last."""
+        raise NotImplementedError(f"{type(self).__name__} is no 3D asset")
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors beside the parameters that a resumed run needs."""
+        return {}
+
+    def add_camera(self, adapter: str | None) -> None:
+        """Make the camera, cond["c2w"] [B, 16], an input; networks that have no place for it go without."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; networks without blocks keep them."""

@@ -38,7 +38,9 @@ def make_cast(cfg: RunConfig, device="cpu") -> Cast:
     """The networks of a run; on the device "meta" they have shapes and no weights."""
     encoded = bool(cfg.data.latents) and str(device) != "meta" and Path(cfg.data.latents).is_dir()
     null = read_null(cfg.data.latents) if encoded else None  # an export needs no data, and so no such folder
-    return Cast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device, null)
+    return Cast(
+        cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device, null, cfg.data.views
+    )
 
 
 def make_weightless_cast(cfg: RunConfig) -> Cast:

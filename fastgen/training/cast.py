@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import torch
 
+from fastgen.config.assets import ViewsConfig
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import (
     CriticConfig,
@@ -36,6 +37,8 @@ from fastgen.objectives.requirements import ConceptSpec, base_name
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
+from fastgen.threed.assets import make_assets
+from fastgen.threed.student import AssetStudent
 from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits, check_quantized
 
@@ -69,10 +72,13 @@ class Cast:
         stages: Sequence[StageConfig],
         device="cpu",
         null: Cond | None = None,
+        views: ViewsConfig | None = None,
     ):
         """On the device "meta" networks have shapes and no weights, exact teachers apart. null: the null
-        condition, where every prompt is encoded already; then no text encoder is loaded.
+        condition, where every prompt is encoded already; then no text encoder is loaded. views: what a 3D
+        asset is seen by.
         """
+        self.views = views
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
@@ -174,6 +180,8 @@ class Cast:
 
     def _role(self, name: str, adapter_name: str, kind: str, alone: bool) -> Role:
         chosen, as_student = self.student_cfg, name in ("student", "target", "previous")
+        if chosen.asset is not None and as_student:
+            return Student(self._asset(), None, StudentSpec(self._times()))
         counts = [n for s in self.stages for n in requirements_of(s.objective).step_counts]
         span = (min(counts), max(counts)) if counts else chosen.guidance_embedding if as_student else None
         two_times, adapter = as_student and self.two_times, adapter_name if kind != "full" else None
@@ -181,6 +189,8 @@ class Cast:
         if adapter and self.teacher.is_analytic:
             found = f"{kind} on an analytic teacher, which has no weights to adapt"
             raise UserError(f"{name}.kind", found, "use full")
+        if chosen.asset is not None and name == "critic":
+            base.add_camera(adapter)
         if chosen.smooth_time and as_student:
             from fastgen.networks.time_embedding import smooth_time_embedding
 
@@ -211,6 +221,22 @@ class Cast:
 
             init_student(role, chosen.init)
         return role
+
+    def _asset(self) -> AssetStudent:
+        """3D assets as they are before training, in the place of a network: always the same ones."""
+        assert self.student_cfg.asset is not None, "asked for where there are settings of one"
+        codec, settings = self.teacher.codec, self.student_cfg.asset
+        assets = make_assets(settings.model_dump(), self.train_cfg.seed)
+        size = codec.pixels[0] if isinstance(codec, TextCodec) else codec.shape[-1]
+        student = AssetStudent(assets, codec.encode, self.teacher.schedule, size, settings.background)
+        student.to(self.device)
+        return student
+
+    def untrained(self) -> Role:
+        """What a student is compared with: the teacher in the student's few steps, or the assets that
+        training began with.
+        """
+        return Role(self.teacher.backbone if self.student_cfg.asset is None else self._asset())
 
     def _network(self, name: str, alone: bool) -> Denoiser:
         """The network of a player with weights of its own; the teacher's where nobody else needs it."""

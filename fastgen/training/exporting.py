@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 
+from fastgen.core.files import write_text
 from fastgen.export import write
+from fastgen.export.assets import AssetInfo, card, export_assets
 from fastgen.export.describe import Trained
 from fastgen.export.info import read_info
 from fastgen.export.model_card import SAMPLES, read_command
 from fastgen.export.write import export_student
 from fastgen.objectives import requirements_of
 from fastgen.roles.sana_sprint import as_exported
+from fastgen.threed.student import AssetStudent
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,11 +51,33 @@ def trained(trainer) -> Trained:
 
 def export_run(trainer, folder: Path, results: dict) -> Path:
     """Write the student of a run (call inside the EMA swap); `results` go on its card."""
+    student = trainer.cast.student.backbone
+    if isinstance(student, AssetStudent):
+        return export_assets(student, asset_info(trainer), folder)
     return export_student(trained(trainer), folder, results)
+
+
+def asset_info(trainer) -> AssetInfo:
+    """What the export of assets says about itself."""
+    cast, views, student = trainer.cast, trainer.cast.views, trainer.cast.student.backbone
+    return AssetInfo(
+        prompt=views.prompt,
+        objective="+".join(dict.fromkeys(s.objective.name for s in cast.stages)),
+        training_steps=trainer.step,
+        size=student.size,
+        settings=cast.student_cfg.asset.model_dump(mode="json"),
+        views=views.model_dump(mode="json", include={"elevation", "distance", "fovy"}),
+    )
 
 
 def write_cards(trainer, folder: Path, results: dict) -> None:
     """Write the cards of an export again, with what was measured since and pictures of the student."""
+    if isinstance(trainer.cast.student.backbone, AssetStudent):
+        scores = {k: v for k, v in results.get("student", {}).items() if isinstance(v, float)}
+        kinds = (".ply", ".glb", ".safetensors")
+        files = sorted(p.name for p in folder.iterdir() if p.suffix in kinds)
+        write_text(folder / "README.md", card(asset_info(trainer), files, scores))
+        return
     teacher, _ = as_exported(trainer.cast.teacher, trainer.cast.student)
     pictures = Path(trainer.folder) / "samples" / "student.png"
     if pictures.is_file() and not is_composite(folder):

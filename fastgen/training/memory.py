@@ -148,7 +148,13 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
     With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
     recomputed.
     """
-    codec, student, device = cast.teacher.codec, cast.student, cast.device
+    codec, device = cast.teacher.codec, cast.device
+    student: Role = cast.student
+    if cast.student_cfg.asset is not None:  # what a render keeps depends on what is seen; a critic is larger
+        critic = cast.parts.get("critic")
+        if not isinstance(critic, Role):
+            return 0, 1
+        student = critic
     for p in student.trainable().values():
         p.requires_grad_(True)
     own = {p.untyped_storage()._cdata for b in cast.backbones() for p in b.parameters()}
@@ -166,7 +172,7 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
 
     if checkpointing and isinstance(student.backbone, Backbone):
         student.backbone.net.enable_gradient_checkpointing(block)
-    t = torch.full((1,), student.times[0], dtype=torch.float64, device=device)
+    t = torch.full((1,), cast.student.times[0], dtype=torch.float64, device=device)
     cond = {k: v.to(device) for k, v in codec.null(1).items()}
     with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
         out = student.raw(torch.zeros(1, *codec.shape, device=device), t, cond)

@@ -5,14 +5,14 @@ set. It orders generators of that set among each other and is never comparable w
 """
 
 import hashlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
-from fastgen.data.bundled import NAMES, VOCABULARY, Images, attributes_of, caption, load_images
+from fastgen.data.bundled import NAMES, WORDS, Images, attributes_of, caption, load_images
 from fastgen.evaluation.metrics.agreement import agreement, right, unlearning
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
 from fastgen.evaluation.metrics.mmd import polynomial_mmd
@@ -58,11 +58,13 @@ class Measurer:
     least = 4
     """samples that every score is defined for: precision and recall look at the third neighbour"""
 
-    def __init__(self, name: str, device="cpu", without: Values = ()):
-        """without: what a student was to forget, and the real images that it is compared with do not show."""
+    def __init__(self, name: str, device="cpu", without: Values = (), own: Tensor | None = None):
+        """without: what a student was to forget, and the real images that it is compared with do not show;
+        own: real images uint8 [N, C, H, W] in the place of the set's held-out ones.
+        """
         if name not in NAMES:
             raise UserError("measure", f"no measuring net for {name!r}", f"allowed: {', '.join(NAMES)}")
-        self.name, self.device, self.without = name, str(device), without
+        self.name, self.device, self.without, self.own = name, str(device), without, own
         self.with_clip = True
         """whether images are compared with their captions too, where there is a net for it"""
 
@@ -70,9 +72,13 @@ class Measurer:
     def net(self) -> FeatureNet:
         return self._known[0]
 
-    @property
+    @cached_property
     def _known(self):
-        return _reference(self.name, self.device, self.without)
+        known = _reference(self.name, self.device, self.without)
+        if self.own is None:
+            return known
+        features = measure(known[0], self.own)["features"]
+        return known[0], features, statistics(features)
 
     def _check(self, images: Tensor) -> None:
         want = (self.net.config["channels"], self.net.config["size"], self.net.config["size"])
@@ -118,6 +124,8 @@ class Measurer:
 
     def floor(self, num: int) -> dict[str, float]:
         """The same scores for num real training images: what a perfect generator would get at this count."""
+        if self.own is not None:
+            return {}
         real = load_images(self.name, "train")
         attributes = _attributes(real)
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
@@ -145,10 +153,11 @@ class Measurer:
         digest = hashlib.sha256(
             (asset(f"measure/{self.name}") / "model.safetensors").read_bytes()
         ).hexdigest()
+        what = "held-out images" if self.own is None else "new renders of the very object"
         left_out = "".join(f" without {key} {number}" for key, number in self.without)
         return {
             "extractor": f"assets:measure/{self.name}, 64 features, sha256 {digest[:12]}{left_out}",
-            "reference": f"{len(self._known[1])} held-out images of {self.name}{left_out}",
+            "reference": f"{len(self._known[1])} {what} of {self.name}{left_out}",
             "note": NOTE,
         }
 
@@ -168,15 +177,15 @@ def compare_features(
 
 
 def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
-    """What prompts ask for: classes by number or name, or for tinted the attributes that a caption names."""
+    """What prompts ask for: classes by number or name, or of a set with captions the attributes they name."""
     if not lines:
         return {}
-    if name == "tinted":
+    if name in WORDS:
         try:
-            found = [attributes_of(line) for line in lines]
+            found = [attributes_of(line, name) for line in lines]
         except ValueError as error:
             raise UserError("--prompts", str(error), "name each attribute once") from None
-        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in VOCABULARY}
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in WORDS[name]}
     names = load_images(name, "heldout").class_names
     wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
@@ -184,7 +193,9 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
     return {"class": torch.tensor(wanted)}
 
 
-def measurer_for(info_or_name: dict | str | None, device="cpu", without: Values = ()) -> Measurer | None:
+def measurer_for(
+    info_or_name: dict | str | None, device="cpu", without: Values = (), own: Tensor | None = None
+) -> Measurer | None:
     """The measurer a teacher's info (its fastgen.json) or a set name asks for; None where we have none."""
     name = info_or_name.get("measure") if isinstance(info_or_name, dict) else info_or_name
-    return Measurer(name, device, without) if name in NAMES else None
+    return Measurer(name, device, without, own) if name in NAMES else None

@@ -1,0 +1,75 @@
+"""Views of an exported 3D asset, for sample.py: given cameras, or a turntable."""
+
+from pathlib import Path
+
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_json, write_text
+
+MOST = 2048
+"""pixels of a side, and frames"""
+
+
+def add_views(found) -> None:
+    """Flags of a 3D asset."""
+    how = "of a 3D asset: AZIMUTH ELEVATION DISTANCE FOVY in degrees and world units; may be repeated"
+    metavar = ("AZ", "EL", "DIST", "FOVY")
+    found.add_argument(
+        "--camera", type=float, nargs=4, action="append", default=[], metavar=metavar, help=how
+    )
+    found.add_argument(
+        "--turntable", type=int, default=0, metavar="FRAMES", help="of a 3D asset: one full turn as a gif"
+    )
+
+
+def draw_views(args, folder: Path, info, out: Path) -> int:
+    """Write a picture of each camera, or a turntable, of every asset in an export; the exit code. `info`: its
+    asset.json.
+    """
+    import torch
+
+    from fastgen.export.assets import FRAMES, load_assets, turntable_of
+    from fastgen.threed.cameras import Cameras, middle
+    from fastgen.threed.files import cameras_json, write_gif
+
+    size = args.height or args.width or max(64, info.size)
+    for key, value, most in (("--height", size, MOST), ("--turntable", args.turntable, MOST)):
+        if not 0 <= value <= most:
+            raise UserError(key, f"found {value}", f"give up to {most}")
+    assets = load_assets(folder, info)
+    cameras = (
+        Cameras.of(torch.tensor(args.camera))
+        if args.camera
+        else middle(info.ranges, args.turntable or FRAMES)
+    )
+    for asset in assets:
+        check_outside(asset, cameras)
+    out.mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, str]] = []
+    for asset, name in zip(assets, info.names):
+        frames = turntable_of(asset, cameras, size)
+        if not args.camera:
+            write_gif(frames, out / f"{name}.gif")
+        for i, frame in enumerate(frames if args.camera else frames[:: max(1, len(frames) // 8)]):
+            images.append(
+                {"file": f"{len(images):05d}_0.png", "condition": f"{info.prompt} ({name}, view {i})"}
+            )
+            _save(frame, out / images[-1]["file"])
+    write_text(out / "cameras.json", cameras_json(cameras, size))
+    write_json(out / "samples.json", {"arguments": vars(args), "images": images})
+    print(f"wrote {len(images)} views{'' if args.camera else ' and a turntable of each asset'} to {out}")
+    return 0
+
+
+def check_outside(asset, cameras) -> None:
+    """Refuse cameras that stand inside the asset."""
+    least, reach = float(cameras.distance.min()), asset.extent()
+    if least <= reach:
+        found = f"found a distance of {least:g}, inside the asset, which reaches {reach:.3g} from its centre"
+        raise UserError("--camera", found, f"give a distance above {reach:.3g}")
+
+
+def _save(frame, path: Path) -> None:
+    from PIL import Image
+
+    pixels = (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(path)

@@ -1,0 +1,63 @@
+"""The settings of a student that is a 3D asset, and of the views that it is trained on."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastgen.config.section import Section
+from fastgen.threed.cameras import Ranges
+
+
+class AssetConfig(Section):
+    """3D scenes as the student: `num` of them, each a particle of the distribution that is learned."""
+
+    kind: Literal["gaussians", "grid", "triplane", "hash"] = "gaussians"
+    """3D Gaussians, or a field of density and colour: a dense grid, three planes or a hash grid"""
+    num: int = Field(default=1, ge=1, le=64)
+    """assets that are trained together; every sample is drawn of one of them"""
+    points: int = Field(default=500, ge=1, le=10_000_000)
+    """Gaussians of each asset"""
+    degree: int = Field(default=0, ge=0, le=3)
+    """degree of the spherical harmonics of a Gaussian's colour; 0 is the same colour from every side"""
+    move_every: int = Field(default=0, ge=0)
+    """steps between two moves of transparent Gaussians to where the image still changes; 0 is never"""
+    size: int = Field(default=32, ge=4, le=4096)
+    """points along each side of a field; of a hash grid, of its finest level"""
+    surface: bool = False
+    """the field holds a signed distance, from which the density follows (VolSDF), and not a density"""
+    samples: int = Field(default=48, ge=2, le=4096)
+    """samples along each ray through a field"""
+    background: Literal["grey", "colour", "black", "white"] = "grey"
+    """what is behind it in training: a grey or any colour drawn for each image, or always black or white"""
+
+
+class ViewsConfig(Section):
+    """A prompt and where it is seen from; a word for the view is added to it: "a red torus, side view"."""
+
+    prompt: str = Field(min_length=1)
+    """what the asset shows"""
+    elevation: tuple[float, float] = (-10.0, 45.0)
+    """lowest and highest elevation of the cameras in degrees"""
+    distance: tuple[float, float] = (2.0, 2.4)
+    """least and greatest distance from the origin; an asset lies within 1 of it"""
+    fovy: tuple[float, float] = (45.0, 50.0)
+    """least and greatest vertical field of view in degrees"""
+    front: float = Field(default=45.0, gt=0, le=90)
+    """degrees of azimuth to either side of the front that are called the front view"""
+    back: float = Field(default=45.0, gt=0, le=90)
+    """likewise of the back view"""
+
+    @property
+    def ranges(self) -> Ranges:
+        return Ranges(self.elevation, self.distance, self.fovy)
+
+    @model_validator(mode="after")
+    def _possible(self):
+        bounds = {"elevation": (-89.0, 89.0), "distance": (1.0, 1e6), "fovy": (1.0, 170.0)}
+        why = {"distance": "the camera would stand inside the object: above 1"}
+        for key, (least, most) in bounds.items():
+            low, high = getattr(self, key)
+            if not least <= low <= high <= most or (key == "distance" and low == least):
+                allowed = why.get(key, f"give [low, high] within {least:g} to {most:g}")
+                raise ValueError(f"{key}: found {[low, high]}; {allowed}")
+        return self

@@ -1,0 +1,147 @@
+"""An asset as a field of density and colour in the box [-1, 1]^3, and its volume renderer.
+
+  density(x) = softplus(f(x) + 10 (1 - |x| / 0.5))                    the blob that Magic3D starts from
+  or from a signed distance s(x) = |x| - 0.5 + f(x), as VolSDF does (Yariv et al. 2021, arXiv 2106.12052):
+  density(s) = k (0.5 + 0.5 sign(-s) (1 - exp(-|s| k)))               k fixed
+  alpha_i = 1 - exp(-density_i d), T_i = prod_{j < i} (1 - alpha_j),  C = sum_i T_i alpha_i c_i + T background
+
+What gives f and the colour is a dense grid, three planes with a small network (EG3D, arXiv 2112.07945), or a
+hash grid with one (instant NGP, Mueller et al. 2022, arXiv 2201.05989).
+
+Differs: samples are evenly spaced over a ray's way past the box; no occupancy grid prunes them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.threed.asset import Asset, Render
+from fastgen.threed.cameras import Cameras
+
+SHARPNESS = 30.0
+"""k of VolSDF"""
+PRIMES = (1, 2654435761, 805459861)
+"""of the spatial hash of instant NGP"""
+
+
+class DenseGrid(nn.Module):
+    """Four values at each of size^3 points, trilinear between them; stored in units of `UNIT`, so that the
+    learning rate of Gaussians fits.
+    """
+
+    UNIT = 4.0
+
+    def __init__(self, size: int, generator: torch.Generator):
+        super().__init__()
+        start = 0.1 * torch.randn(1, 4, size, size, size, generator=generator)
+        self.table = nn.Parameter(start / self.UNIT)
+
+    def forward(self, p: Tensor) -> Tensor:
+        found = F.grid_sample(
+            self.UNIT * self.table, p.view(1, -1, 1, 1, 3), align_corners=True, padding_mode="border"
+        )
+        return found[0, :, :, 0, 0].T
+
+
+class Triplane(nn.Module):
+    """Features of three planes, added, through a network of one hidden layer."""
+
+    def __init__(self, size: int, generator: torch.Generator, width: int = 16, hidden: int = 32):
+        super().__init__()
+        self.planes = nn.Parameter(0.1 * torch.randn(3, width, size, size, generator=generator))
+        self.net = _small_net(width, hidden, generator)
+
+    def forward(self, p: Tensor) -> Tensor:
+        at = torch.stack([p[:, [0, 1]], p[:, [0, 2]], p[:, [1, 2]]])[:, :, None]
+        found = F.grid_sample(self.planes, at, align_corners=True, padding_mode="border")
+        return self.net(found[..., 0].sum(0).T)
+
+
+class HashGrid(nn.Module):
+    """Levels of finer and finer grids whose corners share a table by a hash, through a small network."""
+
+    resolutions: Tensor
+
+    def __init__(
+        self, finest: int, generator: torch.Generator, levels: int = 8, entries: int = 2**14, hidden: int = 32
+    ):
+        super().__init__()
+        growth = (finest / 4) ** (1 / max(1, levels - 1))
+        self.register_buffer("resolutions", torch.tensor([int(4 * growth**i) for i in range(levels)]))
+        self.tables = nn.Parameter(0.1 * (2 * torch.rand(levels, entries, 2, generator=generator) - 1))
+        self.net = _small_net(2 * levels, hidden, generator)
+
+    def forward(self, p: Tensor) -> Tensor:
+        scaled = (p / 2 + 0.5).clamp(0, 1)[:, None] * self.resolutions[:, None]  # [N, L, 3]
+        low = scaled.floor()
+        part = scaled - low
+        corners = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)], device=p.device)
+        at = low.long()[:, :, None] + corners  # [N, L, 8, 3]
+        mixed = at[..., 0] * PRIMES[0] ^ at[..., 1] * PRIMES[1] ^ at[..., 2] * PRIMES[2]
+        index = mixed % self.tables.shape[1]
+        found = self.tables[torch.arange(len(self.resolutions))[:, None], index]  # [N, L, 8, 2]
+        near = torch.where(corners.bool(), part[:, :, None], 1 - part[:, :, None]).prod(-1)
+        return self.net((found * near[..., None]).sum(2).flatten(1))
+
+
+def _small_net(width: int, hidden: int, generator: torch.Generator) -> nn.Sequential:
+    """To four values."""
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, 4)
+    with torch.no_grad():
+        for layer in (first, last):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
+            layer.bias.zero_()
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+KINDS = {"grid": DenseGrid, "triplane": Triplane, "hash": HashGrid}
+
+
+class FieldAsset(Asset):
+    """Density and colour of one of `KINDS` with `size` points a side (a hash grid: its finest level)."""
+
+    def __init__(
+        self, kind: str = "grid", size: int = 32, surface: bool = False, samples: int = 48, seed: int = 0
+    ):
+        """surface: the first value is a signed distance and not a density; samples: of a ray."""
+        super().__init__()
+        self.kind, self.size, self.surface, self.samples = kind, size, surface, samples
+        self.field = KINDS[kind](size, torch.Generator().manual_seed(seed))
+
+    def at(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """(density [...], colour [..., 3] in 0 to 1) at points [..., 3]; nothing is outside the box."""
+        found = self.field(p.reshape(-1, 3)).view(*p.shape[:-1], 4)
+        inside = (p.abs() <= 1).all(-1)
+        if self.surface:
+            s = self.distance(p, found)
+            density = SHARPNESS * (0.5 - 0.5 * s.sign() * -torch.expm1(-s.abs() * SHARPNESS))
+        else:
+            density = F.softplus(found[..., 0] + 10 * (1 - p.norm(dim=-1) / 0.5))
+        return density * inside, found[..., 1:].sigmoid()
+
+    def distance(self, p: Tensor, found: Tensor | None = None) -> Tensor:
+        """Signed distance [...] of a surface's field."""
+        found = self.field(p.reshape(-1, 3)).view(*p.shape[:-1], 4) if found is None else found
+        return p.norm(dim=-1) - 0.5 + 0.1 * found[..., 0]
+
+    def render(self, cameras: Cameras, size: int, background: Tensor) -> Render:
+        some = next(self.parameters())
+        origins, directions = (r.to(some) for r in cameras.rays(size, size))
+        reach = cameras.distance.to(some)[:, None, None, None]
+        low, high = (reach - 1.3).clamp(min=0.05), reach + 1.3
+        d = (high - low) / self.samples
+        along = low + d * (torch.arange(self.samples).to(some) + 0.5)  # [B, 1, 1, S]
+        points = origins[..., None, :] + along[..., None] * directions[..., None, :]
+        density, colour = self.at(points)
+        weights, alpha = composited(density, d)
+        rgb = (weights[..., None] * colour).sum(-2)
+        depth = (weights * along).sum(-1) / alpha.clamp(min=1e-6)
+        rgb = rgb.permute(0, 3, 1, 2) + (1 - alpha)[:, None] * background.to(some)[..., None, None]
+        return Render(rgb, alpha[:, None], depth[:, None])
+
+
+def composited(density: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights T_i alpha_i [..., S], alpha [...]) of densities [..., S] along rays in steps of d."""
+    a = -torch.expm1(-density * d)
+    through = torch.cat([torch.ones_like(a[..., :1]), (1 - a).cumprod(-1)], -1)
+    return a * through[..., :-1], 1 - through[..., -1]
