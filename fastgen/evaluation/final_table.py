@@ -9,7 +9,18 @@ MOST_WIDTH = 100
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
     first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "forgotten", "recall", "clip"),
+        (
+            "fvd_mini",
+            "fd_mini",
+            RECON,
+            "energy_distance",
+            "agreement",
+            "agreement_motion",
+            "forgotten",
+            "recall",
+            "clip",
+            "dynamic_degree",
+        ),
         ("nfe", "seconds_per_sample"),
     )
     chosen = tuple(results.get("chosen", ()))

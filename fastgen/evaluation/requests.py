@@ -31,6 +31,15 @@ class Requests:
             where = {text: i for i, text in enumerate(unique)}
             self.rows = torch.tensor([where[c] for c in held.captions])
             self.attributes, self.captions = held.attributes, unique
+        elif isinstance(codec, TextCodec) and measure == "moving" and not own_data:
+            from fastgen.data import moving
+
+            every = range(moving.count("heldout"))
+            captions = moving.captions(every, "heldout")
+            self.attributes, self.captions = moving.attributes(every, "heldout"), sorted(set(captions))
+            self.table = {k: v.cpu() for k, v in codec.prompts(self.captions).items()}
+            where = {text: i for i, text in enumerate(self.captions)}
+            self.rows = torch.tensor([where[c] for c in captions])
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
+from fastgen.data import moving
 from fastgen.data.bundled import NAMES, VOCABULARY, Images, attributes_of, caption, load_images
 from fastgen.evaluation.metrics.agreement import agreement, right, unlearning
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
+from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
 from fastgen.evaluation.metrics.mmd import polynomial_mmd
 from fastgen.evaluation.metrics.neighbours import evenly, precision_recall
 from fastgen.networks.feature_net import FeatureNet, measure
@@ -168,15 +170,20 @@ def compare_features(
 
 
 def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
-    """What prompts ask for: classes by number or name, or for tinted the attributes that a caption names."""
+    """What prompts ask for: classes by number or name, or for tinted and moving the attributes that a caption
+    names.
+    """
     if not lines:
         return {}
-    if name == "tinted":
+    if name in ("tinted", moving.NAME):
+        named, known = (
+            (attributes_of, VOCABULARY) if name == "tinted" else (moving.attributes_of, moving.VOCABULARY)
+        )
         try:
-            found = [attributes_of(line) for line in lines]
+            found = [named(line) for line in lines]
         except ValueError as error:
             raise UserError("--prompts", str(error), "name each attribute once") from None
-        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in VOCABULARY}
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in known}
     names = load_images(name, "heldout").class_names
     wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
@@ -184,7 +191,11 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
     return {"class": torch.tensor(wanted)}
 
 
-def measurer_for(info_or_name: dict | str | None, device="cpu", without: Values = ()) -> Measurer | None:
+def measurer_for(
+    info_or_name: dict | str | None, device="cpu", without: Values = ()
+) -> Measurer | ClipMeasurer | None:
     """The measurer a teacher's info (its fastgen.json) or a set name asks for; None where we have none."""
     name = info_or_name.get("measure") if isinstance(info_or_name, dict) else info_or_name
+    if name == ClipMeasurer.name:
+        return ClipMeasurer(device, without)
     return Measurer(name, device, without) if name in NAMES else None
