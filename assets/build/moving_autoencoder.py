@@ -1,8 +1,8 @@
 """Train the AutoencoderKLWan of the video mini teacher: 3x9x32x32 clips in [-1, 1] to 8x5x8x8 latents.
 
-The loss is the absolute error of the clip plus that of the tinted measuring net's feature maps of one of its
-frames, and the divergence of the posterior from a unit Gaussian. It trains on the first frames of clips, which
-a causal autoencoder sees no differently for those that follow.
+The loss is the absolute error of the clip plus that of the tinted measuring net's feature maps of one of
+its frames, and the divergence of the posterior from a unit Gaussian. It trains on the first frames of clips,
+which a causal autoencoder sees no differently for those that follow.
 """
 
 from __future__ import annotations

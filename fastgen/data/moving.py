@@ -1,5 +1,5 @@
-"""Moving Tinted Fashion: clips composed of the bundled images when they are asked for, each with a caption that
-names garment, colour, background and motion, and with the exact path of every pixel of its garment.
+"""Moving Tinted Fashion: clips composed of the bundled images when they are asked for, each with a caption
+that names garment, colour, background and motion, and with the exact path of every pixel of its garment.
 
 Clip i shows image i mod the number of images. Everything else about it follows from a hash of i: tint,
 motion, speed, place and size. A point p of the garment (pixels from its middle) is at frame k at
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgen.data.bundled import GARMENTS, bundled_part, caption, mixed, tint, tint_of
 from fastgen.data.bundled import VOCABULARY as STILL_VOCABULARY
+from fastgen.data.bundled import bundled_part, caption, mixed, tint, tint_of
 from fastgen.data.streaming import Reader, Rows
 
 NAME = "moving"

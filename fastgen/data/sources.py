@@ -139,7 +139,7 @@ def _bundled(cfg, codec, pixels: bool) -> Found:
 
 
 def _moving(cfg, codec, clips: bool, pixels: bool) -> Found:
-    """The bundled clips: composed when a batch has them, or before the first step where data.stream is never."""
+    """The bundled clips: composed when a batch has them, or first of all where data.stream is never."""
     if not clips:
         found = f"{moving.NAME} holds clips, and {codec.family.name} generates images"
         raise UserError("data.name", found, "use tinted")

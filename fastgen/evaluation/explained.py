@@ -17,12 +17,13 @@ TITLES = {
 SAID = {
     "nfe": "Network function evaluations for one picture; guidance counts two a step. Lower is faster.",
     "seconds_per_sample": "Seconds for one picture, teacher and student timed in turns on the same machine.",
-    "fvd_mini": "Frechet distance to held-out real clips in the features of a small space-time net of our own. "
-    "Lower is better; it orders generators of the bundled clips and is not comparable with a published FVD.",
-    "frame_consistency": "How alike neighbouring frames are (cosine of their features); right beside the real "
-    "clips' under floor.",
-    "dynamic_degree": "Pixels that the thing shown moves from frame to frame; right beside the real clips' under "
-    "floor. Far below, the clips stand still.",
+    "fvd_mini": "Frechet distance to held-out real clips in the features of a small space-time net of our "
+    "own. Lower is better; it orders generators of the bundled clips and is not comparable with a published "
+    "FVD.",
+    "frame_consistency": "How alike neighbouring frames are (cosine of their features); right beside the "
+    "real clips' under floor.",
+    "dynamic_degree": "Pixels that the thing shown moves from frame to frame; right beside the real clips' "
+    "under floor. Far below, the clips stand still.",
     "fd_mini": "Frechet distance to held-out real images in the features of a small net of our own. Lower is "
     "better; it orders generators of one image set and is not comparable with a published FID.",
     "energy_distance": "Distance between the student's points and the exact distribution. Lower is better.",

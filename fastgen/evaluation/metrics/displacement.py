@@ -1,10 +1,11 @@
-"""How far the thing in a clip moves from frame to frame: a similarity (shift, size, turn) fitted to each pair of
-neighbouring frames by Gauss-Newton on brightness constancy (Lucas and Kanade 1981; Baker and Matthews 2004).
+"""How far the thing in a clip moves from frame to frame: a similarity (shift, size, turn) fitted to each pair
+of neighbouring frames by Gauss-Newton on brightness constancy (Lucas and Kanade 1981; Baker and Matthews
+2004).
 
   I_k+1(p + d(p)) = I_k(p),   d(p) = t + a q + b Jq,   q = p - c,  J = (0 -1; 1 0),  c the thing's middle
 
-The thing is what differs from the border's median colour. For clips of one thing before a plain background, as
-the bundled ones are.
+The thing is what differs from the border's median colour. For clips of one thing before a plain background,
+as the bundled ones are.
 """
 
 import torch
@@ -27,7 +28,7 @@ def cover(clips: Tensor) -> Tensor:
 
 
 def displacement(clips: Tensor, batch_size: int = 250) -> Tensor:
-    """Mean way of the thing's pixels from one frame to the next, pixels, [N]; 0 of clips that show nothing."""
+    """Mean way of the thing's pixels from one frame to the next, pixels, [N]; 0 where nothing is shown."""
     return torch.cat([_displacement(part) for part in clips.split(batch_size)])
 
 

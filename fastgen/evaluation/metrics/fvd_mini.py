@@ -3,10 +3,11 @@
 fvd_mini:          Frechet distance on 64 features of the space-time net in assets/measure/moving
 fd_mini:           the same of single frames, on the features of the tinted images' net
 agreement:         of garment, colour, background and motion, by the space-time net
-frame_consistency: mean cosine of neighbouring frames' features (VBench, arXiv 2311.17982); compare with the floor
-dynamic_degree:    mean way of the garment from frame to frame, in pixels, fitted to the clip; compare likewise
+frame_consistency: mean cosine of neighbouring frames' features (VBench, arXiv 2311.17982)
+dynamic_degree:    mean way of the garment from frame to frame, in pixels, fitted to the clip
 
-They order generators of this one set and are comparable with no published FVD.
+The last two are right where they are the real clips', which stand under floor. All of them order generators
+of this one set and are comparable with no published FVD.
 """
 
 import hashlib
