@@ -2,7 +2,8 @@
 
 The loss is the absolute error of the clip plus that of the tinted measuring net's feature maps of one of
 its frames, and the divergence of the posterior from a unit Gaussian. It trains on the first frames of clips,
-which a causal autoencoder sees no differently for those that follow.
+which a causal autoencoder sees no differently for those that follow. With --decoder the shipped one's decoder
+alone trains on: latents stay what they are, and so does a teacher of them.
 """
 
 from __future__ import annotations
@@ -46,14 +47,16 @@ def build() -> nn.Module:
     return vae
 
 
-def train(steps: int, seed: int) -> nn.Module:
+def train(vae: nn.Module, steps: int, seed: int, decoder: bool = False) -> nn.Module:
     torch.manual_seed(seed)
-    vae, net = build(), FeatureNet.load(ASSETS / "measure" / "tinted")
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1e-4)
+    net = FeatureNet.load(ASSETS / "measure" / "tinted")
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()] if decoder else vae.parameters()
+    optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.99), weight_decay=1e-4)
     rows = Rows(moving.count(), BATCH_SIZE, torch.Generator().manual_seed(seed))
     for step in range(steps):
         x = moving.compose(rows.next().tolist())[:, :, :FRAMES].float() / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
+        with torch.set_grad_enabled(not decoder):
+            posterior = vae.encode(x).latent_dist
         out = vae.decode(posterior.sample()).sample
         k = step % FRAMES
         with torch.no_grad():
@@ -78,11 +81,16 @@ def rebuild(vae: nn.Module, clips: Tensor, batch_size: int = 50) -> tuple[Tensor
     return torch.cat(latents), torch.cat([vae.decode(z).sample for z in latents for z in z.split(batch_size)])
 
 
-def main(out: Path, steps: int, seed: int) -> None:
-    vae = train(steps, seed)
-    latents, _ = rebuild(vae, moving.load_clips("train", range(200)).images)
-    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+def main(out: Path, steps: int, seed: int, decoder: bool) -> None:
+    if decoder:
+        from diffusers import AutoencoderKLWan
+
+        vae = train(AutoencoderKLWan.from_pretrained(out, torch_dtype=torch.float32), steps, seed, decoder)
+    else:
+        vae = train(build(), steps, seed)
+        latents, _ = rebuild(vae, moving.load_clips("train", range(200)).images)
+        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.half().save_pretrained(out)
     readable(out)
     vae = type(vae).from_pretrained(out, torch_dtype=torch.float32).eval()
@@ -112,5 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ASSETS / "teachers" / "moving-wan" / "vae")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder", action="store_true", help="train on the decoder of the folder alone")
     args = parser.parse_args()
-    main(args.out, args.steps, args.seed)
+    main(args.out, args.steps, args.seed, args.decoder)
