@@ -13,7 +13,7 @@ from fastgen.data import moving
 from fastgen.networks.clip_net import ClipNet
 from fastgen.networks.feature_net import measure
 
-LR, STEPS, BATCH_SIZE, SCORED = 2e-3, 700, 24, 2000
+LR, STEPS, BATCH_SIZE, SCORED = 2e-3, 700, 24, 1000
 
 
 def train(steps: int, seed: int, folder: Path) -> None:

@@ -85,6 +85,14 @@ class Wan(Family):
     def channels(self, net: DiffusersModel) -> int:
         return net.config.out_channels
 
+    def size_call(self, codec) -> dict:
+        """WanPipeline lets a frame count pass where it is 1 modulo the autoencoder's factor, and else rounds it
+        to the next such. Nothing is 1 modulo 1: an autoencoder that keeps all frames is always asked for one
+        frame more than was said.
+        """
+        call, keeps_all = super().size_call(codec), temporal_factor(codec) == 1
+        return call | ({"num_frames": call["num_frames"] - 1} if keeps_all else {})
+
     def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.text_dim)}
 
@@ -190,6 +198,11 @@ class AnyFlow(Wan):
         per_frame = [v[:, None].expand(-1, x.shape[2]) for v in (time, cond.get("r_timestep", time))]
         out = net(x.transpose(1, 2), *per_frame, **self.inputs(x, cond), return_dict=False)[0]
         return out.transpose(1, 2)
+
+
+def temporal_factor(codec) -> int:
+    """Frames per latent frame by the pipeline; 0 without one."""
+    return getattr(codec.pipe, "vae_scale_factor_temporal", 0)
 
 
 def _rows(index: Tensor, x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:

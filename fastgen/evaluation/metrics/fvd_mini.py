@@ -28,7 +28,7 @@ from fastgen.networks.clip_net import ClipNet
 from fastgen.networks.feature_net import FeatureNet, measure
 
 NOTE = "fvd_mini is a mini metric on a small net of our own; it is not comparable with a published FVD"
-HELD = 2000
+HELD = 1000
 """held-out clips that others are compared with, the first"""
 MOVED = 250
 """clips that the dynamic degree is measured of, the first"""
