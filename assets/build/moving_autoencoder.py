@@ -1,15 +1,15 @@
 """Set the AutoencoderKLWan of the video mini teacher: 3x9x32x32 clips in [-1, 1] to 12x9x8x8 latents.
 
-Nothing is trained. Its latents are the twelve principal components of 4x4 patches of the clips' frames, and the
-decoder is their transpose. The network is linear where its weights make it so:
+Nothing is trained. Its latents are the twelve principal components of 4x4 patches of the clips' frames, and
+the decoder is their transpose. The network is linear where its weights make it so:
 
   - residual and attention blocks add nothing (their last layer is zero);
-  - the norm before the last layer divides by the length of a vector that holds one large constant, so by nearly
-    a constant;
+  - the norm before the last layer divides by the length of a vector that holds one large constant, so by
+    nearly a constant;
   - SiLU is applied to every component and its negative, and silu(u) - silu(-u) = u.
 
-Components of large variance keep more of it: they are scaled by the root of their standard deviation, so that an
-error of one size in a latent is of a similar size in pixels.
+Components of large variance keep more of it: they are divided by the root of their standard deviation, half
+way between latents of one variance and latents whose errors are as large as the pixels'.
 """
 
 from __future__ import annotations

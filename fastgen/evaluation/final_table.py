@@ -1,6 +1,6 @@
 """What a run's measurements look like in a terminal, and the card that a trained denoiser carries."""
 
-from fastgen.evaluation.reconstruction import NAME as RECON
+from fastgen.evaluation.reconstruction import NAMES
 
 MOST_WIDTH = 100
 """characters of a line of the final table"""
@@ -12,7 +12,7 @@ def table(results: dict) -> str:
         (
             "fvd_mini",
             "fd_mini",
-            RECON,
+            *NAMES.values(),
             "energy_distance",
             "agreement",
             "agreement_motion",

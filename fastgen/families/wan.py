@@ -86,9 +86,8 @@ class Wan(Family):
         return net.config.out_channels
 
     def size_call(self, codec) -> dict:
-        """WanPipeline lets a frame count pass where it is 1 modulo the autoencoder's factor, and else rounds it
-        to the next such. Nothing is 1 modulo 1: an autoencoder that keeps all frames is always asked for one
-        frame more than was said.
+        """WanPipeline takes a frame count that is 1 modulo the autoencoder's factor, and rounds others to the
+        next. Nothing is 1 modulo 1: of an autoencoder that keeps all frames it wants one more than was said.
         """
         call, keeps_all = super().size_call(codec), temporal_factor(codec) == 1
         return call | ({"num_frames": call["num_frames"] - 1} if keeps_all else {})

@@ -50,7 +50,7 @@ def test_clips_that_stand_still_are_found_out(measurer, real):
     assert still["dynamic_degree"] < 0.01 < 0.5 < true["dynamic_degree"]
     assert still["agreement_motion"] < 0.4 < 0.9 < true["agreement_motion"]
     assert abs(still["agreement_colour"] - true["agreement_colour"]) < 0.1
-    assert still["frame_consistency"] == pytest.approx(1, abs=1e-5) > true["frame_consistency"]
+    assert true["frame_consistency"] < 0.999 < still["frame_consistency"]
 
 
 def test_backwards_is_another_motion(measurer, real):

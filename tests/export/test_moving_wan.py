@@ -25,8 +25,8 @@ if BASE:
     kind = getattr(diffusers, info["scheduler"]["_class_name"])
     pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler")
 seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
-call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "num_frames": 8}  # it adds one
-call |= {"max_sequence_length": 16, "output_type": "pt", **info["step_arguments"]}
+call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
+call |= {"num_frames": 8, "max_sequence_length": 16, "output_type": "pt", **info["step_arguments"]}
 images = pipe(PROMPTS, generator=seeds, **call).frames.float().transpose(1, 2)
 """
 

@@ -30,6 +30,8 @@ from fastgen.networks.feature_net import FeatureNet, measure
 NOTE = "fvd_mini is a mini metric on a small net of our own; it is not comparable with a published FVD"
 HELD = 1000
 """held-out clips that others are compared with, the first"""
+RECONSTRUCTED = 500
+"""of these, that show what an autoencoder costs"""
 MOVED = 250
 """clips that the dynamic degree is measured of, the first"""
 LOOKED_AT = (0, moving.FRAMES // 2, moving.FRAMES - 1)
@@ -56,6 +58,11 @@ def _reference(device: str) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor
         frames.append(measure(of_frames, _frames(clips[:, :, LOOKED_AT]))["features"])
     known = torch.cat(features)
     return known, statistics(known), statistics(torch.cat(frames))
+
+
+def held_out_clips() -> Tensor:
+    """The first held-out clips, uint8 [N, C, F, H, W]."""
+    return torch.cat([moving.compose(range(i, i + BATCH), "heldout") for i in range(0, RECONSTRUCTED, BATCH)])
 
 
 def _frames(clips: Tensor) -> Tensor:
@@ -88,6 +95,10 @@ class ClipMeasurer:
         """[N, 64] of clips in [0, 1] or uint8."""
         self._check(clips)
         return measure(_nets(self.device)[0], clips, BATCH)["features"]
+
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the held-out clips' features."""
+        return _reference(self.device)[1]
 
     def compare(self, clips: Tensor, attributes: dict[str, Tensor]) -> dict[str, float]:
         """Scores of clips [N, C, F, H, W] in [0, 1]; attributes: what each should show, -1 if unspecified."""
