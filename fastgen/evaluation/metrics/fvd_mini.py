@@ -30,7 +30,7 @@ from fastgen.networks.feature_net import FeatureNet, measure
 NOTE = "fvd_mini is a mini metric on a small net of our own; it is not comparable with a published FVD"
 HELD = 1000
 """held-out clips that others are compared with, the first"""
-RECONSTRUCTED = 500
+RECONSTRUCTED = 300
 """of these, that show what an autoencoder costs"""
 MOVED = 250
 """clips that the dynamic degree is measured of, the first"""
