@@ -17,6 +17,10 @@
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
     --only NAME,NAME tries those of some methods, --quick leaves out the trainings
 
+  python -m benchmarks real_size  models of published size with random weights: seconds of a step over its
+    raw passes, peak memory over the computed one; --only NAME,NAME
+  python -m benchmarks gpu        everything that needs a card, in eight minutes; --tiny ends on a CPU too
+
 Add --write to keep the result in assets/results/benchmarks/<name>.json with the command that made it.
 """
 
@@ -31,11 +35,13 @@ from pathlib import Path
 from benchmarks.data import data, table  # noqa: F401  (called by name)
 from benchmarks.faults import faults
 from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
+from benchmarks.gpu import gpu
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
 from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
+from benchmarks.real_size import real_size
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
@@ -270,27 +276,35 @@ def main() -> None:
             "frechet",
             "sqrtm",
             "fd",
+            "real_size",
+            "gpu",
         ),
     )
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
-    parser.add_argument("--only", default="", help="mutations: those of these methods, with commas between")
+    parser.add_argument("--only", default="", help="mutations, real_size: these, with commas between")
     parser.add_argument("--quick", action="store_true", help="mutations: without the tests that train")
+    parser.add_argument("--tiny", action="store_true", help="gpu, real_size: tiny networks, on a CPU")
     args = parser.parse_args()
     if args.child:
         return _memory_child(args.child)
     if args.name == "mutations":
         result = mutated(args.only, args.quick, args.write)
+    elif args.name == "real_size":
+        result = real_size(tuple(filter(None, args.only.split(","))), args.tiny)
+    elif args.name == "gpu":
+        result = gpu(args.tiny)
     else:
         result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
-        "command": f"python -m benchmarks {args.name}",
+        "command": f"python -m benchmarks {args.name}" + " --tiny" * args.tiny,
         **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()},
     }
     print(json.dumps(record, indent=2))
     if args.write:
-        path = ROOT / "assets/results/benchmarks" / f"{args.name}.json"
+        folder = ROOT / "assets/results" / ("gpu" if args.name == "gpu" else "benchmarks")
+        path = folder / f"{args.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
         if args.name == "data":

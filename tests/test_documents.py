@@ -1,6 +1,7 @@
 """What the documents name exists: paths, modules and commands; what pyproject.toml promises is used."""
 
 import ast
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -215,6 +216,7 @@ def name_of(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
 
 
+@functools.cache
 def imported() -> set[str]:
     """Top-level packages that fastgen imports, at any depth."""
     found = set()

@@ -1,12 +1,16 @@
 """Labels, prompts and images that sample.py is to draw, as condition rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from fastgen.core.errors import UserError, warn
+from fastgen.data.degradation import enlarge
 from fastgen.data.folders import named
 from fastgen.data.media import read_image
+from fastgen.data.pictures import read_picture, to_tensor
 from fastgen.data.text import cut_prompts, read_lines
 from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
@@ -54,14 +58,39 @@ def read_images(args, codec: Codec, num: int):
             f"found {len(args.image)} for {num} prompts",
             "give one image for all prompts, or one for each",
         )
-    found = [_read_image(path, codec.pixels) for path in args.image]
+    scale = getattr(args, "scale", 0)
+    if scale and scale != codec.enlarges:
+        able = f"enlarges by {codec.enlarges}" if codec.enlarges else "takes a picture as it is"
+        raise UserError("--scale", f"found {scale}", f"leave it out: this model {able}")
+    read = _read_small if codec.enlarges else _read_image
+    found = [read(path, codec) for path in args.image]
     return torch.stack(found).expand(num, -1, -1, -1)
 
 
-def _read_image(path: str, pixels: tuple[int, int]) -> torch.Tensor:
+def _read_image(path: str, codec: TextCodec) -> torch.Tensor:
     """One file as [3, H, W] in [-1, 1]."""
+    with _readable(path):
+        return read_image(Path(path).expanduser(), (3, *codec.pixels)).float() / 127.5 - 1
+
+
+def _read_small(path: str, codec: TextCodec) -> torch.Tensor:
+    """One low-resolution file, enlarged to [3, H, W] in [-1, 1]."""
+    with _readable(path):
+        picture = to_tensor(read_picture(Path(path).expanduser()))
+    (height, width), factor = codec.pixels, codec.enlarges
+    if tuple(picture.shape[1:]) != (height // factor, width // factor):
+        found = f"{named(path)} has {picture.shape[1]} x {picture.shape[2]} pixels; this model enlarges "
+        found += f"{height // factor} x {width // factor} to {height} x {width}"
+        size = f"--height {factor * picture.shape[1]} --width {factor * picture.shape[2]}"
+        raise UserError("--image", found, f"give a picture of that size, or {size}")
+    return enlarge(picture[None], codec.pixels)[0].float() / 127.5 - 1
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """What cannot be read as a picture is the user's mistake."""
     try:
-        return read_image(Path(path).expanduser(), (3, *pixels)).float() / 127.5 - 1
+        yield
     except OSError as error:
         found = f"{named(path)} cannot be read ({error})"
         raise UserError("--image", found, "give a png, jpg, webp or other picture file") from None
@@ -74,6 +103,8 @@ def conditions(args, codec: Codec) -> tuple[dict, list]:
         if not codec.family.takes_text:
             if texts:
                 raise UserError("--prompt", "this model takes an image alone", "leave it out")
+            texts = [""] * max(1, len(args.image))
+        elif codec.enlarges and not texts:  # super-resolution is trained without captions
             texts = [""] * max(1, len(args.image))
         if args.labels:
             raise UserError(

@@ -98,7 +98,8 @@ def network_rows(cast, train, details: bool = False) -> list[Row]:
     from fastgen.training.memory import estimate, network_calls
 
     teacher = cast.teacher.backbone
-    rows = [("teacher", f"{_count(teacher):>13,} frozen     {cast.teacher_cfg.path}")]
+    itself = any(m.backbone is teacher and m.adapter is None for m in cast.student.members)  # sft
+    rows = [] if itself else [("teacher", f"{_count(teacher):>13,} frozen     {cast.teacher_cfg.path}")]
     players: dict[str, str] = {}
     steps: list[Row] = []
     for i, stage in enumerate(cast.stages, 1):
@@ -125,7 +126,8 @@ def _player(player, teacher) -> str:
     from fastgen.roles.roles import Role
 
     trained = sum(p.numel() for p in player.trainable().values())
-    shared = any(isinstance(p, Role) and p.backbone is teacher for p in player.parts.values())
+    roles = [p for p in player.parts.values() if isinstance(p, Role)]
+    shared = any(p.backbone is teacher and p.adapter is not None for p in roles)
     whole = trained + (_count(teacher) if shared else 0)
     share = trained / whole if whole else 0.0
     kind = f"adapter on the teacher, {share:.1%} of it" if shared else "network of its own, all of it"

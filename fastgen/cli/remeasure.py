@@ -1,9 +1,9 @@
 """Measure a finished run again from its export, and write results.json and the report anew."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from fastgen.config.data_section import DegradationConfig
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
@@ -28,6 +28,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     from fastgen.evaluation.evaluator import measure
     from fastgen.evaluation.final_table import table
     from fastgen.evaluation.report import write_report
+    from fastgen.evaluation.requests import of_bundled_set
     from fastgen.training.assembly import make_evaluator
 
     check_run(run, "--run")
@@ -41,7 +42,7 @@ def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     cast = _cast(run, cfg, open_device(device))
     data: Any
     if (cast.teacher.info or {}).get("measure") and not own_source(cfg.data):
-        data = SimpleNamespace(uncond={k: v.cpu() for k, v in cast.teacher.codec.null(1).items()})
+        data = of_bundled_set(cast.teacher.codec, cfg.data.degradation)
     else:  # unknown images: the run's own requests
         data = load_data(cfg.data, cast.teacher, cast.device)
     results = measure(make_evaluator(cfg, cast, data))
@@ -60,6 +61,7 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     from fastgen.core.paths import resolve
     from fastgen.evaluation.evaluator import Evaluator, measure
     from fastgen.evaluation.final_table import table, teacher_card
+    from fastgen.evaluation.requests import of_bundled_set
     from fastgen.export.load import load_export
     from fastgen.training.assembly import make_protocol
 
@@ -74,9 +76,10 @@ def measure_teacher(path: str, guidance: float, num_samples: int, device: str = 
     loaded = load_export(path, key="--teacher").to(where)
     if not (loaded.teacher.info or {}).get("measure"):
         raise UserError("--teacher", f"{path} names no measuring net", "use one of assets:teachers/*")
-    uncond = {k: v.cpu() for k, v in loaded.codec.null(1).items()} if guidance != 1 else {}
+    factor = loaded.codec.enlarges
+    data = of_bundled_set(loaded.codec, DegradationConfig(factor=factor) if factor else None)
     cast = _Players(loaded.teacher, {"teacher": loaded.role, "student": loaded.role}, where)
-    results = measure(Evaluator(make_protocol(cfg), cast, SimpleNamespace(uncond=uncond)))
+    results = measure(Evaluator(make_protocol(cfg), cast, data))
     print(table(results))
     card = {
         "command": f"python -m eval card --teacher {path} --guidance {guidance:g} --num_samples {num_samples}"

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import Gallery, open_folder
-from fastgen.cli.sample_limits import add_control, add_size, asked_size, check_numbers, check_size, load_sized
+from fastgen.cli.sample_limits import (
+    add_control,
+    add_scale,
+    add_size,
+    asked_size,
+    check_numbers,
+    check_size,
+    load_sized,
+)
 from fastgen.core import interrupt
 from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
@@ -46,7 +54,7 @@ def flags() -> argparse.ArgumentParser:
         default=[],
         type=expand,
         metavar="FILE",
-        help="first frame or control image: one for all prompts, or repeated, one for each",
+        help="first frame, control image or picture to enlarge: one for all prompts, or one for each",
     )
     add("--negative_prompt", default="", help="negative prompt, for teachers and for students with NASA")
     add(
@@ -62,6 +70,7 @@ def flags() -> argparse.ArgumentParser:
         default=0,
         help="total, repeating prompts or labels in order; default: one each",
     )
+    add_scale(found)
     add_size(found)
     add("--steps", type=int, default=0, help="sampling steps; default: as trained")
     add("--seed", type=int, default=0, help="seed of the first image")

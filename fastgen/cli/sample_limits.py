@@ -70,6 +70,17 @@ def add_size(flags) -> None:
         flags.add_argument(f"--{key}", type=int, default=0, help=told)
 
 
+def add_scale(flags) -> None:
+    """Add --scale to a parser."""
+    flags.add_argument(
+        "--scale",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times by which a super-resolution model enlarges --image; default: as trained",
+    )
+
+
 def add_control(flags) -> None:
     """Add the flags of hybrid sampling, of the picture of its steps, and of LoRA files beside the model."""
     add = flags.add_argument

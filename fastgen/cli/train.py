@@ -256,8 +256,11 @@ def _train(cfg, trainer, last: Path | None) -> int:
         print(f"every prompt is encoded: text encoders freed, {freed:.1f} MB")
     try:
         trainer.fit(last)
-        if accelerator.is_main_process:
-            validation.finish(trainer, trainer.validate)
+        with trainer.whole_networks():
+            if accelerator.is_main_process:
+                validation.finish(trainer, trainer.validate)
+            if trainer.sharded:
+                accelerator.wait_for_everyone()
     except NotFinite as error:
         aside = []
         if trainer.unchanged and accelerator.is_main_process:  # a step from that checkpoint leads here again

@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Union
 from pydantic import Field, ValidationError, model_validator
 
 from fastgen.config.competing import check_stages, competing, replaced
+from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
+from fastgen.config.section import Section, UserPath, check_numbers
 from fastgen.config.sections import (
     CriticConfig,
-    DataConfig,
     EvalConfig,
     OptimConfig,
-    Section,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
-    UserPath,
-    check_numbers,
 )
 from fastgen.core.paths import is_analytic
 from fastgen.core.yaml_text import dump_yaml
@@ -150,8 +148,29 @@ class RunConfig(Section):
             raise ValueError(
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
+        self._check_sharding()
         self._check_data()
         return self
+
+    def _check_sharding(self) -> None:
+        """What networks that are spread over processes cannot be combined with."""
+        if self.train.sharding == "none":
+            return
+        refused = {
+            "teacher.quantization": self.teacher.quantization is not None,
+            "train.mixed_precision": self.train.mixed_precision == "fp16",
+            "eval.keep": self.eval.keep == "best",
+            "student.fuse": bool(self.student.fuse),
+        }
+        for key, found in refused.items():
+            if found:
+                raise ValueError(f"{key}: not with train.sharding fsdp; change one of them")
+        forward = [s.objective for s in self.all_stages() if requirements_of(s.objective).forward_mode]
+        for name in (one.name for one in forward):
+            raise ValueError(
+                f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
+                "differentiate; use difference"
+            )
 
     def _check_data(self) -> None:
         """Whether there are images for every stage that reads some, and a reader for pairs."""
@@ -161,6 +180,19 @@ class RunConfig(Section):
                 raise ValueError(
                     f"data: no images are named; {name} needs real data: "
                     f"set data.name, data.images or another of data.{', data.'.join(PICTURES[2:])}"
+                )
+        wanting = [name for name, one in needs.items() if one.degraded]
+        if wanting and not self.data.degradation:
+            raise ValueError(
+                f"data.degradation: not set; {wanting[0]} compares pictures of two factors, such as "
+                "data.degradation.factor 4"
+            )
+        if self.data.degradation:
+            mild = self.data.degradation.teacher_factor
+            if mild and mild >= self.data.degradation.factor:
+                raise ValueError(
+                    f"data.degradation.teacher_factor: found {mild}; use less than the factor of "
+                    f"{self.data.degradation.factor}"
                 )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(

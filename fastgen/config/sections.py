@@ -1,54 +1,11 @@
 """The sections of a run's configuration. The docstrings of the fields are the text of --help."""
 
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
 import tyro.conf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from fastgen.core.paths import expand
-
-UserPath = Annotated[str, AfterValidator(expand)]
-"""a path whose leading ~ is the home folder"""
-
-MOST = 2**63 - 1
-"""largest whole number and seed"""
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and values cannot be changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _wrap(cls, values: Any) -> Any:
-        """A single value for a list is the list of that value."""
-        if not isinstance(values, dict):
-            return values
-        lists = {n for n, f in cls.model_fields.items() if get_origin(f.annotation) is tuple}
-        texts = {n for n, f in cls.model_fields.items() if f.annotation is str}
-        whole = {k: str(v) for k, v in values.items() if k in texts and type(v) is int}
-        return {
-            k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v
-            for k, v in (values | whole).items()
-        }
-
-
-def check_numbers(section: BaseModel, prefix: str = "") -> None:
-    """Raises a ValueError naming the first number, anywhere in a section, that no computation can use: whole
-    ones beyond 64 bits, others outside the arithmetic of float32.
-    """
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        key = f"{prefix}{name}"
-        for i, item in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
-            if isinstance(item, BaseModel):
-                check_numbers(item, f"{key}." if i is None else f"{key}.{i}.")
-            elif isinstance(item, int) and abs(item) > MOST:
-                raise ValueError(f"{key}: found {item}; at most {MOST}, in 64 bits")
-            elif isinstance(item, float) and not abs(item) <= 1e30:  # also not a number
-                raise ValueError(f"{key}: found {item:g}; at most 1e30, well inside float32")
+from fastgen.config.section import MOST, Decay, Section, UserPath
 
 
 class TeacherConfig(Section):
@@ -190,86 +147,6 @@ class CriticConfig(Section):
     """settings of the adapter if the critic is one"""
 
 
-class SourceConfig(Section):
-    """One source of pictures with their captions or labels, and how much of it is drawn."""
-
-    images: UserPath = ""
-    """folder of images (for video: animated gif, webp, png, or mp4); captions in metadata.jsonl or
-    metadata.csv (file_name, text) or in a .txt file of the same name per image; classes in its column label,
-    or a folder per class
-    """
-    table: UserPath = ""
-    """csv, jsonl or parquet file with a row per image: a path beside the file, and a caption or label"""
-    dataset: UserPath = ""
-    """folder of a data set saved by Hugging Face's `datasets`, folder of parquet or arrow files, or hub id
-    (OWNER/NAME); needs the extra [data]
-    """
-    shards: UserPath = ""
-    """webdataset archives on this disk: a .tar file, a folder of them, a pattern such as my/train-*.tar, or a
-    span such as my/train-{000..063}.tar
-    """
-    split: str = "train"
-    """split of data.dataset"""
-    image_column: str = ""
-    """column of the image in data.table or data.dataset; empty is image, file_name, file, path or jpg"""
-    text_column: str = ""
-    """column of the caption there and in the .json of data.shards; empty is text, caption or prompt"""
-    label_column: str = ""
-    """column of the class there; empty is label, class or cls"""
-    weight: float = Field(default=1.0, gt=0)
-    """share of the samples that come from this source, relative to those of data.sources"""
-
-
-class DataConfig(SourceConfig):
-    """Training images with their labels or captions, or prompts only."""
-
-    name: str = ""
-    """bundled data set: digits, fashion, tinted or moving (clips); instead of images or prompts of your
-    own
-    """
-    latents: UserPath = ""
-    """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
-    prompts: UserPath = ""
-    """text file with one prompt per line, for methods that need no images"""
-    sources: Annotated[tuple[SourceConfig, ...], tyro.conf.Suppress] = ()
-    """further sources of pictures, drawn from by their weights; in files only"""
-    control: UserPath = ""
-    """folder of control images (edges, depth), named like data.images or in their order, for teachers with a
-    ControlNet
-    """
-    dispreferred: UserPath = ""
-    """for pso: folder with one image for each of data.images, of the same name, to which that is preferred"""
-    limit: int = Field(default=0, ge=0)
-    """use only this many examples, the first; 0 is all"""
-    on_bad_image: Literal["skip", "error"] = "skip"
-    """at an image that cannot be read or lacks its caption or label: skip it with a warning, or stop with an
-    error
-    """
-    on_bad_shard: Literal["skip", "error"] = "error"
-    """at an archive or a file of latents that is missing or cut short: stop with an error, or skip it with a
-    warning
-    """
-    stream: Literal["auto", "always", "never"] = "auto"
-    """read pictures when a batch needs them, not before the first step; auto does for sets of more than
-    20,000 files or 256 MiB of pixels
-    """
-    buckets: tuple[str, ...] = ()
-    """sizes HEIGHTxWIDTH, such as 512x768 768x512: each picture is trained on at the one nearest in shape,
-    each batch at one size; empty is the teacher's own size
-    """
-    workers: int = Field(default=4, ge=0, le=256)
-    """threads that read ahead where pictures are streamed; 0 reads within the step. Batches do not depend on
-    it
-    """
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """share of the samples that are trained on with the empty caption or the null class instead of their own
-    """
-    allow_download: bool = False
-    """allow the download of a data set given by hub id; false uses the local cache only"""
-    cache_dir: UserPath = ""
-    """folder in which encoded latents and prompts are kept between runs; empty keeps them in memory"""
-
-
 class PlayerOptim(Section):
     """Optimizer of one trained network (student, critic or discriminator)."""
 
@@ -283,12 +160,20 @@ class PlayerOptim(Section):
     """decoupled weight decay"""
     name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
     """optimizer; adamw8bit needs the package bitsandbytes and a CUDA GPU"""
+    fused: bool = False
+    """update all weights in one kernel (adamw): faster, and rounded otherwise"""
     clip: float = Field(default=1.0, ge=0)
     """maximal norm of the gradient, larger ones are scaled down; 0 is off"""
     warmup_steps: int = Field(default=0, ge=0)
     """steps over which the learning rate rises linearly from 0"""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """learning rate after the warm-up; cosine and linear decay to 0 at the end of the stage"""
+
+    @model_validator(mode="after")
+    def _fused_adam(self):
+        if self.fused and self.name != "adamw":
+            raise ValueError(f"fused: found true with {self.name}; leave it out, or use adamw")
+        return self
 
 
 class OptimConfig(Section):
@@ -319,6 +204,8 @@ class TrainConfig(Section):
     """recompute activations in the backward pass: less memory, more time"""
     compile: bool = False
     """compile the networks with torch.compile"""
+    compile_blocks: bool = False
+    """compile each kind of repeated block once, not whole networks: starts in a fraction of the time"""
     ema_decay: tuple[Decay, ...] = (0.995,)
     """decay rates of moving averages of the student's weights; the first average is validated and exported;
     an empty list exports the trained weights themselves
@@ -333,6 +220,8 @@ class TrainConfig(Section):
     """precision of exported weights; no is float32 for students, and fp16 for teachers trained by sft"""
     checkpoints_total_limit: int = Field(default=2, ge=1)
     """number of checkpoints that are kept, the latest"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """over several processes, keep a part of every network on each (torch's FSDP2); none keeps them whole"""
     num_threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 is its own default, at most the CPUs that affinity and the container allow"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

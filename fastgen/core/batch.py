@@ -8,6 +8,9 @@ from torch import Tensor
 Cond = dict[str, Tensor]
 """condition tensors by the network's keyword argument, each with the batch as its first axis"""
 
+MILDER = "milder_"
+"""prefix of the condition that a teacher is shown instead of the student's, of a less degraded picture"""
+
 
 @dataclass
 class Batch:
@@ -33,3 +36,9 @@ def stack(conds: list[Cond]) -> Cond:
 def select(cond: Cond, index: Tensor) -> Cond:
     """The rows of a condition at an index (or mask) [B]."""
     return {k: v[index] for k, v in cond.items()}
+
+
+def milder(cond: Cond) -> Cond:
+    """The teacher's side of conditions that name a milder one; any other as it is."""
+    own = {k: v for k, v in cond.items() if not k.startswith(MILDER)}
+    return own | {k.removeprefix(MILDER): v for k, v in cond.items() if k.startswith(MILDER)}

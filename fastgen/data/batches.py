@@ -6,6 +6,7 @@ iterator state exists.
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class Data:
     """share of the samples that get the null condition"""
     dispreferred: Tensor | None = None
     """x0 that each sample's own is preferred to; None without pairs"""
+    degradation: Any = None
+    """the section data.degradation that made what the network is shown; None without one"""
+    originals: Tensor | None = None
+    """uint8 [N, C, H, W], the pictures that were degraded"""
 
     def __init__(
         self,
@@ -63,6 +68,8 @@ class Data:
         some = Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
         some.dropout = self.dropout
         some.dispreferred = None if self.dispreferred is None else self.dispreferred[:num]
+        some.degradation = self.degradation
+        some.originals = None if self.originals is None else self.originals[:num]
         return some
 
     def cond(self, index: Tensor) -> Cond:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen.core.batch import MILDER
 from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.progress import tracked
 from fastgen.data import buckets, cache, tables
 from fastgen.data.batches import Data
+from fastgen.data.degradation import shown as degraded_and_enlarged
 from fastgen.data.kinds import kind_of_source, own_source
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.latents import check_latents, open_latents
@@ -32,12 +34,17 @@ FIRST_CAPTIONS = 256
 """samples whose captions are encoded then if there are more, for what is measured"""
 
 
+def _at_once(images: Tensor) -> int:
+    """How many of images [N, ...] an autoencoder is given together."""
+    return max(1, min(500, 1_536_000 // images[0].numel()))
+
+
 @torch.no_grad()
 def encode_images(codec, images: Tensor, cache_dir: str, device, key: str) -> Tensor:
     """x0 of uint8 images, batched; kept as safetensors under cache_dir if given."""
 
     def make() -> Iterator[tables.Rows]:
-        size = max(1, min(500, 1_536_000 // images[0].numel()))
+        size = _at_once(images)
         parts = tracked(images.split(size), f"encoding {len(images):,} images", len(images), size)
         return ({"x0": codec.encode(c.to(device).float() / 127.5 - 1).cpu()} for c in parts)
 
@@ -106,6 +113,10 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
     or the sample's file in data.control.
     """
     shown, name = None, codec.family.name
+    if cfg.degradation:
+        if found.images is None:
+            raise UserError("data.degradation", "found without pictures", "set data.images or data.name")
+        return degraded_rows(cfg.degradation, codec, found.images, device)
     if codec.family.temporal:
         shown = None if found.images is None else found.images[:, :, 0]
     elif cfg.control:
@@ -114,9 +125,25 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
     if shown is None:
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
         raise UserError("data", f"{name} takes an image beside the text, and none are given", where)
-    parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in shown.split(4)]
-    cond, null = (tables.joined(len(shown), (p[i] for p in parts)) for i in (0, 1))
+    return image_rows(codec, shown, device)
+
+
+def image_rows(codec, images: Tensor, device="cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The condition rows of uint8 images [N, 3, H, W], and their null."""
+    parts = [codec.image_rows(c.to(device).float() / 127.5 - 1) for c in images.split(_at_once(images))]
+    cond, null = (tables.joined(len(images), (p[i] for p in parts)) for i in (0, 1))
     return cond, null
+
+
+def degraded_rows(
+    section, codec, images: Tensor, device="cpu"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each picture as it is shown in the section's factor, and under MILDER names in the teacher's."""
+    cond, null = image_rows(codec, degraded_and_enlarged(images, section.factor, section.kind), device)
+    mild = section.teacher_factor or section.factor // 2
+    for_teacher, its_null = image_rows(codec, degraded_and_enlarged(images, mild, section.kind), device)
+    cond |= {MILDER + key: rows for key, rows in for_teacher.items()}
+    return cond, null | {MILDER + key: rows for key, rows in its_null.items()}
 
 
 @dataclass
@@ -149,7 +176,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     cache.check_folder(cfg.cache_dir)
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
-    found = read_source(cfg, codec, device, pixels)
+    found = read_source(cfg, codec, device, pixels or bool(cfg.degradation))
     x0 = None
     if found.images is not None:
         _check_size(found.images, codec, device)
@@ -164,6 +191,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         data = Data(x0, *given, cond.own, cond.own_null)
         data.order = found.order
         data.dispreferred = _dispreferred(cfg, codec, found, device, teacher.path)
+        data.degradation, data.originals = cfg.degradation, found.images if cfg.degradation else None
     else:
         data = _streamed(cfg, codec, found, cond, device)
     return with_dropout(cfg, codec, data)
@@ -241,7 +269,7 @@ def look_at(cfg, teacher: Teacher) -> None:
     if isinstance(codec, TextCodec):
         if codec.family.needs_image and cfg.control:
             control_files(Path(cfg.control), found, codec.family.name)
-        if codec.family.takes_text:
+        if codec.family.takes_text and not cfg.degradation:
             _check_captions(found.captions)
 
 
@@ -272,7 +300,7 @@ def _text_conditions(cfg, teacher, found: Found, uncond: dict[str, Tensor], devi
     if codec.family.needs_image:
         own, own_null = _shown(cfg, codec, found, device)
         num = len(next(iter(own.values())))
-    if not codec.family.takes_text:
+    if not codec.family.takes_text or cfg.degradation:
         captions = [""] * num
     captions = _check_captions(captions)
     if found.reader is not None and (different := len(set(captions))) > MOST_CAPTIONS:

@@ -105,6 +105,13 @@ def _check_wanted(cfg, codec) -> None:
     if cfg.control and kind_of_source(cfg) not in ("", "images"):
         found = f"found beside data.{kind_of_source(cfg)}"
         raise UserError("data.control", found, "its images go with those of a folder: data.images")
+    if cfg.degradation and (not shown or codec.family.temporal):
+        instruction = "leave it out, or give a teacher that is shown a picture (docs/families.md)"
+        raise UserError("data.degradation", "found for a teacher that takes no picture", instruction)
+    if cfg.degradation and not kind_of_source(cfg) and not cfg.name:
+        raise UserError("data.degradation", "found without pictures", "set data.images or data.name")
+    if cfg.degradation and cfg.control:
+        raise UserError("data.control", "found beside data.degradation", "give one: both are shown")
     if cfg.control and (not shown or codec.family.temporal):
         what = "takes its first frames from data.images" if shown else "takes no control images"
         raise UserError("data.control", f"found {cfg.control} for a teacher that {what}", "leave it out")

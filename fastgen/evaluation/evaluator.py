@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core import interrupt
+from fastgen.core.batch import milder
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
 from fastgen.diffusion.spectra import radial_power, spectrum_gap
@@ -16,6 +17,7 @@ from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
+from fastgen.evaluation.metrics.pixels import fidelity
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
 from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.requests import Requests
@@ -123,6 +125,8 @@ class Evaluator:
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
         cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
         student = cast.parts["student"]
+        if who == "teacher":
+            cond, uncond = milder(cond), milder(uncond)
         if who == "teacher" or not self.protocol.few_step:
             role = cast.parts["teacher"] if who == "teacher" else student
             noise = ImageNoise(seeds, shape, device).first
@@ -137,6 +141,8 @@ class Evaluator:
         """Metrics of images that `who` made for the first len(images) requests."""
         num = len(images)
         found = {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(num))
+        if (originals := self.requests.restored(num)) is not None:
+            found |= fidelity(images, originals)
         if self.metrics is None:
             return found
         texts, wanted = self.requests.texts(num), self.requests.wanted(num)
@@ -240,18 +246,16 @@ def measure(
         return scored(evaluator, name, images, steps, recon, teacher)
 
     speed_batch = min(SPEED_BATCH, protocol.batch_size)
-    seconds = _times(evaluator, who, speed_batch)
+    seconds = _times(evaluator, who, speed_batch) if num else {}
     order = [n for n in ("teacher", "student", "untrained_student") if n in who]
     found: dict[str, Any] = {
-        n: {"nfe": evaluator.nfe(n), "seconds_per_sample": seconds[n], **row(n)} for n in order
+        n: {"nfe": evaluator.nfe(n), **({"seconds_per_sample": seconds[n]} if num else {}), **row(n)}
+        for n in order
     }
     steps = protocol.student_steps or (() if protocol.few_step else (1, 4, 20, 50))
     if steps and num:
         found["student_by_steps"] = {str(n): row("student", n) for n in steps}
-    if evaluator.measurer is not None and num:
-        found["floor"] = evaluator.measurer.floor(num)
-    if recon is not None and num:
-        found["autoencoder"] = recon.own()
+    found |= _references(evaluator, recon) if num else {}
     if seen:
         found["look"] = seen
     if evaluator.metrics is not None:
@@ -259,6 +263,18 @@ def measure(
     found["protocol"] = _described(evaluator, counts, speed_batch)
     if known:
         found["protocol"]["teacher_measured"] = known["measured"]
+    return found
+
+
+def _references(evaluator: Evaluator, recon: Reconstructions | None) -> dict[str, dict[str, float]]:
+    """Numbers of what no network has made: real images, these through the autoencoder, pictures enlarged."""
+    num, found = evaluator.protocol.num_samples, {}
+    if evaluator.measurer is not None:
+        found["floor"] = evaluator.measurer.floor(num)
+    if recon is not None:
+        found["autoencoder"] = recon.own()
+    if (enlarged := evaluator.requests.enlarged(num)) is not None:
+        found["enlarged"] = {"nfe": 0, **evaluator.score(enlarged)}
     return found
 
 

@@ -16,6 +16,8 @@ def table(results: dict) -> str:
             "energy_distance",
             "agreement",
             "agreement_motion",
+            "psnr",
+            "ssim",
             "forgotten",
             "recall",
             "clip",
@@ -34,6 +36,7 @@ def table(results: dict) -> str:
         for n, row in results.get("student_by_steps", {}).items()
     ]
     rows += [("real (floor)", results["floor"])] if "floor" in results else []
+    rows += [("bicubic", results["enlarged"])] if "enlarged" in results else []
     rows += [("autoencoder alone", results["autoencoder"])] if "autoencoder" in results else []
     columns = [c for c in wanted if any(c in row for _, row in rows)]
     names = {c: c.replace("_per_sample", "/sample") for c in columns}

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from fastgen.core.batch import select
+from fastgen.data.batches import Data
+from fastgen.data.degradation import shown
+from fastgen.data.loader import degraded_rows
 from fastgen.networks.codecs import TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
 
@@ -17,20 +20,28 @@ class Requests:
         """own_data: captions are those of the data, also for a teacher of a bundled set."""
         codec = teacher.codec
         self.codec, self.uncond, self.own = codec, data.uncond, None
+        self.degradation = data.degradation
         self.attributes: dict[str, Tensor] = {}
         self.captions: list[str] | None = None
         """the text of each row of the table"""
+        self.originals: Tensor | None = None
+        """uint8 [N, C, H, W]: what is to be restored from what is shown of it"""
         measure = (teacher.info or {}).get("measure")
         if isinstance(codec, TextCodec) and measure == "tinted" and not own_data:
             from fastgen.data.bundled import load_images
 
             held = load_images("tinted", "heldout")
             assert held.captions is not None and held.attributes is not None, "tinted images have both"
+            self.attributes = held.attributes
+            if data.degradation:
+                self.own, self.originals = degraded(codec, held.images, data), held.images
+                self.table, self.rows = self.own.cond_table, self.own.rows
+                return
             unique = sorted(set(held.captions))
             self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
             where = {text: i for i, text in enumerate(unique)}
             self.rows = torch.tensor([where[c] for c in held.captions])
-            self.attributes, self.captions = held.attributes, unique
+            self.captions = unique
         elif isinstance(codec, TextCodec) and measure == "moving" and not own_data:
             from fastgen.data import moving
 
@@ -47,6 +58,7 @@ class Requests:
         else:
             self.table, self.rows = data.cond_table, data.rows
             self.own, self.captions = (data if data.own else None), data.texts
+            self.originals = data.originals
 
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""
@@ -76,6 +88,20 @@ class Requests:
             return self.own.null(index % len(self.rows))
         return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
 
+    def restored(self, num: int) -> Tensor | None:
+        """Images [num, C, H, W] in [0, 1] that the first num requests are to restore; None for others."""
+        if self.originals is None:
+            return None
+        return self.originals[torch.arange(num) % len(self.originals)].float() / 255
+
+    def enlarged(self, num: int) -> Tensor | None:
+        """Images [num, C, H, W] in [0, 1]: the bicubic enlargement of what these requests are shown."""
+        if self.originals is None:
+            return None
+        index = torch.arange(num) % len(self.originals)
+        section = self.degradation
+        return shown(self.originals, section.factor, section.kind)[index].float() / 255
+
     def texts(self, num: int) -> list[str] | None:
         """The prompts of the first num requests; None for a teacher that takes none."""
         if self.captions is None:
@@ -94,3 +120,19 @@ class Requests:
     def wanted(self, num: int) -> dict[str, Tensor]:
         index = torch.arange(num) % len(self.rows)
         return {k: v[index] for k, v in self.attributes.items()}
+
+
+def of_bundled_set(codec, degradation=None) -> Data:
+    """The data of a run whose requests are those of a bundled set: the null condition, and what degrades."""
+    null = {k: v.cpu() for k, v in codec.null(1).items()}
+    data = Data(None, {}, torch.zeros(0).long(), null, codec.shape)
+    data.degradation = degradation
+    return data
+
+
+def degraded(codec, images: Tensor, data) -> Data:
+    """Requests to restore uint8 images [N, C, H, W] from what the data's own degradation leaves of them."""
+    own, null = degraded_rows(data.degradation, codec, images)
+    row = {k: v.cpu() for k, v in codec.prompts([""]).items() if k not in own}
+    rows = torch.zeros(len(images)).long()
+    return Data(None, row, rows, data.uncond, codec.shape, [""], own, null)

@@ -77,6 +77,8 @@ class ExportInfo:
     """file name of the same adapter under kohya's names"""
     example: str = ""
     """a prompt of the run's own data, for the card and the suggested command; empty: the run had none"""
+    enlarges: int = 0
+    """how many times smaller the picture is that it is shown enlarged (super-resolution); 0: none"""
     num_students: int = 0
     """students in folders of their own, student0 and so on; 0: one student, in this folder"""
     trained_students: tuple[int, ...] = ()

@@ -129,6 +129,8 @@ def load_export(
     """
     loaded = _load_export(path, base, key, size or {})
     loaded.size = size or {}
+    if loaded.info is not None and loaded.info.enlarges:
+        loaded.codec.enlarges = loaded.info.enlarges
     return loaded
 
 

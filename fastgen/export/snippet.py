@@ -92,22 +92,26 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
             f"    device=device{keywords(info.timestep_arguments)}",
             ")",
         ]
-    prompt = json.dumps(info.example or PROMPT, ensure_ascii=False)
-    first = f"{family.label_key}=[3]" if family.label_key else f"prompt={prompt}"
-    given = [
-        *([first] if family.takes_text or family.label_key else []),
-        "generator=torch.Generator().manual_seed(0)",
-    ]
-    if family.needs_image:
-        given.insert(len(given) - 1, 'image=load_image("image.png")')
     return [
         *lines,
         f"{'frames' if moving else 'image'} = pipe(",
-        f"    {', '.join(given)},",
+        f"    {', '.join(_requested(family, codec, info))},",
         *_wrapped([f"{k}={v if k == 'latents' else repr(v)}" for k, v in call.items()]),
         f").{'frames' if family.temporal else 'images'}[0]",
         'export_to_gif(frames, "sample.gif")' if moving else 'image.save("sample.png")',
     ]
+
+
+def _requested(family: Family, codec, info: ExportInfo) -> list[str]:
+    """Keywords of a pipeline call that say what to draw."""
+    prompt = '""' if info.enlarges else json.dumps(info.example or PROMPT, ensure_ascii=False)
+    first = f"{family.label_key}=[3]" if family.label_key else f"prompt={prompt}"
+    given = [first] if family.takes_text or family.label_key else []
+    if family.needs_image:
+        height, width = codec.pixels
+        enlarged = f".resize(({width}, {height}), resample=3)" if info.enlarges else ""  # bicubic
+        given.append(f'image=load_image("image.png"){enlarged}')
+    return [*given, "generator=torch.Generator().manual_seed(0)"]
 
 
 def _adapter_lines(net: str, info: ExportInfo) -> list[str]:

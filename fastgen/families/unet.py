@@ -192,4 +192,45 @@ class ControlSD(SD):
         return super().taps(net.unet)
 
 
-FAMILIES = (ControlSD(), SD(), LCM(), SDXL(), ConsistencyUNet(), UNet2D())
+class InstructPix2Pix(SD):
+    """Stable Diffusion whose first convolution also reads the latents of an image (arXiv 2211.09800): for
+    editing, and for super-resolution of an enlarged picture. cond["image_latents"] [B, C, h, w] are not
+    scaled.
+
+    Guidance leads away from the text alone: the null condition keeps the image, as the pipeline does with
+    image_guidance_scale 1.
+    """
+
+    name, pipelines = "instruct-pix2pix", ("StableDiffusionInstructPix2PixPipeline",)
+    needs_image = True
+    index_extra = {**SD.index_extra, "image_encoder": [None, None]}
+    call_arguments = {"image_guidance_scale": 1.0}
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return index.get("_class_name") in self.pipelines
+
+    def channels(self, net: DiffusersModel) -> int:
+        return net.config.out_channels
+
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        channels = self.channels(net)  # those after them are a second time's
+        image = cond["image_latents"].to(x.dtype)
+        out = super().call(net, torch.cat([x[:, :channels], image, x[:, channels:]], 1), time, cond)
+        return out[:, : x.shape[1]]
+
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
+        return super().cond_shapes(net, codec) | {"image_latents": tuple(codec.shape)}
+
+    @torch.no_grad()
+    def encode(self, codec, prompts: list[str]) -> Cond:
+        states = codec.pipe._encode_prompt(prompts, codec.device, 1, False)
+        return {"encoder_hidden_states": states.float()}
+
+    def encode_image(self, codec, images: Tensor) -> Cond:
+        return {"image_latents": self.to_latents(codec.vae, images.to(codec.vae.dtype)).float()}
+
+    def size_call(self, codec) -> dict:
+        return {}  # that of the image
+
+
+FAMILIES = (ControlSD(), InstructPix2Pix(), SD(), LCM(), SDXL(), ConsistencyUNet(), UNet2D())

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgen.core.batch import Cond
@@ -49,6 +49,8 @@ class Backbone(Denoiser):
         self.adapter: str | None = None
         self.guidance_control: Control | None = None
         """of guidance adapters, where some were added"""
+        self.spread = False
+        """whether each process holds a part of it alone"""
         self.attention: str | None = None
         self.adapter_names: tuple[str, ...] = ()
         self.fixed: tuple[str, ...] = ()
@@ -131,7 +133,8 @@ class Backbone(Denoiser):
     ) -> tuple[list[Tensor], Tensor | None]:
         """(feature maps [B, C, h, w] at the taps, D) from one pass of the network.
 
-        Without score=True D is None, and the pass ends at the last tap.
+        Without score=True D is None, and the pass ends at the last tap, unless the network is spread over
+        processes: what was gathered for it is let go of at its end.
         """
         modules = self.family.taps(self.net)
         chosen = [modules[i] for i in taps]
@@ -140,7 +143,7 @@ class Backbone(Denoiser):
         def hook(index: int):
             def keep(_module, _args, out):
                 found[index] = out[self.family.tap_output] if isinstance(out, tuple) else out
-                if not score and len(found) == len(chosen):
+                if not score and len(found) == len(chosen) and not self.spread:
                     raise _AllTapsReached
 
             return keep
@@ -157,7 +160,29 @@ class Backbone(Denoiser):
         tokens = [self.family.image_tokens(self.net, found[i], x_t, cond) for i in range(len(chosen))]
         return [self.family.feature_map(self.net, out, x_t).float() for out in tokens], D
 
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name; of a network that is spread over processes the parts, also where its last
+        pass left some gathered.
+        """
+        for part in self.family.parts(self.net).values():
+            if hasattr(part, "reshard"):
+                part.reshard()
+        return super().named_weights()
+
     # -- adapters ------------------------------------------------------------------------------------------
+    def repeated_blocks(self, net: nn.Module) -> list[nn.Module]:
+        """Those of one of its networks that diffusers names, else those whose outputs can be features."""
+        names = getattr(net, "_repeated_blocks", None) or ()
+        inside = list(net.modules())
+        named = [m for m in inside if type(m).__name__ in names]
+        return named or [m for m in self.family.taps(self.net) if any(m is one for one in inside)]
+
+    def compile_blocks(self) -> None:
+        """Compile every repeated block in place, which PyTorch does once for each kind."""
+        for part in self.family.parts(self.net).values():
+            for block in self.repeated_blocks(part):
+                block.compile()
+
     def add_adapter(
         self, name: str, rank: int, alpha: float, targets: tuple[str, ...], rs: bool = False
     ) -> None:

@@ -35,6 +35,8 @@ class Codec(nn.Module):
     """whether the network knows the empty condition of `null`"""
     guidance: float | None
     """value of the network's own input for the guidance scale; None without such an input"""
+    enlarges: int = 0
+    """how many times smaller the picture is that the network is shown enlarged; 0: it is shown as it is"""
 
     def __init__(self, family: Family | None, shape: tuple[int, ...], num_classes: int = 0):
         super().__init__()

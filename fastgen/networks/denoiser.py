@@ -59,6 +59,10 @@ class Denoiser(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; networks without blocks keep them."""
 
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name, as an optimizer may keep them."""
+        return dict(self.named_parameters())
+
     def trainable_copy(self) -> "Denoiser":
         """A network that starts as this one and can be trained, in float32."""
         return copy.deepcopy(self).float()

@@ -39,6 +39,7 @@ INFO: dict[str, type | tuple[type, ...]] = {
     "width": int,
     "num_frames": int,
     "embedded_guidance": (int, float),
+    "enlarges": int,
     "family": dict,
     "export": dict,
 }
@@ -247,8 +248,29 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
     except Exception as error:  # constructors raise errors of many types
         found = f"{family.net_class} cannot be built from it ({first_line(error)})"
         raise UserError("teacher.blueprint.net", found, "correct the setting that it names") from None
+    if options.weights and blueprint.get("start"):
+        _start_from(parts[family.component], blueprint["start"], family)
     info = dict(blueprint.get("info", {}))
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
+
+
+@torch.no_grad()
+def _start_from(net, start: str, family: Family) -> None:
+    """Give an untrained network the weights of a trained one that differs at most in reading fewer channels:
+    further ones begin at zero.
+    """
+    key = "teacher.blueprint.start"
+    folder = hub_folder(start, False) / family.component
+    known = load_part(folder, key, component_class(folder), True, None, denoiser=True).state_dict()
+    for name, value in net.state_dict().items():
+        from_it = known.get(name)
+        narrower = from_it is not None and from_it.ndim == 4 and from_it.shape[1] < value.shape[1]
+        if narrower and from_it.shape[:1] + from_it.shape[2:] == value.shape[:1] + value.shape[2:]:
+            value.zero_()[:, : from_it.shape[1]] = from_it
+        elif from_it is None or from_it.shape != value.shape:
+            raise UserError(key, f"{start} has no {name} of shape {tuple(value.shape)}", "give a model alike")
+        else:
+            value.copy_(from_it)
 
 
 def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
@@ -333,6 +355,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
         codec = _label_codec(folder, parts, options)
     else:
         codec = _text_codec(folder, parts, index, options)
+    codec.enlarges = info.get("enlarges", 0)
     build_on_meta(codec, codec_configs, DTYPES[options.dtype])
     schedule, found = schedule_of(scheduler, prediction, family.shift(scheduler, net, codec.shape[1:]))
     kind = type(schedule).__name__

@@ -30,6 +30,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Schedule
+from fastgen.networks.jvp import TangentConfig
 from fastgen.objectives.requirements import Requirements
 from fastgen.roles.heads import Discriminator, LogVariance
 from fastgen.roles.roles import Player, Role, Student
@@ -78,8 +79,16 @@ AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_any_o
 
 def requirements_of(cfg: ObjectiveConfig) -> Requirements:
     """What the method of this name needs under these settings."""
-    needs = REGISTRY[cfg.name].requirements(cfg)
+    needs = replace(REGISTRY[cfg.name].requirements(cfg), forward_mode=_exact_tangent(cfg))
     return needs if needs.guidance is not None else replace(needs, guidance=cfg.real_guidance)
+
+
+def _exact_tangent(cfg: BaseModel) -> bool:
+    """Whether any settings inside ask for an exact tangent."""
+    values = [getattr(cfg, name) for name in type(cfg).model_fields]
+    if isinstance(cfg, TangentConfig):
+        return cfg.method == "exact"
+    return any(_exact_tangent(value) for value in values if isinstance(value, BaseModel))
 
 
 class TimeConfig(BaseModel):

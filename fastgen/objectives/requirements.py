@@ -124,6 +124,8 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    degraded: bool = False
+    """whether the teacher is shown a less degraded picture than the student (data.degradation)"""
     forgets: tuple[str, ...] = ()
     """classes or words of prompts that the student is to forget, which its measurement leaves out"""
 
@@ -148,6 +150,8 @@ class Requirements:
     """steps of the grid that any step count may be taken from; 0 where the time list is fixed"""
     step_counts: tuple[int, ...] = ()
     """step counts trained at once, inputs of student and critic in place of the guidance; empty: one"""
+    forward_mode: bool = False
+    """whether a network is differentiated in forward mode (a tangent by PyTorch's JVP)"""
     negative_prompt_scale: float = 0.0
     """scale of negative prompts (NASA) that the export is sampled with"""
     why_not_sampled: Callable[[int, str], str] = lambda num_steps, sampler: ""

@@ -83,7 +83,7 @@ class Role:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters this role learns: all of its copy, or those of its adapter."""
-        named = dict(self.backbone.named_parameters())
+        named = self.backbone.named_weights()
         if self.adapter is not None:
             return {n: p for n, p in named.items() if f".{self.adapter}." in n and of_adapter(n)}
         if self.backbone.adapter_names:

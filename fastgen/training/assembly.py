@@ -44,7 +44,10 @@ def make_cast(cfg: RunConfig, device="cpu") -> Cast:
 def make_weightless_cast(cfg: RunConfig) -> Cast:
     """The networks of a run on the meta device, never compiled."""
     return make_cast(
-        cfg.model_copy(update={"train": cfg.train.model_copy(update={"compile": False})}), "meta"
+        cfg.model_copy(
+            update={"train": cfg.train.model_copy(update={"compile": False, "compile_blocks": False})}
+        ),
+        "meta",
     )
 
 

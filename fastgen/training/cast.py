@@ -77,7 +77,7 @@ class Cast:
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
         torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
-        self.teacher = load_configured(teacher, self.device, null)
+        self.teacher = self._load(null)
         check_fits(self.teacher, teacher, student, stages)
         if student.fuse:
             from fastgen.export.load import locate
@@ -88,6 +88,9 @@ class Cast:
         self.teacher.backbone.requires_grad_(False).eval()
         self._make_roles()
         self._prepare_networks()
+
+    def _load(self, null: Cond | None) -> Teacher:
+        return load_configured(self.teacher_cfg, self.device, null)
 
     def _make_roles(self) -> None:
         """Students, critics and targets that a stage needs, each under its name."""
@@ -115,10 +118,11 @@ class Cast:
         for backbone in self.backbones():
             if isinstance(backbone, Backbone):
                 backbone.attention = check_attention(backbone.net, attention, self.device)
-        if self.train_cfg.compile:
-            for backbone in self.backbones():
-                if isinstance(backbone, Backbone):
-                    backbone.net.compile()  # in place: parameter names and hooks stay as they are
+        for backbone in self.backbones():
+            if isinstance(backbone, Backbone) and self.train_cfg.compile_blocks:
+                backbone.compile_blocks()
+            elif isinstance(backbone, Backbone) and self.train_cfg.compile:
+                backbone.net.compile()  # in place: parameter names and hooks stay as they are
         if self.train_cfg.gradient_checkpointing:
             for backbone in self.backbones():
                 backbone.enable_gradient_checkpointing()

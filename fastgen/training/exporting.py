@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from fastgen.export import write
+from fastgen.export.describe import Trained
 from fastgen.export.info import read_info
 from fastgen.export.model_card import SAMPLES, read_command
-from fastgen.export.write import Trained, export_student
+from fastgen.export.write import export_student
 from fastgen.objectives import requirements_of
 from fastgen.roles.sana_sprint import as_exported
 
@@ -41,6 +42,7 @@ def trained(trainer) -> Trained:
         command=read_command(Path(trainer.folder)),
         dtype=export_dtype(trainer),
         example=trainer.example,
+        enlarges=trainer.enlarges,
     )
 
 

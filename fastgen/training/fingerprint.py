@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastgen.config.sections import DataConfig
+from fastgen.config.data_section import DataConfig
 from fastgen.core.errors import UserError, warn
 from fastgen.data.digest import data_digest
 from fastgen.networks.weights_digest import weights_digest
@@ -23,8 +23,10 @@ TRAIN = (
     "mixed_precision",
     "gradient_checkpointing",
     "compile",
+    "compile_blocks",
+    "sharding",
 )
-FREE = ("lr", "gradient_checkpointing", "compile", "version")
+FREE = ("lr", "fused", "gradient_checkpointing", "compile", "compile_blocks", "sharding", "version")
 """last or first words of keys whose change is reported and never refused"""
 ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
 """settings of the data section that are named also where they are not set; checkpoints and evidence from

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import PlayerOptim, TrainConfig
@@ -23,6 +25,7 @@ from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
 from fastgen.data.text import example_of
+from fastgen.networks.sharding import clip_gradients, gathered, like, shard, wholes
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
@@ -40,8 +43,12 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
                 "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
             ) from None
         return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
-    cls = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[cfg.name]
-    return cls(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    given = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if cfg.name == "radam":
+        return torch.optim.RAdam(parameters, **given)
+    spread = {isinstance(p, DTensor) for p in parameters}
+    one_by_one = {"foreach": False} if len(spread) > 1 else {}  # lists of both kinds are no input of a kernel
+    return torch.optim.AdamW(parameters, **given, fused=cfg.fused or None, **one_by_one)
 
 
 def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
@@ -56,9 +63,11 @@ def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Mean of the gradients over processes, in flat buckets of about 100 MB. A parameter that some process
-    had no use for this time (an expert none of its samples needed) counts as zero there.
+    had no use for this time (an expert none of its samples needed) counts as zero there. Those that are
+    spread over the processes have it already.
     """
-    if not torch.distributed.is_initialized():
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if not (torch.distributed.is_initialized() and parameters):
         return
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     used = used.to(parameters[0].device)
@@ -103,6 +112,9 @@ class Trainer:
         self.cpu = CpuShare()
         self.total = sum(s.max_train_steps for s in cast.stages)
         cast.divide(data)
+        self.sharded = train.sharding == "fsdp"
+        if self.sharded:
+            shard(cast.backbones(), accelerator.device)
         self.student = cast.student
         self.ema = EMA(self.student.trainable(), train.ema_decay)
         self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
@@ -112,6 +124,7 @@ class Trainer:
         self.unchanged = False  # True within a step until it changes the first weight
         self.exported: Path | None = None
         self.example = example_of(data.texts)  # a prompt that the export may suggest
+        self.enlarges = data.degradation.factor if data.degradation else 0
 
     # -- the loop --------------------------------------------------------------------------------------------
     def fit(self, resume: Path | None = None) -> None:
@@ -226,7 +239,8 @@ class Trainer:
         cfg, optimizer = self.optim_cfg[player], self.optimizers[player]
         parameters = list(self.params[player].values())
         average_gradients(parameters)
-        norm = self.acc.clip_grad_norm_(parameters, cfg.clip or math.inf)
+        clip = clip_gradients if self.sharded else self.acc.clip_grad_norm_
+        norm = clip(parameters, cfg.clip or math.inf)
         if not torch.isfinite(norm) and self.acc.scaler is None:
             raise NotFinite(f"step {self.step}: gradient of {player} is {float(norm)}")
         lr = cfg.lr * lr_factor(cfg, k, total)
@@ -273,6 +287,20 @@ class Trainer:
         numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self.acc.log(numbers, step=self.step)
 
+    @contextmanager
+    def whole_networks(self) -> Iterator[None]:
+        """Networks and averages whole on the main process, which goes on alone."""
+        if not self.sharded:
+            yield
+            return
+        averages = self.ema.averages
+        self.ema.averages = {decay: wholes(one) for decay, one in averages.items()}
+        try:
+            with gathered(self.cast.backbones(), self.acc.is_main_process):
+                yield
+        finally:
+            self.ema.averages = averages
+
     # -- checkpoints -----------------------------------------------------------------------------------------
     def _weights(self) -> dict[str, Tensor]:
         """What is trained, and its averages, by name."""
@@ -288,14 +316,16 @@ class Trainer:
         """Checkpoint the state from which step k of a stage starts; NotFinite instead where a weight, or a
         sample made with the weights, is not finite.
         """
-        if not self.acc.is_main_process:
+        if not (self.acc.is_main_process or self.sharded):
             return
-        tensors = self._tensors()
+        tensors = wholes(self._tensors())
         rest: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
-            tensors, rest = tensors | more, rest | other
+            tensors, rest = tensors | wholes(more), rest | other
         self._check_good(tensors)
+        if not self.acc.is_main_process:
+            return
         meta = {
             "stage": stage,
             "k": k,
@@ -346,12 +376,13 @@ class Trainer:
         """
         for name, value in self._weights().items():
             if name in tensors:  # a part that this stage brings in is not
-                value.copy_(tensors[name])
+                value.copy_(like(tensors[name], value))
         if meta["k"]:
             for name, optimizer in self.optimizers.items():
-                checkpoint.restore_optimizer(
-                    optimizer, list(self.params[name]), f"optim/{name}", tensors, meta["rest"]
-                )
+                names = list(self.params[name])
+                checkpoint.restore_optimizer(optimizer, names, f"optim/{name}", tensors, meta["rest"])
+                for parameter, state in optimizer.state.items():
+                    state |= {k: like(v, parameter) for k, v in state.items() if k.startswith("exp_avg")}
         self.step, self.seconds, self.best = meta["step"], meta["seconds"], meta["best"]
         self.validated = meta["validated"]
         for key, values in meta["logs"].items():

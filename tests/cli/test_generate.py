@@ -98,3 +98,13 @@ def test_other_requests_and_wrong_ones_are_refused(model, tmp_path, capsys):
 def test_groups_show_one_prompt_each(model, tmp_path):
     assert draw(model, tmp_path / "out", "--group_size", 3) == 0
     assert prompts_of(open_source(str(tmp_path / "out"))) == list("0001112")
+
+
+def test_a_model_that_is_shown_a_picture_is_refused(tmp_path, capsys):
+    """Nothing here gives it one; grey would be drawn from in silence."""
+    from tests.families.cases.unets import pix2pix_folder
+
+    pix2pix_folder(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red dress\n")
+    assert draw(tmp_path / "model", tmp_path / "out", "--prompts", tmp_path / "prompts.txt") == 2
+    assert "is shown a picture" in capsys.readouterr().err and not list(tmp_path.glob("out/*.png"))

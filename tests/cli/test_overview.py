@@ -53,6 +53,12 @@ def test_networks_are_counted_with_their_trained_share(kind):
     assert "critic" in rows and re.match(r"\d+\.\d [MG]B estimated", rows["memory"])
 
 
+def test_a_denoiser_that_is_trained_itself_stands_beside_no_teacher():
+    cfg = load(["configs:teachers/digits.yaml"], [])
+    rows = dict(overview.network_rows(make_weightless_cast(cfg), cfg.train))
+    assert "teacher" not in rows and "of its own" in rows["student"]
+
+
 def test_linear_attention_is_counted_under_gradient_checkpointing(tiny):
     """On the meta device, of which autocast knows nothing."""
     argv = ["--teacher.path", str(tiny("sana")), "--train.gradient_checkpointing", "true"]
@@ -147,6 +153,8 @@ def test_what_a_run_suggests_is_a_prompt_of_the_user(own_run):
 
 # -- what is measured against what ---------------------------------------------------------------------------
 DATA = SimpleNamespace(
+    degradation=None,
+    originals=None,
     cond_table={"x": torch.zeros(2, 1)},
     rows=torch.tensor([0, 1]),
     uncond={"x": torch.zeros(1, 1)},

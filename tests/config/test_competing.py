@@ -105,11 +105,12 @@ PLAIN = {
         "split image_column text_column label_column weight control dispreferred limit on_bad_image "
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
+    "data.degradation": "factor teacher_factor kind",
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
-        "compile ema_decay log_steps validation_steps checkpointing_steps export_dtype "
-        "checkpoints_total_limit num_threads report_to"
+        "compile compile_blocks ema_decay log_steps validation_steps checkpointing_steps export_dtype "
+        "checkpoints_total_limit sharding num_threads report_to"
     ),
     "eval": (
         "num_samples teacher_samples remeasure_teacher student_steps validation_samples grid batch_size seed "

@@ -114,8 +114,8 @@ def test_bundled_bases_stay_inside_configs():
         ({"b": "[1]", "a": "base: b.yaml"}, r"base: .*b.yaml holds a list; expected a mapping of sections"),
         ({"b": "{", "a": "base: b.yaml"}, r"base: .*b.yaml is not valid YAML"),
         (
-            {"a": "base: configs:bases/tinted-ds.yaml"},
-            r"base: configs:bases/tinted-ds.yaml \(the base of .*a.yaml\) is no bundled config "
+            {"a": "base: configs:bases/tinted-sdd.yaml"},
+            r"base: configs:bases/tinted-sdd.yaml \(the base of .*a.yaml\) is no bundled config "
             r"\(did you mean 'configs:bases/tinted-sd.yaml'\?\); name a file of ",
         ),
         ({"a": "base: configs:../train.py"}, r"base: configs:../train.py .* is no bundled config"),

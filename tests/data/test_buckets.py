@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fastgen.cli.train import main
+from fastgen.config.data_section import DataConfig
 from fastgen.config.run import validate
-from fastgen.config.sections import DataConfig
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.data.buckets import BucketedData, batches_of, check_fits, nearest, parsed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.config.sections import DataConfig
+from fastgen.config.data_section import DataConfig
 from fastgen.core.errors import UserError
 from fastgen.data.folders import gather, scan
 from fastgen.data.loader import load_data

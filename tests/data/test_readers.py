@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastgen.cli.python_api import _kind_of_path
-from fastgen.config.sections import DataConfig
+from fastgen.config.data_section import DataConfig
 from fastgen.core.errors import UserError
 from fastgen.data import packages
 from fastgen.data.columns import columns_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen.config.sections import DataConfig
+from fastgen.config.data_section import DataConfig
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.data import sources, streaming

@@ -83,7 +83,7 @@ def test_two_experts_from_clips_to_plain_diffusers(tmp_path, built, monkeypatch)
 
 def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     """Image to video: every sample has its own picture, in both halves of guidance."""
-    from fastgen.config.sections import DataConfig
+    from fastgen.config.data_section import DataConfig
     from fastgen.networks.load import load_teacher
 
     teacher = load_teacher(str(built("wan-i2v")))

@@ -62,7 +62,7 @@ def make_run(
             if moved and (kind == "full" or "lora_B" in name):
                 std = 0.02 if kind == "full" else 0.2
                 parameter.add_(std * torch.randn(parameter.shape, generator=generator))
-    return SimpleNamespace(cast=cast, train_cfg=cfg.train, step=5, example="", folder=out)
+    return SimpleNamespace(cast=cast, train_cfg=cfg.train, step=5, example="", enlarges=0, folder=out)
 
 
 def ours(loaded, condition: list) -> torch.Tensor:
@@ -318,7 +318,9 @@ def test_teacher_export_keeps_scheduler_and_guidance(tiny, tmp_path):
             "data": {"name": "tinted"},
         }
     )
-    run = SimpleNamespace(cast=make_cast(cfg), train_cfg=cfg.train, step=5, example="", folder=tmp_path)
+    run = SimpleNamespace(
+        cast=make_cast(cfg), train_cfg=cfg.train, step=5, example="", enlarges=0, folder=tmp_path
+    )
     folder = export_run(run, tmp_path / "export", {})
     state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in state.values()} == {torch.float16}

@@ -91,7 +91,9 @@ class World:
         cast.stages = validate(
             {"objective": {"name": "dmd2", "gan_weight": 0.0}, "data": {"name": ""}}
         ).all_stages()
-        return SimpleNamespace(cast=cast, train_cfg=cast.train_cfg, step=5, example="", folder=self.folder)
+        return SimpleNamespace(
+            cast=cast, train_cfg=cast.train_cfg, step=5, example="", enlarges=0, folder=self.folder
+        )
 
 
 class _Cast(Cast):
@@ -101,7 +103,7 @@ class _Cast(Cast):
         self._given = given
         super().__init__(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages())
 
-    def _load(self):
+    def _load(self, null):
         given = copy.copy(self._given)
         given.backbone = copy.deepcopy(given.backbone)
         return given

@@ -145,7 +145,7 @@ save_file(found, "images.safetensors")
 def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, kind):
     cfg, cast, _ = make(tiny, "sd", kind)
     moved(cast, kind)
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     loaded = load_export(folder)
     assert loaded.role.guidance_range == (1.0, 8.0) and loaded.role.guidance == W
@@ -166,7 +166,7 @@ def test_guidance_scale_of_the_stock_pipeline_drives_the_export(tiny, tmp_path, 
 def test_a_student_starts_from_an_export_with_or_without_w(tiny, tmp_path):
     cfg, cast, _ = make(tiny, "sd")
     moved(cast, "full")
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
     exported = export_run(run, tmp_path / "with_w", {})
     _, again, _ = make(tiny, "sd", init=str(exported))
     for name, value in again.parts["student"].trainable().items():
@@ -178,7 +178,7 @@ def test_a_student_starts_from_an_export_with_or_without_w(tiny, tmp_path):
 def test_w_outside_the_trained_range_is_warned_of(tiny, tmp_path, capsys):
     cfg, cast, _ = make(tiny, "sd")
     folder = export_run(
-        SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path),
+        SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path),
         tmp_path / "export",
         {},
     )
@@ -220,7 +220,7 @@ def test_a_student_may_be_sampled_with_more_guidance_than_its_teacher(tiny, tmp_
             wanted = student.with_guidance(sampled_w or W).generate(one.noise, one.cond, torch.randn_like)
         torch.testing.assert_close(found[sampled_w], wanted)
         assert objective.guidance == W
-        run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+        run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
         assert load_export(export_run(run, tmp_path / f"{sampled_w}", {})).role.guidance == (sampled_w or W)
     assert not torch.allclose(found[None], found[6.0], atol=1e-4)
 

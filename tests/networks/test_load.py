@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 
 from fastgen.cli.train import main
+from fastgen.config.data_section import DataConfig
 from fastgen.config.run import validate
-from fastgen.config.sections import DataConfig, StudentConfig, TeacherConfig
+from fastgen.config.sections import StudentConfig, TeacherConfig
 from fastgen.core.errors import UserError
 from fastgen.data.loader import _text_rows, load_data
 from fastgen.data.media import read_folder

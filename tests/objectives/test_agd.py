@@ -365,7 +365,9 @@ def test_an_untrained_adapter_is_as_far_from_guided_pictures_as_unguided_ones(tm
     given = {"teacher": {"path": "assets:teachers/tinted-sd", "guidance": 3.0, "num_steps": 4}}
     given["student"] = {**ADAPTERS, "num_steps": 4}
     cfg = validate({**values(), **given, "data": {"name": "tinted"}})
-    run = SimpleNamespace(cast=make_cast(cfg), train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    run = SimpleNamespace(
+        cast=make_cast(cfg), train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path
+    )
     found = by_scale(str(export_run(run, tmp_path / "export", {})), num=12, scales=(3.0,))
     assert found["scales"]["3"]["apart"] == pytest.approx(1, abs=1e-4)
     assert found["scales"]["3"]["student"]["fd_mini"] == pytest.approx(found["unguided"]["fd_mini"])

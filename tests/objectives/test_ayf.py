@@ -12,6 +12,7 @@ from fastgen.objectives.ayf import AYF, AYFConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.assembly import make_cast
 from tests.objectives.test_meanflow import S0, FlowMapNet, average
+from tests.support.heavier import first_of
 from tests.support.replay import card_replay
 from tests.support.spelled import Classes, Heard, TwoTimes, World, at_x, gradient
 from tests.support.toys import batch_of, gaussian_role, rng, run_mixture
@@ -158,7 +159,7 @@ def test_a_walk_without_the_ode_is_refused(tiny, steps, sampler):
         )
 
 
-@pytest.mark.parametrize("loss", ["emd", "lmd"])
+@pytest.mark.parametrize("loss", first_of(["emd", "lmd"]))
 def test_p2_distils_the_mixture(tmp_path, loss):
     objective = {"name": "ayf", "loss": loss, "warmup_steps": 50}
     before, after, _, _ = run_mixture(tmp_path, objective, steps=250, batch=128)

@@ -11,6 +11,7 @@ from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.boot import BOOT, BOOTConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
+from tests.support.heavier import first_of
 from tests.support.replay import replay
 from tests.support.spelled import World, at_x, gradient
 from tests.support.toys import batch_of, energy_distance, gaussian_role, rng, run_mixture
@@ -190,7 +191,7 @@ def test_a_start_that_is_not_pure_noise_is_refused(S, times):
     assert "student.timesteps" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("schedule", ["flow", "vp"])
+@pytest.mark.parametrize("schedule", first_of(["flow", "vp"]))
 def test_p2_distils_the_guided_mixture_without_data(tmp_path, schedule):
     """Against the guided teacher's own samples from the same noise."""
     cfg = {"name": "boot", "num_times": 16}

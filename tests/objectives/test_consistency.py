@@ -12,6 +12,7 @@ from fastgen.objectives.consistency import Consistency, ConsistencyConfig
 from fastgen.objectives.shared.intervals import draw_intervals, num_intervals
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import jump, solver_step, undo_jump
+from tests.support.heavier import first_of
 from tests.support.replay import replay
 from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
@@ -347,12 +348,13 @@ P2 = {
 }
 
 
-@pytest.mark.parametrize("name", P2)
+@pytest.mark.parametrize("name", first_of(P2))
 def test_p2_distils_the_mixture(tmp_path, name):
     before, after, _, _ = run_mixture(tmp_path, {"name": "consistency", **P2[name]}, steps=500, lr=2e-3)
     assert after < before * 0.5 and after < 0.06, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_segments_serve_as_many_steps(tmp_path):
     objective = {"name": "consistency", "num_scales": 16, "segments": 4, "solver": "heun"}
     before, after, _, _ = run_mixture(

@@ -10,6 +10,7 @@ from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.objectives import requirements_of
 from fastgen.objectives.dmd2 import DMD2, DMD2Config
+from tests.support.heavier import first_of
 from tests.support.replay import replay, replay_counts
 from tests.support.spelled import FAR, NEAR, World, at_x, dmd_weight, gradient, softplus_pair
 from tests.support.toys import (
@@ -253,7 +254,7 @@ def test_gan_needs_data_and_score_alone_does_not():
     assert requirements_of(DMD2Config(gan_weight=0, backward_simulation=False)).real_data
 
 
-@pytest.mark.parametrize("teacher", ["analytic:gmm2d-flow", "analytic:gmm2d-vp", "analytic:gmm2d-edm"])
+@pytest.mark.parametrize("teacher", first_of(f"analytic:gmm2d-{kind}" for kind in ("vp", "flow", "edm")))
 def test_p2_distils_the_mixture(tmp_path, teacher):
     before, after, samples, _ = run_mixture(
         tmp_path, {"name": "dmd2", "gan_weight": 0.0, "student_every": 2}, teacher
@@ -264,6 +265,7 @@ def test_p2_distils_the_mixture(tmp_path, teacher):
     assert modes.min() > 0.10, modes
 
 
+@pytest.mark.slow
 def test_p2_with_gan_and_four_steps(tmp_path):
     objective = {"name": "dmd2", "gan_weight": 0.03, "disc_weight": 0.03, "student_every": 2}
     before, after, _, _ = run_mixture(tmp_path, objective, num_steps=4, steps=300)

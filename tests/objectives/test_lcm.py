@@ -13,6 +13,7 @@ from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import teacher_grid
 from fastgen.training.exporting import export_run
 from tests.export.test_plain_diffusers import make_run
+from tests.support.heavier import first_of
 from tests.support.replay import replay_counts
 from tests.support.spelled import World, at_x, gradient, line
 from tests.support.toys import (
@@ -197,7 +198,7 @@ def test_p1_negative_without_boundary_a_constant_has_no_loss():
     assert next(loose.step(batch_of(x0), 0))[0] == 0 and next(pinned.step(batch_of(x0), 0))[0] > 0.01
 
 
-@pytest.mark.parametrize("teacher", ["gmm2d-flow", "gmm2d-vp"])
+@pytest.mark.parametrize("teacher", first_of(["gmm2d-flow", "gmm2d-vp"]))
 def test_p2_distils_the_mixture(tmp_path, teacher):
     objective = {"name": "lcm", "grid_steps": 16, "metric": "l2"}
     before, after, _, _ = run_mixture(tmp_path, objective, f"analytic:{teacher}", steps=400, lr=2e-3)

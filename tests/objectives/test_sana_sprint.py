@@ -192,7 +192,7 @@ def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny,
         p.data += 0.02 * torch.randn(p.shape, generator=generator)
     ours = cast.parts["student"]
     assert ours.times == pytest.approx([1.0, 0.7827], abs=1e-4)
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     (folder / "plain.py").write_text(PLAIN.replace("PROMPTS", repr(list(PROMPTS))))
     done = run_plain("plain.py", cwd=folder)

@@ -240,6 +240,7 @@ def test_p2_distils_the_mixture(tmp_path):
     assert after < 0.02 and after < before / 4, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_sida_and_sim(tmp_path):
     objective = {"name": "sid", "gan_weight": 0.01, "disc_mean": False, "alpha": 1.0, "distance": "huber"}
     before, after, *_ = run_mixture(tmp_path, objective, steps=250)

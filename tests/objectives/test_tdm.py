@@ -261,6 +261,7 @@ def test_p2_four_steps_on_the_mixture(tmp_path):
     assert after < 0.02 and after < before / 2, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_several_step_counts(tmp_path):
     """One student for one, two and four steps, better at each than the network it started from."""
     objective = {"name": "tdm", "step_counts": [1, 2, 4]}
@@ -318,7 +319,7 @@ def test_p4_four_and_two_steps_of_one_student(tiny, tmp_path):
                 if p.grad is not None:
                     p.data -= 0.05 * p.grad.sign()
                     p.grad = None
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=4, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=4, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     images = plainly(PLAIN % (list(PROMPTS),), folder)
     loaded = load_export(folder)

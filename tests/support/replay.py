@@ -95,7 +95,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     cast, generator = make_cast(cfg), torch.Generator().manual_seed(9)
     for p in cast.parts["student"].trainable().values():
         p.data += 0.05 * torch.randn(p.shape, generator=generator)
-    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (folder / "plain.py").write_text(code)

@@ -11,6 +11,7 @@ from fastgen.cli.train import main
 from fastgen.core import interrupt
 from fastgen.training import checkpoint, run_folder, validation
 from fastgen.training.trainer import Trainer
+from tests.support.heavier import first_of
 from tests.training.test_resume import DMD2, RUNS, losses, pictures, state, write
 
 SIGNALS = [getattr(signal, name) for name in interrupt.NAMES]
@@ -44,7 +45,7 @@ def argv(tmp_path):
     return [*write(tmp_path, RUNS["dmd2 with GAN"]), str(tmp_path / "run")]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", first_of(sorted(SIGNALS, reverse=True)))
 def test_a_signal_saves_the_step_and_says_so(number, argv, tmp_path, monkeypatch, capfd, no_finish):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -101,7 +102,7 @@ def test_signals_that_nohup_ignores_stay_ignored(argv, tmp_path, monkeypatch, no
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("at", [0, 2, 6])
+@pytest.mark.parametrize("at", first_of([2, 0, 6]))
 def test_a_validation_that_was_cut_short_is_done_again(at, argv, tmp_path, monkeypatch, capfd, no_finish):
     from fastgen.evaluation.evaluator import Evaluator
 

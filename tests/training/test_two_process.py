@@ -34,14 +34,14 @@ METHODS = {
 }
 
 
-def launch_two(tmp_path, driver: str) -> None:
+def launch_two(tmp_path, driver: str, *flags: str) -> None:
     """Run two.yaml into the folder `two` by two processes that the driver starts from."""
     (tmp_path / "driver.py").write_text(driver)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two"]
+    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two", *flags]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "ACCELERATE_USE_CPU": "true",

@@ -64,6 +64,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return found.flatten(1).mean(1)
 
 
+def fidelity(images: Tensor, originals: Tensor) -> dict[str, float]:
+    """Mean PSNR in dB and SSIM of restored images [N, C, H, W] in [0, 1]; SSIM for 11 pixels or more."""
+    scores = {"psnr": psnr} | ({"ssim": ssim} if min(images.shape[2:]) >= 11 else {})
+    return {k: float(score(images.double(), originals.double()).mean()) for k, score in scores.items()}
+
+
 def _scores(images: Iterable[Tensor], score: Callable[[Tensor], Tensor]) -> Estimate:
     return mean_of(torch.cat([score(batch.float() / 255) for batch in images]))
 

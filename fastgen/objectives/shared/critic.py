@@ -268,9 +268,7 @@ def real_side(
 @torch.no_grad()
 def diagnostics(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """What distinguishes a healthy run from a sick one: distance of the two scores, spread of the samples."""
-    return {
-        "real_fake_gap": (real - fake).abs().mean(),
-        "x_mean": x.mean(),
-        "x_std": x.std(),
-        "x_spread": x.std(0).mean(),  # over the batch: falls to 0 when every sample is the same
-    }
+    found = {"real_fake_gap": (real - fake).abs().mean(), "x_mean": x.mean(), "x_std": x.std()}
+    if len(x) > 1:  # over the batch: falls to 0 when every sample is the same
+        found["x_spread"] = x.std(0).mean()
+    return found

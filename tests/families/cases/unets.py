@@ -70,6 +70,14 @@ def controlnet_folder(folder):
     _sd(StableDiffusionControlNetPipeline, folder, unet, DDIMScheduler(**BETAS), controlnet=net.eval())
 
 
+def pix2pix_folder(folder):
+    """The image's latents are more channels of the network's input."""
+    from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline
+
+    unet = _unet(in_channels=8)
+    _sd(StableDiffusionInstructPix2PixPipeline, folder, unet, DDIMScheduler(**BETAS))
+
+
 def sdxl_folder(folder):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -143,6 +151,12 @@ CASES = [
     Case(
         "controlnet",
         controlnet_folder,
+        images=lambda: torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16),
+        call={"image": (torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16) + 1) / 2},
+    ),
+    Case(
+        "instruct-pix2pix",
+        pix2pix_folder,
         images=lambda: torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16),
         call={"image": (torch.linspace(-1, 1, 2 * 3 * 256).reshape(2, 3, 16, 16) + 1) / 2},
     ),

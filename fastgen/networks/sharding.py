@@ -1,0 +1,133 @@
+"""Networks spread over the processes of a run: torch's FSDP2, so that no process holds one of them whole.
+
+`fully_shard` keeps a part of every parameter on each process (a DTensor), gathers those of a block when it
+computes and averages gradients on the way back. What is trained of an adapter stays whole: it is small, and
+of another precision than its base. Everything that is written or read is whole, so that a run goes on with
+any number of processes.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fastgen.core.errors import UserError
+from fastgen.families.parts import of_adapter
+from fastgen.networks.backbone import Backbone
+from fastgen.networks.denoiser import Denoiser
+
+
+def processes() -> int:
+    """How many there are in this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def shard(backbones: Iterable[Denoiser], device: str | torch.device) -> None:
+    """Spread every network over the processes, block by block; UserError where there is one process alone, or
+    a network that is no model of diffusers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if processes() == 1:
+        way = "start it with `accelerate launch --num_processes N`, or set it to none"
+        raise UserError("train.sharding", "found fsdp for one process", way)
+    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+    for backbone in backbones:
+        if not isinstance(backbone, Backbone):
+            raise UserError("train.sharding", "found fsdp for an exact teacher", "set it to none")
+        _shapes[backbone.net] = _without_weights(backbone.net)
+        for part in backbone.family.parts(backbone.net).values():
+            whole = {p for n, p in part.named_parameters() if of_adapter(n)}
+            for module in [*backbone.repeated_blocks(part), part]:
+                kind = type(module)
+                fully_shard(module, mesh=mesh, ignored_params=whole)
+                type(module).__name__ = kind.__name__  # what configs and messages call it
+            part.register_forward_hook(_part_again)
+        backbone.spread = True
+
+
+def _part_again(net: Any, inputs: Any, outputs: Any) -> None:
+    """After a pass without a backward to come, let go of what the outermost module gathered: FSDP keeps it,
+    and it would stand for the weights even after they have changed.
+    """
+    if not torch.is_grad_enabled():
+        net.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of all its parts; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole value, spread as the target is."""
+    if not isinstance(target, DTensor):
+        return value
+    placed = value.to(target.to_local().device)
+    return distribute_tensor(placed, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: Sequence[Tensor], most: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `most`, over spread and whole ones; the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = [whole(torch.linalg.vector_norm(g)) for g in grads]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    scale = (most / (total + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.device))
+    return total
+
+
+@contextmanager
+def gathered(backbones: Iterable[Denoiser], here: bool) -> Iterator[None]:
+    """In the place of every network a whole one, where `here` says so, which then computes and is saved
+    without the other processes; changes of its weights are lost.
+    """
+    kept = []
+    for backbone in (b for b in backbones if isinstance(b, Backbone)):
+        backbone.named_weights()  # lets go of what is gathered
+        state = wholes({**dict(backbone.net.named_parameters()), **dict(backbone.net.named_buffers())})
+        if here:
+            kept.append((backbone, backbone.net))
+            backbone.net = _filled(_shapes[backbone.net], state)
+    try:
+        yield
+    finally:
+        for backbone, net in kept:
+            backbone.net = net
+
+
+_shapes: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
+"""networks that are spread, and the same without weights as they were before"""
+
+
+def _without_weights(net: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
+    tensors = [*net.parameters(), *net.buffers()]
+    known: dict[int, Any] = {id(t): t.detach().to("meta") for t in tensors}
+    known |= {id(p): nn.Parameter(known[id(p)], p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, known)
+
+
+def _filled(shapes: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy with these parameters and buffers."""
+    net = copy.deepcopy(shapes)
+    for name, tensor in state.items():
+        where, _, leaf = name.rpartition(".")
+        module = net.get_submodule(where)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+    return net.eval()
+
+
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """All of a mapping, whole, by name."""
+    return {name: whole(tensor) for name, tensor in tensors.items()}

@@ -1,0 +1,147 @@
+"""Networks spread over two processes (FSDP2): the same weights as whole ones, from training to the export."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastgen.cli.train import main
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from tests.support.heavier import first_of
+from tests.training.test_two_process import launch_two
+
+DRIVER = """
+import sys, torch
+from torch.distributed.tensor import DTensor
+from fastgen.cli.train import main
+from fastgen.training.trainer import Trainer
+spread, begin = set(), Trainer._begin
+def seen(self, stage):
+    begin(self, stage)
+    for backbone in self.cast.backbones():
+        for name, p in backbone.named_weights().items():
+            spread.add(("lora_" in name, isinstance(p, DTensor)))
+            if isinstance(p, DTensor) and len(p) > 1:
+                assert p.to_local().numel() < p.numel(), name
+Trainer._begin = seen
+code = main(sys.argv[1:])
+assert spread and all(is_spread != is_adapter for is_adapter, is_spread in spread), spread
+sys.exit(code)
+"""
+EPS = {"lr": 1e-3, "eps": 1e-4}  # Adam divides a gradient by its size: see test_two_process.py
+RUNS = {
+    "dmd2 with GAN": {
+        "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1},
+        "optim": {"student": EPS, "critic": EPS},
+    },
+    "adapters": {
+        "objective": {"name": "dmd2", "student_every": 2, "gan_weight": 0.0},
+        "optim": {"student": EPS, "critic": EPS},
+        "student": {"kind": "lora", "lora": {"rank": 2}},
+        "critic": {"lora": {"rank": 2}},
+    },
+    "a target that follows": {
+        "objective": {"name": "consistency", "num_scales": 8, "target_decay": 0.5},
+        "optim": {"student": EPS},
+    },
+}
+
+
+def settings(run: dict, batch: int, sharding: str, steps: int = 4) -> dict:
+    return {
+        "teacher": {"path": "assets:teachers/digits", "num_steps": 2},
+        "data": {"name": "digits", "limit": 64},
+        "train": {
+            "max_train_steps": steps,
+            "train_batch_size": batch,
+            "validation_steps": 2,
+            "checkpointing_steps": 2,
+            "ema_decay": [0.9],
+            "sharding": sharding,
+        },
+        "eval": {
+            "num_samples": 20,
+            "teacher_samples": 10,
+            "validation_samples": 10,
+            "grid": 4,
+            "batch_size": 5,
+        },
+        **run,
+    }
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoints/checkpoint-{step}/state.safetensors")
+
+
+@pytest.mark.parametrize("name", first_of(RUNS))
+def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
+    """Checkpoint, averages and optimizer are whole and those of one process; so are results and export."""
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, "none")))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 4, "fsdp")))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    launch_two(tmp_path, DRIVER)
+    for step in (2, 4):
+        one, two = state(tmp_path / "one", step), state(tmp_path / "two", step)
+        assert one.keys() == two.keys() and any("exp_avg" in key for key in one)
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=f"{key} at {step}")
+    results = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("one", "two")]
+    assert results[1]["student"]["fd_mini"] == pytest.approx(results[0]["student"]["fd_mini"], rel=1e-2)
+    files = [sorted((tmp_path / f / "export").rglob("*.safetensors")) for f in ("one", "two")]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]] and files[0]
+    for a, b in zip(*files):
+        one, two = load_file(a), load_file(b)
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_spread_over_two_processes(tmp_path):
+    """A checkpoint of one process, resumed by two with a part each, ends where one process ends."""
+    run = RUNS["dmd2 with GAN"]
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, "none")))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(run, 4, "fsdp")))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-4")
+    launch_two(tmp_path, DRIVER, "--resume", "--allow_changed", "world_size", "train")
+    one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
+    assert "exp_avg" in "".join(one) and (tmp_path / "two/export").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": {"quantization": "nf4"}},
+        {"train": {"mixed_precision": "fp16"}},
+        {"eval": {"keep": "best"}},
+        {"student": {"fuse": "somewhere"}},
+    ],
+)
+def test_what_cannot_be_spread_is_refused(change):
+    section, values = next(iter(change.items()))
+    base = {"objective": {"name": "dmd2"}, "data": {"name": "digits"}, "train": {"sharding": "fsdp"}}
+    with pytest.raises(UserError, match=f"{section}.{next(iter(values))}: not with train.sharding"):
+        validate(base | {section: {**base.get(section, {}), **values}})
+
+
+@pytest.mark.parametrize("name", ["scm", "sana_sprint"])
+def test_forward_mode_is_refused_and_says_what_works(name):
+    values = {"data": {"name": "digits"}, "train": {"sharding": "fsdp"}}
+    with pytest.raises(UserError, match=f"tangent.method: found exact for {name}, .* use difference"):
+        validate(values | {"objective": {"name": name}})
+
+
+def test_one_process_has_nothing_to_spread_over(tmp_path, capsys):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS["adapters"], 8, "fsdp")))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 2
+    assert "train.sharding: found fsdp for one process" in capsys.readouterr().err
