@@ -1,4 +1,4 @@
-"""Train the text encoder of the video mini teacher, a small UMT5EncoderModel: the mean of a caption's states
+"""Train the text encoder of a small Wan pipeline on the moving clips, a small UMT5EncoderModel: the mean of a caption's states
 must tell garment, colour, background and motion. Writes text_encoder/ and tokenizer/.
 """
 
