@@ -1,4 +1,5 @@
-"""Set the AutoencoderKLWan of a small Wan pipeline on the moving clips: 3x9x32x32 clips in [-1, 1] to 12x9x8x8 latents.
+"""Set the AutoencoderKLWan of a small Wan pipeline on the moving clips: 3x9x32x32 in [-1, 1] to 12x9x8x8
+latents.
 
 Nothing is trained. Its latents are the twelve principal components of 4x4 patches of the clips' frames, and
 the decoder is their transpose. The network is linear where its weights make it so:

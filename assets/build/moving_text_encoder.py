@@ -1,5 +1,5 @@
-"""Train the text encoder of a small Wan pipeline on the moving clips, a small UMT5EncoderModel: the mean of a caption's states
-must tell garment, colour, background and motion. Writes text_encoder/ and tokenizer/.
+"""Train the text encoder of a small Wan pipeline on the moving clips, a UMT5EncoderModel: the mean of a
+caption's states must tell garment, colour, background and motion. Writes text_encoder/ and tokenizer/.
 """
 
 from __future__ import annotations
