@@ -261,7 +261,7 @@ def _start_from(net, start: str, family: Family) -> None:
     """
     key = "teacher.blueprint.start"
     folder = hub_folder(start, False) / family.component
-    known = load_part(folder, key, component_class(folder), True, None, denoiser=True).state_dict()
+    known = load_part(folder, key, component_class(folder), denoiser=True).state_dict()
     for name, value in net.state_dict().items():
         from_it = known.get(name)
         narrower = from_it is not None and from_it.ndim == 4 and from_it.shape[1] < value.shape[1]

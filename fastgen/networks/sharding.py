@@ -115,7 +115,7 @@ def _without_weights(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, known)
 
 
-def _filled(shapes: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def _filled(shapes: nn.Module, state: dict[str, Tensor]) -> Any:
     """A copy with these parameters and buffers."""
     net = copy.deepcopy(shapes)
     for name, tensor in state.items():

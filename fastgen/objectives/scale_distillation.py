@@ -23,7 +23,7 @@ from pydantic import Field
 from fastgen.core.batch import Batch, milder
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, data_of, native_weighting
-from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.requirements import Calls, Requirements
 
 
 class ScaleDistillationConfig(ObjectiveConfig):
@@ -44,8 +44,9 @@ class ScaleDistillation(Objective, config=ScaleDistillationConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         taught = cfg.target == "teacher"
+        calls: Calls = {"student+grad": 1} | ({"teacher": 1} if taught else {})
         return Requirements(
-            lambda guidance, num_steps: {"student+grad": 1} | ({"teacher": 1} if taught else {}),
+            lambda guidance, num_steps: calls,
             untrained=("teacher",) if taught else (),
             degraded=True,
             one_guidance=False,

@@ -43,7 +43,12 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
                 "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
             ) from None
         return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
-    given = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    given: dict[str, Any] = {
+        "lr": cfg.lr,
+        "betas": cfg.betas,
+        "eps": cfg.eps,
+        "weight_decay": cfg.weight_decay,
+    }
     if cfg.name == "radam":
         return torch.optim.RAdam(parameters, **given)
     spread = {isinstance(p, DTensor) for p in parameters}
