@@ -18,7 +18,7 @@ def clips() -> moving.Clips:
 
 
 def section(**given):
-    from fastgen.config.sections import DataConfig
+    from fastgen.config.data_section import DataConfig
 
     return DataConfig(name="moving", **given)
 
