@@ -132,8 +132,9 @@ def recipes(documents: list[dict]) -> str:
     header = ("recipe", "method", "student", "steps", "fd_mini", "teacher", "of teacher", "evidence")
     lines = []
     for teacher, rows in tables.items():
+        metric = distance([d for d in documents if d["teacher"] == teacher])
         title = f"### {teacher}: [base](bases/{teacher}.yaml), [teacher](teachers/{teacher}.yaml)"
-        lines += [title, "", *markdown(header, rows), ""]
+        lines += [title, "", *markdown((*header[:4], metric, *header[5:]), rows), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -16,7 +16,9 @@ known to about 1.2 points on either side. Guidance lifts a teacher's share above
 a method that learns from data alone goes towards. Minutes, steps and teacher calls are those of the recipe
 and of all recipes whose runs it starts from ("own": its run alone); a teacher call is one network call for
 one sample, as the method declares it, and a guided one counts two; frozen features that a GAN looks at are
-not counted."""
+not counted. Of clips, fvd_mini is the distance in the features of a space-time net of our own; motion is the
+share whose motion is the requested one, the dynamic degree how many pixels things move from frame to
+frame."""
 
 
 def numbers(documents: list[dict], *path: str) -> list[float]:
@@ -33,7 +35,8 @@ def numbers(documents: list[dict], *path: str) -> list[float]:
 
 def distance(documents: list[dict]) -> str:
     """The distance these results are ordered by."""
-    return "energy_distance" if numbers(documents, "student", "energy_distance") else "fd_mini"
+    known = ("energy_distance", "fvd_mini")
+    return next((name for name in known if numbers(documents, "student", name)), "fd_mini")
 
 
 def _key(document: dict, samples: str) -> tuple:
@@ -90,7 +93,19 @@ def _row(group: list[dict], path: tuple[str, ...], nfe: str, documents: list[dic
         cell(numbers(group, "floor", metric)),
         str(protocol.get("num_samples", "")),
         str(len(group)),
+        *(_clip_cells(group, path) if metric == "fvd_mini" else ()),
         *chain.cells(first["recipe"], documents),
+    ]
+
+
+def _clip_cells(group: list[dict], path: tuple[str, ...]) -> list[str]:
+    """Agreement of motion and the dynamic degree, beside the teacher's, and the distance of frames."""
+    motion, motions = (numbers(group, *p, "agreement_motion") for p in (path, ("teacher",)))
+    moved, moves = (numbers(group, *p, "dynamic_degree") for p in (path, ("teacher",)))
+    return [
+        cell(motion, ".1f", 100) + (f" of {cell(motions, '.1f', 100)}" if motions else ""),
+        cell(moved, ".2f") + (f" of {cell(moves, '.2f')}" if moves else ""),
+        cell(numbers(group, *path, "fd_mini")),
     ]
 
 
@@ -98,6 +113,10 @@ HEADER = (
     "recipe", "method", "student", "NFE", "fd_mini", "teacher (NFE)", "of teacher", "untrained",
     "agreement %", "recall", "floor", "samples", "seeds", "minutes", "steps", "teacher calls (thousands)",
 )  # fmt: skip
+
+
+CLIPS = ("motion %", "dynamic degree", "fd_mini of frames")
+"""columns of teachers of clips, after the seeds"""
 
 
 def markdown(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
@@ -134,5 +153,8 @@ def measured(documents: list[dict]) -> str:
         runs = [d for d in documents if d["teacher"] == teacher]
         metric = distance(runs)
         header = tuple(metric if name == "fd_mini" else name for name in HEADER)
+        if metric == "fvd_mini":
+            at = header.index("seeds") + 1
+            header = (*header[:at], *CLIPS, *header[at:])
         lines += ["", f"### {teacher}", "", *_real(runs), *markdown(header, rows)]
     return "\n".join(lines)

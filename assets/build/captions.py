@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import common  # noqa: F401  makes fastgen importable
 import torch
@@ -47,14 +48,14 @@ def clip_tokenizer(name: str = "tinted"):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
-def gemma_tokenizer():
-    """A GemmaTokenizer of ASCII and the captions' words, after a space and without."""
+def gemma_tokenizer(more: Sequence[str] = ()):
+    """A GemmaTokenizer of ASCII and the captions' words (and some more), after a space and without."""
     from tokenizers.processors import TemplateProcessing
     from transformers import GemmaTokenizer
 
     space = "\u2581"
-    plain = [*sorted(set(TOKENS["tinted"]) - set(LAST)), *LAST]
-    words = [*(space + word for word in TOKENS["tinted"]), space + "a", *plain]
+    plain = [*sorted({*TOKENS["tinted"], *more} - set(LAST)), *LAST]
+    words = [*(space + word for word in (*TOKENS["tinted"], *more)), space + "a", *plain]
     merges = list(dict.fromkeys(pair for word in words for pair in steps_to(list(word), from_right=False)))
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{b:02X}>" for b in range(256)), space]
     tokens += string.digits + string.ascii_letters + string.punctuation

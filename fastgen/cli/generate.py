@@ -146,6 +146,10 @@ def default_texts(loaded) -> list[str]:
         captions = load_labels(measure, "heldout")[1]
         assert captions is not None
         return captions
+    if (loaded.teacher.info or {}).get("measure") == "moving":
+        from fastgen.data import moving
+
+        return moving.captions(range(moving.count("heldout")), "heldout")
     raise UserError(
         "--prompts", "none given", "give a text file, one prompt per line, since this model takes text"
     )

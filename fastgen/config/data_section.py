@@ -54,7 +54,9 @@ class DataConfig(SourceConfig):
     """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """bundled data set: digits, fashion, tinted or solids; instead of images or prompts of your own"""
+    """bundled data set: digits, fashion, tinted, solids or moving (clips); instead of images or prompts of
+    your own
+    """
     latents: UserPath = ""
     """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
     prompts: UserPath = ""

@@ -36,7 +36,7 @@ class Images:
 
 def load_labels(name: str, split: str = "train") -> tuple[torch.Tensor, list[str] | None]:
     """Labels and captions of a bundled set in the order of its images, of which none is read."""
-    labels = _member(name, split, "labels").astype(np.int64)
+    labels = bundled_part(name, split, "labels").astype(np.int64)
     if name == "tinted":
         ids, captions = _tints(labels, TINTS if split == "train" else 1)
         return torch.from_numpy(ids["garment"]), captions
@@ -45,7 +45,7 @@ def load_labels(name: str, split: str = "train") -> tuple[torch.Tensor, list[str
     return torch.from_numpy(labels), None
 
 
-def _member(name: str, split: str, part: str) -> np.ndarray:
+def bundled_part(name: str, split: str, part: str) -> np.ndarray:
     """One array of a bundled file."""
     if name not in NAMES:
         raise ValueError(f"unknown image set {name!r}: choose one of {', '.join(NAMES)}")
@@ -59,7 +59,7 @@ def load_images(name: str, split: str = "train") -> Images:
     """Load a bundled set: digits (1x8x8), fashion (1x32x32), or tinted or solids (3x32x32, with captions)."""
     if name == "solids":
         return _solids(split)
-    grey, labels = _member(name, split, "images"), _member(name, split, "labels").astype(np.int64)
+    grey, labels = bundled_part(name, split, "images"), bundled_part(name, split, "labels").astype(np.int64)
     if name == "digits":
         grey = np.round(grey * (255 / 16)).astype(np.uint8)
         names = tuple(str(i) for i in range(10))
@@ -86,18 +86,23 @@ def tint(grey: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.nda
     return out
 
 
-def _tint_of(index: np.ndarray, variant: int) -> tuple[np.ndarray, np.ndarray]:
-    """Colour and background ids from an integer hash of (image index, variant): no random generator."""
-    h = (index.astype(np.uint64) * np.uint64(8) + np.uint64(variant)) & np.uint64(0xFFFFFFFF)
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """An integer hash below 2^32 of each number: no random generator."""
+    h = numbers.astype(np.uint64) & np.uint64(0xFFFFFFFF)
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         h = ((h ^ (h >> np.uint64(16))) * np.uint64(multiplier)) & np.uint64(0xFFFFFFFF)
-    h = (h ^ (h >> np.uint64(16))).astype(np.int64)
+    return (h ^ (h >> np.uint64(16))).astype(np.int64)
+
+
+def tint_of(index: np.ndarray, variant: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Colour and background ids of (image index, variant)."""
+    h = mixed(index * 8 + variant)
     return h % len(COLOURS), h // len(COLOURS) % len(BACKGROUNDS)
 
 
 def _tints(labels: np.ndarray, variants: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """Attribute ids and captions of every variant of images with these labels."""
-    tints = [_tint_of(np.arange(len(labels)), v) for v in range(variants)]
+    tints = [tint_of(np.arange(len(labels)), v) for v in range(variants)]
     colour, background = (np.concatenate([t[i] for t in tints]) for i in range(2))
     ids = {"garment": np.tile(labels, variants), "colour": colour, "background": background}
     return ids, [caption(*row) for row in zip(*(v.tolist() for v in ids.values()))]
@@ -112,14 +117,14 @@ def _tinted(grey: np.ndarray, labels: np.ndarray, variants: int) -> Images:
 
 def _solid_words(split: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Attribute ids and captions of the renders of solids."""
-    parts = (_member("solids", split, part) for part in ("labels", "colours", "views"))
+    parts = (bundled_part("solids", split, part) for part in ("labels", "colours", "views"))
     ids = dict(zip(solids.VOCABULARY, (torch.from_numpy(part.astype(np.int64)) for part in parts)))
     return ids, [solids.caption(*row) for row in zip(*(v.tolist() for v in ids.values()))]
 
 
 def _solids(split: str) -> Images:
     ids, captions = _solid_words(split)
-    images, names = torch.from_numpy(_member("solids", split, "images")), solids.VOCABULARY["shape"]
+    images, names = torch.from_numpy(bundled_part("solids", split, "images")), solids.VOCABULARY["shape"]
     return Images(images, ids["shape"], len(names), names, captions, ids)
 
 

@@ -232,7 +232,7 @@ def _streamed(cfg, codec, found: Found, cond: Conditions, device) -> Data:
     assert found.reader is not None, "a source that is streamed"
     if cfg.dispreferred:
         raise UserError("data.dispreferred", "its pictures are not streamed", "set data.stream to never")
-    stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg)}")
+    stream = Stream(found.reader, cfg.workers, cfg.on_bad_image, f"data.{kind_of_source(cfg) or 'name'}")
     read = stream.sound(0)[1]["images"][None]
     if not cfg.buckets:
         _check_size(read, codec, device)

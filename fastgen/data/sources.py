@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
+from fastgen.data import moving
 from fastgen.data.buckets import parsed, sorted_in
 from fastgen.data.bundled import NAMES, load_images, load_labels
 from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
@@ -79,7 +80,7 @@ def read_source(cfg, codec, device, pixels: bool) -> Found:
             "data.buckets", "found without pictures of your own", "set data.images, or leave it out"
         )
     if cfg.name:
-        return _bundled(cfg, pixels)
+        return _bundled(cfg, codec, pixels)
     if kind_of_source(cfg):
         return _own(cfg, codec, device, pixels)
     if cfg.prompts:
@@ -116,9 +117,16 @@ def _check_wanted(cfg, codec) -> None:
         raise UserError("data.control", f"found {cfg.control} for a teacher that {what}", "leave it out")
 
 
-def _bundled(cfg, pixels: bool) -> Found:
+def _bundled(cfg, codec, pixels: bool) -> Found:
+    clips = bool(codec.family is not None and codec.family.temporal)
+    if cfg.name == moving.NAME:
+        return _moving(cfg, codec, clips, pixels)
     if cfg.name not in NAMES:
-        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {', '.join(NAMES)}")
+        allowed = ", ".join((*NAMES, moving.NAME))
+        raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {allowed}")
+    if clips:
+        found = f"{cfg.name} holds images, and {codec.family.name} generates clips"
+        raise UserError("data.name", found, f"use {moving.NAME}, or clips of your own: data.images")
     if pixels:
         whole = load_images(cfg.name, "train")
         found = Found(whole.images, whole.labels, whole.captions)
@@ -134,6 +142,31 @@ def _bundled(cfg, pixels: bool) -> Found:
         "captions": found.captions,
     }
     print(f"data: {cfg.name}, {', '.join(f'{len(v)} {k}' for k, v in counts.items() if v is not None)}")
+    return found
+
+
+def _moving(cfg, codec, clips: bool, pixels: bool) -> Found:
+    """The bundled clips: composed when a batch has them, or first of all where data.stream is never."""
+    if not clips:
+        found = f"{moving.NAME} holds clips, and {codec.family.name} generates images"
+        raise UserError("data.name", found, "use tinted")
+    wanted, here = (moving.FRAMES, moving.SIZE, moving.SIZE), (codec.num_frames, *codec.pixels)
+    if wanted != here:
+        sizes = [" x ".join(map(str, size)) for size in (wanted, here)]
+        found = (
+            f"{moving.NAME} holds clips of {sizes[0]} (frames x height x width), the teacher makes {sizes[1]}"
+        )
+        raise UserError(
+            "data.name", found, "set teacher.num_frames, teacher.height and teacher.width to these"
+        )
+    num = min(cfg.limit or moving.count(), moving.count())
+    found = Found(captions=moving.captions(range(num)), total=moving.count())
+    if pixels and cfg.stream == "never":
+        found.images = moving.load_clips("train", range(num)).images
+    elif pixels:
+        found.reader = moving.MovingReader(num)
+    how = ", composed when a batch has them" if found.reader else ""
+    print(f"data: {moving.NAME}, {num} clips with captions{how}")
     return found
 
 

@@ -17,6 +17,13 @@ TITLES = {
 SAID = {
     "nfe": "Network function evaluations for one picture; guidance counts two a step. Lower is faster.",
     "seconds_per_sample": "Seconds for one picture, teacher and student timed in turns on the same machine.",
+    "fvd_mini": "Frechet distance to held-out real clips in the features of a small space-time net of our "
+    "own. Lower is better; it orders generators of the bundled clips and is not comparable with a published "
+    "FVD.",
+    "frame_consistency": "How alike neighbouring frames are (cosine of their features); right beside the "
+    "real clips' under floor.",
+    "dynamic_degree": "Pixels that the thing shown moves from frame to frame; right beside the real clips' "
+    "under floor. Far below, the clips stand still.",
     "fd_mini": "Frechet distance to held-out real images in the features of a small net of our own. Lower is "
     "better; it orders generators of one image set and is not comparable with a published FID.",
     "energy_distance": "Distance between the student's points and the exact distribution. Lower is better.",
@@ -64,7 +71,7 @@ BETTER = {"lower": "Lower is better.", "higher": "Higher is better.", "none": ""
 
 def title(key: str) -> str:
     """A number's name for people."""
-    return TITLES.get(key, key.replace("_", " ") if key != "fd_mini" else key)
+    return TITLES.get(key, key.replace("_", " ") if not key.endswith("_mini") else key)
 
 
 def meaning(key: str) -> str:
@@ -86,8 +93,13 @@ def meaning(key: str) -> str:
 
 def direction(key: str) -> str:
     """Which way a number is better: "lower", "higher", or "" where neither is."""
-    if key in ("nfe", "seconds_per_sample", "fd_mini", "energy_distance", "mmd") or "teacher_features" in key:
+    if (
+        key in ("nfe", "seconds_per_sample", "fd_mini", "fvd_mini", "energy_distance", "mmd")
+        or "teacher_features" in key
+    ):
         return "lower"
+    if key in ("frame_consistency", "dynamic_degree"):
+        return ""
     if key in ("precision", "recall", "modes", "clip") or key.startswith("agreement"):
         return "higher"
     try:

@@ -1,6 +1,6 @@
 """What a run's measurements look like in a terminal, and the card that a trained denoiser carries."""
 
-from fastgen.evaluation.reconstruction import NAME as RECON
+from fastgen.evaluation.reconstruction import NAMES
 
 MOST_WIDTH = 100
 """characters of a line of the final table"""
@@ -9,7 +9,20 @@ MOST_WIDTH = 100
 def table(results: dict) -> str:
     """One line each: teacher, untrained student, student (at every step count measured), real images."""
     first, last = (
-        ("fd_mini", RECON, "energy_distance", "agreement", "psnr", "ssim", "forgotten", "recall", "clip"),
+        (
+            "fvd_mini",
+            "fd_mini",
+            *NAMES.values(),
+            "energy_distance",
+            "agreement",
+            "agreement_motion",
+            "psnr",
+            "ssim",
+            "forgotten",
+            "recall",
+            "clip",
+            "dynamic_degree",
+        ),
         ("nfe", "seconds_per_sample"),
     )
     chosen = tuple(results.get("chosen", ()))

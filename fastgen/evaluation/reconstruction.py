@@ -14,22 +14,26 @@ from torch import Tensor
 
 from fastgen.evaluation.metrics.fd_mini import Measurer, held_out
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
+from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer, held_out_clips
 
-NAME = "fd_mini_recon"
+NAMES = {Measurer.primary: "fd_mini_recon", ClipMeasurer.primary: "fvd_mini_recon"}
 """of the distance to reconstructions"""
 
 
 class Reconstructions:
-    """The held-out images of a bundled set through the autoencoder of a teacher's codec."""
+    """The held-out images (or clips) of a bundled set through the autoencoder of a teacher's codec."""
 
-    def __init__(self, measurer: Measurer, codec, device="cpu", batch_size: int = 100):
+    def __init__(self, measurer: Measurer | ClipMeasurer, codec, device="cpu", batch_size: int = 100):
         self.measurer, self.codec, self.device, self.batch_size = measurer, codec, device, batch_size
 
     @torch.no_grad()
     def images(self) -> Tensor:
-        """[N, C, H, W] in [0, 1]."""
-        own = self.measurer.own
-        held = held_out(self.measurer.name, self.measurer.without) if own is None else own
+        """[N, C, H, W] in [0, 1], or clips [N, C, F, H, W]."""
+        one = self.measurer
+        if isinstance(one, Measurer):
+            held = held_out(one.name, one.without) if one.own is None else one.own
+        else:
+            held = held_out_clips()
         found = []
         for batch in held.split(self.batch_size):
             x = batch.to(self.device).float() / 127.5 - 1
@@ -41,16 +45,20 @@ class Reconstructions:
         return statistics(self.measurer.features(self.images()))
 
     def own(self) -> dict[str, float]:
-        """fd_mini of the reconstructions against the same images: what no generator through it undercuts."""
-        return {"fd_mini": frechet_from(*self._statistics, *self.measurer.real())}
+        """Distance of the reconstructions to the same images: what no generator through it undercuts."""
+        return {self.measurer.primary: frechet_from(*self._statistics, *self.measurer.real())}
 
     def distance(self, images: Tensor) -> dict[str, float]:
-        """Of samples [N, C, H, W] in [0, 1]."""
-        return {NAME: frechet_from(*statistics(self.measurer.features(images)), *self._statistics)}
+        """Of samples like these."""
+        return {
+            NAMES[self.measurer.primary]: frechet_from(
+                *statistics(self.measurer.features(images)), *self._statistics
+            )
+        }
 
 
 def reconstructions(measurer, codec, device, batch_size: int) -> Reconstructions | None:
     """For a teacher of a bundled set that has an autoencoder, else None."""
-    if isinstance(measurer, Measurer) and codec.vae is not None:
+    if isinstance(measurer, Measurer | ClipMeasurer) and codec.vae is not None:
         return Reconstructions(measurer, codec, device, batch_size)
     return None

@@ -18,6 +18,7 @@ from fastgen.evaluation.run_files import RunFiles, Stage, read_run
 FIRST = (
     "nfe",
     "seconds_per_sample",
+    "fvd_mini",
     "fd_mini",
     "energy_distance",
     "agreement",
@@ -26,6 +27,7 @@ FIRST = (
     "clip",
 )
 QUALITY = (
+    "fvd_mini",
     "fd_mini",
     "energy_distance",
     "fd_teacher_features",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.batch import select
+from fastgen.data import moving
 from fastgen.data.batches import Data
 from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
@@ -51,6 +52,13 @@ class Requests:
             where = {text: i for i, text in enumerate(unique)}
             self.rows = torch.tensor([where[c] for c in held.captions])
             self.captions = unique
+        elif isinstance(codec, TextCodec) and self.set_name == moving.NAME and not own_data:
+            every = range(moving.count("heldout"))
+            captions = moving.captions(every, "heldout")
+            self.attributes, self.captions = moving.attributes(every, "heldout"), sorted(set(captions))
+            self.table = {k: v.cpu() for k, v in codec.prompts(self.captions).items()}
+            where = {text: i for i, text in enumerate(self.captions)}
+            self.rows = torch.tensor([where[c] for c in captions])
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -75,6 +83,8 @@ class Requests:
             return tuple(("class", number) for number in class_numbers(self.codec, names, KEY))
         if not self.attributes:
             return ()
+        if self.set_name == moving.NAME:
+            return tuple(pair for name in names for pair in moving.attributes_of(name).items())
         return tuple(pair for name in names for pair in attributes_of(name, self.set_name).items())
 
     def divided(self, asked: Tensor) -> tuple["Requests", "Requests"]:

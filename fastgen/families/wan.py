@@ -85,6 +85,13 @@ class Wan(Family):
     def channels(self, net: DiffusersModel) -> int:
         return net.config.out_channels
 
+    def size_call(self, codec) -> dict:
+        """WanPipeline takes a frame count that is 1 modulo the autoencoder's factor, and rounds others to the
+        next. Nothing is 1 modulo 1: of an autoencoder that keeps all frames it wants one more than was said.
+        """
+        call, keeps_all = super().size_call(codec), temporal_factor(codec) == 1
+        return call | ({"num_frames": call["num_frames"] - 1} if keeps_all else {})
+
     def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (codec.max_length, net.config.text_dim)}
 
@@ -190,6 +197,11 @@ class AnyFlow(Wan):
         per_frame = [v[:, None].expand(-1, x.shape[2]) for v in (time, cond.get("r_timestep", time))]
         out = net(x.transpose(1, 2), *per_frame, **self.inputs(x, cond), return_dict=False)[0]
         return out.transpose(1, 2)
+
+
+def temporal_factor(codec) -> int:
+    """Frames per latent frame by the pipeline; 0 without one."""
+    return getattr(codec.pipe, "vae_scale_factor_temporal", 0)
 
 
 def _rows(index: Tensor, x: Tensor, time: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Cond]:

@@ -183,7 +183,9 @@ def _grid(
             instruction = f"remove it: {family.name} generates images, not videos"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         if (frames - 1) % temporal:
-            instruction = f"give 1 plus a multiple of {temporal}, as the autoencoder of {family.name} needs"
+            below = max(1, (frames - 1) // temporal * temporal + 1)
+            why = f"1 plus a multiple of {temporal}, as the autoencoder of {family.name} needs"
+            instruction = f"give {below} or {below + temporal}: {why}"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
         grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)

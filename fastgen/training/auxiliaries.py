@@ -9,7 +9,8 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.feature_net import FeatureNet, Images, Perceptual
+from fastgen.networks.clip_net import measuring_net
+from fastgen.networks.feature_net import Images, Perceptual
 from fastgen.networks.load import load_teacher
 from fastgen.networks.rewards import Reward, Rewards
 from fastgen.networks.teacher import Teacher
@@ -86,7 +87,7 @@ def _perceptual(cast) -> Perceptual:
     if not measured:
         found = f"perceptual for {cast.teacher_cfg.path}, whose images no bundled net knows"
         raise UserError("objective.metric", found, "use l2, l1 or huber")
-    return Perceptual(cast.teacher.codec, FeatureNet.load(asset(f"measure/{measured}")))
+    return Perceptual(cast.teacher.codec, measuring_net(asset(f"measure/{measured}")))
 
 
 def _disc(cast, spec: DiscriminatorSpec, member: int = 0) -> Discriminator:

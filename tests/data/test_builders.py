@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-MODULES = ("common", "captions", "data", "measure", "autoencoders", "text_encoders", "two_tower")
+MOVING = ("moving_measure", "moving_autoencoder", "moving_text_encoder")
+MODULES = ("common", "captions", "data", "measure", "autoencoders", "text_encoders", "two_tower", *MOVING)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_every_command_of_the_assets_is_kept_in_git():
     kept = set(found.stdout.split())
     named = {word for c in ASSETS.rglob("card.json") for word in card(c.parent)["command"].split()}
     named = {word for word in named if word.startswith("assets/build/")}
-    assert len(named) == 4 and named <= kept
+    assert len(named) == 7 and named <= kept
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -98,6 +99,42 @@ def test_an_autoencoder_is_scored_as_its_card_says(builder):
     assert latents.shape == (500, 4, 8, 8) and decoded.shape == images.shape
     assert errors["shipped"] == pytest.approx(card(folder)["heldout_l1"], rel=0.05)
     assert errors["untrained"] > 10 * errors["shipped"]
+
+
+def test_the_moving_autoencoder_is_a_projection(builder):
+    """On principal components of 4x4 patches, through all of the network's layers."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+    from fastgen.data import moving
+
+    module, folder = builder("moving_autoencoder"), ASSETS / "teachers/moving-wan/vae"
+    mean, basis, _ = module.components(moving.load_clips("train", range(module.CLIPS)).images)
+    clips = moving.compose(range(4), "heldout")
+    patches = patchify(clips.float() / 127.5 - 1, module.PATCH).movedim(1, -1) - mean.float()
+    B = basis.float()
+    wanted = unpatchify((patches @ B.T @ B + mean.float()).movedim(-1, 1), module.PATCH).clamp(-1, 1)
+    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    latents, decoded = module.rebuild(vae, clips)
+    assert latents.shape == (4, 12, 9, 8, 8)
+    assert (decoded - wanted).abs().max() < 0.02 and (decoded - wanted).abs().mean() < 2e-3
+    untrained = module.rebuild(module.build().eval(), clips)[1]
+    assert (untrained - wanted).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "measure"])
+def test_the_moving_nets_have_the_shipped_shapes(builder, part):
+    from fastgen.data import moving
+    from fastgen.networks.clip_net import ClipNet
+
+    if part == "measure":
+        heads = {k: len(v) for k, v in moving.VOCABULARY.items()}
+        net, file = ClipNet(3, moving.FRAMES, moving.SIZE, heads), ASSETS / "measure/moving/model.safetensors"
+    else:
+        net, _ = builder("moving_text_encoder").build()
+        file = ASSETS / "teachers/moving-wan/text_encoder/model.safetensors"
+    found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    assert shapes(file).items() <= found.items()
 
 
 def test_the_two_towers_score_is_the_recorded_one(builder):

@@ -7,7 +7,7 @@ import torch
 
 from fastgen.data.bundled import load_images
 from fastgen.evaluation.metrics.fd_mini import Measurer
-from fastgen.evaluation.reconstruction import NAME, Reconstructions, reconstructions
+from fastgen.evaluation.reconstruction import NAMES, Reconstructions, reconstructions
 
 
 class Halved:
@@ -27,8 +27,10 @@ def test_a_generator_of_reconstructions_is_perfect_against_them_only():
     held = load_images("digits", "heldout").images.float() / 255
     found = Reconstructions(measurer, Halved())
     halved = (held * 2 - 1) / 4 + 0.5
-    assert found.own()["fd_mini"] > 1 > found.distance(halved)[NAME]
-    assert found.distance(held)[NAME] == pytest.approx(found.own()["fd_mini"], rel=1e-3), "the same two sets"
+    assert found.own()["fd_mini"] > 1 > found.distance(halved)[NAMES["fd_mini"]]
+    assert found.distance(held)[NAMES["fd_mini"]] == pytest.approx(found.own()["fd_mini"], rel=1e-3), (
+        "the same two sets"
+    )
 
 
 def test_an_autoencoder_without_error_costs_nothing():

@@ -213,9 +213,9 @@ def test_data_free_methods_open_no_image(name, source, tiny, tmp_path, monkeypat
     def refuse(*args, **kwargs):
         raise AssertionError("a data-free method opened an image")
 
-    read = bundled._member
+    read = bundled.bundled_part
     only_labels = lambda name, split, part: read(name, split, part) if part == "labels" else refuse()  # noqa: E731
-    monkeypatch.setattr(bundled, "_member", only_labels)
+    monkeypatch.setattr(bundled, "bundled_part", only_labels)
     monkeypatch.setattr(sources, "load_images", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     values = {

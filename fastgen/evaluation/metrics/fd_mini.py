@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
+from fastgen.data import moving
 from fastgen.data.bundled import NAMES, WORDS, Images, attributes_of, caption, load_images
 from fastgen.evaluation.metrics.agreement import agreement, right, unlearning
 from fastgen.evaluation.metrics.frechet import frechet_from, statistics
+from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
 from fastgen.evaluation.metrics.mmd import polynomial_mmd
 from fastgen.evaluation.metrics.neighbours import evenly, precision_recall
 from fastgen.networks.feature_net import FeatureNet, measure
@@ -180,12 +182,15 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
     """What prompts ask for: classes by number or name, or of a set with captions the attributes they name."""
     if not lines:
         return {}
-    if name in WORDS:
+    if name in WORDS or name == moving.NAME:
         try:
-            found = [attributes_of(line, name) for line in lines]
+            if name == moving.NAME:
+                known, found = moving.VOCABULARY, [moving.attributes_of(line) for line in lines]
+            else:
+                known, found = WORDS[name], [attributes_of(line, name) for line in lines]
         except ValueError as error:
             raise UserError("--prompts", str(error), "name each attribute once") from None
-        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in WORDS[name]}
+        return {k: torch.tensor([f.get(k, -1) for f in found]) for k in known}
     names = load_images(name, "heldout").class_names
     wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
@@ -195,7 +200,9 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
 
 def measurer_for(
     info_or_name: dict | str | None, device="cpu", without: Values = (), own: Tensor | None = None
-) -> Measurer | None:
+) -> Measurer | ClipMeasurer | None:
     """The measurer a teacher's info (its fastgen.json) or a set name asks for; None where we have none."""
     name = info_or_name.get("measure") if isinstance(info_or_name, dict) else info_or_name
+    if name == ClipMeasurer.name:
+        return ClipMeasurer(device, without)
     return Measurer(name, device, without, own) if name in NAMES else None

@@ -1,0 +1,59 @@
+"""Students of a teacher of clips leave as files that WanPipeline alone samples to the same clips."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastgen.cli.sample import Generator, draw
+from fastgen.config.run import validate
+from fastgen.data import moving
+from fastgen.export.load import load_export
+from fastgen.training.assembly import make_cast
+from fastgen.training.exporting import export_run
+from tests.support.clips import clip_teacher
+from tests.support.replay import plainly
+
+PROMPTS = moving.captions([0, 1], "heldout")
+PLAIN = """
+import json, torch, diffusers
+info = json.load(open("fastgen.json"))["export"]
+pipe = diffusers.WanPipeline.from_pretrained(BASE or ".", torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+if BASE:
+    pipe.load_lora_weights(".", weight_name=info["lora"])
+    kind = getattr(diffusers, info["scheduler"]["_class_name"])
+    pipe.scheduler = kind.from_pretrained(".", subfolder="scheduler")
+seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
+call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
+call |= {"num_frames": 8, "max_sequence_length": 16, "output_type": "pt", **info["step_arguments"]}
+images = pipe(PROMPTS, generator=seeds, **call).frames.float().transpose(1, 2)
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_p4_a_student_of_clips_is_sampled_by_plain_diffusers(tmp_path, kind):
+    """At moved weights, so that a teacher in the student's place is found out."""
+    base = str(clip_teacher(tmp_path / "teacher"))
+    values = {
+        "teacher": {"path": base},
+        "student": {"kind": kind, "num_steps": 4, "sampler": "ode", "lora": {"rank": 2}},
+        "objective": {"name": "dmd2", "gan_weight": 0.0},
+        "data": {"name": "moving"},
+    }
+    cfg = validate(values)
+    cast, generator = make_cast(cfg), torch.Generator().manual_seed(9)
+    for p in cast.parts["student"].trainable().values():
+        p.data += 0.03 * torch.randn(p.shape, generator=generator)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path, enlarges=0)
+    folder = export_run(run, tmp_path / "export", {})
+    under = base if kind == "lora" else ""
+    theirs = plainly(f"PROMPTS, BASE = {PROMPTS!r}, {under!r}\n" + PLAIN, folder)
+    assert theirs.shape == (2, 3, moving.FRAMES, moving.SIZE, moving.SIZE)
+    loaded = load_export(str(folder))
+    cond = loaded.codec.prompts(PROMPTS)
+    ours = draw(Generator(loaded, 4, 1.0, {}), cond, [11, 12], 2)[0]
+    assert (theirs - ours).abs().max() < 1e-3
+    untrained = load_export(base)
+    untrained.role = loaded.role.with_network(untrained.role)
+    assert (theirs - draw(Generator(untrained, 0, 1.0, {}), cond, [11, 12], 2)[0]).abs().max() > 1e-2

@@ -1,0 +1,50 @@
+"""A whole run on the bundled clips: trained, exported, measured by what clips are measured by."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from fastgen.cli.train import main
+from fastgen.data import moving
+from fastgen.evaluation.metrics import fvd_mini
+from tests.support.clips import clip_teacher
+
+TINY = {
+    "student": {"num_steps": 2},
+    "objective": {"name": "dmd2", "gan_weight": 0.1},
+    "data": {"name": "moving"},
+    "train": {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0},
+    "eval": {"num_samples": 6, "teacher_samples": 4, "student_steps": [1], "grid": 4},
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A reference of few clips, for time."""
+    monkeypatch.setattr(fvd_mini, "HELD", 100)
+    monkeypatch.setattr(fvd_mini, "RECONSTRUCTED", 100)
+    fvd_mini._reference.cache_clear()
+    yield
+    fvd_mini._reference.cache_clear()
+
+
+def test_a_run_on_clips_measures_and_shows_them(tmp_path, few):
+    teacher = {"path": str(clip_teacher(tmp_path / "teacher")), "num_steps": 2, "guidance": 2.0}
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump({"teacher": teacher, **TINY}))
+    assert main(["--config", str(tmp_path / "in.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    rows = [results[k] for k in ("teacher", "untrained_student", "student", "floor")]
+    for row in (*rows, results["student_by_steps"]["1"]):
+        assert {"fvd_mini", "fd_mini", "agreement_motion", "frame_consistency", "dynamic_degree"} <= set(row)
+    assert results["floor"]["fvd_mini"] < results["untrained_student"]["fvd_mini"]
+    assert results["autoencoder"]["fvd_mini"] > 0 and "fvd_mini_recon" in results["student"]
+    assert "not comparable with a published FVD" in results["protocol"]["note"]
+    for who in ("teacher", "student", "untrained"):
+        with Image.open(tmp_path / f"run/samples/{who}.gif") as clip:
+            assert clip.n_frames > 1, who
+        with Image.open(tmp_path / f"run/samples/{who}.png") as strip:
+            assert strip.width > moving.FRAMES * moving.SIZE, who
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert "fvd_mini" in page and "dynamic degree" in page
