@@ -125,8 +125,8 @@ def _bundled(cfg, codec, pixels: bool) -> Found:
         allowed = ", ".join((*NAMES, moving.NAME))
         raise UserError("data.name", f"found {cfg.name!r}", f"allowed: {allowed}")
     if clips:
-        found = f"{cfg.name} holds images, and {codec.family.name} generates clips"
-        raise UserError("data.name", found, f"use {moving.NAME}, or clips of your own: data.images")
+        wrong = f"{cfg.name} holds images, and {codec.family.name} generates clips"
+        raise UserError("data.name", wrong, f"use {moving.NAME}, or clips of your own: data.images")
     if pixels:
         whole = load_images(cfg.name, "train")
         found = Found(whole.images, whole.labels, whole.captions)
@@ -148,16 +148,16 @@ def _bundled(cfg, codec, pixels: bool) -> Found:
 def _moving(cfg, codec, clips: bool, pixels: bool) -> Found:
     """The bundled clips: composed when a batch has them, or first of all where data.stream is never."""
     if not clips:
-        found = f"{moving.NAME} holds clips, and {codec.family.name} generates images"
-        raise UserError("data.name", found, "use tinted")
+        wrong = f"{moving.NAME} holds clips, and {codec.family.name} generates images"
+        raise UserError("data.name", wrong, "use tinted")
     wanted, here = (moving.FRAMES, moving.SIZE, moving.SIZE), (codec.num_frames, *codec.pixels)
     if wanted != here:
         sizes = [" x ".join(map(str, size)) for size in (wanted, here)]
-        found = (
+        wrong = (
             f"{moving.NAME} holds clips of {sizes[0]} (frames x height x width), the teacher makes {sizes[1]}"
         )
         raise UserError(
-            "data.name", found, "set teacher.num_frames, teacher.height and teacher.width to these"
+            "data.name", wrong, "set teacher.num_frames, teacher.height and teacher.width to these"
         )
     num = min(cfg.limit or moving.count(), moving.count())
     found = Found(captions=moving.captions(range(num)), total=moving.count())

@@ -152,7 +152,9 @@ class Evaluator:
         """What is left of what the student was to forget, on images of it; `images` are those that `who` made
         for the other requests. Empty where nothing was to be forgotten.
         """
-        if self.forgotten is None or self.measurer is None or isinstance(self.measurer, ToyMeasurer):
+        from fastgen.evaluation.metrics.fd_mini import Measurer
+
+        if self.forgotten is None or not isinstance(self.measurer, Measurer):
             return {}
         num, seed = min(len(images), MOST_SHOWN if who == "teacher" else MOST_FORGOTTEN), self.protocol.seed
         firsts = range(0, num, self.protocol.batch_size)

@@ -44,7 +44,7 @@ class ScaleDistillation(Objective, config=ScaleDistillationConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         taught = cfg.target == "teacher"
-        calls: Calls = {"student+grad": 1} | ({"teacher": 1} if taught else {})
+        calls: Calls = {"student+grad": 1, "teacher": 1} if taught else {"student+grad": 1}
         return Requirements(
             lambda guidance, num_steps: calls,
             untrained=("teacher",) if taught else (),

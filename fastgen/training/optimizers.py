@@ -31,8 +31,8 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
     if cfg.name == "radam":
         return torch.optim.RAdam(parameters, **given)
     spread = {isinstance(p, DTensor) for p in parameters}
-    one_by_one = {"foreach": False} if len(spread) > 1 else {}  # lists of both kinds are no input of a kernel
-    return torch.optim.AdamW(parameters, **given, fused=cfg.fused or None, **one_by_one)
+    one_by_one = False if len(spread) > 1 else None  # lists of both kinds are no input of a kernel
+    return torch.optim.AdamW(parameters, **given, fused=cfg.fused or None, foreach=one_by_one)
 
 
 def lr_factor(cfg: PlayerOptim, k: int, total: int) -> float:
