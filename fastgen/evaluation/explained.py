@@ -71,7 +71,7 @@ BETTER = {"lower": "Lower is better.", "higher": "Higher is better.", "none": ""
 
 def title(key: str) -> str:
     """A number's name for people."""
-    return TITLES.get(key, key.replace("_", " ") if not key.endswith("_mini") else key)
+    return TITLES.get(key, key if key in ("fd_mini", "fvd_mini") else key.replace("_", " "))
 
 
 def meaning(key: str) -> str:
