@@ -18,7 +18,7 @@ def test_the_example_gets_the_contract_battery():
     wanted = ["-m", "pytest", "-n", "0", "tests/objectives/test_contract.py", "-k", "denoiser_kd"]
     done = python(*wanted, FASTGEN_TEST_PLUGIN="examples/denoiser_kd.py")
     assert done.returncode == 0, done.stdout
-    assert "15 passed" in done.stdout, done.stdout
+    assert "7 passed" in done.stdout, done.stdout  # and 8 more kinds of network with -m slow
 
 
 def test_the_example_trains_from_the_command_line(tmp_path):
