@@ -111,7 +111,7 @@ def test_the_source_composes_what_a_batch_has(capsys):
         ("moving", codec(temporal=0), "holds clips"),
         ("moving", codec(num_frames=13), "teacher.num_frames"),
         ("tinted", codec(), "holds images"),
-        ("waving", codec(), "allowed: digits, fashion, tinted, moving"),
+        ("waving", codec(), "allowed: digits, fashion, tinted, solids, moving"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, made, message):
