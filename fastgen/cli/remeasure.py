@@ -21,6 +21,10 @@ class _Players:
     def __init__(self, teacher, parts: dict, device):
         self.teacher, self.parts, self.device = teacher, parts, device
 
+    def untrained(self):
+        """The teacher, which is sampled in the student's few steps."""
+        return self.parts["teacher"]
+
 
 def remeasure(run: Path, num_samples: int = 0, device: str = "") -> dict:
     """Same protocol as at the end of the run (or another number of samples); prints the table."""

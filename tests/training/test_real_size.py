@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from benchmarks.gpu import STEPS, VARIANTS, tangents
 from benchmarks.real_size import MODELS, ROOT, measured, settings
@@ -24,7 +25,15 @@ def test_variants_change_what_they_name():
         assert all(getattr(cfg.train if k == "compile" else cfg.teacher, k) == v for k, v in change.items())
 
 
-def test_a_tiny_model_of_random_weights_trains_and_exports():
+@pytest.fixture
+def own_precision():
+    """One process has one Accelerator state; that of the tests around is of another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_tiny_model_of_random_weights_trains_and_exports(own_precision):
     found = measured(settings("wan2.1-1.3b", "dmd2", True, False), "cpu", 1)
     assert found["finite"] and found["export_mib"] > 0 and found["seconds_per_step"] > 0
     assert found["x0"] == [16, 3, 8, 8] and 0.2 < found["overhead"] < 5

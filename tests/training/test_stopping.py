@@ -143,7 +143,7 @@ def test_a_signal_while_measuring_keeps_the_export(tiny, tmp_path, monkeypatch, 
         "objective": DMD2,
         "train": {"max_train_steps": 1, "train_batch_size": 2, "validation_steps": 0},
     }
-    argv = [*write(tmp_path, values), str(tmp_path / "run")]
+    argv = [*write(tmp_path, values), str(tmp_path / "run"), "--eval.num_samples", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(validation, "measure", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
         assert main(argv) == 75
