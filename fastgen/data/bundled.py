@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,9 +148,18 @@ def all_captions(name: str = "tinted") -> list[str]:
 
 def attributes_of(text: str, name: str = "tinted") -> dict[str, int]:
     """Ids of the attributes that a caption names; those it does not name are left out."""
-    words = text.lower().replace(",", " ").replace(".", " ").split()
+    return ids_of(text, words_of(text), WORDS[name])
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a caption."""
+    return text.lower().replace(",", " ").replace(".", " ").split()
+
+
+def ids_of(text: str, words: list[str], vocabulary: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Ids of the attributes that the words of a caption name; a ValueError where they name one twice."""
     found = {}
-    for key, names in WORDS[name].items():
+    for key, names in vocabulary.items():
         hits = [names.index(word) for word in words if word in names]
         if len(hits) > 1:
             raise ValueError(f"caption names more than one {key}: {text!r}")

@@ -115,8 +115,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
     """
     shown, name = None, codec.family.name
     if cfg.degradation:
-        if found.images is None:
-            raise UserError("data.degradation", "found without pictures", "set data.images or data.name")
+        assert found.images is not None, "read_source refuses a section without pictures"
         return degraded_rows(cfg.degradation, codec, found.images, device)
     if codec.family.temporal:
         shown = None if found.images is None else found.images[:, :, 0]

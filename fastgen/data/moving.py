@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgen.data.bundled import VOCABULARY as STILL_VOCABULARY
-from fastgen.data.bundled import bundled_part, caption, mixed, tint, tint_of
+from fastgen.data.bundled import bundled_part, caption, ids_of, mixed, tint, tint_of, words_of
 from fastgen.data.streaming import Reader, Rows
 
 NAME = "moving"
@@ -205,17 +205,8 @@ def load_clips(split: str = "train", index: Sequence[int] | None = None) -> Clip
 
 def attributes_of(text: str) -> dict[str, int]:
     """Ids of the attributes that a caption names; those it does not name are left out."""
-    words = text.lower().replace(",", " ").replace(".", " ").split()
     said = {phrase.split()[-1]: name for name, phrase in PHRASES.items()}
-    words = [said.get(word, word) for word in words]
-    found = {}
-    for key, names in VOCABULARY.items():
-        hits = [names.index(word) for word in words if word in names]
-        if len(hits) > 1:
-            raise ValueError(f"caption names more than one {key}: {text!r}")
-        if hits:
-            found[key] = hits[0]
-    return found
+    return ids_of(text, [said.get(word, word) for word in words_of(text)], VOCABULARY)
 
 
 class MovingReader(Reader):

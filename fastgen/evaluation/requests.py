@@ -47,18 +47,11 @@ class Requests:
                 self.own, self.originals = degraded(codec, held.images, data), held.images
                 self.table, self.rows = self.own.cond_table, self.own.rows
                 return
-            unique = sorted(set(held.captions))
-            self.table = {k: v.cpu() for k, v in codec.prompts(unique).items()}
-            where = {text: i for i, text in enumerate(unique)}
-            self.rows = torch.tensor([where[c] for c in held.captions])
-            self.captions = unique
+            self._ask(held.captions)
         elif isinstance(codec, TextCodec) and self.set_name == moving.NAME and not own_data:
             every = range(moving.count("heldout"))
-            captions = moving.captions(every, "heldout")
-            self.attributes, self.captions = moving.attributes(every, "heldout"), sorted(set(captions))
-            self.table = {k: v.cpu() for k, v in codec.prompts(self.captions).items()}
-            where = {text: i for i, text in enumerate(self.captions)}
-            self.rows = torch.tensor([where[c] for c in captions])
+            self.attributes = moving.attributes(every, "heldout")
+            self._ask(moving.captions(every, "heldout"))
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -67,6 +60,13 @@ class Requests:
             self.table, self.rows = data.cond_table, data.rows
             self.own, self.captions = (data if data.own else None), data.texts
             self.originals = data.originals
+
+    def _ask(self, captions: list[str]) -> None:
+        """One request for each caption, each distinct one encoded once."""
+        self.captions = sorted(set(captions))
+        self.table = {k: v.cpu() for k, v in self.codec.prompts(self.captions).items()}
+        where = {text: i for i, text in enumerate(self.captions)}
+        self.rows = torch.tensor([where[text] for text in captions])
 
     def renders(self) -> Tensor | None:
         """New images [N, 3, H, W] of the solid that the views of a prompt show, from the requests' own
@@ -115,9 +115,8 @@ class Requests:
         """Images [num, C, H, W] in [0, 1]: the bicubic enlargement of what these requests are shown."""
         if self.originals is None:
             return None
-        index = torch.arange(num) % len(self.originals)
-        section = self.degradation
-        return shown(self.originals, section.factor, section.kind)[index].float() / 255
+        section, index = self.degradation, torch.arange(num) % len(self.originals)
+        return shown(self.originals[:num], section.factor, section.kind)[index].float() / 255
 
     def texts(self, num: int) -> list[str] | None:
         """The prompts of the first num requests; None for a teacher that takes none."""

@@ -23,16 +23,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates, guided
+from fastgen.objectives.base import ObjectiveConfig, Updates, guided
 from fastgen.objectives.requirements import Requirements, passes
 from fastgen.objectives.shared.score_distillation import (
+    AssetObjective,
     AssetTermsConfig,
     Omega,
     along,
-    asset_terms,
-    check_terms,
+    asset_calls,
     omega,
-    settle,
 )
 
 
@@ -54,20 +53,10 @@ class ASDConfig(ObjectiveConfig):
     """regularisers of an asset"""
 
 
-class ASD(Objective, config=ASDConfig):
+class ASD(AssetObjective, config=ASDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return Requirements(
-            lambda guidance, num_steps: {
-                "student": (num_steps - 1) / 2,
-                "student+grad": 1,
-                "teacher": passes(guidance) + 1,
-            },
-            real_data=False,
-        )
-
-    def check(self) -> None:
-        check_terms(self, self.cfg.asset)
+        return Requirements(asset_calls(lambda w: passes(w) + 1), real_data=False)
 
     def positions(self, num: int, k: int) -> tuple[Tensor, Tensor]:
         """Grid positions [num] of t and of the noisier t' at step k."""
@@ -88,9 +77,6 @@ class ASD(Objective, config=ASDConfig):
                 fake = S.from_x0("eps", self.teacher(x_later, later, batch.cond), x_later, later)
                 g = real - fake  # e^w(x_t) - e(x_t')
             loss = along(x, g, omega(cfg.omega, S, t))
-            penalty, logs = asset_terms(self, cfg.asset, k)
+            penalty, logs = self.asset_terms(k)
             yield loss + penalty, {"gap": g.abs().mean(), **logs}
-        settle(self, k)
-
-    def state(self) -> dict:
-        return self.student.backbone.state()
+        self.settle(k)

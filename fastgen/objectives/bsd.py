@@ -28,14 +28,13 @@ from torch import Tensor
 
 from fastgen.core.batch import Batch
 from fastgen.diffusion.schedules import expand
-from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
+from fastgen.objectives.base import ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.score_distillation import (
+    AssetObjective,
     AssetTermsConfig,
     along,
-    asset_terms,
-    check_terms,
-    settle,
+    asset_calls,
 )
 
 
@@ -59,18 +58,15 @@ class BSDConfig(ObjectiveConfig):
     """regularisers of an asset"""
 
 
-class BSD(Objective, config=BSDConfig):
+class BSD(AssetObjective, config=BSDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         return Requirements(
-            lambda guidance, num_steps: {"student": (num_steps - 1) / 2, "student+grad": 1, "teacher": 2},
+            asset_calls(lambda w: 2),
             real_data=False,
             one_guidance=False,
             guidance_settings={"ratio": cfg.ratio},
         )
-
-    def check(self) -> None:
-        check_terms(self, self.cfg.asset)
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
@@ -92,12 +88,9 @@ class BSD(Objective, config=BSDConfig):
                     g0, a = nearest_to_zero(cfg.ratio * (e_c - e_u), e_u)
                     weight = 0.1 * S.alpha(t)
             loss = along(x, g0, weight)
-            penalty, logs = asset_terms(self, cfg.asset, k)
+            penalty, logs = self.asset_terms(k)
             yield loss + penalty, {"balance": a.mean(), "gap": g0.abs().mean(), **logs}
-        settle(self, k)
-
-    def state(self) -> dict:
-        return self.student.backbone.state()
+        self.settle(k)
 
 
 def nearest_to_zero(c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,16 +22,15 @@ from typing import Literal
 import torch
 
 from fastgen.core.batch import Batch
-from fastgen.objectives.base import Objective, ObjectiveConfig, TimeConfig, Updates, guided
+from fastgen.objectives.base import ObjectiveConfig, TimeConfig, Updates, guided
 from fastgen.objectives.requirements import Requirements, passes
 from fastgen.objectives.shared.score_distillation import (
     AnnealConfig,
+    AssetObjective,
     AssetTermsConfig,
     Omega,
-    asset_terms,
-    check_terms,
+    asset_calls,
     pulled,
-    settle,
 )
 
 
@@ -49,20 +48,10 @@ class SDSConfig(ObjectiveConfig):
     """regularisers of an asset"""
 
 
-class SDS(Objective, config=SDSConfig):
+class SDS(AssetObjective, config=SDSConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return Requirements(
-            lambda guidance, num_steps: {
-                "student": (num_steps - 1) / 2,
-                "student+grad": 1,
-                "teacher": passes(guidance),
-            },
-            real_data=False,
-        )
-
-    def check(self) -> None:
-        check_terms(self, self.cfg.asset)
+        return Requirements(asset_calls(passes), real_data=False)
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
@@ -73,9 +62,6 @@ class SDS(Objective, config=SDSConfig):
             with torch.no_grad():
                 real = guided(self.teacher, x_t, t, batch, self.guidance)  # e^w, as D
             loss = pulled(x, real, x.detach(), S, t, cfg.omega)  # omega (e^w - eps)
-            penalty, logs = asset_terms(self, cfg.asset, k)
+            penalty, logs = self.asset_terms(k)
             yield loss + penalty, {"gap": (real - x).abs().mean(), **logs}
-        settle(self, k)
-
-    def state(self) -> dict:
-        return self.student.backbone.state()
+        self.settle(k)

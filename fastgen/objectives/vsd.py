@@ -33,12 +33,10 @@ from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
 from fastgen.objectives.shared.score_distillation import (
     AnnealConfig,
+    AssetObjective,
     AssetTermsConfig,
     Omega,
-    asset_terms,
-    check_terms,
     pulled,
-    settle,
 )
 
 
@@ -60,13 +58,10 @@ class ProlificDreamerConfig(MatchingConfig):
     """regularisers of an asset"""
 
 
-class VSD(Matching, config=ProlificDreamerConfig):
+class VSD(AssetObjective, Matching, config=ProlificDreamerConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         return replace(super().requirements(cfg), real_data=False)
-
-    def check(self) -> None:
-        check_terms(self, self.cfg.asset)
 
     def step(self, batch: Batch, k: int, teacher=None) -> Updates:
         cfg, S, teacher = self.cfg, self.schedule, teacher or self.teacher
@@ -80,7 +75,7 @@ class VSD(Matching, config=ProlificDreamerConfig):
                     real = guided(teacher, x_t, t, batch, self.guidance)  # e_T^w, as D
                     fake = self.critic(x_t, t, told)  # e_F, as D
                 loss = pulled(x, real, fake, S, t, cfg.omega)  # omega (e_T^w - e_F)
-                penalty, logs = asset_terms(self, cfg.asset, k)
+                penalty, logs = self.asset_terms(k)
                 yield loss + penalty, {"vsd": loss, **diagnostics(x, real, fake), **logs}
         else:
             with torch.no_grad():
@@ -92,7 +87,7 @@ class VSD(Matching, config=ProlificDreamerConfig):
             fake = self.critic(x_t, t, told)
             loss = self.denoising_loss(fake, x, t)  # |e_F - eps|^2
             yield loss, {"denoising": loss, **self.critic_error(fake, x, x_t, t, told)}
-        settle(self, k)
+        self.settle(k)
 
     def drop_cameras(self, told: Cond, num: int) -> Cond:
         """Conditions with the camera of some rows set to zeros, where there are cameras."""
@@ -100,6 +95,3 @@ class VSD(Matching, config=ProlificDreamerConfig):
             return told
         keep: Tensor = self.rng.rand(num) >= self.cfg.camera_drop
         return {**told, "c2w": told["c2w"] * keep.to(told["c2w"])[:, None]}
-
-    def state(self) -> dict:
-        return self.student.backbone.state()

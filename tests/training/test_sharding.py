@@ -2,10 +2,8 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -13,7 +11,7 @@ from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from tests.support.heavier import first_of
-from tests.training.test_two_process import launch_two
+from tests.training.test_two_process import assert_same, launch_two, state
 
 DRIVER = """
 import sys, torch
@@ -75,10 +73,6 @@ def settings(run: dict, batch: int, sharding: str | None, steps: int = 4) -> dic
     }
 
 
-def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"checkpoints/checkpoint-{step}/state.safetensors")
-
-
 @pytest.mark.parametrize("name", first_of(RUNS))
 def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
     """Checkpoint, averages and optimizer are whole and those of one process; so are results and export."""
@@ -88,18 +82,14 @@ def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
     launch_two(tmp_path, DRIVER)
     for step in (2, 4):
         one, two = state(tmp_path / "one", step), state(tmp_path / "two", step)
-        assert one.keys() == two.keys() and any("exp_avg" in key for key in one)
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=f"{key} at {step}")
+        assert any("exp_avg" in key for key in one)
+        assert_same(one, two, rtol=1e-3, atol=2e-5)
     results = [json.loads((tmp_path / f / "results.json").read_text()) for f in ("one", "two")]
     assert results[1]["student"]["fd_mini"] == pytest.approx(results[0]["student"]["fd_mini"], rel=1e-2)
     files = [sorted((tmp_path / f / "export").rglob("*.safetensors")) for f in ("one", "two")]
     assert [f.name for f in files[0]] == [f.name for f in files[1]] and files[0]
     for a, b in zip(*files):
-        one, two = load_file(a), load_file(b)
-        assert one.keys() == two.keys()
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
+        assert_same(load_file(a), load_file(b), rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -113,8 +103,7 @@ def test_a_run_goes_on_spread_over_two_processes(tmp_path):
     shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-4")
     launch_two(tmp_path, DRIVER, "--resume", "--allow_changed", "world_size", "train")
     one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=key)
+    assert_same(one, two, rtol=1e-3, atol=2e-5)
     assert "exp_avg" in "".join(one) and (tmp_path / "two/export").is_dir()
 
 

@@ -51,6 +51,18 @@ def launch_two(tmp_path, driver: str, *flags: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint."""
+    return load_file(folder / f"checkpoints/checkpoint-{step}/state.safetensors")
+
+
+def assert_same(one: dict, two: dict, rtol: float, atol: float) -> None:
+    """The same tensors under the same names."""
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=rtol, atol=atol, msg=key)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
     values = {
@@ -66,12 +78,7 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
         (tmp_path / f"{folder}.yaml").write_text(yaml.safe_dump(values))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     launch_two(tmp_path, DRIVER)
-    one, two = (
-        load_file(tmp_path / f / "checkpoints/checkpoint-4/state.safetensors") for f in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-6, msg=key)
+    assert_same(state(tmp_path / "one", 4), state(tmp_path / "two", 4), rtol=1e-4, atol=2e-6)
 
 
 COUNTED = """

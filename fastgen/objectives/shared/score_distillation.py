@@ -1,7 +1,8 @@
-"""What the score distillations into assets share: the weight of their gradient, the annealed noise levels and
-the regularisers of what was rendered.
+"""What the score distillations into assets share: the weight of their gradient, the annealed noise levels,
+the regularisers of what was rendered, and what an asset keeps.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import Schedule, expand
 from fastgen.objectives.base import Objective, TimeConfig
+from fastgen.objectives.requirements import Calls
 
 Omega = Literal["sigma2", "one", "alpha_sigma2"]
 """omega(t): sigma^2, 1, or alpha sigma^2"""
@@ -71,26 +73,39 @@ def along(x: Tensor, g: Tensor, weight: Tensor | float) -> Tensor:
     return 0.5 * (x - target).square().sum() / len(x)
 
 
-def asset_terms(obj: Objective, terms: AssetTermsConfig, k: int) -> tuple[Tensor | float, dict]:
-    """(regularisers of what the student drew last, what to log of it); nothing of a network."""
-    net = obj.student.backbone
-    if not net.is_asset:
-        return 0.0, {}
-    opaque = terms.opaque if k >= terms.opaque_from else 0.0
-    penalty = net.penalty(terms.sparsity, opaque) if terms.used else 0.0
-    return penalty, {"opacity": net.opacity(), "penalty": float(penalty)}
+def asset_calls(teacher: Callable[[float], int]) -> Callable[[float, int], Calls]:
+    """Network calls of a step that draws one sample and asks the teacher alone, at a guidance so often."""
+    return lambda guidance, num_steps: {
+        "student": (num_steps - 1) / 2,
+        "student+grad": 1,
+        "teacher": teacher(guidance),
+    }
 
 
-def settle(obj: Objective, k: int) -> None:
-    """Let an asset move its parts once step k is done."""
-    if obj.sync:
-        obj.student.backbone.settle(k)
+class AssetObjective(Objective):
+    """A score distillation whose student may be assets, with `asset: AssetTermsConfig` in its settings."""
 
+    def check(self) -> None:
+        """Refuse regularisers of a student that is no asset."""
+        terms = self.cfg.asset
+        if terms.used and not self.student.backbone.is_asset:
+            found = f"found sparsity {terms.sparsity:g} and opaque {terms.opaque:g} for a student that is a "
+            found += "network"
+            raise UserError("objective.asset", found, "leave it out, or train a 3D asset: student.asset")
 
-def check_terms(obj: Objective, terms: AssetTermsConfig) -> None:
-    """Refuse regularisers of a student that is no asset."""
-    if terms.used and not obj.student.backbone.is_asset:
-        found = (
-            f"found sparsity {terms.sparsity:g} and opaque {terms.opaque:g} for a student that is a network"
-        )
-        raise UserError("objective.asset", found, "leave it out, or train a 3D asset: student.asset")
+    def asset_terms(self, k: int) -> tuple[Tensor | float, dict]:
+        """(regularisers of what the student drew last, what to log of it); nothing of a network."""
+        net, terms = self.student.backbone, self.cfg.asset
+        if not net.is_asset:
+            return 0.0, {}
+        opaque = terms.opaque if k >= terms.opaque_from else 0.0
+        penalty = net.penalty(terms.sparsity, opaque) if terms.used else 0.0
+        return penalty, {"opacity": net.opacity(), "penalty": float(penalty)}
+
+    def settle(self, k: int) -> None:
+        """Let an asset move its parts once step k is done."""
+        if self.sync:
+            self.student.backbone.settle(k)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.student.backbone.state()
