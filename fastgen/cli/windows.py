@@ -1,4 +1,4 @@
-"""Clips longer than a model's own (sample.py --windows): each window begins with the last frame of the one before.
+"""Clips longer than a model's own (sample.py --windows): each window begins with the last frame of the last.
 
 The frame is decoded and encoded again, so that what a window is shown is a picture as the model was trained
 on. N windows of F frames are N F - (N - 1) frames: the shared ones are kept once. This is the sliding window
