@@ -87,7 +87,7 @@ class Gallery:
         """Write the grid and samples.json of what was made so far."""
         import torch
 
-        from fastgen.data.media import filmstrip
+        from fastgen.data.clips import filmstrip
 
         shown = [torch.stack(images) for images in self.shown if images]
         if shown:
@@ -109,7 +109,8 @@ class Gallery:
 
 
 def _save(image, path: Path, rate: float) -> None:
-    from fastgen.data.media import save_clip, to_pil
+    from fastgen.data.clips import save_clip
+    from fastgen.data.media import to_pil
 
     if image.ndim == 4:
         save_clip([to_pil(frame) for frame in image.unbind(1)], path, rate)

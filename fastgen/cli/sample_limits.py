@@ -85,7 +85,7 @@ def add_clip(flags) -> None:
 
 def check_clip(args, codec) -> None:
     """Refuse an mp4 that cannot be written, and warn of flags of clips for a model of pictures."""
-    from fastgen.data.media import check_mp4
+    from fastgen.data.clips import check_mp4
 
     if codec.family is not None and codec.family.temporal:
         if args.clip_format == "mp4":

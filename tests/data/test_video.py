@@ -8,7 +8,7 @@ from PIL import Image, ImageSequence
 
 from fastgen.cli import sample
 from fastgen.cli.train import main
-from fastgen.data import media
+from fastgen.data import clips as clip_files
 from fastgen.data.loader import load_data
 from fastgen.roles.heads import make_head
 from fastgen.training import validation
@@ -33,7 +33,7 @@ def clips(folder, num=4):
     folder.mkdir()
     for i in range(num):
         frames = [Image.new("RGB", (40, 36), (60 * i, 25 * f, 90)) for f in range(FRAMES)]
-        media.save_clip(frames, folder / f"{i}.gif")
+        clip_files.save_clip(frames, folder / f"{i}.gif")
         (folder / f"{i}.txt").write_text(f"clip {i}")
     return folder
 
@@ -100,7 +100,12 @@ def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     assert (
         sample.main([*arguments, "--image", str(tmp_path / "first.png"), "--out", str(tmp_path / "o")]) == 0
     )
-    capsys.readouterr()
+    assert "cropped" not in capsys.readouterr().err
+    Image.new("RGB", (2 * SIZE, SIZE), "red").save(tmp_path / "wide.png")
+    wide = ["--image", str(tmp_path / "wide.png"), "--out", str(tmp_path / "w")]
+    assert sample.main([*arguments, *wide]) == 0
+    said = f"wide.png is {2 * SIZE} x {SIZE}, cropped about its middle to {SIZE} x {SIZE}"
+    assert said in capsys.readouterr().err
     assert sample.main([*arguments, "--out", str(tmp_path / "p")]) == 2
     assert "--image: found 0 for 1 prompts" in capsys.readouterr().err
 
@@ -146,7 +151,7 @@ def test_a_clip_as_mp4(tmp_path, built, capsys, monkeypatch):
     capsys.readouterr()
     assert sample.main([*ask, "--fps", "0", "--out", str(tmp_path / "p")]) == 2
     assert "--fps: found 0" in capsys.readouterr().err
-    monkeypatch.setattr(media, "find_spec", lambda name: None)
+    monkeypatch.setattr(clip_files, "find_spec", lambda name: None)
     assert sample.main([*ask, "--out", str(tmp_path / "p")]) == 2
     assert "--clip_format: mp4 needs imageio-ffmpeg" in capsys.readouterr().err
 
@@ -185,7 +190,7 @@ def test_pictures_of_clips(tmp_path):
     validation.save_grid(clip, tmp_path / "g.png")
     with Image.open(tmp_path / "g.png") as image, Image.open(tmp_path / "g.gif") as film:
         assert film.n_frames == 5 and image.width > 4 * image.height / 3
-    strip = media.filmstrip(clip, 5)
+    strip = clip_files.filmstrip(clip, 5)
     assert torch.equal(strip[1, :, :, 16:24], clip[1, :, 2])
 
 
