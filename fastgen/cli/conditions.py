@@ -49,10 +49,12 @@ def read_prompts(args) -> list[str]:
 
 
 def read_images(args, codec: Codec, num: int):
-    """Images [num, 3, H, W] in [-1, 1] for a model that takes one beside the text; None for others."""
+    """Images [num, 3, H, W] in [-1, 1] for a model that takes one beside the text, first and last frames
+    [num, 3, 2, H, W] for one that takes both; None for others.
+    """
     if not isinstance(codec, TextCodec) or not codec.family.needs_image:
-        if args.image:
-            raise UserError("--image", "this model takes no image", "leave it out")
+        for flag in (f for f in ("image", "last_image") if getattr(args, f)):
+            raise UserError(f"--{flag}", "this model takes no image", "leave it out")
         return None
     if len(args.image) not in (1, num):
         raise UserError(
@@ -60,27 +62,39 @@ def read_images(args, codec: Codec, num: int):
             f"found {len(args.image)} for {num} prompts",
             "give one image for all prompts, or one for each",
         )
+    if len(args.last_image) != (len(args.image) if codec.family.needs_last_image else 0):
+        wrong = f"found {len(args.last_image)} for {len(args.image)} of --image"
+        way = (
+            "one for each --image"
+            if codec.family.needs_last_image
+            else "leave it out: no last frame is taken"
+        )
+        raise UserError("--last_image", wrong, way)
     scale = getattr(args, "scale", 0)
     if scale and scale != codec.enlarges:
         able = f"enlarges by {codec.enlarges}" if codec.enlarges else "takes a picture as it is"
         raise UserError("--scale", f"found {scale}", f"leave it out: this model {able}")
     read = _read_small if codec.enlarges else _read_image
     found = [read(path, codec) for path in args.image]
-    return torch.stack(found).expand(num, -1, -1, -1)
+    if args.last_image:
+        last = [read(path, codec, "--last_image") for path in args.last_image]
+        found = [torch.stack(pair, 1) for pair in zip(found, last)]
+    shown = torch.stack(found)
+    return shown.expand(num, *shown.shape[1:])
 
 
-def _read_image(path: str, codec: TextCodec) -> torch.Tensor:
+def _read_image(path: str, codec: TextCodec, flag: str = "--image") -> torch.Tensor:
     """One file as [3, H, W] in [-1, 1]."""
     file, (height, width) = Path(path).expanduser(), codec.pixels
-    with _readable(path):
+    with _readable(path, flag):
         own = shape_of(file)
         if abs(own[1] * height / (own[0] * width) - 1) > SAME_ASPECT:
             about = f"{named(path)} is {own[1]} x {own[0]}, cropped about its middle to {width} x {height}"
-            warn(f"--image: {about}")
+            warn(f"{flag}: {about}")
         return read_image(file, (3, height, width)).float() / 127.5 - 1
 
 
-def _read_small(path: str, codec: TextCodec) -> torch.Tensor:
+def _read_small(path: str, codec: TextCodec, flag: str = "--image") -> torch.Tensor:
     """One low-resolution file, enlarged to [3, H, W] in [-1, 1]."""
     with _readable(path):
         picture = to_tensor(read_picture(Path(path).expanduser()))
@@ -94,13 +108,13 @@ def _read_small(path: str, codec: TextCodec) -> torch.Tensor:
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _readable(path: str, flag: str = "--image") -> Iterator[None]:
     """What cannot be read as a picture is the user's mistake."""
     try:
         yield
     except OSError as error:
         found = f"{named(path)} cannot be read ({error})"
-        raise UserError("--image", found, "give a png, jpg, webp or other picture file") from None
+        raise UserError(flag, found, "give a png, jpg, webp or other picture file") from None
 
 
 def conditions(args, codec: Codec) -> tuple[dict, list]:

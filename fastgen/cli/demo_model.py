@@ -61,6 +61,9 @@ class DemoModel:
         codec = self.loaded.codec
         self.takes_text = isinstance(codec, TextCodec) and codec.family.takes_text
         self.takes_image = isinstance(codec, TextCodec) and codec.family.needs_image
+        if isinstance(codec, TextCodec) and codec.family.needs_last_image:
+            found = f"{model} is shown a first and a last frame"
+            raise UserError("--model", found, "draw with sample.py --image and --last_image")
         self.labels = codec.class_names if isinstance(codec, LabelCodec) else []
 
     @property

@@ -76,6 +76,8 @@ def add_size(flags) -> None:
 def add_clip(flags) -> None:
     """Add --windows, --clip_format and --fps to a parser."""
     add = flags.add_argument
+    end = "last frame, for a model that takes a first and a last one (Wan FLF2V): one for each --image"
+    add("--last_image", action="append", default=[], type=expand, metavar="FILE", help=end)
     row = "image to video: clips in a row, each begun by the last frame of the one before; default: 1"
     add("--windows", type=int, default=1, metavar="N", help=row)
     formats = "of the clips that are written; default: gif; mp4 needs imageio-ffmpeg"

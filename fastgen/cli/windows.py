@@ -55,7 +55,8 @@ def windowed(one: Generator, windows: int) -> Generator:
     if windows == 1:
         return one
     codec = one.codec
-    if not isinstance(codec, TextCodec) or not (codec.family.needs_image and codec.family.temporal):
-        found = f"found {windows} for a model that no first frame begins"
+    begun = isinstance(codec, TextCodec) and codec.family.needs_image and codec.family.temporal
+    if not begun or codec.family.needs_last_image:
+        found = f"found {windows} for a model that no first frame alone begins"
         raise UserError("--windows", found, "leave it out, or give an image-to-video model")
     return Windowed(one, windows)

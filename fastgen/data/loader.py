@@ -118,7 +118,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         assert found.images is not None, "read_source refuses a section without pictures"
         return degraded_rows(cfg.degradation, codec, found.images, device)
     if codec.family.temporal:
-        shown = None if found.images is None else found.images[:, :, 0]
+        shown = None if found.images is None else shown_frames(codec, found.images)
     elif cfg.control:
         files = control_files(Path(cfg.control), found, name)
         shown = read_files(files, (3, *codec.pixels), "error", key="data.control")[0]
@@ -126,6 +126,13 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
         raise UserError("data", f"{name} takes an image beside the text, and none are given", where)
     return image_rows(codec, shown, device)
+
+
+def shown_frames(codec, clips: Tensor) -> Tensor:
+    """What a network is shown of clips [N, 3, F, H, W]: their first frames [N, 3, H, W], or these and the
+    last ones [N, 3, 2, H, W].
+    """
+    return clips[:, :, [0, -1]] if codec.family.needs_last_image else clips[:, :, 0]
 
 
 def image_rows(codec, images: Tensor, device="cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:

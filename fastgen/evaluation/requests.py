@@ -10,7 +10,7 @@ from fastgen.data import moving
 from fastgen.data.batches import Data
 from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
-from fastgen.data.loader import degraded_rows, image_rows
+from fastgen.data.loader import degraded_rows, image_rows, shown_frames
 from fastgen.data.solids import renders
 from fastgen.data.views import Views
 from fastgen.networks.codecs import TextCodec
@@ -57,7 +57,7 @@ class Requests:
             self.attributes = moving.attributes(every, "heldout")
             self._ask(moving.captions(every, "heldout"))
             if codec.family.needs_image:
-                self._show(moving.first_frames(every, "heldout"))
+                self._show(shown_frames(codec, moving.ends(every, "heldout")))
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -75,11 +75,13 @@ class Requests:
         self.rows = torch.tensor([where[text] for text in captions])
 
     def _show(self, frames: Tensor) -> None:
-        """Beside its caption, each request shows the first frame uint8 [3, H, W] of its clip."""
+        """Beside its caption, each request shows uint8 frames of its clip: the first [N, 3, H, W], or with
+        the last [N, 3, 2, H, W].
+        """
         own, null = image_rows(self.codec, frames)
         table = {k: v for k, v in self.table.items() if k not in own}
         uncond = {k: v for k, v in self.uncond.items() if k not in null}
-        self.first_frames = frames
+        self.first_frames = frames if frames.ndim == 4 else frames[:, :, 0]
         self.own = Data(None, table, self.rows, uncond, self.codec.shape, self.captions, own, null)
 
     def renders(self) -> Tensor | None:

@@ -111,6 +111,7 @@ def _requested(family: Family, codec, info: ExportInfo) -> list[str]:
         height, width = codec.pixels
         enlarged = f".resize(({width}, {height}), resample=3)" if info.enlarges else ""  # bicubic
         given.append(f'image=load_image("image.png"){enlarged}')
+        given += ['last_image=load_image("last.png")'] if family.needs_last_image else []
     return [*given, "generator=torch.Generator().manual_seed(0)"]
 
 

@@ -73,6 +73,8 @@ class Family:
     """keyword argument of its pipeline for the class; empty if no pipeline takes classes"""
     needs_image: bool = False
     """cond contains an image (first frame, control image) besides the text"""
+    needs_last_image: bool = False
+    """and the last frame beside the first: such images are [B, 3, 2, H, W]"""
 
     # -- sizes ----------------------------------------------------------------------------------------------
     factor: int = 8

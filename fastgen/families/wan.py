@@ -109,7 +109,8 @@ class WanImage(Wan):
     name, pipelines, needs_image = "wan-i2v", ("WanImageToVideoPipeline",), True
 
     def matches(self, index: dict, config: dict) -> bool:
-        return config.get("in_channels") != config.get("out_channels")
+        wider = config.get("in_channels") != config.get("out_channels")
+        return wider and not config.get("pos_embed_seq_len")
 
     def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return super().call_network(net, torch.cat([x, cond["image_latents"].to(x.dtype)], 1), time, cond)
@@ -132,6 +133,37 @@ class WanImage(Wan):
             states = pipe.encode_image(pictures(images), codec.device)
             cond["encoder_hidden_states_image"] = states.float()
         return cond
+
+
+class WanFirstLast(WanImage):
+    """Wan 2.1 FLF2V: a first and a last frame, both clean in the mask and both as CLIP states."""
+
+    name, needs_last_image = "wan-flf2v", True
+
+    def matches(self, index: dict, config: dict) -> bool:
+        return bool(config.get("pos_embed_seq_len"))
+
+    def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        states = cond["encoder_hidden_states_image"]  # [B, 2 S, C], which the network takes as [2 B, S, C]
+        apart = {"encoder_hidden_states_image": states.unflatten(1, (2, -1)).flatten(0, 1)}
+        return super().call_network(net, x, time, cond | apart)
+
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
+        shapes = super().cond_shapes(net, codec)
+        tokens, width = shapes["encoder_hidden_states_image"]
+        return shapes | {"encoder_hidden_states_image": (2 * tokens, width)}
+
+    def encode_image(self, codec, images: Tensor) -> Cond:
+        """Of first and last frames [B, 3, 2, H, W]."""
+        pipe, (first, last) = codec.pipe, images.unbind(2)
+        size = (*images.shape[-2:], codec.num_frames, torch.float32, codec.device)
+        found = [
+            pipe.prepare_latents(a[None], 1, codec.shape[0], *size, last_image=b[None])[1]
+            for a, b in zip(first, last)
+        ]
+        states = pipe.encode_image(pictures(images.transpose(1, 2).flatten(0, 1)), codec.device)
+        both = states.float().unflatten(0, (-1, 2)).flatten(1, 2)
+        return {"image_latents": torch.cat(found), "encoder_hidden_states_image": both}
 
 
 class WanTokens(Wan):
@@ -220,4 +252,11 @@ def pictures(images: Tensor) -> list:
     return [Image.fromarray(p) for p in pixels]
 
 
-FAMILIES: tuple[Family, ...] = (WanTokensImage(), WanTokens(), WanImage(), Wan(), AnyFlow())
+FAMILIES: tuple[Family, ...] = (
+    WanTokensImage(),
+    WanTokens(),
+    WanFirstLast(),
+    WanImage(),
+    Wan(),
+    AnyFlow(),
+)

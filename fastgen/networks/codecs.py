@@ -144,7 +144,9 @@ class TextCodec(Codec):
 
     @torch.no_grad()
     def prompts(self, prompts: list[str], images: Tensor | None = None) -> Cond:
-        """The condition rows of prompts; images [B, 3, H, W] in [-1, 1] where the family needs one."""
+        """The condition rows of prompts; images [B, 3, H, W] in [-1, 1] where the family needs one
+        (first and last frames [B, 3, 2, H, W] where it needs both).
+        """
         if self.device.type == "meta" or self.pipe is None:
             return self._shapes(len(prompts))
         self._check_encoders()
@@ -172,7 +174,7 @@ class TextCodec(Codec):
         """With the parts that no text encoder makes: image and embedded guidance."""
         if self.family.needs_image:
             if images is None:  # a placeholder of the right shape: zeros are mid-grey
-                images = torch.zeros(num, 3, *self.pixels)
+                images = torch.zeros(num, 3, *((2,) if self.family.needs_last_image else ()), *self.pixels)
             cond = cond | self.family.encode_image(self, images.to(self.device))
         if self.guidance is not None:
             cond = cond | {"guidance": torch.full((num,), float(self.guidance), device=self.device)}

@@ -112,7 +112,7 @@ def test_fewer_frames_are_the_first_ones(capsys):
     reader = read_source(section(limit=3), few, "cpu", pixels=True).reader
     assert torch.equal(reader.first(2).load(1)["images"], moving.compose([1])[0][:, :2])
     assert "the first 2 of 9 frames" in capsys.readouterr().out
-    assert torch.equal(moving.first_frames([4, 7], "heldout"), moving.compose([4, 7], "heldout")[:, :, 0])
+    assert torch.equal(moving.ends([4, 7], "heldout"), moving.compose([4, 7], "heldout")[:, :, [0, -1]])
 
 
 @pytest.mark.parametrize(

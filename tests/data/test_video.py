@@ -9,6 +9,7 @@ from PIL import Image, ImageSequence
 from fastgen.cli import sample
 from fastgen.cli.train import main
 from fastgen.data import clips as clip_files
+from fastgen.data import media
 from fastgen.data.loader import load_data
 from fastgen.roles.heads import make_head
 from fastgen.training import validation
@@ -110,6 +111,40 @@ def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     assert "--image: found 0 for 1 prompts" in capsys.readouterr().err
 
 
+def test_a_last_frame_beside_the_first(tmp_path, built, capsys):
+    """From the ends of clips in training, by --last_image in sampling; another last frame is another clip."""
+    from fastgen.config.data_section import DataConfig
+    from fastgen.networks.load import load_teacher
+
+    teacher = load_teacher(str(built("wan-flf2v")))
+    data = load_data(DataConfig(images=str(clips(tmp_path / "clips"))), teacher)
+    clip = media.read_one(tmp_path / "clips/2.gif", (3, FRAMES, SIZE, SIZE)).float() / 127.5 - 1
+    wanted = teacher.codec.image_rows(clip[None][:, :, [0, -1]])[0]
+    found = data.cond(torch.tensor([2]))
+    for key, rows in wanted.items():
+        assert torch.allclose(found[key], rows, atol=1e-5), key
+    for name in ("red", "blue"):
+        Image.new("RGB", (SIZE, SIZE), name).save(tmp_path / f"{name}.png")
+    ask = ["--model", str(built("wan-flf2v")), "--prompt", "a", "--steps", "2", "--guidance", "1"]
+    ask += ["--image", str(tmp_path / "red.png")]
+    for name in ("red", "blue"):
+        last = ["--last_image", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / name)]
+        assert sample.main([*ask, *last]) == 0
+    files = [(tmp_path / name / "00000_0.gif").read_bytes() for name in ("red", "blue")]
+    assert files[0] != files[1]
+    capsys.readouterr()
+    assert sample.main([*ask, "--out", str(tmp_path / "p")]) == 2
+    assert "--last_image: found 0 for 1 of --image; one for each --image" in capsys.readouterr().err
+    last = ["--last_image", str(tmp_path / "none.png"), "--out", str(tmp_path / "p")]
+    assert sample.main([*ask, *last]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --last_image") and "none.png cannot be read" in said
+    assert sample.main([*ask, *last, "--windows", "2", "--image", str(tmp_path / "red.png")]) == 2
+    first = ["--model", str(built("wan-i2v")), "--prompt", "a", "--image", str(tmp_path / "red.png")]
+    assert sample.main([*first, *last]) == 2
+    assert "leave it out: no last frame is taken" in capsys.readouterr().err
+
+
 def test_windows_go_on_from_the_last_frame(tmp_path, built, capsys):
     """A model whose first frame is the picture it is shown: N windows are N F - (N - 1) frames, the first
     window is the clip without the flag, and the next one begins where it ended.
@@ -136,7 +171,7 @@ def test_windows_go_on_from_the_last_frame(tmp_path, built, capsys):
     assert "--windows: found 0" in capsys.readouterr().err
     text = ["--model", str(built("wan-ti2v")), "--prompt", "a", "--windows", "2"]
     assert sample.main([*text, "--out", str(tmp_path / "p")]) == 2
-    assert "--windows: found 2 for a model that no first frame begins" in capsys.readouterr().err
+    assert "--windows: found 2 for a model that no first frame alone begins" in capsys.readouterr().err
 
 
 def test_a_clip_as_mp4(tmp_path, built, capsys, monkeypatch):

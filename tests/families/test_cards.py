@@ -45,8 +45,9 @@ def test_the_card_runs_as_it_stands(name, kind, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text()
     assert "base_model" not in card, "a folder is no id of the hub"
     (folder / "card.py").write_text(code_of(card))
-    if 'load_image("image.png")' in card:
-        Image.new("RGB", (64, 64), "red").save(folder / "image.png")
+    for name, colour in (("image.png", "red"), ("last.png", "blue")):
+        if f'load_image("{name}")' in card:
+            Image.new("RGB", (64, 64), colour).save(folder / name)
     done = run_plain("card.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert all(np.ptp(frame) > 0 for frame in pictures(folder)), "a picture of one colour"

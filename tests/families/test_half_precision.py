@@ -195,6 +195,7 @@ def draw(world, folder: Path, dtype: str, out: Path, tmp_path: Path) -> torch.Te
         shown = tmp_path / "shown.png"
         Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5).save(shown)
         argv += ["--image", str(shown)]
+        argv += ["--last_image", str(shown)] if world.family.needs_last_image else []
     assert sample.main(argv) == 0
     files = sorted(f for f in out.rglob("*") if f.suffix in (".png", ".gif") and f.name != "grid.png")
     assert files

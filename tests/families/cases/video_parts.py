@@ -83,23 +83,27 @@ def plain_video(world, pipe, info, noise):
     for i, prompt in enumerate(PROMPTS):
         arguments = {"prompt": prompt} if family.takes_text else {}
         if family.needs_image:
-            arguments["image"] = pictures(world.images)[i]
+            ends = world.images[i : i + 1] if world.images.ndim == 4 else world.images[i].transpose(0, 1)
+            arguments |= dict(zip(("image", "last_image"), pictures(ends)))
         arguments["latents"] = family.pipeline_latents(noise[i : i + 1], world.schedule)
         generator = [torch.Generator().manual_seed(0)]  # of the image's condition, where one is drawn
         found.append(pipe(**arguments, generator=generator, output_type="pt", **call).frames)
     return torch.cat(found).transpose(1, 2)
 
 
-def shown(side: int):
-    """Two pictures [2, 3, side, side] in [-1, 1], in whole 8-bit steps as a file would hold them."""
-    pixels = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(5))
+def shown(side: int, last: bool = False):
+    """Two pictures [2, 3, side, side] (with last pairs of them [2, 3, 2, side, side]) in [-1, 1], in whole
+    8-bit steps as a file would hold them.
+    """
+    size = (2, 3, 2, side, side) if last else (2, 3, side, side)
+    pixels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(5))
     return pixels.float() / 127.5 - 1
 
 
-def case(family: str, build, *real: tuple, image: int = 0, **more) -> Case:
+def case(family: str, build, *real: tuple, image: int = 0, last: bool = False, **more) -> Case:
     """A case with its released models as (model, config, published billions)."""
     published = [(m, config, 1e9 * float(n), 0.5 * _unit(n) / float(n)) for m, config, n in real]
-    images = (lambda: shown(image)) if image else None
+    images = (lambda: shown(image, last)) if image else None
     return Case(family, build, plain=plain_video, images=images, published=published, **more)
 
 

@@ -72,6 +72,18 @@ def wan_i2v(folder: Path) -> Path:
     return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
 
 
+def wan_flf2v(folder: Path) -> Path:
+    """Wan 2.1 with a first and a last frame: its CLIP states are those of both."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = wan_parts(18)
+    encoder, processor = clip_vision(4)
+    net = wan_net(in_channels=36, image_dim=4, pos_embed_seq_len=2 * 17)
+    more = {"image_encoder": encoder, "image_processor": processor}
+    pipe = WanImageToVideoPipeline(**parts, vae=wan_vae(), transformer=net, **more)
+    return save(pipe, folder, num_frames=FRAMES, max_sequence_length=16)
+
+
 def wan22_i2v(folder: Path) -> Path:
     """Wan 2.2 image to video: two experts without CLIP image states."""
     from diffusers import WanImageToVideoPipeline
@@ -138,6 +150,7 @@ CASES = [
     case("wan", wan22, name="wan22"),
     case("wan-i2v", wan_i2v, ("Wan 2.1 I2V 14B", REAL["wan-i2v-14b"], "16.4"), image=SIZE),
     case("wan-i2v", wan22_i2v, name="wan22-i2v", image=SIZE),
+    case("wan-flf2v", wan_flf2v, image=SIZE, last=True),
     case("wan-ti2v", wan_ti2v, ("Wan 2.2 TI2V 5B", REAL["wan-5b"], "5")),
     case("wan-ti2v-image", wan_ti2v_image, image=SIZE),
     case("anyflow", anyflow, ("AnyFlow 14B", REAL["anyflow"], "14")),
