@@ -136,9 +136,8 @@ class AccVideo(Objective, config=AccVideoConfig):
             with self.turn("student"):
                 D = self.student(rows[:, i], t, cond)
                 goal = undo_jump(S, real, rows[:, i], t, u)  # (x_{i+1} - x_i) / (t_{i+1} - t_i), as D
-                loss = losses.denoising(
-                    S, D, goal, t, native_weighting(self.student)
-                )  # |v - mean velocity|^2
+                weighting = native_weighting(self.student)
+                loss = losses.denoising(S, D, goal, t, weighting)  # |v - mean velocity|^2
                 yield loss, {"trajectory": loss, "error": (D - goal).abs().mean()}
             if not cfg.gan_weight:
                 continue
