@@ -212,17 +212,18 @@ def attributes_of(text: str) -> dict[str, int]:
 class MovingReader(Reader):
     """The first clips of the training split, composed when a batch has them."""
 
-    def __init__(self, num: int):
-        self.num = num
+    def __init__(self, num: int, frames: int = FRAMES):
+        """frames: of each clip, from its first on."""
+        self.num, self.frames = num, frames
 
     def __len__(self) -> int:
         return self.num
 
     def load(self, i: int) -> Rows:
-        return {"images": compose([i])[0]}
+        return {"images": compose([i])[0][:, : self.frames]}
 
     def name(self, i: int) -> str:
         return f"{NAME} {i}"
 
     def first(self, num: int) -> MovingReader:
-        return MovingReader(min(num, self.num))
+        return MovingReader(min(num, self.num), self.frames)

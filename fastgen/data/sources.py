@@ -151,21 +151,21 @@ def _moving(cfg, codec, clips: bool, pixels: bool) -> Found:
         wrong = f"{moving.NAME} holds clips, and {codec.family.name} generates images"
         raise UserError("data.name", wrong, "use tinted")
     wanted, here = (moving.FRAMES, moving.SIZE, moving.SIZE), (codec.num_frames, *codec.pixels)
-    if wanted != here:
+    if wanted[1:] != here[1:] or here[0] > wanted[0]:
         sizes = [" x ".join(map(str, size)) for size in (wanted, here)]
         wrong = (
             f"{moving.NAME} holds clips of {sizes[0]} (frames x height x width), the teacher makes {sizes[1]}"
         )
-        raise UserError(
-            "data.name", wrong, "set teacher.num_frames, teacher.height and teacher.width to these"
-        )
-    num = min(cfg.limit or moving.count(), moving.count())
+        instruction = "set teacher.num_frames, teacher.height and teacher.width to these, or to fewer frames"
+        raise UserError("data.name", wrong, instruction)
+    num, frames = min(cfg.limit or moving.count(), moving.count()), here[0]
     found = Found(captions=moving.captions(range(num)), total=moving.count())
     if pixels and cfg.stream == "never":
-        found.images = moving.load_clips("train", range(num)).images
+        found.images = moving.load_clips("train", range(num)).images[:, :, :frames]
     elif pixels:
-        found.reader = moving.MovingReader(num)
-    how = ", composed when a batch has them" if found.reader else ""
+        found.reader = moving.MovingReader(num, frames)
+    how = f", the first {frames} of {wanted[0]} frames" if frames < wanted[0] else ""
+    how += ", composed when a batch has them" if found.reader else ""
     print(f"data: {moving.NAME}, {num} clips with captions{how}")
     return found
 
