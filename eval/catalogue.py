@@ -181,6 +181,12 @@ def objectives(_: list[dict]) -> str:
     return "\n".join(markdown(("objective", "paper", "settings"), rows))
 
 
+def real(_: list[dict]) -> str:
+    """The recipes of released models: what was published with their settings."""
+    rows = [[_link(f), summary(f)] for f in _files("recipes/real")]
+    return "\n".join(markdown(("recipe", "what, and what was published"), rows))
+
+
 def ablations(documents: list[dict]) -> str:
     """Changes to recipes, and which recipes they were measured on."""
     rows = []
@@ -190,4 +196,4 @@ def ablations(documents: list[dict]) -> str:
     return "\n".join(markdown(("change", "what", "measured as"), rows))
 
 
-TABLES = {f.__name__: f for f in (recipes, variants, bases, teachers, objectives, ablations)}
+TABLES = {f.__name__: f for f in (recipes, variants, bases, teachers, objectives, real, ablations)}

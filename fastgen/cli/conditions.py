@@ -9,12 +9,14 @@ import torch
 from fastgen.core.errors import UserError, warn
 from fastgen.data.degradation import enlarge
 from fastgen.data.folders import named
-from fastgen.data.media import read_image
+from fastgen.data.media import read_image, shape_of
 from fastgen.data.pictures import read_picture, to_tensor
 from fastgen.data.text import cut_prompts, read_lines
 from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
 
 MOST_LABELS = 1_000_000
+SAME_ASPECT = 0.02
+"""by how much the aspect of --image may differ from the model's without a word"""
 
 
 def parse_labels(text: str) -> list[int]:
@@ -69,8 +71,13 @@ def read_images(args, codec: Codec, num: int):
 
 def _read_image(path: str, codec: TextCodec) -> torch.Tensor:
     """One file as [3, H, W] in [-1, 1]."""
+    file, (height, width) = Path(path).expanduser(), codec.pixels
     with _readable(path):
-        return read_image(Path(path).expanduser(), (3, *codec.pixels)).float() / 127.5 - 1
+        own = shape_of(file)
+        if abs(own[1] * height / (own[0] * width) - 1) > SAME_ASPECT:
+            about = f"{named(path)} is {own[1]} x {own[0]}, cropped about its middle to {width} x {height}"
+            warn(f"--image: {about}")
+        return read_image(file, (3, height, width)).float() / 127.5 - 1
 
 
 def _read_small(path: str, codec: TextCodec) -> torch.Tensor:

@@ -154,7 +154,8 @@ class DemoModel:
 
 def save(drawn: Drawn, folder: Path, start: int) -> list[str]:
     """Write the pictures, clips as moving ones; their files."""
-    from fastgen.data.media import save_clip, to_pil
+    from fastgen.data.clips import save_clip
+    from fastgen.data.media import to_pil
 
     files = []
     for i, image in enumerate(drawn.images, start):

@@ -92,7 +92,8 @@ def sheet(tables: list[tuple[str, list[str], Tensor]]):
     """One picture of (name, heads of the columns, images [columns, rows, C, H, W]) below each other."""
     from PIL import Image, ImageDraw
 
-    from fastgen.data.media import filmstrip, to_pil
+    from fastgen.data.clips import filmstrip
+    from fastgen.data.media import to_pil
 
     pictures = [(name, heads, filmstrip(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 6 else x)
                 for name, heads, x in tables]  # fmt: skip

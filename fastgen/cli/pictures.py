@@ -10,7 +10,7 @@ from fastgen.core.files import placed, to_json
 
 SHOWN = 100
 """samples of each contender in the grid"""
-NAME = re.compile(r"\d{5,}_\d+\.(png|gif)")
+NAME = re.compile(r"\d{5,}_\d+\.(png|gif|mp4)")
 
 
 def open_folder(out: Path, overwrite: bool) -> Path:
@@ -48,7 +48,11 @@ def _written(out: Path) -> list[str]:
 class Gallery:
     """Writes samples as they come and holds on to the few that the grid shows."""
 
-    def __init__(self, out: Path, seeds: range, names: list[str]):
+    def __init__(
+        self, out: Path, seeds: range, names: list[str], clip_format: str = "gif", rate: float = 8.0
+    ):
+        """clip_format: gif or mp4; rate: frames a second of clips."""
+        self.clip_suffix, self.rate = f".{clip_format}", rate
         self.out, self.seeds, self.names = out, seeds, names
         self.titles: list[str] = []
         self.shown: list[list] = []
@@ -69,10 +73,10 @@ class Gallery:
         own += [image for i, image in enumerate(images, first) if len(own) <= i < SHOWN]
         if len(self.shown) > 1:
             return
-        self.suffix = ".gif" if images.ndim == 5 else ".png"
+        self.suffix = self.clip_suffix if images.ndim == 5 else ".png"
         for i, image in enumerate(images, first):
             with placed(self.out / self.file(i)) as path:
-                _save(image, path)
+                _save(image, path, self.rate)
             self.count = max(self.count, i + 1)
 
     def file(self, i: int) -> str:
@@ -83,7 +87,7 @@ class Gallery:
         """Write the grid and samples.json of what was made so far."""
         import torch
 
-        from fastgen.data.media import filmstrip
+        from fastgen.data.clips import filmstrip
 
         shown = [torch.stack(images) for images in self.shown if images]
         if shown:
@@ -104,11 +108,12 @@ class Gallery:
         yield "\n  ]\n}\n"
 
 
-def _save(image, path: Path) -> None:
-    from fastgen.data.media import save_clip, to_pil
+def _save(image, path: Path, rate: float) -> None:
+    from fastgen.data.clips import save_clip
+    from fastgen.data.media import to_pil
 
     if image.ndim == 4:
-        save_clip([to_pil(frame) for frame in image.unbind(1)], path)
+        save_clip([to_pil(frame) for frame in image.unbind(1)], path, rate)
     else:
         to_pil(image).save(path)
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import (
+    add_clip,
     add_control,
     add_scale,
     add_size,
     asked_size,
+    check_clip,
     check_numbers,
     check_size,
     load_sized,
@@ -73,6 +75,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add_scale(found)
     add_size(found)
+    add_clip(found)
     add("--steps", type=int, default=0, help="sampling steps; default: as trained")
     add("--seed", type=int, default=0, help="seed of the first image")
     add("--batch_size", type=int, default=50, help="images per batch; it changes no image")
@@ -210,6 +213,7 @@ def _nasa_scale(args, loaded) -> float:
 def run(args) -> int:
     """Load, draw and write; the exit code."""
     from fastgen.cli.conditions import conditions
+    from fastgen.cli.windows import windowed
     from fastgen.export.assets import read_info
     from fastgen.export.load import locate
     from fastgen.networks.device import open_device
@@ -225,14 +229,15 @@ def run(args) -> int:
     loaded = load_sized(args.model, args.base, asked_size(args))
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
+    check_clip(args, loaded.codec)
     loaded.teacher.to(device)
     cond, names = conditions(args, loaded.codec)
-    generators = contenders(args, loaded, device)
+    generators = [windowed(one, args.windows) for one in contenders(args, loaded, device)]
     seeds = range(args.seed, args.seed + (args.num_images or len(names)))
     if not args.insist:
         check_size(out, len(seeds), args.batch_size, loaded.codec.shape, generators)
     record: dict = {"arguments": vars(args), "guidance": generators[-1].guidance, "contenders": []}
-    gallery = Gallery(out, seeds, names)
+    gallery = Gallery(out, seeds, names, args.clip_format or "gif", args.fps or 8.0)
     try:
         for generator in generators:
             record["contenders"].append(_draw_into(gallery, generator, cond, args.batch_size, device))

@@ -4,10 +4,11 @@ import math
 import shutil
 from pathlib import Path
 
-from fastgen.core.errors import UserError
+from fastgen.core.errors import UserError, warn
 from fastgen.core.paths import expand
 
 MOST_STEPS, MOST_SEED, MOST_SIZE = 100_000, 2**63 - 1, 65_536
+MOST_WINDOWS, MOST_FPS = 10_000, 240
 DAYS, PASS_SECONDS, NETWORK = 100, 2e-3, 16
 """NETWORK: what a network holds of a sample, in multiples of its pixels, where it is smallest"""
 
@@ -18,6 +19,8 @@ def check_numbers(args) -> None:
         "height": (0, MOST_SIZE),
         "width": (0, MOST_SIZE),
         "num_frames": (0, MOST_SIZE),
+        "windows": (1, MOST_WINDOWS),
+        "fps": (1, MOST_FPS),
         "num_images": (0, MOST_SEED),
         "steps": (0, MOST_STEPS),
         "teacher_steps": (0, MOST_STEPS),
@@ -68,6 +71,28 @@ def add_size(flags) -> None:
     for key, text in meant.items():
         told = f"{text}, where the model is free in it; default: its own"
         flags.add_argument(f"--{key}", type=int, default=0, help=told)
+
+
+def add_clip(flags) -> None:
+    """Add --windows, --clip_format and --fps to a parser."""
+    add = flags.add_argument
+    row = "image to video: clips in a row, each begun by the last frame of the one before; default: 1"
+    add("--windows", type=int, default=1, metavar="N", help=row)
+    formats = "of the clips that are written; default: gif; mp4 needs imageio-ffmpeg"
+    add("--clip_format", choices=("gif", "mp4"), default=None, help=formats)
+    add("--fps", type=float, default=None, help="frames a second of the clips that are written; default: 8")
+
+
+def check_clip(args, codec) -> None:
+    """Refuse an mp4 that cannot be written, and warn of flags of clips for a model of pictures."""
+    from fastgen.data.clips import check_mp4
+
+    if codec.family is not None and codec.family.temporal:
+        if args.clip_format == "mp4":
+            check_mp4("--clip_format")
+        return
+    for flag in (f for f in ("clip_format", "fps") if vars(args)[f] is not None):
+        warn(f"--{flag} has no effect: this model makes pictures")
 
 
 def add_scale(flags) -> None:

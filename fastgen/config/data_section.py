@@ -73,6 +73,10 @@ class DataConfig(SourceConfig):
     """make the picture that the network is shown from the data's own, for super-resolution with teachers that
     take an image; captions are then left out
     """
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """of clips of your own: take the frames that are seen this many times a second from each clip's first on;
+    null takes every frame. A clip of a lower rate, or shorter at this one, counts as one that cannot be read
+    """
     dispreferred: UserPath = ""
     """for pso: folder with one image for each of data.images, of the same name, to which that is preferred"""
     limit: int = Field(default=0, ge=0)

@@ -166,12 +166,14 @@ class Samples:
     """where the labels come from: a metadata file, "folders", or nothing"""
     key: str = "data.images"
     """the setting that a message names"""
+    fps: float | None = None
+    """of clips: the rate at which their frames are taken; None takes each"""
 
     def chosen(self, index: list[int]) -> "Samples":
         """Some of them."""
         files, captions = [self.files[i] for i in index], [self.captions[i] for i in index]
         labels = [self.labels[i] for i in index]
-        return Samples(self.listing, files, captions, labels, self.origin, self.key)
+        return Samples(self.listing, files, captions, labels, self.origin, self.key, self.fps)
 
     def name(self, i: int) -> str:
         """File i as a message names it."""

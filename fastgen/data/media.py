@@ -1,8 +1,6 @@
-"""Images and clips: folders read into tensors, fitted to the size a teacher takes, and samples written."""
+"""Folders of images and clips read into tensors, fitted to the size a teacher takes."""
 
 import io
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
+from fastgen.data.clips import read_clip
 from fastgen.data.folders import CLIPS, Listing, Member, Samples, gather, named, scan, some
 from fastgen.data.pictures import (
-    as_shown,
     check_regular,
     check_size,
     decode_picture,
@@ -20,13 +18,10 @@ from fastgen.data.pictures import (
     decoding,
     fit,
     read_picture,
-    to_tensor,
 )
 
 ORIENTATION = 0x0112
 """EXIF's tag of how a camera was held; 5 to 8 are turned by a quarter"""
-CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
-"""animated pictures; every other kind of clip is a video file"""
 
 
 def read_folder(folder: Path, size: tuple[int, ...], on_bad: str) -> tuple[Tensor, list[str] | None]:
@@ -55,7 +50,7 @@ def read_files(
         if len(kept) == num:
             break
         try:
-            one = read_one(path, size)
+            one = read_one(path, size, samples.fps)
         except OSError as error:
             bad.append(f"{samples.name(i)} ({error})")
             continue
@@ -86,12 +81,14 @@ def describe(listing: Listing, counts: dict[str, int], label: str = "") -> str:
     return f"{label or 'data: '}{'; '.join(parts)}"
 
 
-def read_one(file: Path | Member, size: tuple[int, ...]) -> Tensor:
-    """An image [C, H, W], or for a size of four a clip [C, F, H, W]; an OSError where it cannot be read."""
+def read_one(file: Path | Member, size: tuple[int, ...], fps: float | None = None) -> Tensor:
+    """An image [C, H, W], or for a size of four a clip [C, F, H, W] of fps frames a second; an OSError where
+    it cannot be read.
+    """
     if len(size) == 3:
         return read_image(file, size)
     if isinstance(file, Path):
-        return read_clip(file, size)
+        return read_clip(file, size, fps)
     raise OSError("clips are read from folders")
 
 
@@ -121,64 +118,9 @@ def read_image(file: Path | Member, size: tuple[int, ...]) -> Tensor:
     return fit(image, size)
 
 
-def read_clip(path: Path, size: tuple[int, ...]) -> Tensor:
-    """The first frames [C, F, H, W] of an animated image or a video file."""
-    channels, num, height, width = size
-    mode = "L" if channels == 1 else "RGB"
-    frames = _animated if path.suffix.lower() in CODED else _video
-    found = frames(path, num, lambda image: fit(as_shown(image, mode), (channels, height, width)))
-    if len(found) < num:
-        raise OSError(f"{len(found)} frames of the {num} needed")
-    return torch.stack(found, 1)
-
-
-def read_frames(path: Path, most: int) -> Tensor:
-    """The first `most` frames uint8 [3, F, H, W] of a clip, as they are; an OSError of fewer than two."""
-    frames = _animated if path.suffix.lower() in CODED else _video
-    found = frames(path, most, lambda image: to_tensor(as_shown(image, "RGB")))
-    if len(found) < 2:
-        raise OSError("one frame only")
-    return torch.stack(found, 1)
-
-
-def _animated(path: Path, num: int, shown: Callable) -> list[Tensor]:
-    from PIL import Image, ImageSequence
-
-    with decoding():
-        check_regular(path)
-        with Image.open(path, formats=decoders()) as image:
-            check_size(image)
-            return [shown(frame.copy()) for frame, _ in zip(ImageSequence.Iterator(image), range(num))]
-
-
-def _video(path: Path, num: int, shown: Callable) -> list[Tensor]:
-    from PIL import Image
-
-    if not any(find_spec(name) for name in ("imageio_ffmpeg", "av")):
-        missing = f"{named(path.name)} needs imageio-ffmpeg, which is not installed"
-        raise UserError("data.images", missing, "pip install imageio-ffmpeg, or use animated images")
-    import imageio.v3 as imageio
-
-    with decoding():
-        check_regular(path)
-        return [shown(Image.fromarray(frame)) for frame, _ in zip(imageio.imiter(path), range(num))]
-
-
 def to_pil(image: Tensor):
     """[C, H, W] in [0, 1] as a PIL image, rounded as diffusers does."""
     from PIL import Image
 
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-
-def save_clip(frames: list, path: Path, rate: float = 8.0) -> None:
-    """PIL images as an animated gif, `rate` a second."""
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
-
-
-def filmstrip(clips: Tensor, most: int = 10) -> Tensor:
-    """Clips [N, C, F, H, W] as images [N, C, H, m W]: m frames of each side by side, evenly spaced."""
-    num = min(most, clips.shape[2])
-    index = torch.linspace(0, clips.shape[2] - 1, num).round().long()
-    return clips[:, :, index].permute(0, 1, 3, 2, 4).flatten(3)

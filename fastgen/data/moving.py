@@ -193,6 +193,12 @@ def compose(index: Sequence[int], split: str = "train") -> Tensor:
     return tinted.unflatten(0, (len(i), FRAMES)).transpose(1, 2).contiguous()
 
 
+def first_frames(index: Sequence[int], split: str = "train") -> Tensor:
+    """The frames that some clips begin with, uint8 [N, 3, H, W]."""
+    parts = [index[i : i + 250] for i in range(0, len(index), 250)]
+    return torch.cat([compose(part, split)[:, :, 0] for part in parts])
+
+
 def load_clips(split: str = "train", index: Sequence[int] | None = None) -> Clips:
     """Some clips of a split, or all of them: 83 MB for every thousand of them in float32."""
     index = range(count(split)) if index is None else index

@@ -101,6 +101,10 @@ def _check_wanted(cfg, codec) -> None:
         kind = "an image" if isinstance(codec, TextCodec) else kind
         found = f"found {cfg.prompts} for a teacher that takes {kind}"
         raise UserError("data.prompts", found, "leave it out")
+    clips = bool(codec.family is not None and codec.family.temporal)
+    if cfg.fps is not None and not (clips and kind_of_source(cfg) == "images"):
+        why = "beside no clips of your own (data.images)" if clips else "for a teacher of pictures"
+        raise UserError("data.fps", f"found {cfg.fps:g} {why}", "leave it out")
     shown = isinstance(codec, TextCodec) and codec.family.needs_image
     if cfg.control and kind_of_source(cfg) not in ("", "images"):
         found = f"found beside data.{kind_of_source(cfg)}"

@@ -68,7 +68,7 @@ class PictureReader(Reader):
         return len(self.files)
 
     def load(self, i: int) -> Rows:
-        return {"images": read_one(self.files[i], self.size)}
+        return {"images": read_one(self.files[i], self.size, self.sets[0].fps)}
 
     def name(self, i: int) -> str:
         for one in self.sets:

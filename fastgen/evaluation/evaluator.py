@@ -17,7 +17,7 @@ from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
-from fastgen.evaluation.metrics.pixels import fidelity
+from fastgen.evaluation.metrics.pixels import fidelity, psnr
 from fastgen.evaluation.metrics.speed import Generator, interleaved, nfe
 from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.requests import Requests
@@ -142,6 +142,8 @@ class Evaluator:
         found = {} if self.measurer is None else self.measurer.compare(images, self.requests.wanted(num))
         if (originals := self.requests.restored(num)) is not None:
             found |= fidelity(images, originals)
+        if (frames := self.requests.begun(num)) is not None:
+            found["first_frame_psnr"] = float(psnr(images[:, :, 0].double(), frames.double()).mean())
         if self.metrics is None:
             return found
         texts, wanted = self.requests.texts(num), self.requests.wanted(num)

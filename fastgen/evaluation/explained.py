@@ -22,6 +22,8 @@ SAID = {
     "FVD.",
     "frame_consistency": "How alike neighbouring frames are (cosine of their features); right beside the "
     "real clips' under floor.",
+    "first_frame_psnr": "How exactly clips begin with the frame they are shown, dB; at most what the "
+    "autoencoder alone repeats.",
     "dynamic_degree": "Pixels that the thing shown moves from frame to frame; right beside the real clips' "
     "under floor. Far below, the clips stand still.",
     "fd_mini": "Frechet distance to held-out real images in the features of a small net of our own. Lower is "

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import sha256
+from fastgen.data.clips import read_frames
 from fastgen.data.folders import named, scan
-from fastgen.data.media import read_frames
 from fastgen.evaluation.sources import Source, joined
 
 WAYS = {

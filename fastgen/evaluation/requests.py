@@ -10,7 +10,7 @@ from fastgen.data import moving
 from fastgen.data.batches import Data
 from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
-from fastgen.data.loader import degraded_rows
+from fastgen.data.loader import degraded_rows, image_rows
 from fastgen.data.solids import renders
 from fastgen.data.views import Views
 from fastgen.networks.codecs import TextCodec
@@ -18,6 +18,8 @@ from fastgen.roles.concepts import KEY, class_numbers
 
 HELD_OUT = 512
 """renders that the samples of an asset are compared with"""
+HELD_OUT_CLIPS = 1000
+"""held-out clips whose first frames a network is shown"""
 
 
 class Requests:
@@ -35,6 +37,8 @@ class Requests:
         """the text of each row of the table"""
         self.originals: Tensor | None = None
         """uint8 [N, C, H, W]: what is to be restored from what is shown of it"""
+        self.first_frames: Tensor | None = None
+        """uint8 [N, 3, H, W]: what clips are to begin with"""
         self.set_name = str((teacher.info or {}).get("measure") or "")
         if isinstance(data, Views):
             self.table, self.rows, self.own, self.captions = data.cond_table, data.rows, data, data.texts
@@ -49,9 +53,11 @@ class Requests:
                 return
             self._ask(held.captions)
         elif isinstance(codec, TextCodec) and self.set_name == moving.NAME and not own_data:
-            every = range(moving.count("heldout"))
+            every = range(HELD_OUT_CLIPS if codec.family.needs_image else moving.count("heldout"))
             self.attributes = moving.attributes(every, "heldout")
             self._ask(moving.captions(every, "heldout"))
+            if codec.family.needs_image:
+                self._show(moving.first_frames(every, "heldout"))
         elif codec.num_classes:
             self.table = codec.labels(torch.arange(codec.num_classes))
             self.rows = torch.arange(codec.num_classes)
@@ -67,6 +73,14 @@ class Requests:
         self.table = {k: v.cpu() for k, v in self.codec.prompts(self.captions).items()}
         where = {text: i for i, text in enumerate(self.captions)}
         self.rows = torch.tensor([where[text] for text in captions])
+
+    def _show(self, frames: Tensor) -> None:
+        """Beside its caption, each request shows the first frame uint8 [3, H, W] of its clip."""
+        own, null = image_rows(self.codec, frames)
+        table = {k: v for k, v in self.table.items() if k not in own}
+        uncond = {k: v for k, v in self.uncond.items() if k not in null}
+        self.first_frames = frames
+        self.own = Data(None, table, self.rows, uncond, self.codec.shape, self.captions, own, null)
 
     def renders(self) -> Tensor | None:
         """New images [N, 3, H, W] of the solid that the views of a prompt show, from the requests' own
@@ -104,6 +118,12 @@ class Requests:
         if self.own is not None:
             return self.own.null(index % len(self.rows))
         return {k: v.expand(len(index), *v.shape[1:]) for k, v in self.uncond.items()}
+
+    def begun(self, num: int) -> Tensor | None:
+        """Frames [num, 3, H, W] in [0, 1] that the first num clips are to begin with; None for others."""
+        if self.first_frames is None:
+            return None
+        return self.first_frames[torch.arange(num) % len(self.first_frames)].float() / 255
 
     def restored(self, num: int) -> Tensor | None:
         """Images [num, C, H, W] in [0, 1] that the first num requests are to restore; None for others."""

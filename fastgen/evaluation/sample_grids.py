@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.files import placed, write_json
-from fastgen.data.media import filmstrip, save_clip
+from fastgen.data.clips import filmstrip, save_clip
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:

@@ -166,8 +166,13 @@ def _is_part(name: str, entry: object) -> bool:
 
 
 def check_copied(teacher: Teacher) -> None:
-    """Refuse, before anything is trained, a teacher with parts that an export could not copy whole."""
-    source = hub_folder(teacher.path, False) if teacher.path else None
+    """Refuse, before anything is trained, a teacher with parts that an export could not copy whole. Of a
+    teacher that is known by its published configs alone (--dry_run) there is nothing to copy yet.
+    """
+    try:
+        source = hub_folder(teacher.path, False) if teacher.path else None
+    except UserError:
+        return
     family = teacher.family
     named = [k for k, v in _index(teacher).items() if _is_part(k, v)]
     for part in dict.fromkeys((*named, *COPIED)):

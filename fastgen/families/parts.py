@@ -85,10 +85,19 @@ def part_name(file: str, part: str) -> str:
     return f"{file.removesuffix('.safetensors')}-{part}.safetensors"
 
 
+def changed_config(net: DiffusersModel, **changes) -> dict[str, Any]:
+    """The config of a network with some of its values changed.
+
+    diffusers lists the values that a file did not name under _use_default_values, and `from_config` gives
+    these the class's defaults whatever the config says: without the list, a change of one of them counts.
+    """
+    return {k: v for k, v in net.config.items() if k != "_use_default_values"} | changes
+
+
 def _of_changed_config(net: DiffusersModel, **changes) -> DiffusersModel:
     """A new network of the same class on the same device; the state of the random generators is kept."""
     with torch.device(next(net.parameters()).device), torch.random.fork_rng(devices=[]):
-        return type(net).from_config({**net.config, **changes})
+        return type(net).from_config(changed_config(net, **changes))
 
 
 def rebuilt(net: DiffusersModel, rename: tuple[str, str] = ("", ""), **changes) -> DiffusersModel:

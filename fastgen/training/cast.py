@@ -25,6 +25,7 @@ from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import VP, Schedule
 from fastgen.export.scheduler import scheduler_setup
+from fastgen.families.parts import changed_config
 from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import TextCodec, switch_vae
@@ -255,7 +256,7 @@ class Cast:
             raise UserError("student.net", found, "use keys of the teacher's own config.json")
         try:
             with torch.device(self.device):
-                net = type(base.net).from_config({**config, **changes})
+                net = type(base.net).from_config(changed_config(base.net, **changes))
         except Exception as error:  # whatever a network's constructor raises
             raise UserError(
                 "student.net", f"refused ({first_line(error)})", "correct the value that it names"

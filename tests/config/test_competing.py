@@ -103,7 +103,7 @@ PLAIN = {
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "data": (
-        "split image_column text_column label_column weight control dispreferred limit on_bad_image "
+        "split image_column text_column label_column weight control fps dispreferred limit on_bad_image "
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
     "data.views": "prompt elevation distance fovy front back",

@@ -105,6 +105,16 @@ def test_the_source_composes_what_a_batch_has(capsys):
     assert "composed when a batch has them" in capsys.readouterr().out
 
 
+def test_fewer_frames_are_the_first_ones(capsys):
+    few = codec(num_frames=2)
+    whole = read_source(section(limit=3, stream="never"), few, "cpu", pixels=True)
+    assert torch.equal(whole.images, moving.compose(range(3))[:, :, :2])
+    reader = read_source(section(limit=3), few, "cpu", pixels=True).reader
+    assert torch.equal(reader.first(2).load(1)["images"], moving.compose([1])[0][:, :2])
+    assert "the first 2 of 9 frames" in capsys.readouterr().out
+    assert torch.equal(moving.first_frames([4, 7], "heldout"), moving.compose([4, 7], "heldout")[:, :, 0])
+
+
 @pytest.mark.parametrize(
     ("name", "made", "message"),
     [

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from fastgen.core.errors import UserError
-from fastgen.data.media import read_clip, read_folder, read_image
+from fastgen.data.clips import read_clip
+from fastgen.data.media import read_folder, read_image
 from fastgen.data.pictures import BACKGROUND, MAX_PIXELS
 
 GREY, COLOUR = (1, 16, 16), (3, 16, 16)

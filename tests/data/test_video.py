@@ -1,13 +1,14 @@
 """A run on clips from end to end: data, training of two experts, pictures, export, sampling."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from fastgen.cli import sample
 from fastgen.cli.train import main
-from fastgen.data import media
+from fastgen.data import clips as clip_files
 from fastgen.data.loader import load_data
 from fastgen.roles.heads import make_head
 from fastgen.training import validation
@@ -32,7 +33,7 @@ def clips(folder, num=4):
     folder.mkdir()
     for i in range(num):
         frames = [Image.new("RGB", (40, 36), (60 * i, 25 * f, 90)) for f in range(FRAMES)]
-        media.save_clip(frames, folder / f"{i}.gif")
+        clip_files.save_clip(frames, folder / f"{i}.gif")
         (folder / f"{i}.txt").write_text(f"clip {i}")
     return folder
 
@@ -99,9 +100,60 @@ def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     assert (
         sample.main([*arguments, "--image", str(tmp_path / "first.png"), "--out", str(tmp_path / "o")]) == 0
     )
-    capsys.readouterr()
+    assert "cropped" not in capsys.readouterr().err
+    Image.new("RGB", (2 * SIZE, SIZE), "red").save(tmp_path / "wide.png")
+    wide = ["--image", str(tmp_path / "wide.png"), "--out", str(tmp_path / "w")]
+    assert sample.main([*arguments, *wide]) == 0
+    said = f"wide.png is {2 * SIZE} x {SIZE}, cropped about its middle to {SIZE} x {SIZE}"
+    assert said in capsys.readouterr().err
     assert sample.main([*arguments, "--out", str(tmp_path / "p")]) == 2
     assert "--image: found 0 for 1 prompts" in capsys.readouterr().err
+
+
+def test_windows_go_on_from_the_last_frame(tmp_path, built, capsys):
+    """A model whose first frame is the picture it is shown: N windows are N F - (N - 1) frames, the first
+    window is the clip without the flag, and the next one begins where it ended.
+    """
+    Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "first.png")
+    ask = ["--model", str(built("wan-ti2v-image")), "--prompt", "a", "--steps", "2", "--guidance", "1"]
+    ask += ["--image", str(tmp_path / "first.png")]
+    assert sample.main([*ask, "--out", str(tmp_path / "one")]) == 0
+    assert sample.main([*ask, "--windows", "3", "--out", str(tmp_path / "three"), "--fps", "5"]) == 0
+    assert "3 windows" in capsys.readouterr().out
+    films = {}
+    for name in ("one", "three"):
+        with Image.open(tmp_path / name / "00000_0.gif") as film:
+            films[name] = [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(film)]
+            assert film.info["duration"] == (120 if name == "one" else 200)  # in hundredths
+    count = len(films["one"])
+    assert count > 1 and len(films["three"]) == 3 * count - 2
+    near = [
+        np.abs(np.frombuffer(a, np.uint8).astype(int) - np.frombuffer(b, np.uint8)).mean()
+        for a, b in zip(films["one"], films["three"])
+    ]
+    assert max(near) < 4  # a gif has 256 colours
+    assert sample.main([*ask, "--windows", "0", "--out", str(tmp_path / "p")]) == 2
+    assert "--windows: found 0" in capsys.readouterr().err
+    text = ["--model", str(built("wan-ti2v")), "--prompt", "a", "--windows", "2"]
+    assert sample.main([*text, "--out", str(tmp_path / "p")]) == 2
+    assert "--windows: found 2 for a model that no first frame begins" in capsys.readouterr().err
+
+
+def test_a_clip_as_mp4(tmp_path, built, capsys, monkeypatch):
+    """Read again by another program's decoder: as many frames, at the rate asked for."""
+    import imageio.v3 as imageio
+
+    ask = ["--model", str(built("wan22")), "--prompt", "a", "--steps", "1", "--clip_format", "mp4"]
+    assert sample.main([*ask, "--fps", "12", "--out", str(tmp_path / "o")]) == 0
+    file = tmp_path / "o/00000_0.mp4"
+    assert imageio.imread(file).shape[0] == FRAMES
+    assert imageio.immeta(file)["fps"] == 12
+    capsys.readouterr()
+    assert sample.main([*ask, "--fps", "0", "--out", str(tmp_path / "p")]) == 2
+    assert "--fps: found 0" in capsys.readouterr().err
+    monkeypatch.setattr(clip_files, "find_spec", lambda name: None)
+    assert sample.main([*ask, "--out", str(tmp_path / "p")]) == 2
+    assert "--clip_format: mp4 needs imageio-ffmpeg" in capsys.readouterr().err
 
 
 def test_an_image_alone(tmp_path, built, capsys):
@@ -138,7 +190,7 @@ def test_pictures_of_clips(tmp_path):
     validation.save_grid(clip, tmp_path / "g.png")
     with Image.open(tmp_path / "g.png") as image, Image.open(tmp_path / "g.gif") as film:
         assert film.n_frames == 5 and image.width > 4 * image.height / 3
-    strip = media.filmstrip(clip, 5)
+    strip = clip_files.filmstrip(clip, 5)
     assert torch.equal(strip[1, :, :, 16:24], clip[1, :, 2])
 
 

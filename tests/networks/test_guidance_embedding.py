@@ -12,6 +12,7 @@ from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.export.load import load_export
+from fastgen.families.parts import rebuilt
 from fastgen.families.unet import guidance_features
 from fastgen.networks.load import load_teacher
 from fastgen.training.assembly import make_cast
@@ -227,3 +228,18 @@ def test_a_student_may_be_sampled_with_more_guidance_than_its_teacher(tiny, tmp_
 
 def test_it_is_off_by_default():
     assert validate({"objective": {"name": "dmd2"}}).student.guidance_embedding is None
+
+
+def test_a_config_that_does_not_name_the_input_gets_it_too():
+    """As that of every released model: diffusers keeps a value that no file named at its default."""
+    from diffusers import SanaTransformer2DModel
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_cross_attention_heads": 2}
+    sizes |= {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8}
+    net = SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, sample_size=4, **sizes)
+    assert "guidance_embeds" in net.config["_use_default_values"], "or this proves nothing"
+    again = rebuilt(net, ("time_embed.emb.", "time_embed."), guidance_embeds=True, timestep_scale=1000.0)
+    assert again.config.guidance_embeds and again.config.timestep_scale == 1000.0
+    assert isinstance(again.time_embed.guidance_embedder.linear_1.weight, torch.Tensor)
+    own = net.time_embed.emb.timestep_embedder.linear_1.weight
+    assert torch.equal(again.time_embed.timestep_embedder.linear_1.weight, own)

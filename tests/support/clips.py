@@ -8,11 +8,12 @@ import torch
 from fastgen.core.paths import asset
 
 
-def clip_teacher(folder: Path) -> Path:
-    """A teacher of 9 frames of 32 x 32, as a folder."""
+def clip_teacher(folder: Path, first_frame: bool = False) -> Path:
+    """A teacher of 9 frames of 32 x 32, as a folder; with first_frame it is shown that, as Wan 2.2 5B is."""
     from diffusers import (
         AutoencoderKLWan,
         FlowMatchEulerDiscreteScheduler,
+        WanImageToVideoPipeline,
         WanPipeline,
         WanTransformer3DModel,
     )
@@ -21,7 +22,7 @@ def clip_teacher(folder: Path) -> Path:
     parts = asset("teachers/moving-wan")
     torch.manual_seed(5)
     net = WanTransformer3DModel(
-        patch_size=(3, 2, 2),
+        patch_size=(1 if first_frame else 3, 2, 2),
         num_attention_heads=2,
         attention_head_dim=20,
         in_channels=12,
@@ -32,12 +33,14 @@ def clip_teacher(folder: Path) -> Path:
         num_layers=2,
         rope_max_seq_len=64,
     )
-    pipe = WanPipeline(
+    more = {"image_processor": None, "image_encoder": None, "expand_timesteps": True} if first_frame else {}
+    pipe = (WanImageToVideoPipeline if first_frame else WanPipeline)(
         tokenizer=AutoTokenizer.from_pretrained(parts / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(parts / "text_encoder", dtype=torch.float32),
         vae=AutoencoderKLWan.from_pretrained(parts / "vae", torch_dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=net,
+        **more,
     )
     pipe.save_pretrained(folder)
     info = {"measure": "moving", "max_sequence_length": 16, "height": 32, "width": 32, "num_frames": 9}

@@ -48,3 +48,14 @@ def test_a_run_on_clips_measures_and_shows_them(tmp_path, few):
             assert strip.width > moving.FRAMES * moving.SIZE, who
     page = (tmp_path / "run/report/index.html").read_text()
     assert "fvd_mini" in page and "dynamic degree" in page
+
+
+def test_clips_begin_with_the_frame_they_are_shown(tmp_path, few):
+    """Of every contender, as exactly as the autoencoder repeats it; no loss is of that frame."""
+    teacher = {"path": str(clip_teacher(tmp_path / "teacher", first_frame=True)), "num_steps": 2}
+    data = {"name": "moving", "limit": 6, "stream": "never"}
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump({**TINY, "teacher": teacher, "data": data}))
+    assert main(["--config", str(tmp_path / "in.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    rows = [results[k] for k in ("teacher", "untrained_student", "student")]
+    assert all(28 < row["first_frame_psnr"] < 35 for row in rows), rows  # 8 to 12 of another clip's frame
