@@ -331,6 +331,13 @@ def test_settings_are_compared_before_any_weight_is_there(tmp_path):
         "heads": LevelHeads(),
     }
     parts["teacher"] = gaussian_role(S, 0.5, 0.3)
+    AccVideo(AccVideoConfig(trajectories=str(tmp_path / "none"), teacher_steps=12), parts, rng())
+    assert not (tmp_path / "none").exists(), "a dry run writes nothing"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="objective.trajectories: .*file is a file"):
+        AccVideo(
+            AccVideoConfig(trajectories=str(tmp_path / "file"), teacher_steps=12), parts, rng()
+        ).prepare()
     with pytest.raises(UserError, match="teacher_steps"):
         AccVideo(AccVideoConfig(trajectories=str(tmp_path), teacher_steps=12), parts, rng())
 

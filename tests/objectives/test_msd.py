@@ -369,8 +369,6 @@ def test_smaller_students_start_from_score_matching(tiny, tmp_path):
     assert sizes[1] == sizes[2] < sizes[0]
     cast.teacher.network.net.config["_use_default_values"] = ["block_out_channels"]
     cast.student_cfg.net["block_out_channels"] = [4, 12]
-    assert cast._other_net().net.config.block_out_channels == [4, 12], (
-        "a value no file named changes too"
-    )
+    assert cast._other_net().net.config.block_out_channels == [4, 12], "a value no file named changes too"
     with pytest.raises(UserError, match="student.net"):
         make_cast(validate({**cfg.model_dump(), "student": {"net": {"block_channels": [4]}}}))

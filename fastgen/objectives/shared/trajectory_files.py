@@ -31,9 +31,8 @@ class TrajectoryFiles:
 
     def __init__(self, folder: str, about: dict[str, str]):
         """about: what they are collected from, by name; the same names and values in every run that reads
-        them.
+        them. Nothing is made or written before they are read.
         """
-        cache.check_folder(folder, KEY)
         self.folder, self.about = Path(expand(folder)), about
         self.rows: dict[int, Tensor] = {}
         self.marks: dict[int, Tensor] = {}
@@ -57,6 +56,7 @@ class TrajectoryFiles:
 
     def read(self) -> dict[int, Tensor]:
         """All that are there and whole, mapped from their files; a damaged file is removed."""
+        cache.check_folder(str(self.folder), KEY)
         for path in sorted(self.folder.glob("*.safetensors")):
             found = cache.read(path, None, KEY)
             if found is None:
