@@ -150,6 +150,7 @@ class RunConfig(Section):
             )
         self._check_asset()
         self._check_sharding()
+        self._check_accumulation()
         self._check_data()
         return self
 
@@ -173,6 +174,16 @@ class RunConfig(Section):
                 f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
                 "differentiate; use difference"
             )
+
+    def _check_accumulation(self) -> None:
+        """Gradients of several updates of one player in a step do not add up over micro-batches."""
+        num = self.train.gradient_accumulation_steps
+        for one in (s.objective for s in self.all_stages()):
+            if num > 1 and not requirements_of(one).accumulates:
+                raise ValueError(
+                    f"train.gradient_accumulation_steps: found {num}; {one.name} updates its student several "
+                    "times in a step, use 1"
+                )
 
     def _check_asset(self) -> None:
         """A 3D asset is trained on views, in one step of no network, by methods that need no images."""

@@ -32,7 +32,7 @@ def _bytes(tensor: Tensor):
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def check_folder(cache_dir: str) -> None:
+def check_folder(cache_dir: str, key: str = KEY) -> None:
     """A UserError where the cache folder cannot be made or written."""
     if not cache_dir:
         return
@@ -42,11 +42,11 @@ def check_folder(cache_dir: str) -> None:
     except OSError as error:
         reason = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
         raise UserError(
-            KEY, f"{folder} {reason}", "choose a folder that can be written, or leave it out"
+            key, f"{folder} {reason}", "choose a folder that can be written, or leave it out"
         ) from None
     if not os.access(folder, os.W_OK):
         raise UserError(
-            KEY, f"{folder} cannot be written", "choose a folder that can be written, or leave it out"
+            key, f"{folder} cannot be written", "choose a folder that can be written, or leave it out"
         )
 
 
@@ -57,11 +57,14 @@ def kept(cache_dir: str, name: str, num: int, make: Callable[[], Iterable[tables
     if not cache_dir:
         return tables.made(num, make)
     file = Path(cache_dir).expanduser() / f"{name}.safetensors"
-    found = _read(file, num)
-    return _made(file, num, make) if found is None else found
+    found = read(file, num)
+    return written(file, num, make) if found is None else found
 
 
-def _read(file: Path, num: int) -> tables.Rows | None:
+def read(file: Path, num: int | None, key: str = KEY) -> tables.Rows | None:
+    """The tables of a file, mapped from it; None where there is none, or none that is sound and has num rows
+    (None: any number).
+    """
     from safetensors import SafetensorError
 
     if not file.is_file():
@@ -69,17 +72,17 @@ def _read(file: Path, num: int) -> tables.Rows | None:
     try:
         found = tables.mapped(file)
         reason = "" if tables.recorded_checksum(file) == tables.checksum(file) else "its checksum differs"
-        if not found or any(len(v) != num for v in found.values()):
+        if not found or (num is not None and any(len(v) != num for v in found.values())):
             reason = f"it does not hold {num} rows"
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0][:80] if str(error) else "it cannot be read"
     if not reason:
         return found
-    warn(f"{KEY}: {file.name} is damaged ({reason}); made again")
+    warn(f"{key}: {file.name} is damaged ({reason}); made again")
     return None
 
 
-def _made(file: Path, num: int, make: Callable[[], Iterable[tables.Rows]]) -> tables.Rows:
+def written(file: Path, num: int, make: Callable[[], Iterable[tables.Rows]], key: str = KEY) -> tables.Rows:
     """Written under a name of this process's own, then renamed; a full disk costs the cache, not the run."""
     own = file.with_name(f"{file.name}.{os.getpid()}")
     first, parts = tables.begun(make)
@@ -92,7 +95,7 @@ def _made(file: Path, num: int, make: Callable[[], Iterable[tables.Rows]]) -> ta
         return tables.mapped(file)
     except OSError as error:
         reason = "the disk is full" if error.errno in FULL else str(error).splitlines()[0][:80]
-        warn(f"{KEY}: {file.name} was not written ({reason}); the run goes on without it")
+        warn(f"{key}: {file.name} was not written ({reason}); the run goes on without it")
         return tables.made(num, make)
     finally:
         with contextlib.suppress(OSError):

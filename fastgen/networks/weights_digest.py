@@ -17,13 +17,22 @@ def weights_digest(teacher) -> str:
     """Hash of a teacher's weights (denoiser, autoencoder and encoders; adapters apart) and of the settings
     of its network and scheduler.
     """
+    return _digest(_configs(teacher), (teacher.backbone, teacher.codec))
+
+
+def denoiser_digest(denoiser) -> str:
+    """Hash of one network's weights (adapters apart), and of its settings and what it predicts."""
+    return _digest([_plain(getattr(denoiser, "net", None)), denoiser.prediction], (denoiser,))
+
+
+def _digest(about: list, parts: Iterable) -> str:
     tensors: list[tuple[str, Tensor]] = []
-    for part in (teacher.backbone, teacher.codec):
+    for part in parts:
         if isinstance(part, nn.Module):
             tensors += [*part.named_parameters(), *part.named_buffers()]
     kept = [(n, t.detach()) for n, t in tensors if not of_adapter(n) and not t.is_meta]
     whole = sum(t.numel() * t.element_size() for _, t in kept) <= WHOLE
-    digest = hashlib.sha256(repr(_configs(teacher)).encode())
+    digest = hashlib.sha256(repr(about).encode())
     for name, tensor in kept:
         digest.update(f"{name.replace('.base_layer.', '.')}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for part in stored_tensors(tensor) if whole else _blocks(tensor):
@@ -33,9 +42,14 @@ def weights_digest(teacher) -> str:
 
 def _configs(teacher) -> list:
     """The settings that a teacher's folder gives its network, its scheduler and us."""
-    found = [getattr(p, "config", None) for p in (getattr(teacher.backbone, "net", None), teacher.scheduler)]
-    plain = [sorted((k, repr(v)) for k, v in dict(c or {}).items() if not k.startswith("_")) for c in found]
+    plain = [_plain(p) for p in (getattr(teacher.backbone, "net", None), teacher.scheduler)]
     return [*plain, sorted((k, repr(v)) for k, v in (teacher.info or {}).items())]
+
+
+def _plain(part) -> list[tuple[str, str]]:
+    """The settings of a part of diffusers, in order."""
+    config = dict(getattr(part, "config", None) or {})
+    return sorted((k, repr(v)) for k, v in config.items() if not k.startswith("_"))
 
 
 def _blocks(tensor: Tensor) -> Iterable[Tensor]:

@@ -26,6 +26,7 @@ from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements, remembered_calls
 from fastgen.objectives.shared.remembered import Remembered
+from fastgen.objectives.shared.trajectory_files import TrajectoryFiles
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import solver_step, teacher_grid
 
@@ -37,9 +38,16 @@ class Pairs(Remembered):
 
     what = "teacher pairs"
 
-    def __init__(self, obj: Objective, teacher_steps: int, solver: str = "euler", noises: int = 1):
-        """noises: how many pairs each data index has."""
-        super().__init__(obj, noises)
+    def __init__(
+        self,
+        obj: Objective,
+        teacher_steps: int,
+        solver: str = "euler",
+        noises: int = 1,
+        files: TrajectoryFiles | None = None,
+    ):
+        """noises: how many pairs each data index has; files: where they are kept between runs."""
+        super().__init__(obj, noises, files)
         self.solver = solver
         schedule, times = obj.schedule, obj.student.times
         self.grid = teacher_grid(schedule, teacher_steps)

@@ -29,6 +29,19 @@ class DiscriminatorSpec:
 
 
 @dataclass(frozen=True)
+class LevelHeadsSpec:
+    """Heads on the teacher's features at the end of each of the student's steps."""
+
+    depth: float
+    """share of the teacher's depth at which they read, where a step ends in noise"""
+    clean_depth: float
+    """the same where it ends in clean data"""
+    head: Literal["pooled", "patch"]
+    shared: bool = False
+    """one set of heads for all ends, at `depth`"""
+
+
+@dataclass(frozen=True)
 class LogVarianceSpec:
     """A learned weight of the loss at each time."""
 
@@ -75,6 +88,7 @@ class ConceptSpec:
 
 Auxiliary = (
     DiscriminatorSpec
+    | LevelHeadsSpec
     | LogVarianceSpec
     | ImageTextSpec
     | WeakTeacherSpec
@@ -150,6 +164,9 @@ class Requirements:
     """steps of the grid that any step count may be taken from; 0 where the time list is fixed"""
     step_counts: tuple[int, ...] = ()
     """step counts trained at once, inputs of student and critic in place of the guidance; empty: one"""
+    accumulates: bool = True
+    """whether gradients may be accumulated over micro-batches: not where a step updates a player repeatedly
+    """
     forward_mode: bool = False
     """whether a network is differentiated in forward mode (a tangent by PyTorch's JVP)"""
     negative_prompt_scale: float = 0.0

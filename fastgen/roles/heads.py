@@ -1,5 +1,7 @@
 """Small heads beside a denoiser: discriminators on its features, and the weight learned over time."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,14 @@ class Discriminator(nn.Module):
         maps, D = self._role[0].features(x_t, t, cond, taps=self.taps, score=score)
         logits = [head(m).float() for head, m in zip(self.heads, maps)] or [m.mean(1) for m in maps]
         return (logits, D) if score else logits
+
+
+class LevelHeads(nn.ModuleList):
+    """A discriminator for the end of each of a student's steps, or one for all of them."""
+
+    def at(self, i: int) -> Discriminator:
+        """The one for the end of step i."""
+        return cast(Discriminator, self[min(i, len(self) - 1)])
 
 
 class LogVariance(nn.Module):

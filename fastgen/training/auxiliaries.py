@@ -20,13 +20,14 @@ from fastgen.objectives.requirements import (
     DiscriminatorSpec,
     ImagesSpec,
     ImageTextSpec,
+    LevelHeadsSpec,
     LogVarianceSpec,
     PerceptualSpec,
     RewardsSpec,
     WeakTeacherSpec,
 )
 from fastgen.roles.concepts import Concepts
-from fastgen.roles.heads import Discriminator, LogVariance
+from fastgen.roles.heads import Discriminator, LevelHeads, LogVariance
 from fastgen.roles.roles import Members, Role, Students
 
 
@@ -47,6 +48,8 @@ def make_auxiliary(spec: Auxiliary, cast):
             return _perceptual(cast).to(cast.device)
         case ConceptSpec(forget, override):
             return Concepts(cast.teacher.codec, forget, override)
+        case LevelHeadsSpec():
+            return _level_heads(cast, spec)
         case DiscriminatorSpec() if cast.num_students:
             return Members([_disc(cast, spec, j) for j in range(cast.num_students)])
         case DiscriminatorSpec():
@@ -90,18 +93,35 @@ def _perceptual(cast) -> Perceptual:
     return Perceptual(cast.teacher.codec, measuring_net(asset(f"measure/{measured}")))
 
 
+def _level_heads(cast, spec: LevelHeadsSpec) -> LevelHeads:
+    """One set of heads for each time at which a step of the student ends, the clean one last."""
+    role = cast.parts["teacher"]
+    depths = [spec.depth] * len(cast.student.times)
+    depths = depths[:1] if spec.shared else [*depths[:-1], spec.clean_depth]
+    base, taps = role.backbone, [(-1,)] * len(depths)
+    if isinstance(base, Backbone):
+        num = len(base.family.taps(base.net))
+        taps = [(max(0, round(depth * num) - 1),) for depth in depths]
+    return LevelHeads(_heads(cast, role, one, spec.head) for one in taps)
+
+
 def _disc(cast, spec: DiscriminatorSpec, member: int = 0) -> Discriminator:
     """Heads on the features of critic or teacher, of student `member` where there are several."""
     role: Any = cast.parts[spec.features]
     role = role.members[member] if isinstance(role, (Members, Students)) else role
-    codec, schedule = cast.teacher.codec, cast.teacher.schedule
     taps = spec.taps or (-1,)
     if not spec.taps and isinstance(role.backbone, Backbone):
         family, net = role.backbone.family, role.backbone.net
         taps = family.spread_taps(net, spec.depths) if spec.depths else family.default_taps(net)
+    return _heads(cast, role, taps, spec.head)
+
+
+def _heads(cast, role: Role, taps: tuple[int, ...], head: str) -> Discriminator:
+    """Heads of one kind on these taps of a role, the same at every call."""
+    codec, schedule = cast.teacher.codec, cast.teacher.schedule
     t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=cast.device)
     cond = {k: v.to(cast.device) for k, v in codec.null(2).items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cast.train_cfg.seed)
         example = (torch.zeros(2, *codec.shape, device=cast.device), t, cond)
-        return Discriminator(role, taps, example, spec.head).to(cast.device)
+        return Discriminator(role, taps, example, head).to(cast.device)

@@ -16,6 +16,7 @@ from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Objective, TimeConfig, data_of
 from fastgen.objectives.requirements import Calls, DiscriminatorSpec
 from fastgen.objectives.shared.critic import real_side
+from fastgen.roles.heads import Discriminator
 
 
 class AdversarialConfig(BaseModel):
@@ -103,11 +104,20 @@ def disc_turn(
 
 
 def pair_turn(
-    objective: Objective, fake: Tensor, real: Tensor, t: Tensor, cond: dict, kind: str
+    objective: Objective,
+    fake: Tensor,
+    real: Tensor,
+    t: Tensor,
+    cond: dict,
+    kind: str,
+    disc: Discriminator | None = None,
 ) -> Iterator[tuple[Tensor, dict]]:
-    """Update the heads on states that are noised already, [B, ...] at times t [B]: one fake, one real."""
+    """Update the heads on states that are noised already, [B, ...] at times t [B]: one fake, one real. disc:
+    those heads, where a method has several sets.
+    """
+    disc = disc or objective.disc
     with objective.turn("disc"):
-        fake_logits, real_logits = objective.disc(fake.detach(), t, cond), objective.disc(real, t, cond)
+        fake_logits, real_logits = disc(fake.detach(), t, cond), disc(real, t, cond)
         loss = losses.gan_discriminator(fake_logits, real_logits, kind)
         yield loss, {"logit_fake": fake_logits[0].mean(), "logit_real": real_logits[0].mean()}
 

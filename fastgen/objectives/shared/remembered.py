@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.core.batch import Batch, Cond
 from fastgen.objectives.base import Objective
+from fastgen.objectives.shared.trajectory_files import TrajectoryFiles
 from fastgen.roles.roles import Role
 from fastgen.sampling.solvers import sample_teacher
 
@@ -20,9 +21,10 @@ class Remembered(ABC):
     what = "samples"
     """plural of what is collected, for the line of progress"""
 
-    def __init__(self, obj: Objective, noises: int = 1):
-        self.obj, self.noises = obj, noises
-        self.rows: dict[int, Tensor] = {}
+    def __init__(self, obj: Objective, noises: int = 1, files: TrajectoryFiles | None = None):
+        """files: where rows are kept between runs; None keeps them in memory."""
+        self.obj, self.noises, self.files = obj, noises, files
+        self.rows: dict[int, Tensor] = {} if files is None else files.read()
         self.growing = False  # whether the last batch needed new ones
 
     @abstractmethod
@@ -35,6 +37,8 @@ class Remembered(ABC):
         if self.noises > 1:
             index = index * self.noises + self.obj.rng.randint(self.noises, len(index)).cpu()
         found = index.tolist()
+        if self.files:
+            self.files.check(batch, found)
         todo = [row for row, n in enumerate(found) if n not in self.rows]
         self.growing = bool(todo)
         if todo:
@@ -44,6 +48,8 @@ class Remembered(ABC):
             numbers = [found[row] for row in todo]
             with torch.no_grad():
                 made = self.make(part, numbers, teacher).cpu()
+            if self.files:
+                made = self.files.keep(part, numbers, made)
             self.rows |= dict(zip(numbers, made))
         return found
 
