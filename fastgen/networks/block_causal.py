@@ -154,7 +154,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
 
-def attach(net: nn.Module) -> Control:
+def attach(net: Any) -> Control:
     """Make a Wan transformer able to act block by block; once is enough. It computes the same until it is in
     a `Pass`. ValueError for other networks.
     """
@@ -212,7 +212,8 @@ def rollout(net, noise: Tensor, states: Tensor, times, block: int, window: int, 
     """Latents from noise [B, C, F, h, w]: each block walks the times, noised anew in between, over the cache;
     then the network sees it once more, clean, and its keys and values are kept.
     """
-    control, past, made = attach(net), (), []
+    past: Layers = ()
+    control, made = attach(net), []
 
     def velocity(x: Tensor, t: float, now: Pass) -> Tensor:
         with control.acting(now):

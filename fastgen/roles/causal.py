@@ -56,7 +56,8 @@ class CausalStudent(Student):
         With `last` < len(times) - 1 every block stops after that step, or each after one of its own; what it
         estimates there is its sample.
         """
-        blocks, past, made = noise.split(self.spec.block, 2), (), []
+        past: Layers = ()
+        blocks, made = noise.split(self.spec.block, 2), []
         final = len(self.times) - 1 if last is None else last
         ends = [final] * len(blocks) if isinstance(final, int) else final
         for n, (end, own) in enumerate(zip(ends, blocks)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgen.diffusion.schedules import Flow
-from fastgen.families.wan import Wan
+from fastgen.families.wan import Wan, WanTokens
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.block_causal import Pass, attach
 
@@ -16,14 +16,14 @@ X = torch.randn(2, 4, FRAMES, 4, 4, generator=torch.Generator().manual_seed(3))
 T = torch.full((2,), 0.6, dtype=torch.float64)
 
 
-def wan(patch=1, **config):
+def wan(patch=1, family=Wan, **config):
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(1)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4}
     more = {"text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32}
     net = WanTransformer3DModel(patch_size=(patch, 2, 2), **{**sizes, **more, **config})
-    return Backbone(net.eval(), Wan(), Flow(), "flow")
+    return Backbone(net.eval(), family(), Flow(), "flow")
 
 
 def masked(backbone, x, t=T, window=0):
@@ -104,9 +104,11 @@ def test_p1_positions_continue_in_the_cache():
     assert (cached(backbone, X) - right)[:, :, 3:].abs().max() > 1e-4
 
 
-def test_p1_times_of_frames_are_those_of_their_blocks():
+@pytest.mark.parametrize("patch", [1, 3])
+@pytest.mark.parametrize("family", [Wan, WanTokens])
+def test_p1_times_of_frames_are_those_of_their_blocks(family, patch):
     """One time written for every frame is that time; a block's own time moves it and what attends to it."""
-    backbone = wan()
+    backbone = wan(patch, family)
     every = T[:, None].expand(-1, FRAMES)
     torch.testing.assert_close(masked(backbone, X, every), masked(backbone, X), rtol=0, atol=1e-5)
     later = every.clone()

@@ -181,11 +181,15 @@ def test_p2_distils_the_mixture(tmp_path):
 
 
 # -- on networks ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("objective", [{"name": "self_forcing", "student_every": 1}, {"name": "sid"}])
+GAN = {"student_every": 1, "gan_weight": 0.1, "disc_weight": 0.1}
+OTHERS = [{"name": "self_forcing", **GAN}, {"name": "sid"}, {"name": "dmd2", **GAN}]
+
+
+@pytest.mark.parametrize("objective", OTHERS)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_p1_wan_players_move_in_their_turns(tmp_path, kind, objective):
-    """DMD and SiD on rollouts; one frozen base serves an adapter that goes block by block and two that do
-    not.
+    """DMD with a GAN, and SiD, on rollouts; one frozen base serves an adapter that goes block by block and
+    two that do not.
     """
     cfg, cast = causal_cast(tmp_path, objective, kind)
     method, one = cast.stage(cfg.all_stages()[0], rng()), batch_for(cast)
