@@ -35,6 +35,7 @@ from fastgen.objectives.base import Updates, data_of
 from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.blocks import BlockMatching, draw_levels
 from fastgen.objectives.shared.critic import GanMatchingConfig, critic_calls
+from fastgen.roles.roles import Role
 
 
 class CausVidConfig(GanMatchingConfig):
@@ -53,14 +54,14 @@ class CausVid(BlockMatching, config=CausVidConfig):
             super().requirements(cfg), network_calls=calls, real_data=True, causal=True, blocks=True
         )
 
-    def step(self, batch: Batch, k: int) -> Updates:
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         x0 = data_of(batch)
         t = draw_levels(self, x0).t  # t_{i_b}
         noisy = self.schedule.noise(x0, batch.noise, t)
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
                 x = self.student(noisy, t, batch.cond)  # one pass under the mask
-                yield self.student_loss(x, batch)  # DMD at one t for the clip
+                yield self.student_loss(x, batch, teacher=teacher)  # DMD at one t for the clip
         else:
             with torch.no_grad():
                 x = self.student(noisy, t, batch.cond)

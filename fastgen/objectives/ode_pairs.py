@@ -114,7 +114,7 @@ class ODEPairs(Objective, config=ODEPairsConfig):
     def step(self, batch: Batch, k: int) -> Updates:
         rows = self.pairs(batch, self.teacher)  # [B, len(times) + 1, ...]
         levels, y = draw_levels(self, rows[:, 0]), rows[:, -1]
-        x_t, clean = picked(rows, levels.index), is_clean(levels, y, len(self.student.times))
+        x_t, clean = picked(rows, levels.which), is_clean(levels, y, len(self.student.times))
         with self.turn("student"):
             x = self.student(x_t, levels.t, batch.cond).where(~clean, y)  # D_theta(x_t, t, c)
             if self.cfg.metric == "l2":

@@ -42,6 +42,8 @@ from fastgen.objectives.base import Updates
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.blocks import BlockMatching, frames_of
 from fastgen.objectives.shared.critic import GanMatchingConfig, critic_calls
+from fastgen.roles.causal import CausalStudent
+from fastgen.roles.roles import Role
 
 
 class SelfForcingConfig(GanMatchingConfig):
@@ -66,11 +68,11 @@ class SelfForcing(BlockMatching, config=SelfForcingConfig):
 
         return replace(super().requirements(cfg), network_calls=calls, causal=True, blocks=True)
 
-    def step(self, batch: Batch, k: int) -> Updates:
+    def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         if k % self.cfg.student_every == 0:
             with self.turn("student"):
                 x = self.rollout(batch, batch.noise)
-                yield self.student_loss(x, batch, self.kept(x))  # DMD at one t for the clip
+                yield self.student_loss(x, batch, self.kept(x), teacher)  # DMD at one t for the clip
         with torch.no_grad():
             x = self.rollout(batch, self.rng.randn_like(batch.noise))
         yield from self.critic_turn(batch, x)  # w(t) |D_fake(x_t) - sg x|^2
@@ -84,8 +86,10 @@ class SelfForcing(BlockMatching, config=SelfForcingConfig):
             noise = torch.cat([*(self.rng.randn_like(block) for _ in range(before)), noise], 2)
         draws = 1 if self.cfg.one_step_for_all_blocks else before + own
         steps = [self.rng.shared_randint(len(student.times)) for _ in range(draws)]  # s
-        last = steps[0] if draws == 1 else steps
-        x = student.generate(noise, batch.cond, self.rng.randn_like, last)
+        if isinstance(student, CausalStudent) and draws > 1:
+            x = student.generate(noise, batch.cond, self.rng.randn_like, steps)
+        else:
+            x = student.generate(noise, batch.cond, self.rng.randn_like, steps[0])
         return x[:, :, -batch.noise.shape[2] :] if before else x
 
     def blocks_before(self, own: int) -> int:

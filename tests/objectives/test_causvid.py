@@ -112,11 +112,11 @@ def test_p1_levels_pick_states_and_say_which_are_clean():
     objective = chain_objective(CausVid, SETTINGS)
     states = torch.arange(3.0)[None, :, None, None].expand(8, 3, 1, 4)
     levels = draw_levels(objective, states[:, 0])
-    found = picked(states, levels.index)
-    assert torch.equal(found[:, 0], levels.index.float()) and levels.index.shape == (8, 4)
+    found = picked(states, levels.which)
+    assert torch.equal(found[:, 0], levels.which.float()) and levels.which.shape == (8, 4)
     assert torch.equal(is_clean(levels, found, 2), found == 2)
     times = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-    assert torch.equal(levels.t, times[levels.index])
+    assert torch.equal(levels.t, times[levels.which])
 
 
 # -- stage 0 -------------------------------------------------------------------------------------------------

@@ -100,10 +100,7 @@ def test_p1_a_long_rollout_ends_in_the_clip_and_leaves_its_first_block_out():
         loss, _ = objective.student_loss(leaf, one, objective.kept(leaf))
         (found,) = torch.autograd.grad(loss, leaf)
         used, loss_of = [], objective.student_loss
-        objective.student_loss = lambda x, batch, kept, f=loss_of, u=used: (
-            u.append(kept),
-            f(x, batch, kept),
-        )[1]
+        objective.student_loss = lambda *given, f=loss_of, u=used: (u.append(given[2]), f(*given))[1]
         next(objective.step(one, 0))
         assert torch.equal(torch.as_tensor(used[0]), torch.as_tensor(objective.kept(leaf)))
         assert found[:, :, :bare].abs().sum() == 0 and found[:, :, bare:].abs().amin() > 0

@@ -13,12 +13,13 @@ from fastgen.core.batch import Batch
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, guided
 from fastgen.objectives.shared.critic import Matching, diagnostics
+from fastgen.roles.roles import Role
 
 
 class Levels(NamedTuple):
     """A step of the student's list for every block of every row."""
 
-    index: Tensor
+    which: Tensor
     """[B, N]; one behind the last step is clean data"""
     t: Tensor
     """its time as the student takes it: of every frame, [B, F], or of the sample, [B]"""
@@ -52,21 +53,23 @@ def picked(states: Tensor, index: Tensor) -> Tensor:
 
 def is_clean(levels: Levels, x: Tensor, num_steps: int) -> Tensor:
     """Where x [B, ...] is clean data and no step of the student's, broadcastable to x."""
-    if levels.index.shape[1] == 1:
+    if levels.which.shape[1] == 1:
         return torch.zeros(1, dtype=torch.bool, device=x.device)
-    clean = frames_of(levels.index == num_steps, x)
+    clean = frames_of(levels.which == num_steps, x)
     return clean.reshape(len(x), 1, -1, *[1] * (x.ndim - 3))
 
 
 class BlockMatching(Matching):
     """DMD with a student that goes block by block: teacher and critic look at whole clips, at one time."""
 
-    def student_loss(self, x: Tensor, batch: Batch, kept: Tensor | float = 1.0) -> tuple[Tensor, dict]:
+    def student_loss(
+        self, x: Tensor, batch: Batch, kept: Tensor | float = 1.0, teacher: Role | None = None
+    ) -> tuple[Tensor, dict]:
         """(DMD's loss of samples x, what to log); kept: 1 where x counts, 0 where it gets no gradient."""
         cfg = self.cfg
         t, x_t = self.noised(x, cfg.time)  # one t for all frames
         with torch.no_grad():
-            real = guided(self.teacher, x_t, t, batch, self.guidance)  # D_real^w
+            real = guided(teacher or self.teacher, x_t, t, batch, self.guidance)  # D_real^w
         fake, logits = self.critic_forward(x, x_t, t, batch, grad=False)  # D_fake, Disc(x_t')
         loss = dm = losses.distribution_matching(x, real, real + kept * (fake.detach() - real))
         logs = {"dm": dm, **diagnostics(x, real, fake)}
