@@ -41,6 +41,10 @@ VARIANTS = {
     "lsg": Variant("long and short guidance (SiD-LSG)", lambda c: c.objective.score_guidance is not None),
     "clip": Variant("with the image-text loss", lambda c: c.objective.clip_weight > 0),
     "v2": Variant("SwiftBrush v2: fused with a second student", lambda c: bool(c.student.fuse)),
+    "causal": Variant(
+        "a student that makes clips block after block, of a method whose plain recipe makes them at once",
+        lambda c: c.student.causal is not None,
+    ),
     "hyper": Variant("Hyper-SD's last stage, from a TSCD student", lambda c: "_tscd/" in c.student.init),
 }
 

@@ -78,4 +78,24 @@ def _pair(row: dict | None) -> str:
     return f"{100 * row['coloured']:.0f} ({100 * row['otherwise_as_asked']:.0f})" if row else ""
 
 
-TABLES = {"forgetting": forgetting, "diversity": diversity, "transfer": transfer}
+def longer(_: list[dict], folder: Path | None = None) -> str:
+    """Both halves of clips twice as long as trained, and what real clips score."""
+    rows, last = [], None
+    for study in _studies("longer", folder):
+        halves = [("1", study["first"]), ("2", study["second"])]
+        speed = f"{1 / study['seconds_per_frame']:.0f}"
+        rows += [[f"`{study['model']}`", half, *_clip_cells(row), speed] for half, row in halves]
+        last = study
+    if last is None:
+        return "No study yet."
+    rows.append(["real clips", "", *_clip_cells(last["floor"]), ""])
+    header = ("run", "half", "fvd_mini", "fd_mini", "as asked %", "motion %", "pixels a frame")
+    return "\n".join(markdown((*header, "frames a second"), rows))
+
+
+def _clip_cells(row: dict) -> list[str]:
+    shares = [f"{100 * row[key]:.1f}" for key in ("agreement", "agreement_motion")]
+    return [f"{row['fvd_mini']:.3g}", f"{row['fd_mini']:.3g}", *shares, f"{row['dynamic_degree']:.2f}"]
+
+
+TABLES = {"forgetting": forgetting, "diversity": diversity, "transfer": transfer, "longer": longer}

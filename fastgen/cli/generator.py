@@ -28,7 +28,9 @@ class Generator:
     @property
     def nfe(self) -> int:
         """Network evaluations per image; guidance takes two a step."""
-        return self.steps * (1 if self.is_student or self.guidance in (0, 1) or not self.null else 2)
+        if self.is_student:
+            return self.role.nfe
+        return self.steps * (1 if self.guidance in (0, 1) or not self.null else 2)
 
     def __call__(self, cond: dict, seeds: list[int], device):
         """Images [B, C, H, W] in [0, 1]."""

@@ -19,6 +19,7 @@ from fastgen.cli.sample_limits import (
     add_scale,
     add_size,
     asked_size,
+    check_blocks,
     check_clip,
     check_numbers,
     check_size,
@@ -229,6 +230,7 @@ def run(args) -> int:
     loaded = load_sized(args.model, args.base, asked_size(args))
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
+    check_blocks(args, loaded)
     check_clip(args, loaded.codec)
     loaded.teacher.to(device)
     cond, names = conditions(args, loaded.codec)

@@ -19,6 +19,7 @@ def check_numbers(args) -> None:
         "height": (0, MOST_SIZE),
         "width": (0, MOST_SIZE),
         "num_frames": (0, MOST_SIZE),
+        "cache_blocks": (0, MOST_SIZE),
         "windows": (1, MOST_WINDOWS),
         "fps": (1, MOST_FPS),
         "num_images": (0, MOST_SEED),
@@ -71,6 +72,8 @@ def add_size(flags) -> None:
     for key, text in meant.items():
         told = f"{text}, where the model is free in it; default: its own"
         flags.add_argument(f"--{key}", type=int, default=0, help=told)
+    kept = "blocks that a causal student attends to, its own included; default: as trained"
+    flags.add_argument("--cache_blocks", type=int, default=0, metavar="N", help=kept)
 
 
 def add_clip(flags) -> None:
@@ -140,3 +143,26 @@ def load_sized(model: str, base: str, size: dict[str, int]):
         flag = name if name in size else next(iter(size))  # a square model may complain of the other side
         way = error.instruction.replace("remove it", "leave it out")
         raise UserError(f"--{flag}", str(error.found), way) from None
+
+
+def check_blocks(args, loaded) -> None:
+    """Of a student that goes block by block: whole blocks, a cache no longer than in training, and all of its
+    own steps.
+    """
+    from fastgen.networks.codecs import temporal_factor
+    from fastgen.roles.causal import check_frames, check_window
+
+    info = loaded.info
+    if not loaded.is_student or not loaded.role.spec.block:
+        if args.cache_blocks:
+            found = f"found {args.cache_blocks} for {args.model}, which makes a sample all at once"
+            raise UserError("--cache_blocks", found, "leave it out")
+        return
+    spec, codec = loaded.role.spec, loaded.codec
+    check_frames(spec.block, codec.shape[1], "--num_frames", temporal_factor(codec.family, codec.pipe))
+    check_window(args.cache_blocks, info.causal["window"] if info else spec.window, "--cache_blocks")
+    for flag in ("base_steps", "visualize_dt"):
+        if vars(args)[flag]:
+            raise UserError(f"--{flag}", "found for a student that goes block by block", "leave it out")
+    if args.cache_blocks:
+        loaded.role = loaded.role.with_window(args.cache_blocks)

@@ -179,6 +179,8 @@ def _reconcile(found: Recommendation, teacher: Teacher) -> None:
         change["guidance_embedding"] = None
     objective = REGISTRY[found.method].config.model_validate(values["objective"])
     change |= _steps({"num_steps": 1, "sampler": "renoise", **student, **change}, objective)
+    if family is not None and family.frame_times and requirements_of(objective).blocks:
+        change["causal"] = {"block": next(n for n in (3, 2, 1) if teacher.codec.shape[1] % n == 0)}
     if change:
         found.own["student"] = change
         said = ", ".join(f"student.{k} {v}" for k, v in change.items())

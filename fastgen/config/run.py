@@ -149,6 +149,7 @@ class RunConfig(Section):
                 f"student.sampler: found {self.student.sampler!r}; use ode, which {two[0]} learns"
             )
         self._check_asset()
+        self._check_causal()
         self._check_sharding()
         self._check_accumulation()
         self._check_data()
@@ -184,6 +185,19 @@ class RunConfig(Section):
                     f"train.gradient_accumulation_steps: found {num}; {one.name} updates its student several "
                     "times in a step, use 1"
                 )
+
+    def _check_causal(self) -> None:
+        """Students that go block by block, and the methods that train them."""
+        if self.student.causal is None:
+            return
+        for key in ("net", "asset", "guidance_adapter", "sprint"):
+            if getattr(self.student, key):
+                raise ValueError(f"student.{key}: found beside student.causal; leave one of them out")
+        for one in (s.objective for s in self.all_stages()):
+            if not requirements_of(one).causal:
+                every = ((n, cls.config.model_validate({})) for n, cls in REGISTRY.items())
+                able = ", ".join(n for n, cfg in every if requirements_of(cfg).causal)
+                raise ValueError(f"student.causal: {one.name} makes all of a clip at once; use {able}")
 
     def _check_asset(self) -> None:
         """A 3D asset is trained on views, in one step of no network, by methods that need no images."""

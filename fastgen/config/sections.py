@@ -94,6 +94,15 @@ class GuidanceAdapterConfig(Section):
         return self
 
 
+class CausalConfig(Section):
+    """A student that makes clips block after block, each attending to those before it (CausVid)."""
+
+    block: int = Field(default=3, ge=1, le=65_536)
+    """latent frames that are made at once; they must divide those of a clip"""
+    window: int = Field(default=0, ge=0, le=65_536)
+    """blocks that attention spans, the own included, and the length of the cache; 0 is a whole clip"""
+
+
 class StudentConfig(Section):
     """The student: the few-step generator that is trained."""
 
@@ -131,6 +140,8 @@ class StudentConfig(Section):
     """settings of the adapter if kind is lora"""
     guidance_adapter: GuidanceAdapterConfig | None = None
     """settings of the adapters if kind is guidance_adapter; null is their defaults"""
+    causal: CausalConfig | None = None
+    """make clips block after block over a cache of those before; null makes all of a sample at once"""
     asset: AssetConfig | None = None
     """3D scenes that are rendered in the place of a network; trained on data.views"""
     net: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None

@@ -18,9 +18,14 @@ KINDS = ("x0", "eps", "v", "flow", "score")
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Shape a [B] coefficient to broadcast against x [B, ...], in float32 (float64 if x is float64)."""
+    """Shape a [B] coefficient to broadcast against x [B, ...], or one of every frame, [B, F], against a clip
+    [B, C, F, ...]; in float32 (float64 if x is float64).
+    """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return coefficient.to(device=x.device, dtype=dtype).reshape(-1, *[1] * (x.ndim - 1))
+    coefficient = coefficient.to(device=x.device, dtype=dtype)
+    if coefficient.ndim == 2 and coefficient.shape[1] > 1:
+        return coefficient.reshape(len(coefficient), 1, -1, *[1] * (x.ndim - 3))
+    return coefficient.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class Schedule:

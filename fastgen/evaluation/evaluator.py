@@ -194,7 +194,8 @@ class Evaluator:
         """Network evaluations per sample."""
         if who == "teacher" or not self.protocol.few_step:
             return nfe(steps or self.protocol.teacher_steps, self.protocol.guidance)
-        return steps or len(self.cast.parts["student"].times)
+        student = self.cast.student
+        return (student.with_steps(steps) if steps else student).nfe
 
 
 def check_counts(protocol: EvaluationProtocol, primary: str, least: int) -> None:

@@ -101,8 +101,15 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         teacher_scheduler=_config_of(teacher.scheduler),
         example=trained.example,
         enlarges=trained.enlarges,
+        causal=_causal(student, teacher) if few_step and student.spec.block else None,
         teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},
     )
+
+
+def _causal(student: Student, teacher: Teacher) -> dict[str, int]:
+    """Blocks of a student that makes one after the other, and the size of its latents."""
+    sizes = dict(zip(("frames", "height", "width"), teacher.codec.shape[1:]))
+    return {"block": student.spec.block, "window": student.spec.window, **sizes}
 
 
 def step_lengths(student: Student) -> tuple[float, ...] | None:

@@ -79,6 +79,10 @@ class ExportInfo:
     """a prompt of the run's own data, for the card and the suggested command; empty: the run had none"""
     enlarges: int = 0
     """how many times smaller the picture is that it is shown enlarged (super-resolution); 0: none"""
+    causal: dict[str, int] | None = None
+    """of a student that makes clips block after block: latent frames of a `block`, the `window` of blocks
+    that its attention spans, and `frames`, `height` and `width` of its latents; None: all at once
+    """
     num_students: int = 0
     """students in folders of their own, student0 and so on; 0: one student, in this folder"""
     trained_students: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ from fastgen.networks.guidance_adapters import load_guidance_adapter
 from fastgen.networks.load import RECORDED, load_teacher
 from fastgen.networks.teacher import Teacher
 from fastgen.networks.weight_files import PICKLES
+from fastgen.roles.causal import make_student
 from fastgen.roles.roles import Role, Student, Students, StudentSpec
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import is_sprint, make_sprint
@@ -180,9 +181,16 @@ def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str
     guidance, times = None, info.times or ()
     if info.guidance_range:
         guidance = float(len(times) if info.steps_as_guidance else info.guidance)
-    span, counted = info.guidance_range, info.steps_as_guidance
-    spec = StudentSpec(times, info.sampler, info.gamma, info.grid, guidance, span, counted)
-    return Student(backbone, adapter, spec)
+    span, counted, causal = info.guidance_range, info.steps_as_guidance, info.causal or {}
+    blocks = causal.get("block", 0), causal.get("window", 0)
+    if min(blocks) < 0 or causal and (not blocks[0] or not _by_frames(backbone)):
+        raise UserError(key, f"found blocks of {causal} for this network", "export the run again")
+    spec = StudentSpec(times, info.sampler, info.gamma, info.grid, guidance, span, counted, *blocks)
+    return make_student(backbone, adapter, spec)
+
+
+def _by_frames(backbone: Denoiser) -> bool:
+    return backbone.family is not None and backbone.family.frame_times
 
 
 def _load_adapter(file: Path, base: str | None, key: str, size: dict[str, Any]) -> Loaded:

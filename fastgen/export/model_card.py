@@ -96,16 +96,29 @@ def quoted(name: str) -> str:
     return json.dumps(name) if name.isascii() and name.isprintable() else repr(name)
 
 
+def _steps(info: ExportInfo) -> list[str]:
+    """How its own steps are taken: by the loop of a causal student, or by a scheduler."""
+    if info.causal:
+        return [
+            f"It makes {info.causal['block']} latent frames after {info.causal['block']}, each block in "
+            f"{info.steps} steps over a cache of those before: `block_causal.py` has the loop, and a plain "
+            "call of the pipeline, whose attention looks both ways, is not this model. Longer clips: pass "
+            "`num_frames`; the cache then rolls on."
+        ]
+    if info.is_student and info.timestep_arguments:
+        given = keywords(info.timestep_arguments)[2:]
+        return [f"The scheduler's plain grid is another one: pass {code(given)} as below."]
+    if len(info.times or ()) > 1 and not info.grid:
+        return [f"The scheduler is set for exactly {info.steps} steps: a plain call is right."]
+    return []
+
+
 def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, notes = info.lora, []
     if linear_attention(teacher.network.net):
         notes.append(UNDER_AUTOCAST)
-    if info.is_student and info.timestep_arguments:
-        given = keywords(info.timestep_arguments)[2:]
-        notes.append(f"The scheduler's plain grid is another one: pass {code(given)} as below.")
-    elif len(info.times or ()) > 1 and not info.grid:
-        notes.append(f"The scheduler is set for exactly {info.steps} steps: a plain call is right.")
+    notes += _steps(info)
     for num, change in info.other_step_counts.items():
         set_to = "".join(f", {code(f'{k}={v!r}')}" for k, v in change["scheduler"].items())
         given = keywords(change["arguments"])[2:] or f"num_inference_steps={num}"

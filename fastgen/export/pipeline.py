@@ -42,6 +42,8 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
     info, teacher = _described(folder)
     own = bool(info.guidance_range or info.step_lengths)
     on_base = info.guidance_adapter or (info.lora and teacher.family.lora_loader and not own)
+    if info.causal:
+        raise UserError(KEY, "it goes block by block", "use the loop in its block_causal.py")
     if info.step_lengths:
         raise UserError(KEY, "its network reads the length of each step", "use fastgen.load_student")
     source: str | Path = folder / "merged" if info.lora else folder

@@ -24,7 +24,7 @@ from fastgen.export.model_card import SAMPLES, members_card, model_card
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network, part_name
-from fastgen.networks import negative_prompts
+from fastgen.networks import block_causal, negative_prompts
 from fastgen.networks.files import hub_folder
 from fastgen.networks.teacher import Teacher
 from fastgen.networks.weight_files import drop_variant
@@ -82,6 +82,8 @@ def _export_one(
     write_workflow(folder, teacher, info)
     if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
+    if info.causal:
+        shutil.copyfile(block_causal.__file__, folder / "block_causal.py")
 
 
 def write_cards(

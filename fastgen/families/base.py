@@ -110,6 +110,8 @@ class Family:
     """patterns of full names of the input, time and output layers, which the default LoRA targets leave out
     and a user's must name in full
     """
+    frame_times: bool = False
+    """whether each frame may have a time of its own, [B, F], and attention may go block by block"""
     lora_loader: bool = True
     """whether the pipeline has load_lora_weights; otherwise `export.lora.load_lora_into` loads the file"""
     kohya_prefix: str | None = None

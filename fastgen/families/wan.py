@@ -43,6 +43,7 @@ class Wan(Family):
     keys: tuple[str, ...] = ("encoder_hidden_states", "encoder_hidden_states_image")
     temporal, divisor, max_length = 4, 2, 512
     latent_statistics = "channels"
+    frame_times = True
     default_grid = (21, 60, 104)  # 81 frames of 480 x 832
     lora_targets = (*ATTENTION, "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
     final_layers = ("condition_embedder.*", "patch_embedding", "proj_out")
@@ -76,7 +77,8 @@ class Wan(Family):
         return _merge(outs, order)
 
     def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """One of the experts, or the only network."""
+        """One of the experts, or the only network; time [B], or that of every frame, [B, F]."""
+        time = per_token(net, x, time) if time.ndim == 2 else time
         return net(hidden_states=x, timestep=time, **self.inputs(x, cond), return_dict=False)[0]
 
     def taps(self, net: DiffusersModel) -> list[nn.Module]:
@@ -107,6 +109,7 @@ class WanImage(Wan):
     """
 
     name, pipelines, needs_image = "wan-i2v", ("WanImageToVideoPipeline",), True
+    frame_times = False
 
     def matches(self, index: dict, config: dict) -> bool:
         wider = config.get("in_channels") != config.get("out_channels")
@@ -176,18 +179,19 @@ class WanTokens(Wan):
         return bool(index.get("expand_timesteps", config.get("in_channels") == 48))
 
     def call_network(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        return super().call_network(net, x, self.times(net, x, time), cond)
+        inputs = {"hidden_states": x, "timestep": self.times(net, x, time), **self.inputs(x, cond)}
+        return net(**inputs, return_dict=False)[0]
 
     def times(self, net: DiffusersModel, x: Tensor, time: Tensor) -> Tensor:
         """The time of every token, [B, tokens]."""
-        sizes = [side // patch for side, patch in zip(x.shape[2:], net.config.patch_size)]
-        return time[:, None].expand(-1, sizes[0] * sizes[1] * sizes[2])
+        return per_token(net, x, time if time.ndim == 2 else time[:, None].expand(-1, x.shape[2]))
 
 
 class WanTokensImage(WanTokens):
     """Wan 2.2 TI2V-5B with a first frame: its tokens are clean and have time 0, so that D returns it."""
 
     name, pipelines, needs_image = "wan-ti2v-image", ("WanImageToVideoPipeline",), True
+    frame_times = False
 
     def matches(self, index: dict, config: dict) -> bool:
         return super().matches(index, config) and index.get("_class_name") in self.pipelines
@@ -221,6 +225,7 @@ class AnyFlow(Wan):
     """
 
     name, net_class, pipelines = "anyflow", "AnyFlowTransformer3DModel", ("AnyFlowPipeline",)
+    frame_times = False
     extra = ()
     keys = ("encoder_hidden_states",)
     call_arguments = {"use_mean_velocity": False}
@@ -229,6 +234,13 @@ class AnyFlow(Wan):
         per_frame = [v[:, None].expand(-1, x.shape[2]) for v in (time, cond.get("r_timestep", time))]
         out = net(x.transpose(1, 2), *per_frame, **self.inputs(x, cond), return_dict=False)[0]
         return out.transpose(1, 2)
+
+
+def per_token(net: DiffusersModel, x: Tensor, time: Tensor) -> Tensor:
+    """Times of every frame of x [B, C, F, H, W], [B, F], as those of every token, [B, tokens]."""
+    frames, *sizes = (side // patch for side, patch in zip(x.shape[2:], net.config.patch_size))
+    first = time[:, :: net.config.patch_size[0]]
+    return first[:, :frames, None].expand(-1, -1, sizes[0] * sizes[1]).flatten(1)
 
 
 def temporal_factor(codec) -> int:

@@ -16,6 +16,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
+from fastgen.networks import block_causal
 from fastgen.networks.attention import kernel
 from fastgen.networks.camera_embedding import CameraEmbedding
 from fastgen.networks.camera_embedding import attach as attach_camera
@@ -119,6 +120,11 @@ class Backbone(Denoiser):
         if not self.second_time:
             self.net = guard(self.family.add_second_time(self.net).eval())
             self.second_time = True
+
+    @contextmanager
+    def causally(self, now: block_causal.Pass) -> Iterator[None]:
+        with block_causal.attach(self.net).acting(now):
+            yield
 
     def fix(self, name: str) -> None:
         """Exclude a module of the network from training."""
@@ -286,10 +292,13 @@ class Backbone(Denoiser):
         def recompute(function, *args):
             adapter, control = self.adapter, self.guidance_control
             reading = control.readings[-1] if control else None
+            causal = self.net.__dict__.get(block_causal.ATTRIBUTE)
+            now = causal.now if causal else None
 
             def run(*inputs):
                 again = control.reading(reading) if control else nullcontext()
-                with self.using(adapter), again, kernel(self.attention):
+                over = causal.acting(now) if causal else nullcontext()
+                with self.using(adapter), again, over, kernel(self.attention):
                     return function(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.diffusion.schedules import Schedule
 from fastgen.families.base import Family
+from fastgen.networks.block_causal import Pass
 
 
 class Denoiser(nn.Module):
@@ -49,6 +50,11 @@ class Denoiser(nn.Module):
     def using(self, name: str | None) -> AbstractContextManager[None]:
         """Act with the adapter of this name (None: with none) inside the block."""
         return nullcontext()
+
+    def causally(self, now: Pass) -> AbstractContextManager[None]:
+        """Act block by block inside the block: attend to what came before alone, the cache of `now` included.
+        Times may then be those of every frame, [B, F]."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go block by block")
 
     def add_guidance(self) -> None:
         """Make the guidance scale, cond["guidance"] [B], an input of the network."""

@@ -51,7 +51,7 @@ class DMD2Config(GanMatchingConfig):
 class DMD2(Matching, config=DMD2Config):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        needs = super().requirements(cfg)
+        needs = replace(super().requirements(cfg), causal=cfg.backward_simulation)
         if cfg.backward_simulation:
             return needs
         return replace(needs, network_calls=lambda guidance, _: critic_calls(cfg, guidance), real_data=True)

@@ -6,6 +6,9 @@ SDXL one step).
   for each condition c of the data (`noises` times):  z ~ N(0, I);  states x_t, end y of the guided ODE from z
   step:  t ~ U(student's time list);  loss = d(D_theta(x_t, t, c), y)                 one step: x_t = z
 
+  a student that goes block by block (stage 0 of CausVid, arXiv 2412.07772, and Self-Forcing): each block has
+  a t of its own, or is clean already and out of the loss
+
 Differs
 - DMD2 compares decoded images by LPIPS; no perceptual network is bundled, so d is a pseudo-Huber or square
   on x0 itself; the Huber constant is 0.00054 dim, closer to a square than iCT's 0.00054 sqrt(dim).
@@ -25,6 +28,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Objective, ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements, remembered_calls
+from fastgen.objectives.shared.blocks import draw_levels, is_clean, picked
 from fastgen.objectives.shared.remembered import Remembered
 from fastgen.objectives.shared.trajectory_files import TrajectoryFiles
 from fastgen.roles.roles import Role
@@ -107,7 +111,7 @@ class ODEPairs(Objective, config=ODEPairsConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         calls = cfg.teacher_steps * (2 if cfg.solver == "heun" else 1) - (cfg.solver == "heun")
-        return Requirements(remembered_calls(calls), real_data=False)
+        return Requirements(remembered_calls(calls), real_data=False, causal=True)
 
     def prepare(self):
         self.pairs = Pairs(self, self.cfg.teacher_steps, self.cfg.solver, self.cfg.noises or 1)
@@ -116,12 +120,11 @@ class ODEPairs(Objective, config=ODEPairsConfig):
         return self.pairs.busy()
 
     def step(self, batch: Batch, k: int) -> Updates:
-        times = torch.tensor(self.student.times, dtype=torch.float64, device=batch.noise.device)
         rows = self.pairs(batch, self.teacher)  # [B, len(times) + 1, ...]
-        i = self.rng.randint(len(times), len(rows))
-        x_t, y = rows[torch.arange(len(rows)), i.to(rows.device)], rows[:, -1]
+        levels, y = draw_levels(self, rows[:, 0]), rows[:, -1]
+        x_t, clean = picked(rows, levels.which), is_clean(levels, y, len(self.student.times))
         with self.turn("student"):
-            x = self.student(x_t, times[i], batch.cond)  # D_theta(x_t, t, c)
+            x = self.student(x_t, levels.t, batch.cond).where(~clean, y)  # D_theta(x_t, t, c)
             if self.cfg.metric == "l2":
                 loss = losses.mse(x, y)
             else:

@@ -158,6 +158,10 @@ class Requirements:
 
     few_step: bool = True
     """whether the student becomes a few-step generator; if not, an ODE solver samples it, as a teacher"""
+    causal: bool = False
+    """whether the student may make clips block after block (student.causal)"""
+    blocks: bool = False
+    """whether it has to, where the teacher makes clips"""
     step_end: bool = False
     """whether the student also reads where its step ends: u(x_t, t, r) instead of D(x_t, t)"""
     grid_steps: int = 0

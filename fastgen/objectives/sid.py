@@ -22,6 +22,7 @@ Differs
 - SiDA has no new parameters (`disc_mean`): logits are channel means of the critic's deepest encoder features.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -66,7 +67,7 @@ class SiDConfig(GanMatchingConfig):
 class SiD(Matching, config=SiDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return through_scores(super().requirements(cfg), cfg)
+        return replace(through_scores(super().requirements(cfg), cfg), causal=True)
 
     def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
         cfg, teacher = self.cfg, teacher or self.teacher

@@ -109,6 +109,10 @@ class StudentSpec:
     """lowest and highest value that this input was trained for"""
     steps_as_guidance: bool = False
     """whether this input holds the number of steps instead of the guidance scale"""
+    block: int = 0
+    """latent frames that are made at once, after those before them (roles/causal.py); 0: the whole sample"""
+    window: int = 0
+    """blocks that attention spans, the own included; 0: no bound"""
 
     def __post_init__(self):
         object.__setattr__(self, "times", tuple(self.times))
@@ -166,6 +170,23 @@ class Student(Role):
             times = few(num, spec.grid, 0.0 if times == few(len(times), spec.grid) else times[0])
         guidance = float(len(times)) if spec.steps_as_guidance else spec.guidance
         return self._copy(replace(spec, times=times, guidance=guidance))
+
+    def with_window(self, window: int) -> "Student":
+        """The same network over a cache of another length, in blocks."""
+        return self._copy(replace(self.spec, window=window))
+
+    def num_blocks(self, x: Tensor) -> int:
+        """Blocks of a sample x that are made one after the other: here it is all made at once."""
+        return 1
+
+    def of_blocks(self, times: Tensor, x: Tensor) -> Tensor:
+        """Times of every block of x, [B, N], as the network takes them."""
+        return times[:, 0]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample; what is made block by block is seen once more, by the cache."""
+        return len(self.times) + bool(self.spec.block)
 
     def with_guidance(self, guidance: float) -> "Student":
         """The same network with another value of its guidance input."""

@@ -35,6 +35,7 @@ from fastgen.networks.quantization import quantize
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
 from fastgen.objectives.requirements import ConceptSpec, base_name
+from fastgen.roles.causal import check_frames, check_window, make_student
 from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentSpec, members
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
@@ -213,7 +214,7 @@ class Cast:
         role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)
-            role = Student(base, adapter, StudentSpec(self._times(), *how))
+            role = make_student(base, adapter, StudentSpec(self._times(), *how, *self._blocks()))
         elif span:
             role = Role(base, adapter, guidance)
         base.eval()
@@ -299,6 +300,16 @@ class Cast:
         with torch.random.fork_rng(devices=[]), where:
             torch.manual_seed((self.train_cfg.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
             yield
+
+    def _blocks(self) -> tuple[int, int]:
+        """(latent frames of a block, blocks of the cache) of a causal student; zeros of any other."""
+        causal, shape = self.student_cfg.causal, self.teacher.codec.shape
+        if causal is None:
+            return 0, 0
+        frames, key = shape[1], "student.causal"
+        check_frames(causal.block, frames, f"{key}.block")
+        check_window(causal.window, frames // causal.block, f"{key}.window")
+        return causal.block, causal.window or frames // causal.block
 
     def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.student_cfg, self.few_step_schedule

@@ -19,6 +19,7 @@ def check_fits(
     CLIP loss its text, or an input for w a pipeline that fills it.
     """
     _check_guidance_input(student, teacher)
+    _check_causal(student, teacher, stages)
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), teacher.backbone.family
     if settings.guidance != 1 and family is not None and not family.supports_guidance:
@@ -84,3 +85,21 @@ def _check_guidance_input(student: StudentConfig, teacher: Teacher) -> None:
     if form and form.guidance_option and not getattr(student, form.guidance_option):
         found = f"no pipeline passes the guidance scale to a plain {form.net_class}"
         raise UserError(key, found, f"set student.{form.guidance_option} to true, or leave the key out")
+
+
+def _check_causal(student: StudentConfig, teacher: Teacher, stages: Sequence[StageConfig]) -> None:
+    """Whether the teacher's network can go block by block, where it is asked to or a method needs it."""
+    family, key = teacher.backbone.family, "student.causal"
+    able = family is not None and family.frame_times and len(family.parts(teacher.network.net)) == 1
+    name, use = "an exact teacher" if family is None else family.name, "a text-to-video Wan of one network"
+    if student.causal is not None and not able:
+        found = f"found for {name}, whose network takes no time of every frame"
+        raise UserError(key, found, f"leave it out, or use {use}")
+    if family is None or not family.temporal or student.causal is not None:
+        return
+    for method in (s.objective.name for s in stages if requirements_of(s.objective).blocks):
+        if able:
+            found = f"found null for {method} on a teacher of clips"
+            raise UserError(key, found, "set student.causal.block, the latent frames of a block")
+        found = f"found {method} for {name}, whose network takes no time of every frame"
+        raise UserError("objective.name", found, f"use dmd2, or {use}")

@@ -80,3 +80,35 @@ def test_other_runs_are_refused(command, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(UserError):
         __import__("eval." + command, fromlist=["record"]).record(str(asset("teachers/digits")), None)
+
+
+def test_the_table_of_longer_clips_has_both_halves(tmp_path):
+    keys = ("fvd_mini", "fd_mini", "agreement", "agreement_motion", "dynamic_degree")
+    first, second, real = (dict(zip(keys, values)) for values in (
+        (2.0, 3.0, 0.8, 0.9, 0.7), (4.5, 6.0, 0.5, 0.25, 0.4), (0.5, 0.4, 0.95, 1.0, 0.8)
+    ))  # fmt: skip
+    about = {"model": "m", "seconds_per_frame": 0.02, "first": first, "second": second, "floor": real}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/longer_m.json").write_text(json.dumps(about))
+    text = studies.longer([], tmp_path)
+    assert "| `m` | 1 | 2 | 3 | 80.0 | 90.0 | 0.70 | 50 |" in text
+    assert "| `m` | 2 | 4.5 | 6 | 50.0 | 25.0 | 0.40 | 50 |" in text and "| real clips |  | 0.5 |" in text
+    assert studies.longer([], tmp_path / "none") == "No study yet."
+
+
+def test_only_students_that_go_block_by_block_draw_longer_clips(tmp_path, monkeypatch):
+    from eval import longer
+    from fastgen.evaluation.metrics import fvd_mini
+    from tests.support.causal import causal_export
+
+    monkeypatch.setattr(fvd_mini, "HELD", 100)
+    fvd_mini._reference.cache_clear()
+
+    folder, cast = causal_export(tmp_path, {"name": "self_forcing"})
+    found, clips = longer.study(str(folder), num=4)
+    assert clips.shape == (4, 3, 18, 32, 32) and found["frames"] == 18 and found["seconds_per_frame"] > 0
+    assert set(found["first"]) == set(found["second"]) == set(longer.KEPT)
+    assert found["first"] != found["second"]
+    with pytest.raises(UserError, match="does not go block by block"):
+        longer.drawer(cast.teacher_cfg.path)
+    fvd_mini._reference.cache_clear()
