@@ -1,4 +1,6 @@
-"""Sample grids: images side by side, clips as filmstrips and moving pictures, points as a scatter plot."""
+"""Sample grids: images side by side, clips as filmstrips and moving pictures, clouds from above, points as a
+scatter plot.
+"""
 
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from fastgen.core.files import placed, write_json
 from fastgen.data.media import filmstrip, save_clip
+from fastgen.threed.clouds import seen_from_above
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
@@ -27,6 +30,7 @@ def save_grid(images: Tensor, path: Path) -> None:
         return _scatter(images, path)
     from PIL import Image
 
+    images = _pictures(images)
     if images.ndim == 5:
         moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
         with placed(path.with_suffix(".gif")) as file:
@@ -34,6 +38,11 @@ def save_grid(images: Tensor, path: Path) -> None:
     shown, columns = _cells(images)
     with placed(path) as file:
         Image.fromarray(to_grid(shown, columns).numpy()).save(file)
+
+
+def _pictures(images: Tensor) -> Tensor:
+    """Clouds [N, P, 3] as they are seen from above; others as they are."""
+    return seen_from_above(images, float(images[..., :2].abs().quantile(0.99)) + 0.1) if images.ndim == 3 else images
 
 
 def _cells(images: Tensor) -> tuple[Tensor, int]:
@@ -52,6 +61,7 @@ def save_requests(images: Tensor, texts: list[str], path: Path) -> None:
     """
     if images.ndim == 2:
         return
+    images = _pictures(images)
     cells, columns = _cells(images[:1])
     height, width = cells.shape[-2:]
     frames = width * images.shape[-2] // (height * images.shape[-1])
