@@ -16,7 +16,14 @@ NET = {
     "width": 8,
 }
 LIDIFF = {"beta_start": 3.5e-5, "beta_end": 0.007, "beta_schedule": "linear"}
-SCHEDULER = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": False, **LIDIFF}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "trailing",
+    **LIDIFF,
+}
 
 
 def tiny_teacher(**net):
