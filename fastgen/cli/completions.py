@@ -9,7 +9,9 @@ from fastgen.core.paths import expand
 
 def add_scans(found) -> None:
     """Flags of a model that completes scans."""
-    how = "of a model that completes scans: point cloud (.ply, .bin, .npy); may be repeated; default: simulated"
+    how = (
+        "of a model that completes scans: point cloud (.ply, .bin, .npy); may be repeated; default: simulated"
+    )
     found.add_argument("--scan", action="append", default=[], type=expand, metavar="FILE", help=how)
 
 

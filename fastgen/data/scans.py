@@ -60,9 +60,9 @@ def simulated(codec: ScanCodec, split: str, num: int = 0) -> Scans:
 
 
 def matched(scan: Tensor, truth: Tensor) -> Tensor:
-    """The points of truth [N, 3] in an order in which the first N / M are near the first of a scan [M, 3], and
-    so on: in rounds, each point that has no place asks the nearest of the scan that has one left, which takes
-    the nearest that ask.
+    """The points of truth [N, 3] in an order in which the first N / M are near the first of a scan [M, 3],
+    and so on: in rounds, each point that has no place asks the nearest of the scan that has one left, which
+    takes the nearest that ask.
     """
     far = torch.cdist(truth, scan)
     left = torch.full((len(scan),), len(truth) // len(scan))

@@ -1,12 +1,12 @@
-"""A point-voxel network: points read their surroundings on a small grid, in plain torch. An export copies this
-file beside its weights, so it imports torch and diffusers alone:
+"""A point-voxel network: points read their surroundings on a small grid, in plain torch. An export copies
+this file beside its weights, so it imports torch and diffusers alone:
 
     from point_voxel import PointVoxelModel
     net = PointVoxelModel.from_pretrained("unet")
 
-Liu et al. 2019, arXiv 1907.03739 (the two branches); the scan as a condition and the noise per point are those
-of LiDiff, Nunes et al. 2024, arXiv 2403.13470. Differs: one dense grid with a small U-Net in the place of
-sparse convolutions, GroupNorm in the place of BatchNorm, points are shared out over the eight nearest cells.
+Liu et al. 2019, arXiv 1907.03739 (the two branches); the scan as a condition and the noise per point are
+those of LiDiff, Nunes et al. 2024, arXiv 2403.13470. Differs: one dense grid with a small U-Net in the place
+of sparse convolutions, GroupNorm in the place of BatchNorm, points shared out over the eight nearest cells.
 """
 
 import torch
@@ -48,8 +48,8 @@ class Block(nn.Module):
 
 
 class PointVoxelModel(ModelMixin, ConfigMixin):
-    """The prediction for each of N points that start at a scan of M: `sample` [B, N, 3] says how far they have
-    moved from there, all lengths in the unit of `low` and `high`.
+    """The prediction for each of N points that start at a scan of M: `sample` [B, N, 3] says how far they
+    have moved from there, all lengths in the unit of `low` and `high`.
     """
 
     @register_to_config
@@ -69,7 +69,9 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
         """
         super().__init__()
         if num_points % scan_points or formulation not in ("local", "vp"):
-            raise ValueError(f"{num_points} points of {scan_points}, {formulation}: not a multiple, or unknown")
+            raise ValueError(
+                f"{num_points} points of {scan_points}, {formulation}: not a multiple, or unknown"
+            )
         wide, embedded = 2 * width, 2 * width
         self.time_proj = Timesteps(WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(WAVES, embedded)
@@ -117,8 +119,8 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
         return PointVoxelOutput(sample=out) if return_dict else (out,)
 
     def _told(self, x: Tensor, scan: Tensor, seen: Tensor) -> Tensor:
-        """What a point [B, N, 17] knows alone: where it is in the box and its cell, and the way to the nearest
-        point of the scan.
+        """What a point [B, N, 17] knows alone: where it is in the box and its cell, and the way to the
+        nearest point of the scan.
         """
         low, high, grid = (x.new_tensor(self.config[k]) for k in ("low", "high", "grid"))
         unit = (x - low) / (high - low)

@@ -1,27 +1,28 @@
-"""Distillation-DPO: score distillation of pairs, towards the teacher from the better of two, away from it from
-the worse.
+"""Distillation-DPO: score distillation of pairs, the better of two towards the teacher, the worse away from
+it.
 
 Paper: Zhao et al. 2025, arXiv 2504.11447, on ScoreLiDAR (arXiv 2412.03515). No gradient of the metric is
 needed.
 
   every step:
-    a = G(z, scan), b = G(pair_scale z, scan);  w the one nearer to the truth y, l the other  (Chamfer distance)
+    a = G(z, scan), b = G(pair_scale z, scan)
+    w the one of the two that is nearer to the truth y (Chamfer distance), l the other
     one t ~ U and one eps for both:  w_t = alpha w + sigma eps,  l_t = alpha l + sigma eps
     D_w = e_T(w_t) - e_W(w_t),  D_l = e_T(l_t) - e_L(l_t)
     student: mean(sg[D_w] . w) - loser_weight mean(sg[guard(D_l)] . l)
     critics: |e_W(w_t) - eps|^2 + |e_L(l_t) - eps|^2, each at times and noise of its own
 
-  guard: without one the loss has no lower bound, for a loser may be pushed away for ever. cap: |D_l| is at most
-  `cap` |D_w| by sample; gate: times sigmoid(-4 (|D_l|^2 - 1/4)) by point, so that losers far from the teacher
-  are left alone.
+  guard: without one the loss has no lower bound, for a loser may be pushed away for ever. cap: |D_l| is at
+  most `cap` |D_w| by sample; gate: times sigmoid(-4 (|D_l|^2 - 1/4)) by point, so that losers far from the
+  teacher are left alone.
 
 Data that are no clouds are compared point by point with what they are paired with.
 
 Differs
 - the published loss multiplies with w_t - w and l_t - l, of which no gradient reaches the student.
 - there is no guard in the paper, which has loser_weight 1.
-- z of b: the abstract speaks of different noise, the code scales the same by 1.1, and so the larger noise mostly
-  loses. pair_scale 0 draws noise of its own, which is the default.
+- z of b: the abstract speaks of different noise, the code scales the same by 1.1, and so the larger noise
+  mostly loses. pair_scale 0 draws noise of its own, which is the default.
 - the critics learn from the samples of the step; authors draw new ones.
 """
 
@@ -87,7 +88,9 @@ class DistillationDPO(Matching, config=DistillationDPOConfig):
                 t, eps = self.sample_t(len(w), cfg.time), self.rng.randn_like(w)
                 w_t, l_t = S.noise(w, eps, t), S.noise(l, eps, t)  # one t, one eps
                 with torch.no_grad():
-                    real = guided(teacher, torch.cat([w_t, l_t]), torch.cat([t, t]), twice(batch), self.guidance)
+                    real = guided(
+                        teacher, torch.cat([w_t, l_t]), torch.cat([t, t]), twice(batch), self.guidance
+                    )
                     gap_w = noise_gap(S, real[: len(w)], self.critic(w_t, t, batch.cond), t)  # D_w
                     gap_l = noise_gap(S, real[len(w) :], self.parts["loser"](l_t, t, batch.cond), t)  # D_l
                     push = guarded(gap_l, gap_w, cfg.guard, cfg.cap)

@@ -14,8 +14,8 @@ Paper: Zhang et al. 2024, arXiv 2412.03515. The teacher is LiDiff (arXiv 2403.13
 Any other data will do with both weights 0: then it is VSD without a weight of the times.
 
 Differs
-- the published loss multiplies with x_t - x, which does not depend on the student, so that only its structural
-  terms train it; here the difference of the scores reaches x (the published form is a test's negative).
+- the published loss multiplies with x_t - x, which does not depend on the student, so that only its
+  structural terms train it; here the difference of the scores reaches x (that form is a test's negative).
 - the published scene term compares point i of two clouds whose order says nothing; here clouds are sets.
 - the critic learns from the student's own samples of the step; authors draw new ones.
 """

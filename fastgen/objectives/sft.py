@@ -5,9 +5,9 @@ Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02
 
   x0, c ~ data;  c <- null with probability p
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
-  loss = w(t) |D(x_t, t, c) - x0|^2  [+ noise_moments (mean(e)^2 + (std(e) - 1)^2), e the noise that D implies]
+  loss = w(t) |D(x_t, t, c) - x0|^2  [+ noise_moments (mean(e)^2 + (std(e) - 1)^2)]
 
-The last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by sample over all its points.
+e is the noise that D implies; the last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by sample over all its points.
 
 Differs: nothing; the weight makes the loss a plain regression of the network's native prediction.
 """

@@ -1,9 +1,9 @@
-"""Analytic scenes for scan completion: a ground, boxes and cylinders on it, seen by a simulated spinning LiDAR
-that stands at the origin. Lengths in metres, z up, the ground at z = 0.
+"""Analytic scenes for scan completion: a ground, boxes and cylinders on it, seen by a simulated spinning
+LiDAR that stands at the origin. Lengths in metres, z up, the ground at z = 0.
 
   truth:  points of all surfaces, uniform by area, seen or not; of the ground two for five of an object's
-  scan:   the first surface along each ray of a few rings, 1 cm of noise along it; of the hits the farthest from
-          each other
+  scan:   the first surface along each ray of a few rings, 1 cm of noise along it; of the hits the farthest
+          from each other
 
 A seed stands for its scenes: nothing is stored.
 """
@@ -30,8 +30,8 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Scenes:
-    """S scenes. boxes [S, 4, 6]: centre x, y, half length, half width, height, yaw; cylinders [S, 3, 4]: centre
-    x, y, radius, height. What a scene does not have has height 0.
+    """S scenes. boxes [S, 4, 6]: centre x, y, half length, half width, height, yaw; cylinders [S, 3, 4]:
+    centre x, y, radius, height. What a scene does not have has height 0.
     """
 
     boxes: Tensor
@@ -168,8 +168,8 @@ def scanned(scenes: Scenes, num: int, generator: torch.Generator) -> Tensor:
 
 
 def make_scans(num: int, scan_points: int, truth_points: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(scans [num, scan_points, 3], truth [num, truth_points, 3]) of random scenes; the first ones of a seed do
-    not depend on how many follow.
+    """(scans [num, scan_points, 3], truth [num, truth_points, 3]) of random scenes; the first ones of a seed
+    do not depend on how many follow.
     """
     scans, truth = [], []
     for first in range(0, num, AT_ONCE):

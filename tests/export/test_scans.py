@@ -21,7 +21,7 @@ from tests.support.plain import run_plain
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The export of a tiny student of either formulation, and of its teacher, by name; trained for two steps."""
+    """The export of a tiny student of either formulation, and of its teacher, by name; two steps trained."""
     made = {}
 
     def make(name, objective, steps=1, **net):

@@ -44,7 +44,9 @@ def test_it_reads_where_points_are_the_time_and_the_scan(net, given):
     }
     for name, other in others.items():
         assert (other.sample - plain).abs().max() > 1e-4, name
-    same = net(x - shift, t, scan + shift, scan).sample  # where they start does not matter beside where they are
+    same = net(
+        x - shift, t, scan + shift, scan
+    ).sample  # where they start does not matter beside where they are
     torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
     alone = net(x[1:], t[1:], scan[1:], scan[1:]).sample
     torch.testing.assert_close(alone, plain[1:], rtol=1e-4, atol=1e-5)
@@ -60,7 +62,9 @@ def test_sharing_out_and_reading_are_partitions(net):
     size = torch.tensor(net.config.grid)
     low, high = (torch.tensor(net.config[k], dtype=torch.float64) for k in ("low", "high"))
     centres = torch.stack(torch.meshgrid(*(torch.arange(int(n)) + 0.5 for n in size), indexing="ij"))
-    centres = low[:, None, None, None] + (high - low)[:, None, None, None] * centres / size[:, None, None, None]
+    centres = (
+        low[:, None, None, None] + (high - low)[:, None, None, None] * centres / size[:, None, None, None]
+    )
     torch.testing.assert_close(net._read(centres[None], cells, weights), x)
 
 

@@ -17,7 +17,7 @@ from fastgen.objectives.distillation_dpo import (
 )
 from fastgen.objectives.score_lidar import ScoreLiDAR, ScoreLiDARConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
-from tests.support.clouds import levels, tiny_teacher
+from tests.support.clouds import levels, tiny_world
 from tests.support.replay import replay
 from tests.support.spelled import FAR, NEAR, Classes, Heard, World, gradient
 from tests.support.toys import rng, run_mixture
@@ -54,7 +54,9 @@ def test_p1_step_is_the_formula():
         gaps.append(S.from_x0("eps", real, x_t, t) - S.from_x0("eps", fake, x_t, t))
     towards, away = torch.where(first, gaps[0], -0.7 * gaps[1]), torch.where(first, -0.7 * gaps[1], gaps[0])
     for x, wanted in ((a, towards), (b, away)):
-        torch.testing.assert_close(gradient(student.loss, x), (wanted / x.numel()).detach(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            gradient(student.loss, x), (wanted / x.numel()).detach(), rtol=1e-4, atol=1e-7
+        )
     total = 0.0
     for x, critic in ((w, here.critic), (l, loser)):
         call = critic.calls[-1]
@@ -94,21 +96,6 @@ def grads(student, batch, method, cfg, **parts):
     return found
 
 
-def tiny_world():
-    """A student on the teacher's weights, other critics, and two scans."""
-    teacher = tiny_teacher()
-    generator = torch.Generator().manual_seed(0)
-    scans = torch.randn(2, 12, 3, generator=generator)
-    cond = teacher.codec.scans(scans)
-    x0, noise = torch.randn(2, 2, 60, 3, generator=generator).unbind(0)
-    batch = Batch(x0, cond, teacher.codec.untold(scans), noise, torch.arange(2))
-    other = teacher.backbone.trainable_copy()
-    for p in other.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=generator)
-    student = Student(teacher.backbone.trainable_copy(), None, StudentSpec(teacher.schedule.steps(1)))
-    return student, batch, Role(teacher.backbone), Role(other)
-
-
 def test_p1_nothing_is_learned_where_pairs_or_scores_are_alike():
     student, batch, teacher, other = tiny_world()
     cfg = lambda **more: DistillationDPOConfig(guard="none", **more)  # noqa: E731
@@ -139,7 +126,9 @@ def test_p1_without_losers_and_choice_it_is_score_distillation():
 def test_p1_the_nearer_completion_wins_whatever_the_order_of_its_points():
     student, batch, teacher, other = tiny_world()
     objective = DistillationDPO(
-        DistillationDPOConfig(), {"student": student, "teacher": teacher, "critic": other, "loser": other}, rng()
+        DistillationDPOConfig(),
+        {"student": student, "teacher": teacher, "critic": other, "loser": other},
+        rng(),
     )
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
     order = torch.cat([order + 5 * i for i in range(12)])  # copies of one start change places
@@ -232,7 +221,9 @@ def pair_toy(steps, **cfg):
     for k in range(steps):
         objective.rng.reset(k)
         z = torch.randn(512, 1, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-        batch = Batch(torch.ones(512, 1, dtype=torch.float64), {}, {}, z / S.prior_std(999.0), torch.arange(512))
+        batch = Batch(
+            torch.ones(512, 1, dtype=torch.float64), {}, {}, z / S.prior_std(999.0), torch.arange(512)
+        )
         loss, _ = next(objective.step(batch, k))
         optimizer.zero_grad()
         loss.backward()
@@ -250,7 +241,7 @@ def test_p1_unguarded_pairs_diverge_and_guarded_ones_do_not():
 
 
 def test_p1_matching_winners_alone_moves_the_samples_to_the_losers_side():
-    """Selection is compensated: winners, nearer to the truth at 1, match a teacher at 0, so all lie below it."""
+    """Selection is compensated: winners, nearer to the truth at 1, match a teacher at 0: all lie below it."""
     mu, _ = pair_toy(200, loser_weight=0.0)
     assert mu < -0.4, mu
     same, tau = pair_toy(200, loser_weight=0.0, pair_scale=1.0)  # no choice: score distillation

@@ -11,7 +11,7 @@ from fastgen.objectives.shared.clouds import chamfer, key_points, squared_chamfe
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from fastgen.threed import metrics
-from tests.support.clouds import ExactCloud, FreePoints, levels
+from tests.support.clouds import ExactCloud, FreePoints, levels, tiny_world
 from tests.support.replay import replay
 from tests.support.spelled import FAR, NEAR, World, gradient
 from tests.support.toys import rng, run_mixture
@@ -46,7 +46,7 @@ def test_p1_step_is_the_formula():
 
 
 def test_p1_the_published_product_has_no_gradient():
-    """mean((e_T - e_F)(x_t - x)): x_t - x is sigma eps, whatever x. sg[e_T - e_F] . x has the one that is due."""
+    """mean((e_T - e_F)(x_t - x)): x_t - x is sigma eps, whatever x. With x in its place it has the due one."""
     S, generator = levels(), torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 3, generator=generator, requires_grad=True)
     real, fake, eps = torch.randn(3, 2, 9, 3, generator=generator).unbind(0)
@@ -78,6 +78,22 @@ def test_p1_structure_does_not_ask_for_an_order():
     assert x.grad.abs().max() > 0
 
 
+def test_p1_the_structural_terms_are_added_by_their_weights():
+    student, batch, teacher, other = tiny_world()
+    student.backbone.requires_grad_(True)
+    parts = {"student": student, "teacher": teacher, "critic": other}
+    objective = ScoreLiDAR(ScoreLiDARConfig(scene_weight=0.7, key_weight=0.2), parts, rng())
+    objective.rng.reset(0)
+    total, logs = next(objective.step(batch, 0))
+    torch.testing.assert_close(total, logs["score"] + 0.7 * logs["scene"] + 0.2 * logs["keys"])
+    with torch.no_grad():
+        x = student.generate(batch.noise, batch.cond, torch.randn_like)
+    starts = batch.cond["start"].repeat_interleave(5, 1)
+    torch.testing.assert_close(logs["scene"].detach(), squared_chamfer(starts + x, starts + batch.x0).mean())
+    assert float(logs["keys"].detach()) > 1e-3
+    assert abs(float(logs["scene"].detach() - squared_chamfer(x, batch.x0).mean())) > 1e-3, "where points are"
+
+
 def test_p1_chamfer_is_that_of_the_metrics():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 2, 50, 3, generator=generator).unbind(0)
@@ -95,7 +111,6 @@ def test_p1_key_points_are_at_the_edge():
 def test_structure_is_refused_of_pictures():
     with pytest.raises(UserError, match=r"objective\.scene_weight.*compares point clouds"):
         World(ScoreLiDAR, key_weight=0.0).turns()
-
 
 
 def exact_world(num=150):

@@ -2,9 +2,11 @@
 
 import torch
 
+from fastgen.core.batch import Batch
 from fastgen.diffusion.schedules import VP, LocalVP
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import load_teacher
+from fastgen.roles.roles import Role, Student, StudentSpec
 
 NET = {
     "_class_name": "PointVoxelModel",
@@ -73,3 +75,18 @@ class FreePoints(Denoiser):
         return self.x.expand_as(x_t)
 
     raw = forward
+
+
+def tiny_world():
+    """A student on the teacher's weights, other critics, and two scans."""
+    teacher = tiny_teacher()
+    generator = torch.Generator().manual_seed(0)
+    scans = torch.randn(2, 12, 3, generator=generator)
+    cond = teacher.codec.scans(scans)
+    x0, noise = torch.randn(2, 2, 60, 3, generator=generator).unbind(0)
+    batch = Batch(x0, cond, teacher.codec.untold(scans), noise, torch.arange(2))
+    other = teacher.backbone.trainable_copy()
+    for p in other.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    student = Student(teacher.backbone.trainable_copy(), None, StudentSpec(teacher.schedule.steps(1)))
+    return student, batch, Role(teacher.backbone), Role(other)

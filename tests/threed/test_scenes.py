@@ -51,7 +51,9 @@ def test_truth_lies_on_surfaces_and_in_no_object():
     assert off_surface(scenes, points).max() < 1e-4
     assert off_surface(scenes, points + 0.05).mean() > 0.02, "the distance sees a shift"
     assert not scenes.inside(points).any()
-    assert scenes.inside(scenes.boxes[:, :, None, :3].flatten(1, 2) * torch.tensor([1.0, 1.0, 0.0]) + 0.01).any()
+    assert scenes.inside(
+        scenes.boxes[:, :, None, :3].flatten(1, 2) * torch.tensor([1.0, 1.0, 0.0]) + 0.01
+    ).any()
 
 
 def test_scans_lie_on_surfaces_but_for_their_noise():

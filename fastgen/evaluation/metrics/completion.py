@@ -1,7 +1,7 @@
 """Scoring completed scans against the truth of their scenes.
 
 chamfer:  mean distance to the nearest point of the other cloud, both ways, halved
-jsd:      Jensen-Shannon divergence of the shares of points in cubes of 0.5, its root in nats, 0 to sqrt(log 2)
+jsd:      root of the Jensen-Shannon divergence, in nats, of the shares of points in cubes of 0.5
 jsd_bev:  the same seen from above
 iou:      share of the cubes of 0.5 held by any cloud that both hold
 f_score:  harmonic mean of the shares of points within 0.2 of the other cloud

@@ -34,7 +34,7 @@ def loop(world, pipe, info, noise):
 
 EXCUSED = {
     "encode": "scans have no pictures that could be encoded",
-    "jvp": "which point of the scan is nearest jumps between the differences; tests/networks has smaller ones",
+    "jvp": "the nearest point of the scan jumps between the differences; tests/networks has smaller ones",
     "checkpointing": "the network has no gradient checkpointing",
 }
 CASES = [
