@@ -60,8 +60,8 @@ class DataConfig(SourceConfig):
     latents: UserPath = ""
     """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
     scans: UserPath = ""
-    """for teachers that complete scans: folder with scan/ and truth/, which hold point clouds (.ply, .bin, .npy)
-    alike in name
+    """for teachers that complete scans: folder with scan/ and truth/, which hold point clouds (.ply, .bin or
+    .npy) alike in name
     """
     prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""

@@ -7,7 +7,8 @@ Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
   loss = w(t) |D(x_t, t, c) - x0|^2  [+ noise_moments (mean(e)^2 + (std(e) - 1)^2)]
 
-e is the noise that D implies; the last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by sample over all its points.
+e is the noise that D implies; the last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by
+sample over all its points.
 
 Differs: nothing; the weight makes the loss a plain regression of the network's native prediction.
 """

@@ -46,7 +46,7 @@ def test_p1_step_is_the_formula():
 
 
 def test_p1_the_published_product_has_no_gradient():
-    """mean((e_T - e_F)(x_t - x)): x_t - x is sigma eps, whatever x. With x in its place it has the due one."""
+    """mean((e_T - e_F)(x_t - x)): x_t - x is sigma eps, whatever x. With x instead it has the due one."""
     S, generator = levels(), torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 3, generator=generator, requires_grad=True)
     real, fake, eps = torch.randn(3, 2, 9, 3, generator=generator).unbind(0)
