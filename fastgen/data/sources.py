@@ -105,7 +105,9 @@ def _check_wanted(cfg, codec) -> None:
         found = f"found {cfg.prompts} for a teacher that takes {kind}"
         raise UserError("data.prompts", found, "leave it out")
     if cfg.scans:
-        raise UserError("data.scans", f"found {cfg.scans} for a teacher that completes no scans", "leave it out")
+        raise UserError(
+            "data.scans", f"found {cfg.scans} for a teacher that completes no scans", "leave it out"
+        )
     shown = isinstance(codec, TextCodec) and codec.family.needs_image
     if cfg.control and kind_of_source(cfg) not in ("", "images"):
         found = f"found beside data.{kind_of_source(cfg)}"
