@@ -4,6 +4,7 @@ x0 [N, 3] is how far the truth lies from where points start. Which point becomes
 local formulation; where data are scaled (vp) every point gets a truth near where it starts.
 """
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -39,12 +40,14 @@ class Scans(Data):
         rows = torch.zeros(len(scans)).long()
         super().__init__(x0, {}, rows, null, codec.shape, None, codec.scans(scans), codec.untold(scans))
 
-    def first(self, num: int) -> "Data":
-        some = super().first(num)
-        if some is not self:
-            some.__class__ = Scans
-            some.truth = self.truth[:num]
-            some.again = None if self.again is None else self.again[:num]
+    def first(self, num: int) -> "Scans":
+        if not 0 < num < len(self):
+            return self
+        assert self.x0 is not None, "made with it"
+        some = copy(self)
+        some.x0, some.rows, some.truth = self.x0[:num], self.rows[:num], self.truth[:num]
+        some.again = None if self.again is None else self.again[:num]
+        some.own, some.own_null = ({k: v[:num] for k, v in d.items()} for d in (self.own, self.own_null))
         return some
 
 

@@ -41,12 +41,10 @@ def save_grid(images: Tensor, path: Path) -> None:
 
 
 def _pictures(images: Tensor) -> Tensor:
-    """Clouds [N, P, 3] as they are seen from above; others as they are."""
-    return (
-        seen_from_above(images, float(images[..., :2].abs().quantile(0.99)) + 0.1)
-        if images.ndim == 3
-        else images
-    )
+    """Clouds [N, P, 3] as they are seen from above, all at the scale of the first; others as they are."""
+    if images.ndim != 3:
+        return images
+    return seen_from_above(images, 0.1 + float(images[0, :, :2].abs().quantile(0.99)))
 
 
 def _cells(images: Tensor) -> tuple[Tensor, int]:

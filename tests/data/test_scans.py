@@ -38,6 +38,14 @@ def test_held_out_scenes_are_others(teacher):
     assert len(simulated(teacher.codec, "heldout", HELD_OUT + 1)) == HELD_OUT
 
 
+def test_the_first_of_them_are_whole(teacher):
+    held = simulated(teacher.codec, "heldout", 3)
+    some = held.first(2)
+    assert len(some) == len(some.truth) == len(some.again) == len(some.x0) == 2 and len(held) == 3
+    assert torch.equal(some.cond(torch.tensor([1]))["scan"], held.cond(torch.tensor([1]))["scan"])
+    assert held.first(0) is held and held.first(3) is held
+
+
 def test_matching_is_a_permutation_that_shortens_the_way():
     generator = torch.Generator().manual_seed(0)
     scan, truth = torch.randn(5, 3, generator=generator), torch.randn(20, 3, generator=generator)
