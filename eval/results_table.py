@@ -35,7 +35,7 @@ def numbers(documents: list[dict], *path: str) -> list[float]:
 
 def distance(documents: list[dict]) -> str:
     """The distance these results are ordered by."""
-    known = ("energy_distance", "fvd_mini")
+    known = ("energy_distance", "fvd_mini", "chamfer")
     return next((name for name in known if numbers(documents, "student", name)), "fd_mini")
 
 

@@ -53,7 +53,7 @@ class DemoModel:
         self.device, self.dtype = open_device(device), getattr(torch, DTYPES[dtype])
         self.model = model
         self.loaded = load_export(model, base or None)
-        if len(self.loaded.codec.shape) == 1:
+        if len(self.loaded.codec.shape) < 3:
             raise UserError("--model", f"{model} makes points, not pictures", "give an image model")
         self.loaded.teacher.to(self.device)
         self.loaded.to(self.device, self.dtype)

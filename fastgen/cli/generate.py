@@ -90,7 +90,7 @@ class Drawing:
 
         self.request, self.device = request, open_device(request.device)
         loaded = load_export(request.model)
-        if len(loaded.codec.shape) == 1:
+        if len(loaded.codec.shape) < 3:
             raise UserError("--model", f"{request.model} makes points, not images", "give a model of images")
         self.codec: Any = loaded.codec
         if isinstance(self.codec, TextCodec) and self.codec.family.needs_image:

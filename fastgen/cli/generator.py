@@ -34,15 +34,19 @@ class Generator:
 
     def __call__(self, cond: dict, seeds: list[int], device):
         """Images [B, C, H, W] in [0, 1]."""
+        return self._decoded(self.drawn(cond, seeds, device))
+
+    def drawn(self, cond: dict, seeds: list[int], device):
+        """x0 [B, ...], one seed each."""
         from fastgen.sampling.solvers import ImageNoise, sample_student, sample_teacher
 
         if self.is_student:
             with self.negative():
-                return self._decoded(sample_student(self.role, seeds, self.codec.shape, cond, device))
+                return sample_student(self.role, seeds, self.codec.shape, cond, device)
         noise = ImageNoise(seeds, self.codec.shape, device).first
         uncond = cond | {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.null.items()}
         w = self.guidance if self.null else 1.0
-        return self._decoded(sample_teacher(self.role, noise, cond, uncond, self.steps, w))
+        return sample_teacher(self.role, noise, cond, uncond, self.steps, w)
 
     def _decoded(self, x0):
         """Pictures of denoised samples; NotFinite instead of black ones."""

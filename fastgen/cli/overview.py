@@ -17,6 +17,7 @@ KINDS = {
     "dataset": "the data set",
     "shards": "the archives",
     "latents": "what is encoded in",
+    "scans": "scans and truth in",
     "prompts": "prompts in",
     "": "none: the teacher's own conditions",
 }

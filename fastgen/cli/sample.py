@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from fastgen.cli.completions import add_scans, complete
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import (
@@ -85,6 +86,7 @@ def flags() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the samples in a folder that holds some")
     add_control(found)
     add_views(found)
+    add_scans(found)
     add("--compare_teacher", action="store_true", help="add the teacher's images of the same seeds below")
     add("--teacher_steps", type=int, default=0, help="steps of the teacher; default: as in the run")
     add("--guidance", type=float, default=None, help="guidance scale; default: the one the student learned")
@@ -231,6 +233,10 @@ def run(args) -> int:
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     check_blocks(args, loaded)
+    if len(loaded.codec.shape) == 2:
+        return complete(args, loaded.codec, contenders(args, loaded, device), out, device)
+    if args.scan:
+        raise UserError("--scan", f"found for {args.model}, which completes no scans", "leave it out")
     check_clip(args, loaded.codec)
     loaded.teacher.to(device)
     cond, names = conditions(args, loaded.codec)

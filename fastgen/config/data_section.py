@@ -54,11 +54,15 @@ class DataConfig(SourceConfig):
     """Training images with their labels or captions, or prompts only."""
 
     name: str = ""
-    """bundled data set: digits, fashion, tinted, solids or moving (clips); instead of images or prompts of
-    your own
+    """bundled data set: digits, fashion, tinted, solids, moving (clips) or scenes (simulated scans); instead
+    of images or prompts of your own
     """
     latents: UserPath = ""
     """folder that `fastgen precompute` wrote: encoded images and prompts of this teacher"""
+    scans: UserPath = ""
+    """for teachers that complete scans: folder with scan/ and truth/, which hold point clouds (.ply, .bin or
+    .npy) alike in name
+    """
     prompts: UserPath = ""
     """text file with one prompt per line, for methods that need no images"""
     views: ViewsConfig | None = None

@@ -2,8 +2,8 @@
 
 OWN = ("images", "table", "dataset", "shards")
 """sources of a user's pictures"""
-PICTURES = ("name", *OWN, "latents")
-"""sources that hold pictures"""
+PICTURES = ("name", *OWN, "latents", "scans")
+"""sources that hold pictures, or scans with what they are completed to"""
 SOURCES = (*PICTURES, "prompts")
 """of which a section gives one"""
 

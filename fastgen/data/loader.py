@@ -22,11 +22,12 @@ from fastgen.data.kinds import kind_of_source, own_source
 from fastgen.data.labels import unlabelled_rows
 from fastgen.data.latents import check_latents, open_latents
 from fastgen.data.media import read_files
+from fastgen.data.scans import check_scans, load_scans
 from fastgen.data.sources import Found, control_files, dispreferred_files, read_source
 from fastgen.data.streaming import EncodedLater, Stream, StreamedData
 from fastgen.data.text import cut_prompts
 from fastgen.data.views import Views, captions
-from fastgen.networks.codecs import TextCodec
+from fastgen.networks.codecs import ScanCodec, TextCodec
 from fastgen.networks.teacher import Teacher
 
 MOST_CAPTIONS = 2000
@@ -182,6 +183,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         return Data(x0, _label_table(codec), labels, uncond, codec.shape)
     if cfg.views is not None:
         return _views(cfg.views, codec, uncond)
+    if isinstance(codec, ScanCodec):
+        return with_dropout(cfg, codec, load_scans(cfg, codec))
     cache.check_folder(cfg.cache_dir)
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
@@ -291,6 +294,9 @@ def look_at(cfg, teacher: Teacher) -> None:
         return
     if cfg.views is not None:
         _check_views(cfg.views, codec)
+        return
+    if isinstance(codec, ScanCodec):
+        check_scans(cfg)
         return
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)

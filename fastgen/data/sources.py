@@ -19,6 +19,7 @@ from fastgen.data.latents import read_manifest
 from fastgen.data.media import describe, read_files
 from fastgen.data.order import Order
 from fastgen.data.readers import check_named, gathered
+from fastgen.data.scans import pairs_of
 from fastgen.data.streaming import PictureReader, Reader
 from fastgen.data.tables import LARGE
 from fastgen.data.text import read_lines
@@ -61,6 +62,8 @@ def check_there(cfg) -> None:
             check_folder(Path(source.images).expanduser(), f"data.sources.{i}.images")
     for key, source in [("data", cfg), *((f"data.sources.{i}", s) for i, s in enumerate(cfg.sources))]:
         check_named(source, key)
+    if cfg.scans:
+        pairs_of(Path(cfg.scans).expanduser(), "data.scans")
     if cfg.latents:
         read_manifest(Path(cfg.latents).expanduser())
     if cfg.prompts and not Path(cfg.prompts).expanduser().is_file():
@@ -105,6 +108,10 @@ def _check_wanted(cfg, codec) -> None:
     if cfg.fps is not None and not (clips and kind_of_source(cfg) == "images"):
         why = "beside no clips of your own (data.images)" if clips else "for a teacher of pictures"
         raise UserError("data.fps", f"found {cfg.fps:g} {why}", "leave it out")
+    if cfg.scans:
+        raise UserError(
+            "data.scans", f"found {cfg.scans} for a teacher that completes no scans", "leave it out"
+        )
     shown = isinstance(codec, TextCodec) and codec.family.needs_image
     if cfg.control and kind_of_source(cfg) not in ("", "images"):
         found = f"found beside data.{kind_of_source(cfg)}"

@@ -68,6 +68,11 @@ def score_difference(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | flo
     return 0.5 * F.mse_loss(x, target)
 
 
+def linear(x: Tensor, gradient: Tensor) -> Tensor:
+    """mean(sg[g] x), whose gradient in x is g / numel(x)."""
+    return (gradient.detach() * x).mean()
+
+
 def distribution_matching(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """score_difference with w = weight / mean|x - D_real| per sample (DMD2, eq. 5-7 of 2311.18828)."""
     return score_difference(
@@ -101,6 +106,12 @@ def denoising(
     """Denoising score matching, mean w(t) |D - x0|^2; `weight` [B] multiplies w(t)."""
     w = error_weight(schedule, t, weighting)
     return mse(D, x0, w if weight is None else w * weight)
+
+
+def noise_moments(eps: Tensor) -> Tensor:
+    """mean(e)^2 + (std(e) - 1)^2 of each sample of predicted noise [B, ...] (LiDiff, 2403.13470, eq. 9)."""
+    flat = eps.flatten(1)
+    return (flat.mean(1).square() + (flat.std(1) - 1).square()).mean()
 
 
 def clamped(cos: Tensor, margin: float) -> Tensor:

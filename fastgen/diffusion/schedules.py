@@ -244,6 +244,43 @@ class VP(Schedule):
         return [*self.student_times(num, final), self.t_min]
 
 
+class LocalVP(VP):
+    """The noise levels of a VP schedule around data that are not scaled: alpha = 1, sigma = sqrt(1 - abar),
+    as point clouds are noised locally (LiDiff, arXiv 2403.13470). Pure noise is never reached: where sampling
+    starts says which data are meant.
+    """
+
+    @classmethod
+    def around(cls, other: VP) -> "LocalVP":
+        """With the table of another schedule."""
+        made = cls(torch.sigmoid(2 * other._lambda))
+        made._lambda = other._lambda
+        return made
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._at(t)[0]).sqrt()
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        lam, slope = self._at(t)
+        return -torch.sigmoid(2 * lam) * torch.sigmoid(-2 * lam).sqrt() * slope
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -self.sigma(t).log()
+
+    def t_from_lambda(self, lam: Tensor) -> Tensor:
+        var = (-2 * lam.double()).exp().clamp(1e-12, 1 - 1e-12)
+        return super().t_from_lambda(0.5 * ((1 - var).log() - var.log()))
+
+    def prior_std(self, t: float) -> float:
+        return float(self.sigma(torch.tensor([t], dtype=torch.float64)))
+
+
 class Flow(Schedule):
     """Rectified flow: alpha = 1 - t, sigma = t, t = 1 is noise.
 

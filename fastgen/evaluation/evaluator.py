@@ -15,6 +15,7 @@ from fastgen.core.progress import tracked
 from fastgen.diffusion.spectra import radial_power, spectrum_gap
 from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
+from fastgen.evaluation.metrics.completion import CloudMeasurer
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
 from fastgen.evaluation.metrics.pixels import fidelity, psnr
@@ -77,6 +78,8 @@ class Evaluator:
         self.measurer = (
             ToyMeasurer(teacher.backbone)
             if teacher.is_analytic
+            else CloudMeasurer(self.requests.truth, self.requests.again)
+            if self.requests.truth is not None
             else None
             if protocol.own_data
             else measurer_for(teacher.info, cast.device, values, self.requests.renders())
@@ -116,7 +119,7 @@ class Evaluator:
         cond = {k: v.to(device) for k, v in requests.cond(index).items()}
         uncond = {k: v.to(device) for k, v in requests.null(index).items()}
         x0 = self._sample(who, [seed + int(i) for i in index], cond, uncond, steps)
-        images = codec.decode(x0) if len(codec.shape) > 1 else x0
+        images = codec.shown(x0, cond) if len(codec.shape) > 1 else x0
         check_finite(f"samples of the {who.replace('_', ' ')}", x0, images)
         interrupt.check()
         return images.cpu()

@@ -11,9 +11,10 @@ from fastgen.data.batches import Data
 from fastgen.data.bundled import WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
 from fastgen.data.loader import degraded_rows, image_rows, shown_frames
+from fastgen.data.scans import Scans, simulated
 from fastgen.data.solids import renders
 from fastgen.data.views import Views
-from fastgen.networks.codecs import TextCodec
+from fastgen.networks.codecs import ScanCodec, TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
 
 HELD_OUT = 512
@@ -40,7 +41,17 @@ class Requests:
         self.first_frames: Tensor | None = None
         """uint8 [N, 3, H, W]: what clips are to begin with"""
         self.set_name = str((teacher.info or {}).get("measure") or "")
-        if isinstance(data, Views):
+        self.truth: Tensor | None = None
+        """clouds [R, N, 3] that the scans of the requests are completed to"""
+        self.again: Tensor | None = None
+        """other points of the same scenes"""
+        if isinstance(codec, ScanCodec):
+            held = data if own_data else simulated(codec, "heldout")
+            assert isinstance(held, Scans), "the data of a teacher of scans"
+            self.own, self.rows, self.table, self.truth = held, held.rows, held.cond_table, held.truth
+            self.again = held.again
+            self.attributes = {"scene": torch.arange(len(held))}
+        elif isinstance(data, Views):
             self.table, self.rows, self.own, self.captions = data.cond_table, data.rows, data, data.texts
             self.attributes = _shown(self.set_name, self.captions or [], self.rows)
         elif isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:

@@ -1,4 +1,6 @@
-"""Sample grids: images side by side, clips as filmstrips and moving pictures, points as a scatter plot."""
+"""Sample grids: images side by side, clips as filmstrips and moving pictures, clouds from above, points as a
+scatter plot.
+"""
 
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from fastgen.core.files import placed, write_json
 from fastgen.data.clips import filmstrip, save_clip
+from fastgen.threed.clouds import seen_from_above
 
 
 def to_grid(images: Tensor, columns: int = 10) -> Tensor:
@@ -27,6 +30,7 @@ def save_grid(images: Tensor, path: Path) -> None:
         return _scatter(images, path)
     from PIL import Image
 
+    images = _pictures(images)
     if images.ndim == 5:
         moving = [to_grid(images[:, :, f], 4).numpy() for f in range(images.shape[2])]
         with placed(path.with_suffix(".gif")) as file:
@@ -34,6 +38,13 @@ def save_grid(images: Tensor, path: Path) -> None:
     shown, columns = _cells(images)
     with placed(path) as file:
         Image.fromarray(to_grid(shown, columns).numpy()).save(file)
+
+
+def _pictures(images: Tensor) -> Tensor:
+    """Clouds [N, P, 3] as they are seen from above, all at the scale of the first; others as they are."""
+    if images.ndim != 3:
+        return images
+    return seen_from_above(images, 0.1 + float(images[0, :, :2].abs().quantile(0.99)))
 
 
 def _cells(images: Tensor) -> tuple[Tensor, int]:
@@ -52,6 +63,7 @@ def save_requests(images: Tensor, texts: list[str], path: Path) -> None:
     """
     if images.ndim == 2:
         return
+    images = _pictures(images)
     cells, columns = _cells(images[:1])
     height, width = cells.shape[-2:]
     frames = width * images.shape[-2] // (height * images.shape[-1])

@@ -70,6 +70,8 @@ def _numbers(results: dict) -> list[str]:
 def _task(teacher: Teacher) -> str:
     """The hub's name for what a model does."""
     family = teacher.family
+    if family.kind == "scans":
+        return "other"
     if not isinstance(teacher.codec, TextCodec):
         return "unconditional-image-generation"
     source = "image" if family.needs_image and family.temporal else "text"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastgen.core.errors import UserError
-from fastgen.diffusion.schedules import EDM, VP, Flow, Schedule, TrigFlow
+from fastgen.diffusion.schedules import EDM, VP, Flow, LocalVP, Schedule, TrigFlow
 from fastgen.families.base import Family
 from fastgen.networks.teacher import Teacher
 from fastgen.roles.roles import Student
@@ -58,7 +58,9 @@ def scheduler_for(
     """The scheduler for a student's own time list (see the table in each function); on VP one of a grid
     can take every step count that the grid holds.
     """
-    if isinstance(schedule, VP):
+    if isinstance(schedule, LocalVP):
+        setup = _local(times, sampler, schedule)
+    elif isinstance(schedule, VP):
         on_grid = times == schedule.student_times(len(times), grid)
         setup = _vp(times, sampler, teacher_scheduler, grid or len(times), gamma, on_grid)
     elif isinstance(schedule, EDM) and _is_consistency(teacher_scheduler):
@@ -144,6 +146,23 @@ def _vp(
         return SchedulerSetup(DDIMScheduler(**kept, **more))
     more = {"solver_order": 1, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
     return SchedulerSetup(DPMSolverMultistepScheduler(**kept, **more), {"timesteps": ints})
+
+
+def _local(times: list[float], sampler: str, schedule: LocalVP) -> SchedulerSetup:
+    """EulerDiscreteScheduler, which keeps data unscaled: its noise levels sqrt(1 / abar - 1) are those of the
+    schedule for the betas that are written out here. Re-noising needs a loop.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    if sampler == "tcd":
+        raise UserError("student.sampler", "found 'tcd' for data that are not scaled", "use renoise or ode")
+    total = schedule.num_timesteps
+    bar = 1 / (1 + schedule.sigma(torch.arange(total, dtype=torch.float64)) ** 2)
+    betas = 1 - bar / torch.cat([bar.new_ones(1), bar[:-1]])
+    known = {"num_train_timesteps": total, "prediction_type": "epsilon", "timestep_spacing": "trailing"}
+    scheduler = EulerDiscreteScheduler(**known, trained_betas=betas.tolist())
+    loop = sampler == "renoise" and len(times) > 1
+    return SchedulerSetup(scheduler, {"timesteps": [int(t) for t in times]}, needs_loop=loop)
 
 
 def _flow(times: list[float], sampler: str, schedule: Flow, default_sigmas: bool = False) -> SchedulerSetup:

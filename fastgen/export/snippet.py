@@ -7,7 +7,7 @@ from pathlib import Path
 from fastgen.core.paths import resolve
 from fastgen.export.info import ExportInfo
 from fastgen.families.base import Family
-from fastgen.networks.codecs import Codec, TextCodec
+from fastgen.networks.codecs import Codec, ScanCodec, TextCodec
 from fastgen.networks.teacher import Teacher
 
 PROMPT = "a red dress on a grey background"
@@ -195,6 +195,48 @@ def _label_usage(what: dict, info: ExportInfo, codec: Codec, folder: str) -> lis
     ]
 
 
+def _scan_usage(info: ExportInfo, codec: ScanCodec, folder: str) -> list[str]:
+    """A scan is completed: scan.npy [M, 3] becomes completed.npy [N, 3]."""
+    scheduler, w = info.scheduler_class, 1.0 if info.is_student else info.guidance
+    given = (f"{info.steps}" if not info.timestep_arguments else "") + keywords(info.timestep_arguments)
+    local = codec.formulation == "local"
+    sigmas = "(1 - scheduler.alphas_cumprod[scheduler.timesteps[0]]).sqrt()"
+    scale = " * scheduler.sigmas[0]" if info.is_student else f" * {sigmas}"
+    step = ["        x = scheduler.step(out, t, x).prev_sample"]
+    if local and not info.is_student:  # the scheduler would scale the data
+        step = [
+            "        s = (1 - scheduler.alphas_cumprod[t]).sqrt()",
+            "        later = scheduler.timesteps[scheduler.timesteps < t][:1]",
+            "        x = x - (s - (1 - scheduler.alphas_cumprod[later]).sqrt().sum()) * out",
+        ]
+    if info.needs_loop:
+        step = [
+            "        s, later = scheduler.sigmas[scheduler.index_for_timestep(t):][:2]",
+            "        x = x - s * out",
+            "        x = x + later * torch.randn(x.shape, generator=generator)",
+        ]
+    guided = ["        null = net(x, t, scan, 0 * scan).sample", f"        out = null + {w} * (out - null)"]
+    return [
+        "import numpy",
+        "import torch",
+        f"from diffusers import {scheduler}",
+        "from point_voxel import PointVoxelModel  # this folder",
+        "",
+        f'net = PointVoxelModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
+        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        f"scheduler.set_timesteps({given.removeprefix(', ')})",
+        f'scan = torch.from_numpy(numpy.load("scan.npy")).float()[None, :{codec.scan_points}]',
+        "generator = torch.Generator().manual_seed(0)",
+        f"x = torch.randn(1, {codec.shape[0]}, 3, generator=generator){scale if local else ''}",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        "        out = net(x, t, scan, scan).sample",
+        *(guided if w != 1 else []),
+        *step,
+        'numpy.save("completed.npy", (net.starts(scan) + x)[0].numpy())',
+    ]
+
+
 def _renoise_loop(times: list[float], label: str) -> list[str]:
     """EDM with fresh noise between steps, which no diffusers scheduler does."""
     return [
@@ -215,6 +257,8 @@ def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
     """
     if isinstance(teacher.codec, TextCodec) or teacher.family.label_key:
         return "\n".join(_pipeline_usage(what, teacher, info, place))
+    if isinstance(teacher.codec, ScanCodec):
+        return "\n".join(_scan_usage(info, teacher.codec, "merged" if info.lora else "."))
     base = shown_path(info.base, place) if info.guidance_adapter else ""
     return "\n".join(_label_usage(what, info, teacher.codec, base or ("merged" if info.lora else ".")))
 

@@ -1,5 +1,6 @@
 """What a user ships: an ordinary diffusers folder or LoRA file, which plain diffusers loads without us."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -25,7 +26,7 @@ from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network, part_name
 from fastgen.networks import block_causal, negative_prompts
-from fastgen.networks.files import hub_folder
+from fastgen.networks.files import OWN, hub_folder
 from fastgen.networks.teacher import Teacher
 from fastgen.networks.weight_files import drop_variant
 from fastgen.roles.roles import Student, Students
@@ -129,6 +130,9 @@ def export_folder(
     parts = family.parts(net)
     for name, part in parts.items():
         _save_net(part, folder / name, dtype)
+        if module := OWN.get(type(part).__name__):
+            file = importlib.import_module(module).__file__
+            shutil.copyfile(str(file), folder / f"{_library(part)}.py")
     scheduler.save_pretrained(folder / "scheduler")
     source = hub_folder(teacher.path, False) if teacher.path else None
     index = _index(teacher)
@@ -139,7 +143,7 @@ def export_folder(
         if index.get("_class_name") in family.pipelines
         else family.pipeline,
         "_diffusers_version": version("diffusers"),
-        **{name: ["diffusers", type(part).__name__] for name, part in parts.items()},
+        **{name: [_library(part), type(part).__name__] for name, part in parts.items()},
         "scheduler": ["diffusers", type(scheduler).__name__],
     }
     for part in dict.fromkeys((*others, *COPIED)):
@@ -154,6 +158,11 @@ def export_folder(
     write_model_json(folder / "model_index.json", index)
     write_model_json(folder / FILE, document)
     return folder
+
+
+def _library(part: nn.Module) -> str:
+    """What the class of a part is imported from: diffusers, or the file of ours that lies beside it."""
+    return OWN.get(type(part).__name__, "diffusers").rsplit(".", 1)[-1]
 
 
 def _index(teacher: Teacher) -> dict:

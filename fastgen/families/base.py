@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.diffusion.schedules import Schedule
 from fastgen.families.parts import (
     DiffusersModel,
     Parts,
@@ -59,8 +60,8 @@ class Family:
     """EDM preconditioning with the boundary condition of consistency models, D(x, sigma_min) = x"""
 
     # -- conditions -----------------------------------------------------------------------------------------
-    kind: Literal["text", "labels"] = "text"
-    """conditioned on prompts (and images), or on class labels (or unconditional)"""
+    kind: Literal["text", "labels", "scans"] = "text"
+    """conditioned on prompts (and images), on class labels (or unconditional), or on scans to complete"""
     max_length: int | None = None
     """number of tokens of an encoded prompt; None is the tokenizer's own limit"""
     tokenizer: str = "tokenizer"
@@ -262,6 +263,10 @@ class Family:
         if config.get("use_dynamic_shifting"):
             return dynamic_shift(config, self.tokens(net, grid))
         return config.get("flow_shift") or config.get("shift") or 1.0
+
+    def noised(self, schedule: Schedule, net: DiffusersModel) -> Schedule:
+        """How the network's data are noised, where its own config changes the scheduler's schedule."""
+        return schedule
 
     def tokens(self, net: DiffusersModel, grid: tuple[int, ...]) -> int:
         """Number of tokens of the image, on which a dynamic shift depends."""

@@ -113,10 +113,9 @@ def one_channel_wider(net: DiffusersModel, input_layer: str) -> DiffusersModel |
     None if the input layer is not a single convolution over the latent.
     """
     layer = dict(net.named_modules()).get(input_layer)
-    width = net.config.in_channels
-    if not isinstance(layer, nn.Conv2d) or layer.in_channels != width:
+    if not isinstance(layer, nn.Conv2d) or layer.in_channels != net.config.in_channels:
         return None
-    wider = _of_changed_config(net, in_channels=width + 1)
+    wider = _of_changed_config(net, in_channels=net.config.in_channels + 1)
     state, key = net.state_dict(), f"{input_layer}.weight"
     state[key] = torch.cat([state[key], torch.zeros_like(state[key][:, :1])], 1)
     if layer.weight.device.type != "meta":

@@ -56,6 +56,10 @@ class Codec(nn.Module):
         """The empty condition, `num` rows."""
         raise NotImplementedError
 
+    def shown(self, x0: Tensor, cond: Cond) -> Tensor:
+        """What a user is shown of samples x0 [B, *shape] drawn under cond: the images of `decode`."""
+        return self.decode(x0)
+
 
 class LabelCodec(Codec):
     """Pixels (folded patch x patch into channels) or an autoencoder's latents, with class labels; the row
@@ -93,6 +97,47 @@ class LabelCodec(Codec):
         """The null class; class 0, as a placeholder that is never guided with, where the network has none."""
         row = self.num_classes if self.has_null else 0
         return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
+
+
+class ScanCodec(Codec):
+    """Scans [B, M, 3] that are completed: x0 [N, 3] is how far each of N points lies from where it starts, a
+    point of the scan, in the scan's own unit.
+    """
+
+    family: Family
+
+    def __init__(self, family: Family, net: DiffusersModel):
+        super().__init__(family, (net.config.num_points, 3))
+        self.scan_points, self.has_null = net.config.scan_points, True
+        self.formulation: str = net.config.formulation
+
+    def encode(self, images: Tensor) -> Tensor:
+        found = f"{self.family.name} completes scans; pictures cannot be turned into its training data"
+        raise UserError("data", found, "set data.name to scenes, or data.scans")
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 as it is: without the scan it says nothing more."""
+        return x0
+
+    def starts(self, scans: Tensor) -> Tensor:
+        """Where the points [B, N, 3] begin: each of a scan's, several times."""
+        return scans.repeat_interleave(self.shape[0] // self.scan_points, 1)
+
+    def shown(self, x0: Tensor, cond: Cond) -> Tensor:
+        """Clouds [B, N, 3]."""
+        return self.starts(cond["start"]) + x0
+
+    def scans(self, scans: Tensor) -> Cond:
+        """The condition of scans [B, M, 3]: where points start, and what the network is told."""
+        return {"start": scans, "scan": scans}
+
+    def untold(self, scans: Tensor) -> Cond:
+        """The empty condition of scans: points start there, and the network is told nothing."""
+        return {"start": scans, "scan": torch.zeros_like(scans)}
+
+    def null(self, num: int) -> Cond:
+        """A placeholder; each scan has a null condition of its own, see `untold`."""
+        return self.untold(torch.zeros(num, self.scan_points, 3))
 
 
 class TextCodec(Codec):

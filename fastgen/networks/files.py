@@ -23,6 +23,8 @@ from fastgen.networks.weight_files import (
     single_file,
 )
 
+OWN = {"PointVoxelModel": "fastgen.networks.point_voxel"}
+"""classes of diffusers models that are ours, and their modules"""
 DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +82,8 @@ def component_class(folder: Path) -> type:
     library: ModuleType = diffusers
     name: object = config.get("_class_name", "")
     kind: type = diffusers.ModelMixin
+    if name in OWN:
+        return network_class(str(name))
     if config.get("architectures"):
         library, name, kind = transformers, config["architectures"][0], transformers.PreTrainedModel
     cls = library_class(library, name, kind)
@@ -88,6 +92,13 @@ def component_class(folder: Path) -> type:
         found = f"{folder / 'config.json'} names the class {short!r}, which is no model of {library.__name__}"
         raise UserError("teacher.path", found, f"correct the name, or install another {library.__name__}")
     return cls
+
+
+def network_class(name: str) -> Any:
+    """The class of a denoiser by its name, of diffusers or of our own; AttributeError for none."""
+    import diffusers
+
+    return getattr(importlib.import_module(OWN[name]) if name in OWN else diffusers, name)
 
 
 def library_class(library: ModuleType, name: object, *kinds: type) -> Any:

@@ -15,7 +15,7 @@ from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.codecs import LabelCodec, TextCodec, spatial_factor, temporal_factor
+from fastgen.networks.codecs import LabelCodec, ScanCodec, TextCodec, spatial_factor, temporal_factor
 from fastgen.networks.files import (
     DTYPES,
     component_class,
@@ -23,6 +23,7 @@ from fastgen.networks.files import (
     load_part,
     load_tokenizer,
     named_class,
+    network_class,
 )
 from fastgen.networks.meta_layout import build_on_meta
 from fastgen.networks.schedulers import load_scheduler, schedule_of
@@ -231,8 +232,6 @@ def _text_codec(folder: Path | None, found: DenoiserParts, index: dict, options:
 
 def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
     """An untrained denoiser of diffusers configs."""
-    import diffusers
-
     for part in ("net", "scheduler"):
         if not isinstance(blueprint.get(part), dict):
             raise UserError(
@@ -243,7 +242,7 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
     configs = {family.component: blueprint["net"], **blueprint.get("extra", {})}
     try:
         with torch.device("cpu" if options.weights else "meta"):
-            parts = {k: getattr(diffusers, c["_class_name"]).from_config(c) for k, c in configs.items()}
+            parts = {k: network_class(c["_class_name"]).from_config(c) for k, c in configs.items()}
         parts = {k: cast_network(p, DTYPES[options.dtype]) for k, p in parts.items()}
     except Exception as error:  # constructors raise errors of many types
         found = f"{family.net_class} cannot be built from it ({first_line(error)})"
@@ -350,9 +349,11 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
     family, net, scheduler, info, index = parts
     if folder is not None and not index and (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json", "teacher.path")
-    codec: LabelCodec | TextCodec
+    codec: LabelCodec | TextCodec | ScanCodec
     if family.kind == "labels":
         codec = _label_codec(folder, parts, options)
+    elif family.kind == "scans":
+        codec = ScanCodec(family, net)
     else:
         codec = _text_codec(folder, parts, index, options)
     codec.enlarges = info.get("enlarges", 0)
@@ -363,7 +364,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
         found = f"the noise schedule of {type(scheduler).__name__} is {kind}, {family.name} is trained with"
         instruction = "copy scheduler/scheduler_config.json from the original model"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", instruction)
-    backbone = Backbone(net.eval(), family, schedule, found)
+    backbone = Backbone(net.eval(), family, family.noised(schedule, net), found)
     export = info.get("export") or {}
     if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])

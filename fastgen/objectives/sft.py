@@ -5,7 +5,10 @@ Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02
 
   x0, c ~ data;  c <- null with probability p
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
-  loss = w(t) |D(x_t, t, c) - x0|^2
+  loss = w(t) |D(x_t, t, c) - x0|^2  [+ noise_moments (mean(e)^2 + (std(e) - 1)^2)]
+
+e is the noise that D implies; the last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by
+sample over all its points.
 
 Differs: nothing; the weight makes the loss a plain regression of the network's native prediction.
 """
@@ -30,6 +33,8 @@ class SFTConfig(ObjectiveConfig):
     """probability of training a sample with the null condition"""
     weighting: Literal["auto", "x0", "eps", "v", "flow", "edm"] = "auto"
     """loss weight in x0 space; auto regresses the native prediction"""
+    noise_moments: float = Field(0.0, ge=0)
+    """weight of how far mean and deviation of the predicted noise are from 0 and 1 (LiDiff has 5)"""
 
 
 class SFT(Objective, config=SFTConfig):
@@ -50,4 +55,9 @@ class SFT(Objective, config=SFTConfig):
             x_t = self.schedule.noise(x0, eps, t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
             weighting = native_weighting(self.student) if self.cfg.weighting == "auto" else self.cfg.weighting
-            yield losses.denoising(self.schedule, D, x0, t, weighting), {}  # w(t) |D - x0|^2
+            loss = losses.denoising(self.schedule, D, x0, t, weighting)  # w(t) |D - x0|^2
+            if not self.cfg.noise_moments:
+                yield loss, {}
+                return
+            moments = losses.noise_moments(self.schedule.from_x0("eps", D, x_t, t))
+            yield loss + self.cfg.noise_moments * moments, {"denoising": loss, "noise_moments": moments}

@@ -30,7 +30,7 @@ FEW = 100
 """samples that are measured where no metric needs more and the config names no number"""
 FREE_DATA = ("cache_dir", "workers", "allow_download")
 """settings of the data section that decide no batch"""
-KINDS: dict[int, Kind] = {1: "points", 3: "images", 4: "clips"}
+KINDS: dict[int, Kind] = {1: "points", 2: "clouds", 3: "images", 4: "clips"}
 """what a teacher makes, by the number of dimensions of a sample"""
 
 

@@ -106,7 +106,7 @@ class Cast:
         names = {base_name(p) for one in needs for p in one.parts}
         own = self.student_cfg.kind
         kinds = {"student": own, "critic": self.critic_kind, "target": own, "previous": own}
-        kinds |= {"path": self.critic_kind}
+        kinds |= {"path": self.critic_kind, "loser": self.critic_kind}
         few_step = any(one.few_step for one in needs)
         alone = "teacher" not in names and not few_step  # else the table compares with the teacher as it was
         if self.teacher_cfg.quantization:
@@ -207,7 +207,7 @@ class Cast:
             assert span is not None, "the config says which scales such adapters take"
             self._guidance_adapter(base, adapter, span)
         elif adapter:
-            lora = self.critic_cfg.lora if name in ("critic", "path") else chosen.lora
+            lora = self.critic_cfg.lora if name in ("critic", "path", "loser") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
         if self.teacher_cfg.quantization is None:
             base.to(self.device)

@@ -17,6 +17,7 @@ VALUES = {
     "dataset": "my/set",
     "shards": "my/train-*.tar",
     "latents": "my/latents",
+    "scans": "my/scans",
     "prompts": "my/prompts.txt",
 }
 PAIRS = list(itertools.permutations(SOURCES, 2))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastgen.diffusion.schedules import EDM, KINDS, VP, Flow, TrigFlow
+from fastgen.diffusion.schedules import EDM, KINDS, VP, Flow, LocalVP, TrigFlow
 
 SCHEDULES = {
     "vp": VP.scaled_linear(),
@@ -13,6 +13,7 @@ SCHEDULES = {
     "flow3": Flow(3.0),
     "edm": EDM(),
     "trig": TrigFlow(0.5),
+    "local": LocalVP.around(VP.scaled_linear()),
 }
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
@@ -78,7 +79,7 @@ def test_log_snr_inverts(schedule):
 @each
 @pytest.mark.parametrize("other", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_map_to_keeps_the_signal_to_noise_ratio(schedule, other):
-    u = torch.linspace(0.3, 0.7, 9, dtype=torch.float64)
+    u = torch.linspace(0.02, 0.7, 18, dtype=torch.float64)  # low ones, for where there is no pure noise
     t = schedule.from_unit(u)
     mapped, scale = schedule.map_to(other, t)
     inside = (mapped > other.t_min) & (mapped < other.t_max)
@@ -116,6 +117,28 @@ def test_stable_diffusion_constants():
     bar = SCHEDULES["vp"].alpha(torch.tensor([999.0, 749.0, 499.0, 399.0, 249.0])) ** 2
     expected = torch.tensor([0.004660, 0.056623, 0.277670, 0.426086, 0.675432], dtype=torch.float64)
     torch.testing.assert_close(bar, expected, rtol=0, atol=1e-6)
+
+
+def test_lidiff_constants_and_its_one_solver_step():
+    """Levels of the linear betas from 3.5e-5 to 0.007. LiDiff samples unscaled data by the steps of scaled
+    ones: one from the last time is (o - s eps) / sqrt(abar), which magnifies an error of eps 5.7 times; the
+    local estimate is o - s eps.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    known = {"beta_start": 3.5e-5, "beta_end": 0.007, "beta_schedule": "linear"}
+    solver = DPMSolverMultistepScheduler(**known, algorithm_type="sde-dpmsolver++", solver_order=2)
+    vp = VP(solver.alphas_cumprod)
+    local, last = LocalVP.around(vp), torch.tensor([999.0], dtype=torch.float64)
+    assert float(vp.alpha(last) ** 2) == pytest.approx(0.02943, abs=1e-5)
+    assert float(local.sigma(last)) == pytest.approx(0.98518, abs=1e-5) == local.prior_std(999.0)
+    o, eps = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
+    solver.set_timesteps(1)
+    assert int(solver.timesteps[0]) == 999
+    stepped = solver.step(eps, solver.timesteps[0], o, variance_noise=torch.zeros_like(o)).prev_sample
+    torch.testing.assert_close(stepped, vp.to_x0("eps", eps, o, last), rtol=1e-5, atol=1e-5)
+    estimate = local.to_x0("eps", eps, o, last)
+    torch.testing.assert_close(stepped / estimate, torch.full_like(o, 1 / 0.17155), rtol=1e-3, atol=1e-3)
 
 
 def test_karras_grid_constants():

@@ -10,9 +10,10 @@ import torch
 from fastgen.config.run import validate
 from fastgen.core.batch import Batch
 from fastgen.core.rng import Rng
-from fastgen.diffusion.schedules import EDM, VP, TrigFlow
-from fastgen.export.scheduler import SchedulerSetup, bind
-from fastgen.networks.codecs import TextCodec
+from fastgen.diffusion.schedules import EDM, VP, LocalVP, TrigFlow
+from fastgen.export.scheduler import SchedulerSetup, bind, scheduler_for
+from fastgen.networks.codecs import ScanCodec, TextCodec
+from fastgen.networks.files import component_class
 from fastgen.networks.load import load_teacher
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.training.cast import Cast
@@ -49,9 +50,17 @@ class World:
     def conditions(self, prompts):
         if isinstance(self.codec, TextCodec):
             return self.codec.prompts(prompts, self.images)
+        if isinstance(self.codec, ScanCodec):
+            return self.codec.scans(self.scans(len(prompts)))
         return self.codec.labels(torch.arange(len(prompts)) % max(self.codec.num_classes, 1))
 
+    def scans(self, num):
+        generator = torch.Generator().manual_seed(4)
+        return 2 * torch.randn(num, self.codec.scan_points, 3, generator=generator)
+
     def null(self):
+        if isinstance(self.codec, ScanCodec):
+            return self.codec.untold(self.scans(2))
         return self.codec.null(2, self.images) if isinstance(self.codec, TextCodec) else self.codec.null(2)
 
     def seen(self, x0):
@@ -122,6 +131,10 @@ def move(role, std: float = 0.02) -> None:
 def scheduler_x0(scheduler, out, x_t, t, schedule):
     """pred_original_sample of the diffusers scheduler that belongs to a schedule, for one time."""
     settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    if isinstance(schedule, LocalVP):
+        euler = scheduler_for([float(t)], "ode", schedule, scheduler).scheduler
+        euler.set_timesteps(timesteps=[int(t)])
+        return euler.step(out, euler.timesteps[0], x_t).pred_original_sample
     if isinstance(schedule, VP):
         known = {k: settings[k] for k in ("prediction_type", "num_train_timesteps")}
         ddim = diffusers.DDIMScheduler(**known, clip_sample=False)
@@ -156,6 +169,11 @@ def pipeline_class(folder):
 
 
 def open_pipeline(folder, **parts):
+    index = json.loads((folder / "model_index.json").read_text())
+    if not index["_class_name"]:  # no pipeline draws with it
+        unet = component_class(folder / "unet").from_pretrained(folder, subfolder="unet")
+        scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
+        return SimpleNamespace(unet=unet.eval(), scheduler=scheduler, config=index)
     pipe = pipeline_class(folder).from_pretrained(folder, **{"torch_dtype": torch.float32, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -5,6 +5,7 @@ denoisers.
 import pytest
 import torch
 
+from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import EDM, VP, Flow
 from fastgen.export.load import load_export
 from fastgen.objectives.sft import SFT, SFTConfig
@@ -53,6 +54,22 @@ def test_p1_loss_is_the_native_regression(kind, schedule):
     torch.testing.assert_close(
         loss, (out - schedule.from_x0(kind, x0, x_t, t)).square().mean(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_p1_moments_of_the_noise_are_added():
+    """5 (mean^2 + (std - 1)^2) of the noise that D implies, by sample; zero of noise that is white."""
+    weighted, plain = (make(VP.scaled_linear(), noise_moments=w) for w in (5.0, 0.0))
+    x0 = torch.randn(16, 40, dtype=torch.float64)
+    (a, logs), (b, _) = (next(one.step(batch_of(x0), 0)) for one in (weighted, plain))
+    weighted.rng.generator.manual_seed(0)
+    t, eps = weighted.sample_t(16, weighted.cfg.time), weighted.rng.randn_like(x0)
+    x_t = weighted.schedule.noise(x0, eps, t)
+    out = weighted.schedule.from_x0("eps", weighted.student(x_t, t, {}), x_t, t)
+    moments = (out.mean(1) ** 2 + (out.std(1) - 1) ** 2).mean()
+    torch.testing.assert_close(a - b, 5 * moments, rtol=1e-4, atol=1e-6)
+    assert moments > 1e-3 and torch.equal(logs["denoising"], b)
+    white = torch.tensor([[-1.0, 1.0]]) / 2**0.5
+    assert losses.noise_moments(white) < 1e-12 < 0.9 < losses.noise_moments(white + 1)
 
 
 def test_p1_step_is_the_formula():
