@@ -246,8 +246,7 @@ class VP(Schedule):
 
 class LocalVP(VP):
     """The noise levels of a VP schedule around data that are not scaled: alpha = 1, sigma = sqrt(1 - abar),
-    as point clouds are noised locally (LiDiff, arXiv 2403.13470). Pure noise is never reached: where sampling
-    starts says which data are meant.
+    as point clouds are noised locally (LiDiff, arXiv 2403.13470). Where sampling starts says what is meant.
     """
 
     @classmethod
