@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastgen.cli.sample import Generator, draw
 from fastgen.cli.sample import main as sample
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import Flow
+from fastgen.export.load import load_export
+from fastgen.export.snippet import PROMPT
 from fastgen.objectives import requirements_of
 from fastgen.objectives.causvid import CausVid
 from fastgen.objectives.dmd2 import DMD2
@@ -15,6 +18,7 @@ from tests.objectives.test_causvid import SETTINGS, TIMES, chain_objective, clip
 from tests.support.causal import causal_cast, causal_export, check_plain
 from tests.support.play import batch as batch_for
 from tests.support.play import play
+from tests.support.replay import plainly
 from tests.support.spelled import World, at_x, dmd_weight, gradient, softplus_pair
 from tests.support.toys import batch_of, rng, run_mixture
 
@@ -207,6 +211,22 @@ def exported(tmp_path_factory):
 def test_p4_self_forcing(exported):
     """A LoRA on its base in plain diffusers, with the loop it carries, as long as trained and longer."""
     check_plain(*exported, "lora")
+
+
+def test_p4_the_cards_code_draws_what_we_draw(exported):
+    """As written in README.md, in the export's own folder: the clip of seed 0, to the rounding of pixels."""
+    folder, _ = exported
+    text = (folder / "README.md").read_text()
+    assert "a plain call of the pipeline" in text and "is right." not in text
+    code = text.split("```python\n")[1].split("```")[0]
+    code += "import numpy\nclip = numpy.stack([numpy.array(frame) for frame in frames])\n"
+    code += "images = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float()\n"
+    theirs = plainly(code, folder)
+    loaded = load_export(str(folder))
+    cond = loaded.codec.prompts([PROMPT])
+    ours = draw(Generator(loaded, 0, 1.0, {}), cond, [0], 1)[0]
+    theirs = theirs / 255 if theirs.max() > 1.5 else theirs
+    assert theirs.shape == ours.shape and (theirs - ours).abs().max() < 1.01 / 255 + 1e-3
 
 
 @pytest.mark.parametrize(
