@@ -209,7 +209,7 @@ MODULES = {  # distribution: what is imported, where the names differ
     "pyyaml": "yaml",
     "torch-fidelity": "torch_fidelity",
 }
-THROUGH_OTHERS = {"ftfy"}  # diffusers imports it to clean the prompts of Wan
+THROUGH_OTHERS = {"ftfy", "imageio-ffmpeg"}  # of diffusers for the prompts of Wan, of imageio for mp4
 CONTRIBUTORS = {"real", "test", "dev", "docs"}  # extras for work on fastgen itself
 
 

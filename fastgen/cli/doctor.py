@@ -26,6 +26,7 @@ OPTIONAL = (
     Optional("torch_fidelity", "eval", "fastgen eval --metrics fid kid"),
     Optional("gradio", "demo", "fastgen demo"),
     Optional("datasets", "data", "data.dataset, parquet files"),
+    Optional("imageio_ffmpeg", "video", "clips as mp4"),
     Optional("trimesh", "threed", "meshes of 3D assets"),
     Optional("mcubes", "threed", "meshes of 3D assets"),
     Optional("gsplat", "threed-cuda", "3D Gaussians rendered on CUDA"),

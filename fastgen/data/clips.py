@@ -105,14 +105,14 @@ def check_mp4(key: str) -> None:
 
 def _save_mp4(frames: list, path: Path, rate: float) -> None:
     """Odd sides are padded by their last line of pixels: the colours of H.264 are halved."""
-    import imageio.v2 as imageio
+    import imageio.v3 as imageio
     import numpy as np
 
-    with imageio.get_writer(path, fps=rate, codec="libx264", quality=8, macro_block_size=1) as writer:
-        for frame in frames:
-            pixels = np.asarray(frame.convert("RGB"))
-            odd = [(0, side % 2) for side in pixels.shape[:2]]
-            writer.append_data(np.pad(pixels, [*odd, (0, 0)], mode="edge"))
+    pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+    odd = [(0, side % 2) for side in pixels.shape[1:3]]
+    even = np.pad(pixels, [(0, 0), *odd, (0, 0)], mode="edge")
+    with imageio.imopen(path, "w", plugin="FFMPEG") as file:
+        file.write(even, fps=rate, codec="libx264", quality=8, macro_block_size=1)
 
 
 def filmstrip(clips: Tensor, most: int = 10) -> Tensor:

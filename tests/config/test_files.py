@@ -90,8 +90,9 @@ def test_bundled_bases_stay_inside_configs():
     named = 0
     for file in root.rglob("*.yaml"):
         values = yaml.safe_load(file.read_text())
-        for base in [values["base"]] if "base" in values else []:
-            assert isinstance(base, str) and (file.parent / base).resolve().is_relative_to(root), file
+        bases = values.get("base", []) if isinstance(values, dict) else []
+        for base in [bases] if isinstance(bases, str) else bases:
+            assert (file.parent / base).resolve().is_relative_to(root), file
             named += 1
     assert named > 100
 
