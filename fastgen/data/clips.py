@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,8 +112,8 @@ def _save_mp4(frames: list, path: Path, rate: float) -> None:
     pixels = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
     odd = [(0, side % 2) for side in pixels.shape[1:3]]
     even = np.pad(pixels, [(0, 0), *odd, (0, 0)], mode="edge")
-    with imageio.imopen(path, "w", plugin="FFMPEG") as file:
-        file.write(even, fps=rate, codec="libx264", quality=8, macro_block_size=1)
+    settings: dict[str, Any] = {"fps": rate, "codec": "libx264", "quality": 8, "macro_block_size": 1}
+    imageio.imwrite(path, even, plugin="FFMPEG", **settings)
 
 
 def filmstrip(clips: Tensor, most: int = 10) -> Tensor:
