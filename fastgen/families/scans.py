@@ -17,8 +17,9 @@ class PointVoxel(Family):
     lora_loader = takes_text = False
 
     def noised(self, schedule: Schedule, net: DiffusersModel) -> Schedule:
-        local = isinstance(schedule, VP) and net.config.formulation == "local"
-        return LocalVP.around(schedule) if local else schedule
+        if isinstance(schedule, VP) and net.config.formulation == "local":
+            return LocalVP.around(schedule)
+        return schedule
 
     def channels(self, net: DiffusersModel) -> int:
         return net.config.num_points

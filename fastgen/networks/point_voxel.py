@@ -94,7 +94,7 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
 
     def starts(self, start: Tensor) -> Tensor:
         """Where the points [B, N, 3] begin: each of the scan's [B, M, 3], several times."""
-        return start.repeat_interleave(self.config.num_points // self.config.scan_points, 1)
+        return start.repeat_interleave(self.config["num_points"] // self.config["scan_points"], 1)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, start: Tensor, scan: Tensor, return_dict: bool = True
@@ -134,7 +134,7 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
     def _cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The eight cells [B, N, 8] around each point, and their shares of it, which add up to 1."""
         low, high = (x.new_tensor(self.config[k]) for k in ("low", "high"))
-        size = torch.tensor(self.config.grid, device=x.device)
+        size = torch.tensor(self.config["grid"], device=x.device)
         u = ((x - low) / (high - low) * size - 0.5).clamp(torch.zeros_like(size).to(x), (size - 1).to(x))
         base = u.detach().floor().clamp(max=(size - 2).to(x))
         rest, base = u - base, base.long()
@@ -148,7 +148,7 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
 
     def _share_out(self, f: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
         """Sums of features [B, N, C] over cells, [B, C, X, Y, Z]."""
-        size, channels = tuple(self.config.grid), f.shape[-1]
+        size, channels = tuple(self.config["grid"]), f.shape[-1]
         total = f.new_zeros(len(f), size[0] * size[1] * size[2], channels)
         for corner in range(8):
             index = cells[..., corner, None].expand(-1, -1, channels)
@@ -158,7 +158,7 @@ class PointVoxelModel(ModelMixin, ConfigMixin):
     def _read(self, g: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
         """Features of a grid [B, C, X, Y, Z] at the points, [B, N, C]."""
         flat = g.flatten(2).transpose(1, 2)
-        found = 0.0
+        found = flat.new_zeros(*cells.shape[:2], flat.shape[-1])
         for corner in range(8):
             index = cells[..., corner, None].expand(-1, -1, flat.shape[-1])
             found = found + flat.gather(1, index) * weights[..., corner, None]
