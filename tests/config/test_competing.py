@@ -99,6 +99,7 @@ PLAIN = {
         "kind sampler gamma guidance_embedding guidance smooth_time sprint init fuse fuse_weight net"
     ),
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
+    "student.causal": "block window",
     "student.guidance_adapter": "form width heads multiplier",
     "student.asset": "kind num points degree move_every size surface samples background",
     "critic": "kind",
