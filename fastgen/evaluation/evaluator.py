@@ -197,7 +197,7 @@ class Evaluator:
         """Network evaluations per sample."""
         if who == "teacher" or not self.protocol.few_step:
             return nfe(steps or self.protocol.teacher_steps, self.protocol.guidance)
-        student = self.cast.student
+        student = self.cast.parts["student"]
         return (student.with_steps(steps) if steps else student).nfe
 
 
