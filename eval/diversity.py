@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eval.evidence import run_name
 from fastgen.cli.generator import Generator
 from fastgen.cli.hybrid import Hybrid, draw_steps, step_estimates
 from fastgen.core.batch import select
@@ -101,8 +102,7 @@ def _distance(measurer: Measurer, images: Tensor) -> float:
 
 def record(model: str, folder: Path) -> Path:
     """Measure; write assets/results/benchmarks/diversity_<run>.json and the picture of the steps."""
-    path = Path(model)
-    name = path.parent.name if path.name == "export" else path.name
+    name = run_name(model)
     found = study(model) | {"model": name, "command": f"python -m eval diversity --run runs/{name}"}
     file = folder / f"diversity_{name}.json"
     write_text(file, json.dumps(found, indent=1) + "\n")

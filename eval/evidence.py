@@ -67,6 +67,12 @@ def teacher_name(cfg: RunConfig, recipe: str) -> str:
     return cfg.teacher.path.replace(":", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
+def run_name(model: str) -> str:
+    """The name of a run, given by its folder or that of its export."""
+    path = Path(model)
+    return path.parent.name if path.name == "export" else path.name
+
+
 def results_folder() -> Path:
     """assets/results of the checkout (or of the installed package)."""
     data = PACKAGE / "_data"

@@ -81,10 +81,8 @@ def _p3(method: str, documents: list[dict]) -> str:
     """Per teacher, the best recipe of this method over its seeds: its distance and the teacher's."""
     best: dict[str, tuple[float, str]] = {}
     for value, nfe, metric, document in _reached(method, documents):
-        if (
-            metric in ("fd_mini", "fvd_mini", "chamfer")
-            and value < best.get(document["teacher"], (math.inf, ""))[0]
-        ):
+        trained = metric != "energy_distance"  # that of exact teachers, who are P2
+        if trained and value < best.get(document["teacher"], (math.inf, ""))[0]:
             teacher = teacher_value(document, documents, metric)
             beside = f", teacher {teacher[0]:.3g}" if teacher else ""
             best[document["teacher"]] = (value, f"{document['teacher']} {value:.3g} at NFE {nfe}{beside}")

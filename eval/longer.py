@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from eval.evidence import run_name
 from fastgen.cli.generator import Generator
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
@@ -61,8 +62,7 @@ def study(model: str, num: int = NUM) -> tuple[dict, torch.Tensor]:
 
 def record(model: str, folder: Path) -> Path:
     """Measure; write assets/results/benchmarks/longer_<run>.json and filmstrips among the figures."""
-    path = Path(model)
-    name = path.parent.name if path.name == "export" else path.name
+    name = run_name(model)
     measured, clips = study(model)
     document = {"model": name, "command": f"python -m eval longer --run runs/{name}", **measured}
     file = folder / f"longer_{name}.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from eval.evidence import run_name
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
 from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
@@ -49,9 +50,7 @@ def removal(model: str, scales: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0), repea
                 "still_there": shares[f"agreement_{name}"],
                 "others_kept": sum(others) / len(others),
             }
-    path = Path(model)
-    name = path.parent.name if path.name == "export" else path.name
-    return {"model": name, "images": len(captions), "seed": seed, "removal": found}
+    return {"model": run_name(model), "images": len(captions), "seed": seed, "removal": found}
 
 
 def _draw(loaded, prompts: list[str], word: str, scale: float, rows, seed: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from eval.evidence import run_name
 from fastgen.cli.generator import Generator
 from fastgen.cli.train import main as train
 from fastgen.core.batch import select
@@ -117,8 +118,7 @@ def study(model: str, work: Path) -> dict:
 
 def record(model: str, folder: Path) -> Path:
     """Train, measure, write assets/results/benchmarks/transfer_<run>.json."""
-    path = Path(model)
-    name = path.parent.name if path.name == "export" else path.name
+    name = run_name(model)
     found = study(model, Path("runs") / f"transfer_{name}")
     found = {"model": name, "command": f"python -m eval transfer --run runs/{name}"} | found
     file = folder / f"transfer_{name}.json"

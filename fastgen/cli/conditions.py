@@ -77,7 +77,7 @@ def read_images(args, codec: Codec, num: int):
     read = _read_small if codec.enlarges else _read_image
     found = [read(path, codec) for path in args.image]
     if args.last_image:
-        last = [read(path, codec, "--last_image") for path in args.last_image]
+        last = [_read_image(path, codec, "--last_image") for path in args.last_image]
         found = [torch.stack(pair, 1) for pair in zip(found, last)]
     shown = torch.stack(found)
     return shown.expand(num, *shown.shape[1:])
@@ -94,7 +94,7 @@ def _read_image(path: str, codec: TextCodec, flag: str = "--image") -> torch.Ten
         return read_image(file, (3, height, width)).float() / 127.5 - 1
 
 
-def _read_small(path: str, codec: TextCodec, flag: str = "--image") -> torch.Tensor:
+def _read_small(path: str, codec: TextCodec) -> torch.Tensor:
     """One low-resolution file, enlarged to [3, H, W] in [-1, 1]."""
     with _readable(path):
         picture = to_tensor(read_picture(Path(path).expanduser()))

@@ -91,8 +91,9 @@ def add_clip(flags) -> None:
 def check_clip(args, codec) -> None:
     """Refuse an mp4 that cannot be written, and warn of flags of clips for a model of pictures."""
     from fastgen.data.clips import check_mp4
+    from fastgen.data.sources import makes_clips
 
-    if codec.family is not None and codec.family.temporal:
+    if makes_clips(codec):
         if args.clip_format == "mp4":
             check_mp4("--clip_format")
         return

@@ -5,11 +5,14 @@ on. N windows of F frames are N F - (N - 1) frames: the shared ones are kept onc
 of Magic 1-For-1 (arXiv 2502.07701) with an overlap of one frame and nothing blended.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
 from fastgen.cli.generator import Generator
 from fastgen.core.errors import UserError
+from fastgen.data.sources import makes_clips
 from fastgen.networks.codecs import TextCodec
 
 STRIDE = 1_000_003
@@ -34,19 +37,13 @@ class Windowed(Generator):
 
     def __call__(self, cond: dict, seeds: list[int], device) -> Tensor:
         """Clips [B, C, N F - N + 1, H, W] in [0, 1]."""
-        null = self.one.null
-        try:
-            return self._clips(cond, seeds, device)
-        finally:
-            self.one.null = null
-
-    def _clips(self, cond: dict, seeds: list[int], device) -> Tensor:
-        parts = [self.one(cond, seeds, device)]
+        one = copy(self.one)  # with the null condition of each window's own frame
+        parts = [one(cond, seeds, device)]
         while len(parts) < self.windows:
             shown, nulled = self.codec.image_rows(parts[-1][:, :, -1] * 2 - 1)
-            self.one.null = self.null | {k: v for k, v in nulled.items() if k in self.null}
+            one.null = self.null | {k: v for k, v in nulled.items() if k in self.null}
             later = [seed + STRIDE * len(parts) for seed in seeds]
-            parts.append(self.one(cond | shown, later, device)[:, :, 1:])
+            parts.append(one(cond | shown, later, device)[:, :, 1:])
         return torch.cat(parts, 2)
 
 
@@ -55,7 +52,7 @@ def windowed(one: Generator, windows: int) -> Generator:
     if windows == 1:
         return one
     codec = one.codec
-    begun = isinstance(codec, TextCodec) and codec.family.needs_image and codec.family.temporal
+    begun = isinstance(codec, TextCodec) and codec.family.needs_image and makes_clips(codec)
     if not begun or codec.family.needs_last_image:
         found = f"found {windows} for a model that no first frame alone begins"
         raise UserError("--windows", found, "leave it out, or give an image-to-video model")

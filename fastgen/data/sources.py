@@ -74,6 +74,10 @@ def takes_text(codec) -> bool:
     return isinstance(codec, TextCodec) and codec.family.takes_text
 
 
+def makes_clips(codec) -> bool:
+    return codec.family is not None and bool(codec.family.temporal)
+
+
 def read_source(cfg, codec, device, pixels: bool) -> Found:
     """What the data section names; with pixels=False no image is read, only what goes with them."""
     if not cfg.prompts:  # a file that is not there is named first
@@ -104,7 +108,7 @@ def _check_wanted(cfg, codec) -> None:
         kind = "an image" if isinstance(codec, TextCodec) else kind
         found = f"found {cfg.prompts} for a teacher that takes {kind}"
         raise UserError("data.prompts", found, "leave it out")
-    clips = bool(codec.family is not None and codec.family.temporal)
+    clips = makes_clips(codec)
     if cfg.fps is not None and not (clips and kind_of_source(cfg) == "images"):
         why = "beside no clips of your own (data.images)" if clips else "for a teacher of pictures"
         raise UserError("data.fps", f"found {cfg.fps:g} {why}", "leave it out")
@@ -129,7 +133,7 @@ def _check_wanted(cfg, codec) -> None:
 
 
 def _bundled(cfg, codec, pixels: bool) -> Found:
-    clips = bool(codec.family is not None and codec.family.temporal)
+    clips = makes_clips(codec)
     if cfg.name == moving.NAME:
         return _moving(cfg, codec, clips, pixels)
     if cfg.name not in NAMES:
@@ -184,7 +188,7 @@ def _moving(cfg, codec, clips: bool, pixels: bool) -> Found:
 def _own(cfg, codec, device, pixels: bool) -> Found:
     """A user's pictures: those of the section itself, then those of data.sources."""
     size = tuple(codec.decode(torch.zeros(1, *codec.shape, device=device)).shape[1:]) if pixels else ()
-    clips = len(size) == 4 if pixels else bool(codec.family is not None and codec.family.temporal)
+    clips = len(size) == 4 if pixels else makes_clips(codec)
     sources = [(cfg, "data"), *((one, f"data.sources.{i}") for i, one in enumerate(cfg.sources))]
     named_once = len(sources) == 1
     if not named_once and cfg.control:

@@ -14,13 +14,12 @@ from fastgen.data.loader import degraded_rows, image_rows, shown_frames
 from fastgen.data.scans import Scans, simulated
 from fastgen.data.solids import renders
 from fastgen.data.views import Views
+from fastgen.evaluation.metrics import fvd_mini
 from fastgen.networks.codecs import ScanCodec, TextCodec
 from fastgen.roles.concepts import KEY, class_numbers
 
 HELD_OUT = 512
 """renders that the samples of an asset are compared with"""
-HELD_OUT_CLIPS = 1000
-"""held-out clips whose first frames a network is shown"""
 
 
 class Requests:
@@ -64,7 +63,7 @@ class Requests:
                 return
             self._ask(held.captions)
         elif isinstance(codec, TextCodec) and self.set_name == moving.NAME and not own_data:
-            every = range(HELD_OUT_CLIPS if codec.family.needs_image else moving.count("heldout"))
+            every = range(fvd_mini.HELD if codec.family.needs_image else moving.count("heldout"))
             self.attributes = moving.attributes(every, "heldout")
             self._ask(moving.captions(every, "heldout"))
             if codec.family.needs_image:

@@ -99,6 +99,13 @@ class LabelCodec(Codec):
         return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
 
 
+def repeated(scans: Tensor, num: int) -> Tensor:
+    """Where num points [B, num, 3] begin: each of a scan's [B, M, 3], num / M times. (The network does the
+    same by itself: exports carry its file.)
+    """
+    return scans.repeat_interleave(num // scans.shape[1], 1)
+
+
 class ScanCodec(Codec):
     """Scans [B, M, 3] that are completed: x0 [N, 3] is how far each of N points lies from where it starts, a
     point of the scan, in the scan's own unit.
@@ -121,7 +128,7 @@ class ScanCodec(Codec):
 
     def starts(self, scans: Tensor) -> Tensor:
         """Where the points [B, N, 3] begin: each of a scan's, several times."""
-        return scans.repeat_interleave(self.shape[0] // self.scan_points, 1)
+        return repeated(scans, self.shape[0])
 
     def shown(self, x0: Tensor, cond: Cond) -> Tensor:
         """Clouds [B, N, 3]."""

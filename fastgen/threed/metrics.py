@@ -18,12 +18,22 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
 
 def chamfer(a: Tensor, b: Tensor) -> float:
     """Mean of the two mean distances to the nearest point of the other, not squared."""
-    return float(0.5 * (nearest(a, b).mean() + nearest(b, a).mean()))
+    return chamfer_of(nearest(a, b), nearest(b, a))
+
+
+def chamfer_of(to_b: Tensor, to_a: Tensor) -> float:
+    """The same of distances that are known: of a's points to b, and of b's to a."""
+    return float(0.5 * (to_b.mean() + to_a.mean()))
 
 
 def f_score(a: Tensor, b: Tensor, within: float) -> float:
     """Harmonic mean of the shares of a near b (precision) and of b near a (recall)."""
-    precision, recall = ((nearest(*pair) <= within).double().mean() for pair in ((a, b), (b, a)))
+    return f_score_of(nearest(a, b), nearest(b, a), within)
+
+
+def f_score_of(to_b: Tensor, to_a: Tensor, within: float) -> float:
+    """The same of distances that are known: of a's points to b, and of b's to a."""
+    precision, recall = ((distance <= within).double().mean() for distance in (to_b, to_a))
     return float(2 * precision * recall / (precision + recall)) if precision + recall > 0 else 0.0
 
 

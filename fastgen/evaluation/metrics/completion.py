@@ -53,11 +53,10 @@ class CloudMeasurer:
 def scores(a: Tensor, b: Tensor) -> dict[str, float]:
     """All numbers of one cloud [N, 3] against its truth [M, 3]."""
     to_b, to_a = metrics.nearest(a, b), metrics.nearest(b, a)
-    precision, recall = float((to_b <= WITHIN).double().mean()), float((to_a <= WITHIN).double().mean())
     return {
-        "chamfer": float(0.5 * (to_b.mean() + to_a.mean())),
+        "chamfer": metrics.chamfer_of(to_b, to_a),
         "jsd": metrics.jsd(a, b, CELL) ** 0.5,
         "jsd_bev": metrics.jsd(a, b, CELL, dims=2) ** 0.5,
         "iou": metrics.voxel_iou(a, b, CELL),
-        "f_score": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "f_score": metrics.f_score_of(to_b, to_a, WITHIN),
     }

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.networks.codecs import repeated
 
 
 def is_clouds(x: Tensor) -> bool:
@@ -17,7 +18,7 @@ def placed(x: Tensor, cond: Cond) -> Tensor:
     points several of x0 come from; x itself without such a condition.
     """
     start = cond.get("start")
-    return x if start is None else x + start.repeat_interleave(x.shape[1] // start.shape[1], 1)
+    return x if start is None else x + repeated(start, x.shape[1])
 
 
 def check_clouds(shape: tuple[int, ...], keys: dict[str, float]) -> None:
