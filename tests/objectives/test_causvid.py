@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
@@ -42,10 +41,7 @@ def test_p1_step_is_the_formula():
     x, t = call.out, world.shown(world.teacher)[1]
     eps = world.noise_in(*world.shown(world.teacher), x)
 
-    def gan(x):
-        x_t = world.schedule.noise(x, eps, t)
-        return 0.3 * nn.functional.softplus(-disc.logit(x_t, t, world.batch.cond)).mean()
-
+    gan = world.gan_of(0.3, eps, t)
     torch.testing.assert_close(gradient(student.loss, x), world.score_gradient(x, dmd_weight) + at_x(gan, x))
     fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
     wanted = 0.2 * softplus_pair(fake, real) + 0.7 * disc.a.square().sum()

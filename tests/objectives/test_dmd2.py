@@ -168,12 +168,7 @@ def test_p1_step_is_the_formula():
     x, t = world.student.calls[0].out, world.shown(world.teacher)[1]
     eps = world.noise_in(*world.shown(world.teacher), x)
 
-    def gan(x):
-        return (
-            0.3 * nn.functional.softplus(-disc.logit(world.schedule.noise(x, eps, t), t, batch.cond)).mean()
-        )
-
-    batch = world.batch
+    gan, batch = world.gan_of(0.3, eps, t), world.batch
     torch.testing.assert_close(gradient(student.loss, x), world.score_gradient(x, dmd_weight) + at_x(gan, x))
     fake, real = (disc.logit(*seen) for seen in disc.seen[1:])
     assert torch.equal(disc.seen[1][1], disc.seen[2][1])  # one time for both

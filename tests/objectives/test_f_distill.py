@@ -68,10 +68,7 @@ def test_p1_step_is_the_formula():
     r = disc.logit(x_t, t, cond).exp()
     h = (r / r.mean())[:, None].detach()
 
-    def gan(x):
-        logit = disc.logit(world.schedule.noise(x, eps, t), t, cond)
-        return 0.3 * torch.nn.functional.softplus(-logit).mean()
-
+    gan = world.gan_of(0.3, eps, t)
     wanted = world.score_gradient(x, lambda *at: h * dmd_weight(*at)) + at_x(gan, x)
     torch.testing.assert_close(gradient(student.loss, x), wanted)
     fake, real = (disc.logit(*seen) for seen in disc.seen[1:])

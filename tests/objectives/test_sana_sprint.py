@@ -24,7 +24,7 @@ from fastgen.training.exporting import export_run
 from tests.objectives.test_ladd import LinearDisc
 from tests.objectives.test_scm import SD, alg_1
 from tests.support.plain import run_plain
-from tests.support.replay import replay
+from tests.support.replay import moved, replay
 from tests.support.spelled import FAR, NEAR, World, at_x, gradient
 from tests.support.tiny import PROMPTS
 from tests.support.toys import GaussianNet, batch_of, gaussian_role, rng, run_mixture
@@ -187,9 +187,7 @@ save_file(found, "images.safetensors")
 
 def test_p4_the_stock_pipeline_samples_one_model_in_one_two_and_four_steps(tiny, tmp_path):
     cfg, cast = cast_of(tiny)
-    generator = torch.Generator().manual_seed(9)
-    for p in cast.parts["student"].trainable().values():
-        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    moved(cast, 0.02)
     ours = cast.parts["student"]
     assert ours.times == pytest.approx([1.0, 0.7827], abs=1e-4)
     run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)

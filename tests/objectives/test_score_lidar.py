@@ -32,13 +32,11 @@ def test_p1_step_is_the_formula():
     """e_T^w - e_F by element, and the critic at its own times."""
     world = World(ScoreLiDAR, VP.scaled_linear(), time=NEAR, critic_time=FAR, **SHORT)
     student, critic = world.turns()
-    x, S = world.student.calls[0].out, world.schedule
+    x = world.student.calls[0].out
     x_t, t = world.shown(world.teacher)
     world.within(t, NEAR)
     world.noise_in(x_t, t, x)
-    real, fake = (
-        S.from_x0("eps", D, x_t, t) for D in (world.guided(x_t, t), world.guided(x_t, t, 1.0, world.critic))
-    )
+    real, fake = world.noises(x_t, t)
     torch.testing.assert_close(
         gradient(student.loss, x), ((real - fake) / x.numel()).detach(), rtol=1e-4, atol=1e-7
     )

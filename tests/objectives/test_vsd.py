@@ -133,9 +133,7 @@ def test_p1_step_is_the_formula():
     x_t, t = world.shown(world.teacher)
     world.within(t, NEAR)
     world.noise_in(x_t, t, x)
-    real, fake = (
-        S.from_x0("eps", D, x_t, t) for D in (world.guided(x_t, t), world.guided(x_t, t, 1.0, world.critic))
-    )
+    real, fake = world.noises(x_t, t)
     wanted = S.sigma(t)[:, None] ** 2 * (real - fake) / len(x)
     torch.testing.assert_close(gradient(student.loss, x), wanted.detach(), rtol=1e-4, atol=1e-7)
     assert abs(world.check_critic(critic, x, lambda t: torch.ones_like(t))) < 1e-12

@@ -14,6 +14,7 @@ from fastgen.roles.roles import StudentSpec
 from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.clips import clip_teacher
+from tests.support.replay import moved
 
 
 class Chain(Denoiser):
@@ -93,10 +94,7 @@ def causal_cast(folder, objective, kind="full", patch=3, **student):
         "data": {"name": "moving"},
     }
     cfg = validate(values)
-    cast, generator = make_cast(cfg), torch.Generator().manual_seed(9)
-    for p in cast.parts["student"].trainable().values():
-        p.data += 0.03 * torch.randn(p.shape, generator=generator)
-    return cfg, cast
+    return cfg, moved(make_cast(cfg), 0.03)
 
 
 def causal_export(folder, objective, kind="full"):

@@ -54,6 +54,14 @@ def train(tiny, tmp_path, objective, teacher=None, family="flow", **more):
     return tmp_path / "run/export"
 
 
+def moved(cast, by):
+    """The cast with random numbers of this size added to what its student trains: no teacher any more."""
+    generator = torch.Generator().manual_seed(9)
+    for p in cast.parts["student"].trainable().values():
+        p.data += by * torch.randn(p.shape, generator=generator)
+    return cast
+
+
 def plainly(code, folder):
     """Images that a script without fastgen makes in this folder."""
     (folder / "plain.py").write_text(code + SAVE)
@@ -92,9 +100,7 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
         "data": {"name": "fashion"},
     }
     cfg = validate(values)
-    cast, generator = make_cast(cfg), torch.Generator().manual_seed(9)
-    for p in cast.parts["student"].trainable().values():
-        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    cast = moved(make_cast(cfg), 0.05)
     run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", enlarges=0, folder=tmp_path)
     folder = export_run(run, tmp_path / "export", {})
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -202,6 +202,21 @@ class World:
         assert any(torch.allclose(d.double(), eps, atol=1e-4) for d in drawn), "not x noised to this time"
         return eps
 
+    def noises(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(e_T^w, e_F): the noise in x_t by the guided teacher and by the critic."""
+        estimates = self.guided(x_t, t), self.guided(x_t, t, 1.0, self.critic)
+        real, fake = (self.schedule.from_x0("eps", D, x_t, t) for D in estimates)
+        return real, fake
+
+    def gan_of(self, weight: float, eps: Tensor, t: Tensor):
+        """weight mean softplus(-Disc(alpha x + sigma eps)) as a function of samples x."""
+
+        def gan(x: Tensor) -> Tensor:
+            logit = self.disc.logit(self.schedule.noise(x, eps, t), t, self.batch.cond)
+            return weight * torch.nn.functional.softplus(-logit).mean()
+
+        return gan
+
     def within(self, t: Tensor, window: dict) -> None:
         """t is drawn by these settings of time."""
         low, high = (float(self.schedule.from_unit(torch.tensor(window[k]))) for k in ("low", "high"))
