@@ -130,6 +130,8 @@ class StudentConfig(Section):
     """refit the time embedding of a full student without high frequencies, for continuous-time methods"""
     sprint: bool = False
     """convert a SANA student to the inputs of SanaSprintPipeline: times in [0, 1] and the guidance scale"""
+    trained: tuple[str, ...] = ()
+    """patterns of the parameters that a full student trains, such as *motion_modules*; empty is all"""
     init: UserPath = ""
     """export folder or LoRA file of a student to start from; empty starts from the teacher"""
     fuse: UserPath = ""

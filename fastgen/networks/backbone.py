@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from typing import Any, cast
 
 import torch
@@ -130,6 +131,17 @@ class Backbone(Denoiser):
         """Exclude a module of the network from training."""
         self.fixed += (f"net.{name}.",)
         self.net.get_submodule(name).requires_grad_(False)
+
+    def fix_all_but(self, patterns: tuple[str, ...], key: str) -> None:
+        """Exclude every parameter of the network whose name matches none of these from training."""
+        weights = dict(self.net.named_parameters())
+        kept = {name for name in weights if any(fnmatch(name, pattern) for pattern in patterns)}
+        if not kept:
+            found = f"none of the {len(weights):,} parameters matches {', '.join(patterns)}"
+            raise UserError(key, found, f"give patterns of names such as {next(iter(weights))}")
+        for name in weights.keys() - kept:
+            self.fixed += (f"net.{name}",)
+            weights[name].requires_grad_(False)
 
     def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598).

@@ -217,6 +217,10 @@ class Cast:
             role = make_student(base, adapter, StudentSpec(self._times(), *how, *self._blocks()))
         elif span:
             role = Role(base, adapter, guidance)
+        if chosen.trained and as_student:
+            if not isinstance(base, Backbone):
+                raise UserError("student.trained", "found for an exact teacher", "leave it out")
+            base.fix_all_but(chosen.trained, "student.trained")
         base.eval()
         if name == "student" and chosen.init and str(self.device) != "meta":
             from fastgen.export.load import init_student
