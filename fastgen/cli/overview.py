@@ -70,6 +70,8 @@ def _data(cfg: RunConfig) -> str:
     more = [f"{len(data.sources)} further sources"] * bool(data.sources)
     more += [f"control images in {data.control}"] * bool(data.control)
     more += [f"each preferred to its namesake in {data.dispreferred}"] * bool(data.dispreferred)
+    if data.appearance is not None:
+        more += [f"the look of {data.appearance.images or data.appearance.name + ' (bundled)'}"]
     more += [f"the first {data.limit:,}"] * bool(data.limit)
     return ", ".join([source, *more])
 

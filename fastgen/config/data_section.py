@@ -20,6 +20,19 @@ class DegradationConfig(Section):
     """filter of each halving; camera blurs and adds noise of random strength before the bicubic one"""
 
 
+class AppearanceConfig(Section):
+    """Pictures whose look the frames of a few-step video student take over: mcm."""
+
+    images: UserPath = ""
+    """folder of them; they need no captions, and are scaled and cropped to the size of a frame"""
+    name: str = ""
+    """bundled set instead of a folder: tinted, or moving (a frame of each clip)"""
+    contrast: float = Field(default=1.0, gt=0, le=10)
+    """factor by which their values are moved away from mid-grey, and cut off at black and white"""
+    limit: int = Field(default=2000, ge=1)
+    """use only this many, the first; they are kept in memory"""
+
+
 class SourceConfig(Section):
     """One source of pictures with their captions or labels, and how much of it is drawn."""
 
@@ -83,6 +96,8 @@ class DataConfig(SourceConfig):
     """
     dispreferred: UserPath = ""
     """for pso: folder with one image for each of data.images, of the same name, to which that is preferred"""
+    appearance: AppearanceConfig | None = None
+    """for mcm: pictures whose look frames take over; null takes that of the clips' own frames"""
     limit: int = Field(default=0, ge=0)
     """use only this many examples, the first; 0 is all"""
     on_bad_image: Literal["skip", "error"] = "skip"

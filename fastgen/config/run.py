@@ -116,15 +116,12 @@ class RunConfig(Section):
         times = self.student.timesteps
         if any(a <= b for a, b in zip(times, times[1:])):
             raise ValueError(f"student.timesteps: found {list(times)}; give them in descending order")
-        if self.student.net and (self.student.kind != "full" or is_analytic(self.teacher.path)):
-            raise ValueError(
-                "student.net: leave it out: an adapter or an exact teacher has no network to change"
-            )
         if self.student.fuse and self.student.kind != "full":
             raise ValueError(
                 f"student.fuse: found with student.kind {self.student.kind}; use full, since only full "
                 "networks are averaged"
             )
+        self._check_own_network()
         self._check_guidance_adapter()
         if self.student.fuse_weight is not None and not self.student.fuse:
             raise ValueError("student.fuse_weight: set without student.fuse; name an export there")
@@ -154,6 +151,15 @@ class RunConfig(Section):
         self._check_accumulation()
         self._check_data()
         return self
+
+    def _check_own_network(self) -> None:
+        """Settings of a student's network that need one of its own."""
+        if self.student.net and (self.student.kind != "full" or is_analytic(self.teacher.path)):
+            raise ValueError(
+                "student.net: leave it out: an adapter or an exact teacher has no network to change"
+            )
+        if self.student.trained and (self.student.kind != "full" or self.student.asset is not None):
+            raise ValueError("student.trained: found without a network of the student's own; use kind full")
 
     def _check_sharding(self) -> None:
         """What networks that are spread over processes cannot be combined with."""
@@ -252,6 +258,10 @@ class RunConfig(Section):
                     f"data.degradation.teacher_factor: found {mild}; use less than the factor of "
                     f"{self.data.degradation.factor}"
                 )
+        if self.data.appearance is not None and not any(one.appearance for one in needs.values()):
+            raise ValueError(
+                "data.appearance: no stage takes over a look; leave it out, or use mcm with a gan_weight"
+            )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
                 "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"

@@ -31,6 +31,8 @@ class Data:
     """share of the samples that get the null condition"""
     dispreferred: Tensor | None = None
     """x0 that each sample's own is preferred to; None without pairs"""
+    appearance: Tensor | None = None
+    """uint8 [M, 3, H, W], pictures whose look is to be taken over; None without any"""
     degradation: Any = None
     """the section data.degradation that made what the network is shown; None without one"""
     originals: Tensor | None = None
@@ -68,6 +70,7 @@ class Data:
         some = Data(x0, self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, own, null)
         some.dropout = self.dropout
         some.dispreferred = None if self.dispreferred is None else self.dispreferred[:num]
+        some.appearance = self.appearance
         some.degradation = self.degradation
         some.originals = None if self.originals is None else self.originals[:num]
         return some
@@ -106,9 +109,18 @@ class Data:
                         texts = texts and ["" if out else text for out, text in zip(gone.tolist(), texts)]
                     worse = self.dispreferred
                     worse = None if worse is None else worse[index].float().to(device)
-                    window.append(Batch(x0, cond, uncond, noise.to(device), index, texts, worse))
+                    look = self._look(batch_size, k, micro, rng, device)
+                    noise = noise.to(device)
+                    window.append(Batch(x0, cond, uncond, noise, index, texts, worse, appearance=look))
                 yield window
                 k += 1
+
+    def _look(self, num: int, k: int, micro: int, rng: Rng, device) -> Tensor | None:
+        """Some of the pictures whose look is taken over, [B, 3, H, W] in [0, 1]."""
+        if self.appearance is None:
+            return None
+        rng.reset(k, micro, stream=3)
+        return self.appearance[rng.randint(len(self.appearance), num).cpu()].to(device).float() / 255
 
     def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
         """The samples of this process in each micro-batch from micro-batch `start` on, endlessly."""

@@ -19,6 +19,7 @@ def data_digest(source) -> str:
     """Hash of the files that a data section names: names, sizes, and the first and last 64 KiB of each."""
     digest = hashlib.sha256()
     named = [source.images, source.control, source.dispreferred, source.prompts, source.table, source.latents]
+    named += [source.appearance.images] if source.appearance else []
     for one in source.sources:
         named += [one.images, one.table]
     for name in named:

@@ -16,6 +16,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.progress import tracked
 from fastgen.data import buckets, cache, tables
+from fastgen.data.appearance import check_appearance, load_appearance
 from fastgen.data.batches import Data
 from fastgen.data.degradation import shown as degraded_and_enlarged
 from fastgen.data.kinds import kind_of_source, own_source
@@ -173,8 +174,11 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     goes with them.
     """
     codec: Any = teacher.codec
+    appearance = load_appearance(cfg.appearance, codec, cfg.on_bad_image) if pixels else None
     if cfg.latents:
-        return with_dropout(cfg, codec, open_latents(cfg, teacher, pixels))
+        data = open_latents(cfg, teacher, pixels)
+        data.appearance = appearance
+        return with_dropout(cfg, codec, data)
     uncond = {k: v.cpu() for k, v in codec.null(1).items()}
     if is_analytic(teacher.path):
         _check_exact(cfg)
@@ -197,7 +201,6 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         cond = _text_conditions(cfg, teacher, found, uncond, device)
     else:
         cond = _label_conditions(codec, found, uncond, pixels)
-    data: Data
     if found.reader is None:
         given = (cond.table, cond.rows, cond.uncond, codec.shape, cond.texts)
         data = Data(x0, *given, cond.own, cond.own_null)
@@ -206,6 +209,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         data.degradation, data.originals = cfg.degradation, found.images if cfg.degradation else None
     else:
         data = _streamed(cfg, codec, found, cond, device)
+    data.appearance = appearance
     return with_dropout(cfg, codec, data)
 
 
@@ -286,6 +290,8 @@ def look_at(cfg, teacher: Teacher) -> None:
     nothing encoded, so the teacher may be without weights.
     """
     codec: Any = teacher.codec
+    if cfg.appearance is not None:
+        check_appearance(cfg.appearance)
     if is_analytic(teacher.path):
         _check_exact(cfg)
         return

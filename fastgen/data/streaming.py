@@ -221,7 +221,7 @@ class StreamedData(Data):
         stream = Stream(s.reader.first(num), s.workers, s.on_bad, s.key)
         given = (self.cond_table, self.rows[:num], self.uncond, self.shape, self.texts, self.later)
         some = type(self)(stream, self.encode, *given)
-        some.dropout = self.dropout
+        some.dropout, some.appearance = self.dropout, self.appearance
         return some
 
     @property

@@ -22,6 +22,19 @@ def high_pass(x: Tensor, cutoff: float) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(x.float(), norm="ortho") * kept, norm="ortho").real
 
 
+def frequency_band(x: Tensor, cutoff: float, dims: int = 2) -> Tensor:
+    """x with its low frequencies over the last `dims` axes alone: those at most `cutoff` from zero, as a
+    share of the highest along each axis. It is a projection, so that x minus it has the high ones.
+    """
+    axes, square = tuple(range(-dims, 0)), torch.zeros((), device=x.device)
+    for axis in axes:
+        share = torch.fft.fftfreq(x.shape[axis], 0.5, device=x.device)  # in [-1, 1]
+        square = square + share.square().reshape(-1, *[1] * (-axis - 1))
+    kept = square.sqrt() <= cutoff
+    spectrum = torch.fft.fftn(x.float(), dim=axes, norm="ortho")
+    return torch.fft.ifftn(spectrum * kept, dim=axes, norm="ortho").real.to(x.dtype)
+
+
 def edges(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient of the mean over channels, [B, 1, H, W]; 4 along a unit step."""
     grey = x.float().mean(1, keepdim=True)

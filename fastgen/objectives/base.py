@@ -33,7 +33,7 @@ from fastgen.diffusion.schedules import Schedule
 from fastgen.networks.jvp import TangentConfig
 from fastgen.objectives.requirements import Requirements
 from fastgen.roles.heads import Discriminator, LogVariance
-from fastgen.roles.roles import Player, Role, Student
+from fastgen.roles.roles import Player, Role, Student, learned
 
 REGISTRY: dict[str, type["Objective"]] = {}
 
@@ -137,7 +137,7 @@ class Objective:
         needs = requirements_of(cfg)
         self.cfg, self.rng, self.guidance = cfg, rng, needs.learned_guidance(guidance)
         self.parts = parts
-        self.learned = functools.cache(lambda name: parts[name].trainable())  # walked once, not every step
+        self.learned = functools.cache(lambda name: learned(parts[name]))  # walked once, not every step
         for name, part in parts.items():
             setattr(self, name, part)
         self.schedule: Schedule = self.student.schedule

@@ -24,18 +24,32 @@ Differs
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from fastgen.core.batch import Batch
+from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.intervals import OnSolverGrid, SolverGridConfig, distance_weight
 from fastgen.sampling.solvers import solver_step
+
+
+class Point(NamedTuple):
+    """Where a consistency loss is taken: x_t [B, ...], its time t [B], the neighbour r [B] and the grid; the
+    scale of the guidance there, and what the student is told.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+    grid: Tensor
+    w: float | Tensor
+    cond: Cond
 
 
 class LCMConfig(SolverGridConfig):
@@ -64,27 +78,42 @@ class LCM(OnSolverGrid, config=LCMConfig):
         return replace(needs, network_calls=network_calls, guidance_embedding=True)
 
     def step(self, batch: Batch, k: int) -> Updates:
-        cfg, S, x0 = self.cfg, self.schedule, data_of(batch)
-        grid = torch.tensor(S.training_grid(cfg.grid_steps), dtype=torch.float64, device=x0.device)
-        n = self.rng.randint(cfg.grid_steps, len(x0))
+        point = self.point(batch, data_of(batch))
+        with self.turn("student"):
+            pred, target = self.neighbours(batch, k, point)
+            yield self.distance(pred, target, point.t), {"gap": (pred - target).abs().mean()}
+        self.move_target()
+
+    def point(self, batch: Batch, x0: Tensor) -> Point:
+        """Neighbours t_{n+1}, t_n on the grid for every row of x0 [B, ...], and x_t at the first."""
+        S, num = self.schedule, self.cfg.grid_steps
+        grid = torch.tensor(S.training_grid(num), dtype=torch.float64, device=x0.device)
+        n = self.rng.randint(num, len(x0))
         t, r = grid[n], grid[n + 1]  # k = T / K timesteps apart
         w, cond = self.draw_guidance(batch)  # w ~ U(w_min, w_max), an input of the student
+        return Point(self.noised(x0, self.rng.randn_like(x0), t), t, r, grid, w, cond)
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t = alpha z0 + sigma eps."""
+        return self.schedule.noise(x0, eps, t)
+
+    def neighbours(self, batch: Batch, k: int, point: Point) -> tuple[Tensor, Tensor]:
+        """f_theta(z_t, t) and the target f_theta-(z_r, r), both [B, ...]."""
+        S, (x_t, t, r, grid, w, cond) = self.schedule, point
         net = self.target_net(k)  # theta-
-        with self.turn("student"):
-            x_t = S.noise(x0, self.rng.randn_like(x0), t)
-            with torch.no_grad():
+        with torch.no_grad():
 
-                def D(x, u):
-                    return guided(self.teacher, x, u, batch, w)  # D^w
+            def D(x, u):
+                return guided(self.teacher, x, u, batch, w)  # D^w
 
-                x_r = solver_step(S, D, x_t, t, r, cfg.solver)
-                target = net(x_r, r.clamp(min=grid[-2]), cond)
-                target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
-            pred = self.student(x_t, t, cond)
-            weight = distance_weight(S, t, cfg.weighting)
-            if cfg.metric == "l2":
-                loss = losses.mse(pred, target, weight)
-            else:
-                loss = losses.pseudo_huber(pred, target, cfg.huber_c, weight)
-            yield loss, {"gap": (pred - target).abs().mean()}
-        self.move_target()
+            x_r = solver_step(S, D, x_t, t, r, self.cfg.solver)
+            target = net(x_r, r.clamp(min=grid[-2]), cond)
+            target = torch.where(expand(r == grid[-1], x_r).bool(), x_r, target)  # boundary
+        return self.student(x_t, t, cond), target
+
+    def distance(self, pred: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """The metric between two estimates, or what is made of them, weighted at the times t [B]."""
+        cfg, weight = self.cfg, distance_weight(self.schedule, t, self.cfg.weighting)
+        if cfg.metric == "l2":
+            return losses.mse(pred, target, weight)
+        return losses.pseudo_huber(pred, target, cfg.huber_c, weight)

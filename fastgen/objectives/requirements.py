@@ -71,6 +71,22 @@ class ImagesSpec:
 
 
 @dataclass(frozen=True)
+class MotionSpec:
+    """A small network of latents that begins as the identity (`networks/motion.py`)."""
+
+    width: int
+    """its channels"""
+
+
+@dataclass(frozen=True)
+class FramesSpec:
+    """Heads on a frozen image network, which judge decoded pictures one by one."""
+
+    features: str = ""
+    """folder of that network, or "pixels"; empty is the bundled one of the teacher's set"""
+
+
+@dataclass(frozen=True)
 class RewardsSpec:
     """Frozen scores of images and prompts, larger is better."""
 
@@ -94,6 +110,8 @@ Auxiliary = (
     | WeakTeacherSpec
     | PerceptualSpec
     | ImagesSpec
+    | MotionSpec
+    | FramesSpec
     | RewardsSpec
     | ConceptSpec
 )
@@ -138,6 +156,8 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    appearance: bool = False
+    """whether `step` reads batch.appearance, where the data has it"""
     degraded: bool = False
     """whether the teacher is shown a less degraded picture than the student (data.degradation)"""
     forgets: tuple[str, ...] = ()

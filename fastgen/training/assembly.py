@@ -147,6 +147,7 @@ def input_paths(cfg: RunConfig) -> dict[str, str]:
         "student.fuse": cfg.student.fuse,
         **{f"data.{key}": value for key, value in data.items()},
         "data.dispreferred": cfg.data.dispreferred,
+        "data.appearance.images": cfg.data.appearance.images if cfg.data.appearance else "",
     }
     for i, source in enumerate(cfg.data.sources):
         found |= {f"data.sources.{i}.{key}": getattr(source, key) for key in OWN}

@@ -2,9 +2,11 @@
 its method (`fastgen/objectives/requirements.py`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
@@ -12,23 +14,31 @@ from fastgen.networks.backbone import Backbone
 from fastgen.networks.clip_net import measuring_net
 from fastgen.networks.feature_net import Images, Perceptual
 from fastgen.networks.load import load_teacher
+from fastgen.networks.motion import MotionHead
 from fastgen.networks.rewards import Reward, Rewards
 from fastgen.networks.teacher import Teacher
+from fastgen.networks.vision import open_vision
 from fastgen.objectives.requirements import (
     Auxiliary,
     ConceptSpec,
     DiscriminatorSpec,
+    FramesSpec,
     ImagesSpec,
     ImageTextSpec,
     LevelHeadsSpec,
     LogVarianceSpec,
+    MotionSpec,
     PerceptualSpec,
     RewardsSpec,
     WeakTeacherSpec,
 )
 from fastgen.roles.concepts import Concepts
+from fastgen.roles.frames import FrameJudge, picture_channels
 from fastgen.roles.heads import Discriminator, LevelHeads, LogVariance
 from fastgen.roles.roles import Members, Role, Students
+
+JUDGED_BY = {"digits": "digits", "tinted": "tinted", "moving": "tinted"}
+"""the bundled network by which a mini set's pictures are judged; never the one that measures them"""
 
 
 def make_auxiliary(spec: Auxiliary, cast):
@@ -48,6 +58,10 @@ def make_auxiliary(spec: Auxiliary, cast):
             return _perceptual(cast).to(cast.device)
         case ConceptSpec(forget, override):
             return Concepts(cast.teacher.codec, forget, override)
+        case MotionSpec(width):
+            return _seeded(cast, lambda: MotionHead(cast.teacher.codec.shape[0], width))
+        case FramesSpec(features):
+            return _judge(cast, features)
         case LevelHeadsSpec():
             return _level_heads(cast, spec)
         case DiscriminatorSpec() if cast.num_students:
@@ -121,7 +135,29 @@ def _heads(cast, role: Role, taps: tuple[int, ...], head: str) -> Discriminator:
     codec, schedule = cast.teacher.codec, cast.teacher.schedule
     t = torch.full((2,), schedule.steps(1)[0], dtype=torch.float64, device=cast.device)
     cond = {k: v.to(cast.device) for k, v in codec.null(2).items()}
+    example = (torch.zeros(2, *codec.shape, device=cast.device), t, cond)
+    return _seeded(cast, lambda: Discriminator(role, taps, example, head))
+
+
+def _seeded(cast, make: Callable[[], nn.Module]) -> nn.Module:
+    """An untrained part whose weights the run's seed alone draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cast.train_cfg.seed)
-        example = (torch.zeros(2, *codec.shape, device=cast.device), t, cond)
-        return Discriminator(role, taps, example, head).to(cast.device)
+        return make().to(cast.device)
+
+
+def _judge(cast, features: str) -> FrameJudge:
+    """Heads on an image network for pictures of the size that the teacher makes."""
+    codec, key = cast.teacher.codec, "objective.features"
+    if len(codec.shape) < 3 or cast.teacher.is_analytic:
+        found = "a GAN on pictures for a teacher that makes none"
+        raise UserError("objective.gan_weight", found, "set it to 0")
+    if not features:
+        bundled = JUDGED_BY.get((cast.teacher.info or {}).get("measure") or "")
+        if bundled is None:
+            found = f"not given for {cast.teacher_cfg.path}, whose pictures no bundled net knows"
+            raise UserError(key, found, "name the folder of a DINO or DINOv2")
+        features = f"assets:rewards/{bundled}"
+    vision = open_vision(features, picture_channels(codec)).to(cast.device)
+    size = getattr(codec, "pixels", None) or (codec.shape[-2] * codec.patch, codec.shape[-1] * codec.patch)
+    return _seeded(cast, lambda: FrameJudge(vision, codec, size))

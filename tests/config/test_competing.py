@@ -96,7 +96,7 @@ PLAIN = {
         "embedded_guidance attention vae_tiling vae_slicing family"
     ),
     "student": (
-        "kind sampler gamma guidance_embedding guidance smooth_time sprint init fuse fuse_weight net"
+        "kind sampler gamma guidance_embedding guidance smooth_time sprint trained init fuse fuse_weight net"
     ),
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "student.causal": "block window",
@@ -109,6 +109,7 @@ PLAIN = {
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
     "data.views": "prompt elevation distance fovy front back",
+    "data.appearance": "images name contrast limit",
     "data.degradation": "factor teacher_factor kind",
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
