@@ -93,9 +93,36 @@ def longer(_: list[dict], folder: Path | None = None) -> str:
     return "\n".join(markdown((*header, "frames a second"), rows))
 
 
+def look(_: list[dict], folder: Path | None = None) -> str:
+    """What each student took over of a look, beside its teacher, real clips and the pictures."""
+    rows, last = [], None
+    for study in _studies("look", folder):
+        taken = f"{100 * study['taken_over']:.0f}"
+        rows.append([f"`{study['model']}`", *_look_cells(study["student"]), taken])
+        last = study
+    if last is None:
+        return "No study yet."
+    for name, key in (("the teacher", "teacher"), ("real clips", "floor")):
+        rows.append([name, *_look_cells(last[key]), ""])
+    rows.append(["the pictures", f"{last['pictures']['contrast']:.3f}", "", "", "", ""])
+    header = ("run", "contrast", "motion %", "pixels a frame", "fvd_mini", "taken over %")
+    return "\n".join(markdown(header, rows))
+
+
+def _look_cells(row: dict) -> list[str]:
+    motion, moved = f"{100 * row['agreement_motion']:.1f}", f"{row['dynamic_degree']:.2f}"
+    return [f"{row['contrast']:.3f}", motion, moved, f"{row['fvd_mini']:.3g}"]
+
+
 def _clip_cells(row: dict) -> list[str]:
     shares = [f"{100 * row[key]:.1f}" for key in ("agreement", "agreement_motion")]
     return [f"{row['fvd_mini']:.3g}", f"{row['fd_mini']:.3g}", *shares, f"{row['dynamic_degree']:.2f}"]
 
 
-TABLES = {"forgetting": forgetting, "diversity": diversity, "transfer": transfer, "longer": longer}
+TABLES = {
+    "forgetting": forgetting,
+    "diversity": diversity,
+    "transfer": transfer,
+    "longer": longer,
+    "look": look,
+}

@@ -374,7 +374,9 @@ def test_p4_mcm(tmp_path, kind):
     moved(cast, 0.05)
     run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path, enlarges=0)
     folder = export_run(run, tmp_path / "export", {})
-    theirs = plainly(f"PROMPTS, BASE = {list(PROMPTS)!r}, {base if kind == 'lora' else ''!r}\n" + PLAIN, folder)
+    theirs = plainly(
+        f"PROMPTS, BASE = {list(PROMPTS)!r}, {base if kind == 'lora' else ''!r}\n" + PLAIN, folder
+    )
     assert theirs.shape == (2, 3, 4, 16, 16)
     loaded = load_export(str(folder))
     cond = loaded.codec.prompts(PROMPTS)

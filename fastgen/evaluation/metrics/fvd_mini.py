@@ -5,7 +5,7 @@ fd_mini:           the same of single frames, on the features of the tinted imag
 agreement:         of garment, colour, background and motion, by the space-time net
 frame_consistency: mean cosine of neighbouring frames' features (VBench, arXiv 2311.17982)
 dynamic_degree:    mean way of the garment from frame to frame, in pixels, fitted to the clip
-contrast:          mean over frames of the standard deviation of their luminance, in units of white
+contrast:          mean over frames of the standard deviation of their values
 
 The last three are right where they are the real clips', which stand under floor. All of them order generators
 of this one set and are comparable with no published FVD.
@@ -72,10 +72,11 @@ def _frames(clips: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor) -> float:
-    """Mean standard deviation of the luminance (Rec. 601) of pictures [N, 3, H, W] in [0, 1] or uint8."""
+    """Mean standard deviation of the values, over pixels and channels, of pictures [N, C, H, W] in [0, 1] or
+    uint8.
+    """
     scale = 255 if images.dtype == torch.uint8 else 1
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).reshape(3, 1, 1)
-    return float((images.float() / scale * weights).sum(1).flatten(1).std(1).mean())
+    return float((images.float() / scale).flatten(1).std(1).mean())
 
 
 class ClipMeasurer:

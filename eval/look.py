@@ -1,0 +1,54 @@
+"""Whether a student's frames took over the look of data.appearance, and its clips kept their motion.
+
+python -m eval look --run runs/moving-wan_mcm
+
+Contrast is the mean standard deviation of a frame's values: of the pictures here, of everything else as the
+run measured it. `taken_over` is how far the student went from its teacher's contrast to that of the pictures.
+"""
+
+import json
+from pathlib import Path
+
+from eval.evidence import run_name
+from fastgen.config.parse import read_files
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.core.files import write_text
+from fastgen.data.appearance import load_appearance
+from fastgen.evaluation.metrics.fvd_mini import contrast
+from fastgen.training.cast import load_configured
+
+KEPT = ("contrast", "agreement_motion", "dynamic_degree", "fvd_mini")
+
+
+def study(run: Path) -> dict:
+    """The contrast of the pictures beside what the run measured."""
+    for name in ("config.yaml", "results.json"):
+        if not (run / name).is_file():
+            raise UserError("--run", f"{run / name} does not exist", "give the folder of a finished run")
+    cfg, results = (
+        validate(read_files([str(run / "config.yaml")])),
+        json.loads((run / "results.json").read_text()),
+    )
+    pictures = load_appearance(cfg.data.appearance, load_configured(cfg.teacher).codec)
+    if pictures is None or "contrast" not in results["student"]:
+        raise UserError(
+            "--run", f"{run} takes over no look", "give a run with data.appearance, measured on clips"
+        )
+    rows = {
+        name: {k: results[name][k] for k in KEPT}
+        for name in ("teacher", "untrained_student", "student", "floor")
+        if name in results
+    }
+    wanted, before = contrast(pictures), rows["teacher"]["contrast"]
+    share = (rows["student"]["contrast"] - before) / (wanted - before)
+    return {"pictures": {"contrast": wanted}, **rows, "taken_over": share}
+
+
+def record(model: str, folder: Path) -> Path:
+    """Write assets/results/benchmarks/look_<run>.json."""
+    name = run_name(model)
+    document = {"model": name, "command": f"python -m eval look --run runs/{name}", **study(Path(model))}
+    file = folder / f"look_{name}.json"
+    write_text(file, json.dumps(document, indent=1) + "\n")
+    return file
