@@ -21,7 +21,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import config
 
 KEYS = {"claim", "paper", "better", "worse", "steps", "metric", "within", "reach", "steadier", "note"}
-HIGHER = ("agreement", "recall", "precision", "clip", "psnr", "ssim")
+HIGHER = ("agreement", "agreement_motion", "contrast", "recall", "precision", "clip", "psnr", "ssim")
 
 
 def load_claims() -> list[dict]:
