@@ -29,13 +29,18 @@ def check_appearance(cfg) -> None:
         raise UserError(f"{key}.name", f"found {cfg.name!r}", f"allowed: {', '.join(NAMES)}")
 
 
+def check_clips(codec) -> None:
+    """Refuse a section beside a teacher whose samples have no frames."""
+    if not isinstance(codec, TextCodec) or not codec.family.temporal:
+        raise UserError("data.appearance", "found for a teacher that makes no clips", "leave it out")
+
+
 def load_appearance(cfg, codec, on_bad: str = "skip") -> Tensor | None:
     """uint8 [M, 3, H, W] at the size of a frame of the teacher's; None without a section."""
     if cfg is None:
         return None
     check_appearance(cfg)
-    if not isinstance(codec, TextCodec) or not codec.family.temporal:
-        raise UserError("data.appearance", "found for a teacher that makes no clips", "leave it out")
+    check_clips(codec)
     if cfg.images:
         samples = gather(scan(Path(cfg.images)))
         size = (3, *codec.pixels)

@@ -16,7 +16,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import is_analytic
 from fastgen.core.progress import tracked
 from fastgen.data import buckets, cache, tables
-from fastgen.data.appearance import check_appearance, load_appearance
+from fastgen.data.appearance import check_clips, load_appearance
 from fastgen.data.batches import Data
 from fastgen.data.degradation import shown as degraded_and_enlarged
 from fastgen.data.kinds import kind_of_source, own_source
@@ -291,7 +291,7 @@ def look_at(cfg, teacher: Teacher) -> None:
     """
     codec: Any = teacher.codec
     if cfg.appearance is not None:
-        check_appearance(cfg.appearance)
+        check_clips(codec)
     if is_analytic(teacher.path):
         _check_exact(cfg)
         return

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.data import moving
+from fastgen.data.appearance import check_appearance
 from fastgen.data.buckets import parsed, sorted_in
 from fastgen.data.bundled import NAMES, load_images, load_labels
 from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
@@ -62,6 +63,8 @@ def check_there(cfg) -> None:
             check_folder(Path(source.images).expanduser(), f"data.sources.{i}.images")
     for key, source in [("data", cfg), *((f"data.sources.{i}", s) for i, s in enumerate(cfg.sources))]:
         check_named(source, key)
+    if cfg.appearance is not None:
+        check_appearance(cfg.appearance)
     if cfg.scans:
         pairs_of(Path(cfg.scans).expanduser(), "data.scans")
     if cfg.latents:
