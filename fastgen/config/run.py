@@ -158,6 +158,9 @@ class RunConfig(Section):
     def _check_sharding(self) -> None:
         """What networks that are spread over processes cannot be combined with."""
         if not self.train.sharding:
+            for key in ("shard_group", "sharded_checkpoints"):
+                if getattr(self.train, key):
+                    raise ValueError(f"train.{key}: only with train.sharding fsdp; add it, or leave this out")
             return
         refused = {
             "teacher.quantization": self.teacher.quantization is not None,
