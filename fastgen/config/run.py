@@ -151,6 +151,7 @@ class RunConfig(Section):
         self._check_asset()
         self._check_causal()
         self._check_sharding()
+        self._check_context_parallel()
         self._check_accumulation()
         self._check_data()
         return self
@@ -178,6 +179,31 @@ class RunConfig(Section):
                 f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
                 "differentiate; use difference"
             )
+
+    def _check_context_parallel(self) -> None:
+        """What samples that several processes compute together cannot be combined with."""
+        if not self.train.context_parallel:
+            return
+        objectives = [s.objective for s in self.all_stages()]
+        needs = {one.name: requirements_of(one) for one in objectives}
+        refused = {
+            "train.sharding": self.train.sharding is not None,
+            "train.compile": self.train.compile,
+            "train.compile_blocks": self.train.compile_blocks,
+            "train.gradient_accumulation_steps": self.train.gradient_accumulation_steps > 1,
+            "student.asset": self.student.asset is not None,
+            "student.causal": self.student.causal is not None,
+            "objective.tangent": any(one.forward_mode for one in needs.values()),
+        }
+        for key, found in refused.items():
+            if found:
+                raise ValueError(f"{key}: not with train.context_parallel; change one of them")
+        for name, one in needs.items():
+            if one.auxiliaries:
+                raise ValueError(
+                    f"train.context_parallel: {name} has {', '.join(one.auxiliaries)} beside its networks, "
+                    "which is not computed in parts; leave one of them out (objective.gan_weight 0)"
+                )
 
     def _check_accumulation(self) -> None:
         """Gradients of several updates of one player in a step do not add up over micro-batches."""

@@ -240,6 +240,10 @@ class TrainConfig(Section):
     """with sharding: how many processes hold one copy of the networks between them, e.g. those of a machine;
     each group of them holds a copy (HSDP); null spreads one copy over all
     """
+    context_parallel: int | None = Field(default=None, ge=2)
+    """over several processes: how many of them compute one sample together, each with a part of its tokens
+    (long clips, large pictures); the batch is that of such a group; null gives each process its own samples
+    """
     sharded_checkpoints: bool = False
     """with sharding: each process writes its parts into a file of every checkpoint, on a disk that all see"""
     async_checkpoints: bool = False

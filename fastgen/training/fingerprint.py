@@ -26,6 +26,7 @@ TRAIN = (
     "compile_blocks",
     "sharding",
     "shard_group",
+    "context_parallel",
 )
 FREE = (
     "lr",

@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
 from fastgen.data.text import example_of
+from fastgen.networks.context_parallel import SplitSequences, sum_over_groups
 from fastgen.networks.sharding import clip_gradients, everywhere, gathered, like, own_parts, shard, wholes
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
@@ -51,7 +52,9 @@ class Trainer:
         """`fingerprint`: what the run is made of (`fingerprint.of_run`), kept in its checkpoints."""
         self.train_cfg, self.cast, self.data, self.folder, self.acc = train, cast, data, folder, accelerator
         self.fingerprint, self.validate = fingerprint, validate
-        self.rng = Rng(train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        group = train.context_parallel or 1  # processes with the same samples
+        rank, world = accelerator.process_index // group, accelerator.num_processes // group
+        self.rng = Rng(train.seed, rank, world, accelerator.device)
         self.step = 0  # windows over all stages
         self.seconds = 0.0
         self.cpu = CpuShare()
@@ -60,6 +63,10 @@ class Trainer:
         self.sharded = train.sharding == "fsdp"
         if self.sharded:
             shard(cast.backbones(), accelerator.device, train.shard_group)
+        self.sequences: SplitSequences | None = None
+        if train.context_parallel:
+            self.sequences = SplitSequences(cast.backbones(), train.context_parallel, accelerator.device)
+            self.sequences.try_one(cast.teacher, accelerator.device)
         self.saver = Saver(folder, accelerator, train.sharded_checkpoints, train.async_checkpoints)
         self.student = cast.student
         self.ema = EMA(self.student.trainable(), train.ema_decay)
@@ -133,8 +140,9 @@ class Trainer:
         )
         for k, window in zip(range(k0, stage.max_train_steps), windows):
             self.unchanged = True
-            for micro, batch in enumerate(window):
-                self._micro_step(batch, k, micro, stage.max_train_steps)
+            with self.sequences.split() if self.sequences else nullcontext():
+                for micro, batch in enumerate(window):
+                    self._micro_step(batch, k, micro, stage.max_train_steps)
             self.unchanged = False
             if self.ema.averages:
                 self.ema.update(self.objective.learned("student"), self.step)
@@ -198,6 +206,8 @@ class Trainer:
         cfg, optimizer = self.optim_cfg[player], self.optimizers[player]
         parameters = list(self.params[player].values())
         average_gradients(parameters)
+        if self.sequences:
+            sum_over_groups((p.grad for p in parameters), self.sequences.degree)
         clip = clip_gradients if self.sharded else self.acc.clip_grad_norm_
         norm = clip(parameters, cfg.clip or math.inf)
         if not torch.isfinite(norm) and self.acc.scaler is None:
