@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
+from fastgen.config.processes import Sections, check_processes
 from fastgen.config.section import Section, UserPath, check_numbers
 from fastgen.config.sections import (
     CriticConfig,
@@ -150,60 +151,11 @@ class RunConfig(Section):
             )
         self._check_asset()
         self._check_causal()
-        self._check_sharding()
-        self._check_context_parallel()
+        sections = Sections(self.train, self.teacher, self.student, self.eval)
+        check_processes(sections, [s.objective for s in self.all_stages()])
         self._check_accumulation()
         self._check_data()
         return self
-
-    def _check_sharding(self) -> None:
-        """What networks that are spread over processes cannot be combined with."""
-        if not self.train.sharding:
-            for key in ("shard_group", "sharded_checkpoints"):
-                if getattr(self.train, key):
-                    raise ValueError(f"train.{key}: only with train.sharding fsdp; add it, or leave this out")
-            return
-        refused = {
-            "teacher.quantization": self.teacher.quantization is not None,
-            "train.mixed_precision": self.train.mixed_precision == "fp16",
-            "eval.keep": self.eval.keep == "best",
-            "student.fuse": bool(self.student.fuse),
-            "student.asset": self.student.asset is not None,
-        }
-        for key, found in refused.items():
-            if found:
-                raise ValueError(f"{key}: not with train.sharding fsdp; change one of them")
-        forward = [s.objective for s in self.all_stages() if requirements_of(s.objective).forward_mode]
-        for name in (one.name for one in forward):
-            raise ValueError(
-                f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
-                "differentiate; use difference"
-            )
-
-    def _check_context_parallel(self) -> None:
-        """What samples that several processes compute together cannot be combined with."""
-        if not self.train.context_parallel:
-            return
-        objectives = [s.objective for s in self.all_stages()]
-        needs = {one.name: requirements_of(one) for one in objectives}
-        refused = {
-            "train.sharding": self.train.sharding is not None,
-            "train.compile": self.train.compile,
-            "train.compile_blocks": self.train.compile_blocks,
-            "train.gradient_accumulation_steps": self.train.gradient_accumulation_steps > 1,
-            "student.asset": self.student.asset is not None,
-            "student.causal": self.student.causal is not None,
-            "objective.tangent": any(one.forward_mode for one in needs.values()),
-        }
-        for key, found in refused.items():
-            if found:
-                raise ValueError(f"{key}: not with train.context_parallel; change one of them")
-        for name, one in needs.items():
-            if one.auxiliaries:
-                raise ValueError(
-                    f"train.context_parallel: {name} has {', '.join(one.auxiliaries)} beside its networks, "
-                    "which is not computed in parts; leave one of them out (objective.gan_weight 0)"
-                )
 
     def _check_accumulation(self) -> None:
         """Gradients of several updates of one player in a step do not add up over micro-batches."""
