@@ -130,9 +130,8 @@ class MCM(LCM, config=MCMConfig):
             pred, target = self.neighbours(batch, k, point)
             motion = motion_of(cfg.motion, pred, self.parts.get("motion"), cfg.cutoff)  # M(pred)
             with torch.no_grad():
-                goal = motion_of(
-                    cfg.motion, target, self.parts.get("motion_target"), cfg.cutoff
-                )  # M-(target)
+                slow = self.parts.get("motion_target")
+                goal = motion_of(cfg.motion, target, slow, cfg.cutoff)  # M-(target)
             loss = self.distance(motion, goal, point.t)  # L_cd
             logs = {"cd": loss, "gap": (pred - target).abs().mean(), "motion_kept": kept_share(motion, pred)}
             if cfg.gan_weight:
