@@ -26,15 +26,12 @@ def study(run: Path) -> dict:
     for name in ("config.yaml", "results.json"):
         if not (run / name).is_file():
             raise UserError("--run", f"{run / name} does not exist", "give the folder of a finished run")
-    cfg, results = (
-        validate(read_files([str(run / "config.yaml")])),
-        json.loads((run / "results.json").read_text()),
-    )
+    cfg = validate(read_files([str(run / "config.yaml")]))
+    results = json.loads((run / "results.json").read_text())
     pictures = load_appearance(cfg.data.appearance, load_configured(cfg.teacher).codec)
     if pictures is None or "contrast" not in results["student"]:
-        raise UserError(
-            "--run", f"{run} takes over no look", "give a run with data.appearance, measured on clips"
-        )
+        found = f"{run} takes over no look"
+        raise UserError("--run", found, "give a run with data.appearance, measured on clips")
     rows = {
         name: {k: results[name][k] for k in KEPT}
         for name in ("teacher", "untrained_student", "student", "floor")
