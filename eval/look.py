@@ -9,15 +9,20 @@ run measured it. `taken_over` is how far the student went from its teacher's con
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from eval.evidence import run_name
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
+from fastgen.core.paths import PACKAGE
+from fastgen.data import moving
 from fastgen.data.appearance import load_appearance
 from fastgen.evaluation.metrics.fvd_mini import contrast
 from fastgen.training.cast import load_configured
 
+FIGURES, GAP = PACKAGE.parent / "docs" / "figures", 8
 KEPT = ("contrast", "agreement_motion", "dynamic_degree", "fvd_mini")
 
 
@@ -42,9 +47,25 @@ def study(run: Path) -> dict:
     return {"pictures": {"contrast": wanted}, **rows, "taken_over": share}
 
 
+def strips(run: Path, rows: int = 6) -> Image.Image | None:
+    """Clips of the teacher over those of the student for the same requests, enlarged; None without samples."""
+    files = [run / "samples" / f"{name}.png" for name in ("teacher", "student")]
+    if not all(file.is_file() for file in files):
+        return None
+    grids = [Image.open(file).convert("RGB") for file in files]
+    grids = [grid.crop((0, 0, grid.width, min(grid.height, rows * (moving.SIZE + 2)))) for grid in grids]
+    both = Image.new("RGB", (grids[0].width, 2 * grids[0].height + GAP), "white")
+    for i, grid in enumerate(grids):
+        both.paste(grid, (0, i * (grid.height + GAP)))
+    return both.resize((2 * both.width, 2 * both.height), Image.Resampling.NEAREST)
+
+
 def record(model: str, folder: Path) -> Path:
-    """Write assets/results/benchmarks/look_<run>.json."""
+    """Write assets/results/benchmarks/look_<run>.json, and filmstrips among the figures."""
     name = run_name(model)
+    picture = strips(Path(model))
+    if picture is not None:
+        picture.save(FIGURES / f"look_{name}.png", optimize=True)
     document = {"model": name, "command": f"python -m eval look --run runs/{name}", **study(Path(model))}
     file = folder / f"look_{name}.json"
     write_text(file, json.dumps(document, indent=1) + "\n")
