@@ -48,7 +48,7 @@ def study(run: Path) -> dict:
 
 
 def strips(run: Path, rows: int = 6) -> Image.Image | None:
-    """Clips of the teacher over those of the student for the same requests, enlarged; None without samples."""
+    """Clips of the teacher over the student's for the same requests, enlarged; None without samples."""
     files = [run / "samples" / f"{name}.png" for name in ("teacher", "student")]
     if not all(file.is_file() for file in files):
         return None
