@@ -26,15 +26,15 @@ class MotionHead(nn.Module):
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
         last = nn.Conv2d(width, channels, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         inner = nn.Conv2d(channels, width, 1), nn.GroupNorm(_groups(width), width), nn.SiLU()
         self.net = nn.Sequential(nn.SiLU(), *inner, last)
 
     def forward(self, z: Tensor) -> Tensor:
         """Shaped like z."""
         frames = z.transpose(1, 2).flatten(0, 1) if z.ndim == 5 else z
-        whole = frames.to(self.net[-1].weight.dtype)
+        whole = frames.to(next(self.net.parameters()).dtype)
         whole = whole if whole.ndim == 4 else whole[..., None, None]
         more = self.net(whole).reshape(frames.shape)
         return z + (more.unflatten(0, (len(z), -1)).transpose(1, 2) if z.ndim == 5 else more)
