@@ -52,10 +52,9 @@ class Point(NamedTuple):
     cond: Cond
 
 
-class LCMConfig(SolverGridConfig):
+class LatentConsistencyConfig(SolverGridConfig):
     """Latent consistency distillation with guidance in the solver."""
 
-    name: Literal["lcm"] = "lcm"
     grid_steps: int = Field(50, ge=1)
     """steps K of the solver's grid; the student is sampled in any number up to it"""
     solver: Literal["euler", "heun"] = "euler"
@@ -64,6 +63,12 @@ class LCMConfig(SolverGridConfig):
     """distance between prediction and target"""
     huber_c: float = Field(1e-3, gt=0)
     """constant of the elementwise pseudo-Huber"""
+
+
+class LCMConfig(LatentConsistencyConfig):
+    """The same under its own name."""
+
+    name: Literal["lcm"] = "lcm"
 
 
 class LCM(OnSolverGrid, config=LCMConfig):

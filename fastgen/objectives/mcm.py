@@ -46,12 +46,12 @@ from fastgen.diffusion.schedules import expand
 from fastgen.networks.augment import Augmentation, augment
 from fastgen.networks.motion import Motion, MotionHead, kept_share, motion_of
 from fastgen.objectives.base import Updates, data_of
-from fastgen.objectives.lcm import LCM, LCMConfig
-from fastgen.objectives.requirements import Calls, FramesSpec, MotionSpec, Requirements
+from fastgen.objectives.lcm import LCM, LatentConsistencyConfig
+from fastgen.objectives.requirements import Auxiliary, Calls, FramesSpec, MotionSpec, Requirements
 from fastgen.roles.frames import FrameJudge, feature_penalty
 
 
-class MCMConfig(LCMConfig):
+class MCMConfig(LatentConsistencyConfig):
     """Consistency of motion, and the look of pictures."""
 
     name: Literal["mcm"] = "mcm"
@@ -96,10 +96,11 @@ class MCM(LCM, config=MCMConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         needs = super().requirements(cfg)
-        players, parts = {"student": ("student",)}, {}
+        trained, parts = ["student"], dict[str, Auxiliary]()
         if cfg.motion == "learned":
-            players["student"] += ("motion",)
+            trained.append("motion")
             parts |= dict.fromkeys(("motion", "motion_target"), MotionSpec(cfg.motion_width))
+        players: dict[str, tuple[str, ...]] = {"student": tuple(trained)}
         if cfg.gan_weight:
             players["disc"] = ("judge",)
             parts["judge"] = FramesSpec(cfg.features)

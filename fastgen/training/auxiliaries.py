@@ -3,7 +3,7 @@ its method (`fastgen/objectives/requirements.py`).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -139,7 +139,10 @@ def _heads(cast, role: Role, taps: tuple[int, ...], head: str) -> Discriminator:
     return _seeded(cast, lambda: Discriminator(role, taps, example, head))
 
 
-def _seeded(cast, make: Callable[[], nn.Module]) -> nn.Module:
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def _seeded(cast, make: Callable[[], Made]) -> Made:
     """An untrained part whose weights the run's seed alone draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cast.train_cfg.seed)
