@@ -195,6 +195,9 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         x0 = encode_images(codec, found.images, cfg.cache_dir, device, teacher.path)
     if isinstance(codec, TextCodec):
         cond = _text_conditions(cfg, teacher, found, uncond, device)
+    elif codec.needs_image:
+        own, own_null = _shown(cfg, codec, found, device)
+        cond = Conditions({}, torch.zeros(len(found.images)).long(), {}, None, own, own_null)
     else:
         cond = _label_conditions(codec, found, uncond, pixels)
     data: Data
