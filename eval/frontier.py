@@ -1,11 +1,11 @@
-"""What a knob between faithful and real trades: a student of `oftsr` at several fidelities, beside its teacher in
-one and in its own steps and the bicubic enlargement, on the same held-out pictures and noise.
+"""What a knob between faithful and real trades: a student of `oftsr` at several fidelities, beside its
+teacher in one step and in its own, and the bicubic enlargement, on the same held-out pictures and noise.
 
-python -m eval frontier --run runs/tinted-flow-sr_oftsr
+python -m eval frontier --run runs/fashion-sr_oftsr
 
-PSNR and SSIM say how near a picture is to its original, `perceptual` the same in the feature maps of the measuring
-net (LPIPS without learned weights), fd_mini how real the pictures are together. `variance` is that of the pixels
-over the originals'.
+PSNR and SSIM say how near a picture is to its original, `perceptual` the same in the feature maps of the
+measuring net (LPIPS without learned weights), fd_mini how real the pictures are together. `variance` is that
+of the pixels over the originals'.
 """
 
 import json
@@ -41,7 +41,7 @@ Draw = Callable[[dict, list[int]], Tensor]
 
 
 def contenders(loaded: Loaded) -> dict[str, tuple[int, Draw]]:
-    """(network calls, what draws) by name: the student at each fidelity, its teacher in 1 step and in its own."""
+    """(network calls, what draws) by name: the student at each fidelity, its teacher in 1 and in its own."""
     info = loaded.info
     assert info is not None and info.fidelity_range is not None, "checked before"
     low, high = info.fidelity_range
@@ -57,7 +57,9 @@ def contenders(loaded: Loaded) -> dict[str, tuple[int, Draw]]:
     return found
 
 
-def scores(measurer: Measurer, images: Tensor, originals: Tensor, wanted: dict[str, Tensor]) -> dict[str, float]:
+def scores(
+    measurer: Measurer, images: Tensor, originals: Tensor, wanted: dict[str, Tensor]
+) -> dict[str, float]:
     """How near the images are to their originals, and how real they are together."""
     pairs = zip(images.split(BATCH), originals.split(BATCH))
     maps = measurer.net.maps

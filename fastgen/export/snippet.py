@@ -237,10 +237,12 @@ def _scan_usage(info: ExportInfo, codec: ScanCodec, folder: str) -> list[str]:
     ]
 
 
-def _restorer_usage(what: dict, teacher: Teacher, info: ExportInfo, folder: str) -> list[str]:
+def _restorer_usage(teacher: Teacher, info: ExportInfo, folder: str) -> list[str]:
     """A small picture, image.png, is enlarged: the walk begins at it, enlarged and noised."""
-    share, patch, codec = teacher.network.start_noise, what.get("patch", 1), teacher.codec
-    (height, width), scheduler = codec.pixels, info.scheduler_class
+    share, codec, scheduler = teacher.network.start_noise, teacher.codec, info.scheduler_class
+    assert isinstance(codec, PictureCodec), "this family has no other"
+    (height, width), patch, grey = codec.pixels, codec.patch, codec.colours == 1
+    mode, turned = ("L", "[None]") if grey else ("RGB", ".permute(2, 0, 1)")
     folded = f"torch.pixel_unshuffle(shown, {patch})" if patch > 1 else "shown"
     image = f"torch.pixel_shuffle(x, {patch})" if patch > 1 else "x"
     walk = [
@@ -266,14 +268,15 @@ def _restorer_usage(what: dict, teacher: Teacher, info: ExportInfo, folder: str)
         "from PIL import Image",
         "",
         f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
-        f'large = Image.open("image.png").convert("RGB").resize(({width}, {height}), resample=3)  # bicubic',
-        "shown = torch.from_numpy(numpy.array(large)).permute(2, 0, 1)[None].float() / 127.5 - 1",
+        f'small = Image.open("image.png").convert("{mode}")',
+        f"large = small.resize(({width}, {height}), resample=3)  # bicubic",
+        f"shown = torch.from_numpy(numpy.array(large)){turned}[None].float() / 127.5 - 1",
         f"shown = {folded}",
         "noise = torch.randn(shown.shape, generator=torch.Generator().manual_seed(0))",
         f"x = {(1 - share**2) ** 0.5!r} * shown + {share!r} * noise  # where the walk begins",
         *walk,
         f"pixels = ({image} / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)",
-        'Image.fromarray(pixels.permute(1, 2, 0).numpy()).save("sample.png")',
+        'Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save("sample.png")',
     ]
 
 
@@ -300,7 +303,7 @@ def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
     if isinstance(teacher.codec, ScanCodec):
         return "\n".join(_scan_usage(info, teacher.codec, "merged" if info.lora else "."))
     if isinstance(teacher.codec, PictureCodec):
-        return "\n".join(_restorer_usage(what, teacher, info, "merged" if info.lora else "."))
+        return "\n".join(_restorer_usage(teacher, info, "merged" if info.lora else "."))
     base = shown_path(info.base, place) if info.guidance_adapter else ""
     return "\n".join(_label_usage(what, info, teacher.codec, base or ("merged" if info.lora else ".")))
 

@@ -118,6 +118,11 @@ class PictureCodec(LabelCodec):
         """Height and width of the images."""
         return self.shape[-2] * self.patch, self.shape[-1] * self.patch
 
+    @property
+    def colours(self) -> int:
+        """Channels of the images: 3, or 1 of grey ones."""
+        return self.shape[0] // self.patch**2
+
     def image_rows(self, images: Tensor) -> tuple[Cond, Cond]:
         """The condition of images [B, C, H, W] in [-1, 1], and the null one, which is the same."""
         cond = self.family.encode_image(self, images)

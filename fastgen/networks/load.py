@@ -221,12 +221,12 @@ def _label_codec(folder: Path | None, found: DenoiserParts, options: TeacherOpti
 
 
 def _picture_codec(found: DenoiserParts, options: TeacherOptions) -> PictureCodec:
-    """The codec of a network that restores pictures, which are of three colours."""
+    """The codec of a network that restores pictures, in colour or grey."""
     family, net, _, info, _ = found
     patch, channels = info.get("patch", 1), family.channels(net)
-    if channels != 3 * patch**2:
+    if channels not in (patch**2, 3 * patch**2):
         wrong = f"fastgen.json has patch {patch} for a network of {channels} channels"
-        raise UserError("teacher.path", wrong, "give one of 3 patch^2 channels: it restores RGB pictures")
+        raise UserError("teacher.path", wrong, "give one of patch^2 channels, three times as many in colour")
     return PictureCodec(family, (channels, *_grid(family, net, options, family.factor * patch)), patch)
 
 

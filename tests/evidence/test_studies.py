@@ -55,7 +55,9 @@ def test_the_table_of_the_frontier_has_every_contender(tmp_path):
     document = {**about, "contenders": {"bicubic": row | {"nfe": 0, "agreement": 0.5}}}
     (tmp_path / "benchmarks/frontier_m.json").write_text(json.dumps(document))
     text = studies.frontier([], tmp_path)
-    assert "| bicubic | 0 | 24.50 | 0.750 | 0.210 | 4.5 | 0.980 | 50.0 |" in text and "enlarged 4 times" in text
+    assert (
+        "| bicubic | 0 | 24.50 | 0.750 | 0.210 | 4.5 | 0.980 | 50.0 |" in text and "enlarged 4 times" in text
+    )
     assert studies.frontier([], tmp_path / "none") == "No study yet."
 
 

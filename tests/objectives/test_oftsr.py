@@ -273,12 +273,12 @@ def test_p2_much_alignment_leaves_the_walk():
 
 
 # -- P4 and mistakes ---------------------------------------------------------------------------------------
-def restorer_run(folder, *flags, **change):
+def restorer_run(folder, *flags, colours=3, **change):
     """A few real steps from a tiny teacher that enlarges by 4; the exit code and the export."""
     from tests.families.cases.unets import restorer_folder
 
     if not (folder / "teacher").is_dir():
-        restorer_folder(folder / "teacher")
+        restorer_folder(folder / "teacher", colours)
         (folder / "set").mkdir()
         for i in range(6):
             Image.linear_gradient("L").resize((16, 16)).rotate(60 * i).save(folder / "set" / f"{i}.png")
@@ -325,14 +325,15 @@ def test_p4_the_cards_own_code_restores_the_same_picture(export, tmp_path, fidel
     )
 
 
-def test_p4_the_teachers_card_walks_as_we_do(tmp_path):
-    """A teacher trained by sft: the loop of its card."""
-    done, folder = restorer_run(tmp_path, objective={"name": "sft", "cond_dropout": 0.0})
+@pytest.mark.parametrize("colours", [1, 3])
+def test_p4_the_teachers_card_walks_as_we_do(tmp_path, colours):
+    """A teacher trained by sft, of colour and of grey pictures: the loop of its card."""
+    done, folder = restorer_run(tmp_path, colours=colours, objective={"name": "sft", "cond_dropout": 0.0})
     assert done == 0
     Image.linear_gradient("L").resize((4, 4)).convert("RGB").save(folder / "image.png")
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     theirs = plainly(code + "\nimages = pixels[None].float()\n", folder)[0].permute(1, 2, 0).round().long()
-    assert (theirs - drawn(folder, tmp_path / "out")).abs().max() <= 1
+    assert (theirs.squeeze(-1) - drawn(folder, tmp_path / "out")).abs().max() <= 1
 
 
 def test_results_say_how_faithful_it_is(export):

@@ -55,8 +55,8 @@ def sd_v_folder(folder):
     _sd(StableDiffusionPipeline, folder, _unet(use_linear_projection=True), scheduler)
 
 
-def restorer_folder(folder):
-    """UNet2DModel that enlarges 16x16 pictures (folded to 12x8x8), from a start of which half is noise."""
+def restorer_folder(folder, colours=3):
+    """UNet2DModel that enlarges to 16x16 pictures, folded to 12x8x8 (grey: 4x8x8)."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 
     from tests.support.tiny import write_unet2d
@@ -64,8 +64,8 @@ def restorer_folder(folder):
     torch.manual_seed(6)
     net = UNet2DModel(
         sample_size=8,
-        in_channels=24,
-        out_channels=12,
+        in_channels=8 * colours,
+        out_channels=4 * colours,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
