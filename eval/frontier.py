@@ -32,7 +32,7 @@ from fastgen.export.load import Loaded, load_export
 from fastgen.networks.codecs import PictureCodec
 
 FIDELITIES = (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01)
-NUM, BATCH, SEED = 1000, 50, 4321
+NUM, BATCH, SEED = 500, 50, 4321
 COLUMNS = 10
 """pictures of each contender in the grid"""
 

@@ -106,6 +106,8 @@ class Requests:
 
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""
+        if not names:
+            return ()
         if "class" in self.attributes:
             return tuple(("class", number) for number in class_numbers(self.codec, names, KEY))
         if not self.attributes:
