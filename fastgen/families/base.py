@@ -222,6 +222,10 @@ class Family:
             raise UserError("objective.name", found, "choose a method whose network takes one time")
         return wider
 
+    def start_noise(self, info: dict) -> float:
+        """Share of noise where sampling begins, of what fastgen.json says of a model; all of it is noise."""
+        return 1.0
+
     def source(self, noise: Tensor, cond: Cond, start_noise: float) -> Tensor:
         """The far end [B, ...] of the paths x_t = alpha x0 + sigma source, given unit noise: where sampling
         begins. A family overrides it whose paths begin elsewhere than at noise; start_noise is the share of

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
+from fastgen.core.errors import UserError
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, rebuilt
 
@@ -257,6 +258,15 @@ class Restorer(UNet2D):
 
     def encode_image(self, codec, images: Tensor) -> Cond:
         return {"shown": codec.encode(images)}
+
+    def start_noise(self, info: dict) -> float:
+        share = info.get("start_noise")
+        if share is None or not 0 <= share <= 1:
+            found = (
+                f"fastgen.json has start_noise {share!r}; {self.name} begins at a picture with noise added"
+            )
+            raise UserError("teacher.path", found, "give the share of noise it was trained with, 0 to 1")
+        return float(share)
 
     def source(self, noise: Tensor, cond: Cond, start_noise: float) -> Tensor:
         """The picture with noise added so that unit variance stays: sqrt(1 - p^2) c + p n."""

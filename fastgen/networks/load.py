@@ -317,15 +317,6 @@ def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 
 
-def _start_noise(family: Family, info: dict) -> float:
-    """Share of noise where sampling begins, which a family must be told that begins at a picture."""
-    share = info.get("start_noise", 1.0 if family.begins_at_noise else None)
-    if share is None or not 0 <= share <= 1:
-        found = f"fastgen.json has start_noise {share!r}; {family.name} begins at a picture with noise added"
-        raise UserError("teacher.path", found, "give the share of noise that it was trained with, 0 to 1")
-    return float(share)
-
-
 def _fill_in_size(options: TeacherOptions, info: dict) -> dict:
     """Set the sizes that are not configured to those in info (fastgen.json); returns the settings that an
     export records.
@@ -394,8 +385,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
         found = f"the noise schedule of {type(scheduler).__name__} is {kind}, {family.name} is trained with"
         instruction = "copy scheduler/scheduler_config.json from the original model"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", instruction)
-    start_noise = _start_noise(family, info)
-    backbone = Backbone(net.eval(), family, family.noised(schedule, net), found, start_noise)
+    backbone = Backbone(net.eval(), family, family.noised(schedule, net), found, family.start_noise(info))
     export = info.get("export") or {}
     if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])

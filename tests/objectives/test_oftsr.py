@@ -1,16 +1,10 @@
 """OFTSR: the linear-Gaussian oracle of its flow, the step written out, the knob distilled, the export."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
-from fastgen.cli.sample import main as sample
-from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import Flow, expand
@@ -19,6 +13,7 @@ from fastgen.objectives.oftsr import OFTSR, OFTSRConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import plainly, replay
+from tests.support.restorer import drawn, restorer_run
 from tests.support.toys import Spy, batch_of, fit, rng
 
 SHORT = {}
@@ -273,41 +268,12 @@ def test_p2_much_alignment_leaves_the_walk():
 
 
 # -- P4 and mistakes ---------------------------------------------------------------------------------------
-def restorer_run(folder, *flags, colours=3, **change):
-    """A few real steps from a tiny teacher that enlarges by 4; the exit code and the export."""
-    from tests.families.cases.unets import restorer_folder
-
-    if not (folder / "teacher").is_dir():
-        restorer_folder(folder / "teacher", colours)
-        (folder / "set").mkdir()
-        for i in range(6):
-            Image.linear_gradient("L").resize((16, 16)).rotate(60 * i).save(folder / "set" / f"{i}.png")
-    values = {
-        "teacher": {"path": str(folder / "teacher"), "num_steps": 4},
-        "data": {"images": str(folder / "set"), "degradation": {"factor": 4}},
-        "objective": {"name": "oftsr"},
-        "optim": {"student": {"lr": 1e-2}},
-        "train": {"max_train_steps": 3, "train_batch_size": 2, "validation_steps": 0, "ema_decay": [0.5]},
-        "eval": {"num_samples": 4},
-        **change,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    done = main(["--config", str(folder / "run.yaml"), "--output_dir", str(folder / "run"), *flags])
-    return done, folder / "run/export"
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     done, folder = restorer_run(tmp_path_factory.mktemp("oftsr"))
     assert done == 0
     Image.linear_gradient("L").resize((4, 4)).convert("RGB").save(folder / "image.png")
     return folder
-
-
-def drawn(export, out, *flags):
-    given = ["--model", str(export), "--image", str(export / "image.png"), "--out", str(out), "--scale", "4"]
-    assert sample([*given, "--overwrite", *flags]) == 0
-    return torch.from_numpy(np.array(Image.open(next(out.glob("0*.png")))).astype(np.int64))
 
 
 @pytest.mark.parametrize("fidelity", [None, 0.6])
@@ -334,54 +300,6 @@ def test_p4_the_teachers_card_walks_as_we_do(tmp_path, colours):
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     theirs = plainly(code + "\nimages = pixels[None].float()\n", folder)[0].permute(1, 2, 0).round().long()
     assert (theirs.squeeze(-1) - drawn(folder, tmp_path / "out")).abs().max() <= 1
-
-
-def test_results_say_how_faithful_it_is(export):
-    results = json.loads((export.parent / "results.json").read_text())
-    assert {"psnr", "ssim"} <= set(results["student"]) and results["enlarged"]["psnr"] > 10
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--fidelity", "0.001"], "--fidelity: found 0.001; give 0.01 to 0.99"),
-        (["--fidelity", "1.5"], "--fidelity: found 1.5"),
-        (["--scale", "2"], "--scale: found 2"),
-        (["--prompt", "a dress"], "--prompt: this model takes an image alone"),
-    ],
-)
-def test_wrong_flags_are_refused_in_one_line(export, tmp_path, capsys, flags, message):
-    given = ["--model", str(export), "--image", str(export / "image.png"), "--out", str(tmp_path / "out")]
-    capsys.readouterr()
-    assert sample([*given, *flags]) == 2
-    found = capsys.readouterr().err.strip()
-    assert message in found and "\n" not in found
-
-
-def test_a_picture_of_another_size_is_refused(export, tmp_path, capsys):
-    Image.new("RGB", (2, 2)).save(tmp_path / "small.png")
-    given = ["--model", str(export), "--image", str(tmp_path / "small.png"), "--out", str(tmp_path / "out")]
-    assert sample(given) == 2 and "enlarges 4 x 4 to 16 x 16" in capsys.readouterr().err
-
-
-def test_a_method_that_begins_at_noise_is_refused(tmp_path, capsys):
-    assert restorer_run(tmp_path, objective={"name": "boot"})[0] == 2
-    assert "objective.name: boot begins at noise" in capsys.readouterr().err
-
-
-def test_a_restorer_without_its_share_of_noise_is_refused(tmp_path):
-    from fastgen.networks.load import load_teacher
-    from tests.families.cases.unets import restorer_folder
-
-    restorer_folder(tmp_path)
-    info = json.loads((tmp_path / "fastgen.json").read_text())
-    for change in ({"start_noise": 1.5}, {"patch": 1}):
-        (tmp_path / "fastgen.json").write_text(json.dumps(info | change))
-        with pytest.raises(UserError, match=next(iter(change))):
-            load_teacher(str(tmp_path))
-    (tmp_path / "fastgen.json").write_text(json.dumps({"patch": 2}))
-    with pytest.raises(UserError, match="start_noise None"):
-        load_teacher(str(tmp_path))
 
 
 @pytest.mark.parametrize(

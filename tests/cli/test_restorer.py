@@ -1,0 +1,66 @@
+"""Pictures restored on the command line: what is measured, and every mistake in one line."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastgen.cli.sample import main as sample
+from fastgen.core.errors import UserError
+from tests.support.restorer import restorer_run
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    done, folder = restorer_run(tmp_path_factory.mktemp("oftsr"))
+    assert done == 0
+    Image.linear_gradient("L").resize((4, 4)).convert("RGB").save(folder / "image.png")
+    return folder
+
+
+def test_results_say_how_faithful_it_is(export):
+    results = json.loads((export.parent / "results.json").read_text())
+    assert {"psnr", "ssim"} <= set(results["student"]) and results["enlarged"]["psnr"] > 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fidelity", "0.001"], "--fidelity: found 0.001; give 0.01 to 0.99"),
+        (["--fidelity", "1.5"], "--fidelity: found 1.5"),
+        (["--scale", "2"], "--scale: found 2"),
+        (["--prompt", "a dress"], "--prompt: this model takes an image alone"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(export, tmp_path, capsys, flags, message):
+    given = ["--model", str(export), "--image", str(export / "image.png"), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert sample([*given, *flags]) == 2
+    found = capsys.readouterr().err.strip()
+    assert message in found and "\n" not in found
+
+
+def test_a_picture_of_another_size_is_refused(export, tmp_path, capsys):
+    Image.new("RGB", (2, 2)).save(tmp_path / "small.png")
+    given = ["--model", str(export), "--image", str(tmp_path / "small.png"), "--out", str(tmp_path / "out")]
+    assert sample(given) == 2 and "enlarges 4 x 4 to 16 x 16" in capsys.readouterr().err
+
+
+def test_a_method_that_begins_at_noise_is_refused(tmp_path, capsys):
+    assert restorer_run(tmp_path, objective={"name": "boot"})[0] == 2
+    assert "objective.name: boot begins at noise" in capsys.readouterr().err
+
+
+def test_a_restorer_without_its_share_of_noise_is_refused(tmp_path):
+    from fastgen.networks.load import load_teacher
+    from tests.families.cases.unets import restorer_folder
+
+    restorer_folder(tmp_path)
+    info = json.loads((tmp_path / "fastgen.json").read_text())
+    for change in ({"start_noise": 1.5}, {"patch": 1}):
+        (tmp_path / "fastgen.json").write_text(json.dumps(info | change))
+        with pytest.raises(UserError, match=next(iter(change))):
+            load_teacher(str(tmp_path))
+    (tmp_path / "fastgen.json").write_text(json.dumps({"patch": 2}))
+    with pytest.raises(UserError, match="start_noise None"):
+        load_teacher(str(tmp_path))
