@@ -1,11 +1,11 @@
 """What a knob between faithful and real trades: a student of `oftsr` at several fidelities, beside its
 teacher in one step and in its own, and the bicubic enlargement, on the same held-out pictures and noise.
 
-python -m eval frontier --run runs/fashion-sr_oftsr
+python -m eval frontier --run runs/digits-sr_oftsr
 
-PSNR and SSIM say how near a picture is to its original, `perceptual` the same in the feature maps of the
-measuring net (LPIPS without learned weights), fd_mini how real the pictures are together. `variance` is that
-of the pixels over the originals'.
+PSNR and SSIM (of pictures as large as its window) say how near a picture is to its original, `perceptual` the
+same in the feature maps of the measuring net (LPIPS without learned weights), fd_mini how real the pictures
+are together. `variance` is that of the pixels over the originals'.
 """
 
 import json
@@ -32,7 +32,7 @@ from fastgen.export.load import Loaded, load_export
 from fastgen.networks.codecs import PictureCodec
 
 FIDELITIES = (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.01)
-NUM, BATCH, SEED = 500, 50, 4321
+NUM, BATCH, SEED = 1000, 50, 4321
 COLUMNS = 10
 """pictures of each contender in the grid"""
 
@@ -86,7 +86,7 @@ def study(run: Path, num: int = NUM) -> tuple[dict, list[tuple[str, Tensor]]]:
     pictures = held.images[:num]
     enlarged = shown(pictures, section.factor, section.kind)
     wanted = {k: v[:num] for k, v in (held.attributes or {"class": held.labels}).items()}
-    originals, measurer = pictures.float() / 255, Measurer(name)
+    num, originals, measurer = len(pictures), pictures.float() / 255, Measurer(name)
     rows, seen = {}, [("bicubic", enlarged[:COLUMNS].float() / 255)]
     rows["bicubic"] = {"nfe": 0, **scores(measurer, enlarged.float() / 255, originals, wanted)}
     for title, (nfe, draw) in contenders(loaded).items():

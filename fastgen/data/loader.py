@@ -197,7 +197,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
         cond = _text_conditions(cfg, teacher, found, uncond, device)
     elif codec.needs_image:
         own, own_null = _shown(cfg, codec, found, device)
-        cond = Conditions({}, torch.zeros(len(found.images)).long(), {}, None, own, own_null)
+        rows = torch.zeros(len(next(iter(own.values())))).long()
+        cond = Conditions({}, rows, {}, None, own, own_null)
     else:
         cond = _label_conditions(codec, found, uncond, pixels)
     data: Data

@@ -51,7 +51,7 @@ class UNet2D(UNet):
 
     name, net_class = "unet2d", "UNet2DModel"
     pipelines: tuple[str, ...] = ("DDPMPipeline", "DDIMPipeline")
-    kind = "labels"
+    kind: Literal["text", "labels", "scans", "pictures"] = "labels"
     factor = 1
     keys = ("class_labels",)
     lora_targets = ATTENTION + RESNET
@@ -239,7 +239,8 @@ class Restorer(UNet2D):
     from that picture, noised, to the one it was made of (OFTSR, arXiv 2412.09465).
     """
 
-    name, kind, pipelines = "restorer", "pictures", ()
+    name, kind = "restorer", "pictures"
+    pipelines: tuple[str, ...] = ()
     begins_at_noise, takes_text, needs_image = False, False, True
     schedules, keys, input_layer = ("Flow",), (), ""
 

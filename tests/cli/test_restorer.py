@@ -6,7 +6,10 @@ import pytest
 from PIL import Image
 
 from fastgen.cli.sample import main as sample
+from fastgen.config.parse import read_files
+from fastgen.config.run import validate
 from fastgen.core.errors import UserError
+from fastgen.training.assembly import make_protocol
 from tests.support.restorer import restorer_run
 
 
@@ -21,6 +24,14 @@ def export(tmp_path_factory):
 def test_results_say_how_faithful_it_is(export):
     results = json.loads((export.parent / "results.json").read_text())
     assert {"psnr", "ssim"} <= set(results["student"]) and results["enlarged"]["psnr"] > 10
+
+
+def test_the_teacher_is_measured_on_the_same_pictures(export):
+    """Not on milder ones, as that of scale_distillation: at factor 4 none of its samples is a copy."""
+    protocol = validate(read_files([str(export.parent / "config.yaml")]))
+    assert not make_protocol(protocol).milder
+    change = {"objective": {"name": "scale_distillation"}}
+    assert make_protocol(validate({**protocol.model_dump(mode="json"), **change})).milder
 
 
 @pytest.mark.parametrize(
