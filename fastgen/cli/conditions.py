@@ -91,18 +91,13 @@ def _read_image(path: str, codec: TextCodec | PictureCodec, flag: str = "--image
         if abs(own[1] * height / (own[0] * width) - 1) > SAME_ASPECT:
             about = f"{named(path)} is {own[1]} x {own[0]}, cropped about its middle to {width} x {height}"
             warn(f"{flag}: {about}")
-        return read_image(file, (_colours(codec), height, width)).float() / 127.5 - 1
-
-
-def _colours(codec: TextCodec | PictureCodec) -> int:
-    """Channels of the picture that a network is shown."""
-    return codec.colours if isinstance(codec, PictureCodec) else 3
+        return read_image(file, (codec.colours, height, width)).float() / 127.5 - 1
 
 
 def _read_small(path: str, codec: TextCodec | PictureCodec) -> torch.Tensor:
     """One low-resolution file, enlarged to [C, H, W] in [-1, 1]."""
     with _readable(path):
-        picture = to_tensor(read_picture(Path(path).expanduser(), "L" if _colours(codec) == 1 else "RGB"))
+        picture = to_tensor(read_picture(Path(path).expanduser(), "L" if codec.colours == 1 else "RGB"))
     (height, width), factor = codec.pixels, codec.enlarges
     if tuple(picture.shape[1:]) != (height // factor, width // factor):
         found = f"{named(path)} has {picture.shape[1]} x {picture.shape[2]} pixels; this model enlarges "

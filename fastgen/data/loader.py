@@ -122,7 +122,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         shown = None if found.images is None else shown_frames(codec, found.images)
     elif cfg.control:
         files = control_files(Path(cfg.control), found, name)
-        shown = read_files(files, (3, *codec.pixels), "error", key="data.control")[0]
+        shown = read_files(files, (codec.colours, *codec.pixels), "error", key="data.control")[0]
     if shown is None:
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
         raise UserError("data", f"{name} takes an image beside the text, and none are given", where)

@@ -53,7 +53,7 @@ class UNet2D(UNet):
     pipelines: tuple[str, ...] = ("DDPMPipeline", "DDIMPipeline")
     kind: Literal["text", "labels", "scans", "pictures"] = "labels"
     factor = 1
-    keys = ("class_labels",)
+    keys: tuple[str, ...] = ("class_labels",)
     lora_targets = ATTENTION + RESNET
     lora_loader = False
 

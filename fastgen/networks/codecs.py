@@ -49,6 +49,11 @@ class Codec(nn.Module):
         """Whether the network is shown a picture of every sample."""
         return self.family is not None and self.family.needs_image
 
+    @property
+    def colours(self) -> int:
+        """Channels of the pictures that it is shown."""
+        return 3
+
     def encode(self, images: Tensor) -> Tensor:
         """x0 [B, *shape] of images [B, C, H, W] in [-1, 1]."""
         raise NotImplementedError

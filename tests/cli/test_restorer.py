@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from fastgen.cli.sample import main as sample
 from fastgen.config.parse import read_files
@@ -75,3 +75,32 @@ def test_a_restorer_without_its_share_of_noise_is_refused(tmp_path):
     (tmp_path / "fastgen.json").write_text(json.dumps({"patch": 2}))
     with pytest.raises(UserError, match="start_noise None"):
         load_teacher(str(tmp_path))
+
+
+def test_pictures_of_the_same_size_are_restored_from_their_controls(tmp_path):
+    """Deblurring, grey: data.control has what is shown of each picture, and --image is taken as it is."""
+    from tests.families.cases.unets import restorer_folder
+
+    restorer_folder(tmp_path / "teacher", colours=1)
+    info = json.loads((tmp_path / "teacher/fastgen.json").read_text())
+    (tmp_path / "teacher/fastgen.json").write_text(
+        json.dumps({k: v for k, v in info.items() if k != "enlarges"})
+    )
+    for i in range(6):
+        sharp = Image.linear_gradient("L").resize((16, 16)).rotate(60 * i)
+        for folder, picture in (("set", sharp), ("blurred", sharp.filter(ImageFilter.BoxBlur(2)))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{i}.png")
+    data = {"images": str(tmp_path / "set"), "control": str(tmp_path / "blurred")}
+    done, export = restorer_run(tmp_path, data=data, eval={"num_samples": 0})
+    assert done == 0
+    given = [
+        "--model",
+        str(export),
+        "--image",
+        str(tmp_path / "blurred/1.png"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert sample(given) == 0 and Image.open(next((tmp_path / "out").glob("0*.png"))).size == (16, 16)
+    assert sample([*given, "--scale", "4", "--overwrite"]) == 2
