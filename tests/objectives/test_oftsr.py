@@ -167,6 +167,23 @@ def test_p1_step_is_the_formula(solver):
     assert float(distil) > 1e-3
 
 
+def test_p1_what_the_teacher_makes_is_a_constant():
+    """The gradient is that of |y_s - y*| in y_s alone, though y* is walked to from the student's own y_t."""
+    objective, batch = make(boundary_weight=0.0, align_weight=0.0), pairs(64)
+    net = objective.student.backbone
+    net.factor.data.fill_(1.2)
+    seen, signal = [], objective.signal
+    objective.signal = lambda *given: (seen.append((given[1], signal(*given))), seen[0][1])[1]
+    loss, _ = next(objective.step(batch, 0))
+    loss.backward()
+    (times, y), e = seen[0], A * batch.cond["x0"] + B * batch.noise
+    (t, s, _), (y_t, y_s, _) = times.chunk(3), y.detach().chunk(3)
+    _, x_s = objective.walked(objective.schedule.noise(y_t, e, t), t, s, {})
+    target = (x_s - expand(s, e) * e) / expand(1 - s, e)
+    expected = ((y_s - target).sign() * exact(e, s)).mean()
+    assert float(net.factor.grad) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_p1_eulers_target_is_boots():
     """(1 - r) f + r y with r = n_s / n_t, the start in the place of the noise."""
     objective, S = make(solver="euler"), Flow()
