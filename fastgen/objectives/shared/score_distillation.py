@@ -58,11 +58,13 @@ def omega(kind: Omega, S: Schedule, t: Tensor) -> Tensor | float:
     return S.sigma(t) ** 2 * (S.alpha(t) if kind == "alpha_sigma2" else 1)
 
 
-def pulled(x: Tensor, real: Tensor, fake: Tensor, S: Schedule, t: Tensor, kind: Omega) -> Tensor:
-    """Loss whose gradient in x is omega(t) (e_real - e_fake) / B of two estimates D at the same x_t, summed
-    over a sample as the papers do: e_real - e_fake = alpha / sigma (D_fake - D_real).
+def pulled(
+    x: Tensor, real: Tensor, fake: Tensor, S: Schedule, t: Tensor, kind: Omega, h: Tensor | float = 1.0
+) -> Tensor:
+    """Loss whose gradient in x is omega(t) h (e_real - e_fake) / B of two estimates D at the same x_t, summed
+    over a sample as the papers do: e_real - e_fake = alpha / sigma (D_fake - D_real). h: a weight [B].
     """
-    weight = omega(kind, S, t) * S.alpha(t) / S.sigma(t)
+    weight = h * omega(kind, S, t) * S.alpha(t) / S.sigma(t)
     return losses.score_difference(x, real.nan_to_num(), fake.nan_to_num(), weight) * x[0].numel()
 
 
