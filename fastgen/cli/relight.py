@@ -119,7 +119,7 @@ def run(args) -> int:
     for name, value in measured.items():
         print(f"{name:<18}{value:.4g}")
     print(
-        f"progress {float(progress.mean()):.2f}; wrote materials, and the splat by {args.light!r}, to {folder}"
+        f"progress {float(progress.mean()):.2f}; wrote materials, and the splat by {args.light}, to {folder}"
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""f-divergences into assets: where it is VSD, both branches spelled out, the bank in the place of real data."""
+"""f-divergences into assets: where it is VSD, both branches spelled out, the bank for real data."""
 
 import pytest
 import torch
