@@ -40,7 +40,7 @@ def flags() -> argparse.ArgumentParser:
     add("--light", default="evening", help="light of the relit files: evening, noon or studio")
     add("--size", type=int, default=48, help="pixels of a side of every view")
     add("--views", type=int, default=40, help="views that are looked at")
-    add("--steps", type=int, default=1500, help="steps of the materials")
+    add("--steps", type=int, default=800, help="steps of the materials")
     add("--points", type=int, default=800, help="with --still_life: Gaussians of its splat")
     add("--frames", type=int, default=24, help="of the turntable")
     add("--reward", type=float, default=0.005, help="mu: errors below sqrt(mu / 2) are trusted in full")

@@ -47,8 +47,8 @@ Progress = Callable[[str], None]
 class Settings:
     """How materials are found."""
 
-    steps: int = 1500
-    pixels: int = 3000
+    steps: int = 800
+    pixels: int = 2000
     """of a step"""
     reward: float = 0.005
     """mu: errors below sqrt(mu / 2), of colours in 0 to 1, are trusted in full"""

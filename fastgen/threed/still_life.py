@@ -18,8 +18,8 @@ from fastgen.threed.solids import Distance, sphere
 STEPS, SHADOW_STEPS, HIT = 40, 24, 0.01
 COAT = 0.1
 """roughness of the clear coat over everything"""
-SKY = sky((120.0, 40.0), (0.9, 0.9, 0.8), (0.75, 0.8, 0.9), (0.25, 0.22, 0.2), 12, 24)
-LAMPS = (((0.55, 0.45, 0.7), (2.2, 2.0, 1.7)), ((-0.6, 0.3, 0.75), (0.7, 0.8, 1.1)))
+SKY = sky((120.0, 40.0), (0.6, 0.6, 0.55), (0.6, 0.64, 0.72), (0.25, 0.22, 0.2), 12, 24)
+LAMPS = (((0.55, 0.45, 0.7), (1.6, 1.45, 1.2)), ((-0.6, 0.3, 0.75), (0.5, 0.6, 0.8)))
 """directions towards them, and irradiance of a surface that faces them"""
 
 
