@@ -43,7 +43,7 @@ def flags() -> argparse.ArgumentParser:
     add("--steps", type=int, default=800, help="steps of the materials")
     add("--points", type=int, default=800, help="with --still_life: Gaussians of its splat")
     add("--frames", type=int, default=24, help="of the turntable")
-    add("--reward", type=float, default=0.005, help="mu: errors below sqrt(mu / 2) are trusted in full")
+    add("--reward", type=float, default=0.02, help="mu: errors below sqrt(mu / 2) are trusted in full")
     add("--plain", action="store_true", help="ordinary inverse rendering, to compare with")
     add("--seed", type=int, default=0, help="of views and pixels")
     return found

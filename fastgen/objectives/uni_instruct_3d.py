@@ -30,10 +30,10 @@ from torch import Tensor
 
 from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import divergences, losses
-from fastgen.objectives.base import Updates, guided
+from fastgen.objectives.base import Updates
 from fastgen.objectives.requirements import Calls, DiscriminatorSpec, Requirements, passes
 from fastgen.objectives.shared.critic import diagnostics
-from fastgen.objectives.shared.score_distillation import pulled
+from fastgen.objectives.shared.score_distillation import pulled, view_passes
 from fastgen.objectives.shared.teacher_bank import TeacherBank
 from fastgen.objectives.vsd import VSD, ProlificDreamerConfig
 
@@ -93,7 +93,7 @@ class UniInstruct3D(VSD, config=UniInstruct3DConfig):
                 x = self.generate(batch, last)  # x = render(theta_i, c)
                 t, x_t = self.noised(x, cfg.anneal.at(cfg.time, k))  # x_t = alpha x + sigma eps
                 with torch.set_grad_enabled(cfg.branch == "sim"):
-                    real = guided(teacher, x_t, t, batch, self.guidance)  # e_T^w, as D
+                    real = self.view_guided(teacher, x_t, t, batch, self.guidance)  # e_T^w, as D
                     fake, logits = self.judged(x_t, t, told)  # e_F, as D; the ratio's logits
                     h, kappa, logs = self.weights(logits, k, x)
                 if cfg.branch == "di":
@@ -154,7 +154,7 @@ def calls_of(cfg: UniInstruct3DConfig, guidance: float, num_steps: int) -> Calls
     calls: Calls = {
         "student": (num_steps - 1) / 2 + (1 - r),
         "student+grad": r,
-        f"teacher{grad}": r * passes(guidance),
+        f"teacher{grad}": r * view_passes(cfg.asset)(guidance),
         "features+grad": float(ratio),
     }
     calls["critic+grad"] = 1.0

@@ -50,7 +50,7 @@ class Settings:
     steps: int = 800
     pixels: int = 2000
     """of a step"""
-    reward: float = 0.005
+    reward: float = 0.02
     """mu: errors below sqrt(mu / 2), of colours in 0 to 1, are trusted in full"""
     plain: bool = False
     """ordinary inverse rendering, a = 1 throughout"""
