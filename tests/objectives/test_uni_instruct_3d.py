@@ -208,7 +208,7 @@ def test_p2_distils_the_mixture(tmp_path, branch):
         "warmup_steps": 50,
     }
     objective |= {"bank": 256, "bank_steps": 8, "ratio_memory": 2048, "ratio_low": 0.1, "ratio_high": 10.0}
-    before, after, *_ = run_mixture(tmp_path, objective, "analytic:gmm2d-vp", steps=300)
+    before, after, *_ = run_mixture(tmp_path, objective, "analytic:gmm2d-vp", steps=160)
     assert after < 0.04 and after < before / 3, (before, after)
 
 
