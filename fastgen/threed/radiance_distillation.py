@@ -207,8 +207,8 @@ def spread(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def first_normals(asset: GaussianAsset, pixels: Pixels) -> Tensor:
-    """[N, 3]: the rendered depth's, where a Gaussian is seen; else away from the origin."""
-    found = spread(pixels.weights, pixels.normal)
+    """[N, 3]: the rendered depth's, where a Gaussian is seen and mostly itself; else away from the origin."""
+    found = spread(pixels.weights.square(), pixels.normal)
     away = unit(asset.value("means"))
     return unit(torch.where(found.norm(dim=-1, keepdim=True) > 0.1, found, away))
 
