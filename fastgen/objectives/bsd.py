@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
+from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements
@@ -67,6 +68,12 @@ class BSD(AssetObjective, config=BSDConfig):
             one_guidance=False,
             guidance_settings={"ratio": cfg.ratio},
         )
+
+    def check(self) -> None:
+        super().check()
+        if self.cfg.asset.perp_neg:
+            found = "found true for bsd, which balances two directions of its own"
+            raise UserError("objective.asset.perp_neg", found, "leave it out, or use sds, vsd or asd")
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule

@@ -14,6 +14,7 @@ from fastgen.objectives.shared.perp_neg import ABOVE, BACK, FRONT, SIDE, against
 from fastgen.threed.cameras import Cameras
 from fastgen.threed.gaussians import GaussianAsset
 from tests.support.scenes import asset_student, role, seen_from
+from tests.support.spelled import World
 from tests.support.toys import rng
 
 
@@ -116,10 +117,14 @@ def test_it_costs_two_passes_more_and_is_for_assets(name, tiny):
     ]
     assert calls[1] - calls[0] == 2
     S = VP.scaled_linear()
-    from tests.support.spelled import World
-
     with pytest.raises(UserError, match="objective.asset"):
         World(REGISTRY[name], S, asset={"perp_neg": True})
+
+
+def test_bsd_has_directions_of_its_own():
+    parts = {"student": asset_student([GaussianAsset(5)]), "teacher": role(Said(VP.scaled_linear()))}
+    with pytest.raises(UserError, match="perp_neg"):
+        REGISTRY["bsd"](REGISTRY["bsd"].config(asset={"perp_neg": True}), parts, rng())
 
 
 def test_a_run_takes_the_setting(tiny):
