@@ -161,7 +161,8 @@ def look(asset: GaussianAsset, photos: Photographs) -> Pixels:
         rgb = [one.rgb[i].permute(1, 2, 0)[at] / one.alpha[i, 0][at][:, None] for one in (own, photos)]
         view = -camera.rays(size, size)[1][0, at]
         rows.append([weights[0, at] / alpha[0, at][:, None], *rgb, view, normal])
-    return Pixels(*(torch.cat(part) for part in zip(*rows)), covered)
+    weights, teacher, photo, view, normal = (torch.cat(part) for part in zip(*rows))
+    return Pixels(weights, teacher, photo, view, normal, covered)
 
 
 class Materials(nn.Module):
@@ -258,7 +259,7 @@ def distil(
         if not cfg.plain:
             of_progress.step()
         if tell and k % 100 == 0:
-            a = 1.0 if cfg.plain else float(progress.weight.detach().sigmoid().mean())
-            tell(f"materials {k}/{cfg.steps}: loss {float(loss.detach()):.4f}, progress {a:.2f}")
+            mean = 1.0 if cfg.plain else float(progress.weight.detach().sigmoid().mean())
+            tell(f"materials {k}/{cfg.steps}: loss {float(loss.detach()):.4f}, progress {mean:.2f}")
     a = torch.ones(len(pixels)) if cfg.plain else progress.weight.detach()[:, 0].sigmoid()
     return found.requires_grad_(False), a
