@@ -2,7 +2,7 @@
 
 python -m eval relight
 
-The same photographs, splat, first normals, light and steps for both; three seeds of which pixels a step sees.
+The same photographs, splat, first normals, light and steps for both; two seeds of which pixels a step sees.
 Albedo, normals and images under lights that were never seen, against the truth.
 """
 
@@ -24,8 +24,8 @@ from fastgen.threed.relight import LIGHTS, maps, of_gaussians, relit
 from fastgen.threed.relight_scores import RANGES, photographs, scores
 from fastgen.threed.still_life import photograph
 
-VIEWS, SIZE, POINTS, STEPS, SEEDS = 40, 48, 800, 600, (0, 1, 2)
-CONTENDERS = {"progressive": Settings(), "plain": Settings(plain=True)}
+VIEWS, SIZE, POINTS, STEPS, SEEDS = 32, 40, 500, 320, (0, 1)
+CONTENDERS = {"progressive": Settings(steps=500), "plain": Settings(steps=500, plain=True)}
 SHOWN = turntable(1, 30.0)
 """the view of the pictures"""
 

@@ -48,7 +48,7 @@ class Settings:
     """How materials are found."""
 
     steps: int = 800
-    pixels: int = 2000
+    pixels: int = 1500
     """of a step"""
     reward: float = 0.02
     """mu: errors below sqrt(mu / 2), of colours in 0 to 1, are trusted in full"""
