@@ -69,7 +69,9 @@ def record(folder: Path, views: int = VIEWS, points: int = POINTS, steps: int = 
                 frames = relit(asset, found, middle(RANGES, 24), 64, LIGHTS["evening"])
                 write_gif(frames, FIGURES / "relight_still_life.gif", scale=3)
     strips = [torch.from_numpy(strip_of(one)) for one in rows]
-    Image.fromarray(torch.cat(strips).numpy()).save(FIGURES / "relight_still_life.png")
+    picture = Image.fromarray(torch.cat(strips).numpy())
+    twice = (2 * picture.width, 2 * picture.height)
+    picture.resize(twice, Image.Resampling.NEAREST).save(FIGURES / "relight_still_life.png")
     document = {
         "model": "still_life",
         "command": "python -m eval relight",
