@@ -110,6 +110,8 @@ def test_p1_step_di_is_the_formula(f):
     wanted = (S.sigma(t) ** 2 * h / h.mean())[:, None] * (real - fake) / len(x)
     torch.testing.assert_close(gradient(student.loss, x), wanted.detach(), rtol=1e-4, atol=1e-7)
     _, fakes, reals = world.disc.seen
+    world.within(fakes[1], FAR)
+    world.noise_in(fakes[0], fakes[1], x)
     assert torch.equal(fakes[1], reals[1])
     bank = torch.stack([world.objective.bank.rows[key] for key in world.objective.bank.rows])
     eps = (reals[0] - S.alpha(reals[1])[:, None] * bank.double()[:, None]) / S.sigma(reals[1])[:, None]
