@@ -64,7 +64,7 @@ def record(model: str, folder: Path) -> Path:
     """Write assets/results/benchmarks/look_<run>.json, and filmstrips among the figures."""
     name = run_name(model)
     picture = strips(Path(model))
-    if picture is not None:
+    if picture is not None and "+" not in name:  # one picture a recipe
         picture.save(FIGURES / f"look_{name}.png", optimize=True)
     document = {"model": name, "command": f"python -m eval look --run runs/{name}", **study(Path(model))}
     file = folder / f"look_{name}.json"
