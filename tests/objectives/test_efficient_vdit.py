@@ -13,10 +13,11 @@ from fastgen.objectives.efficient_vdit import OutputErrors, fewest, layer_distan
 from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.clips import clip_teacher
+from tests.support.heavier import first_of
 from tests.support.play import batch as batch_for
 from tests.support.play import play
 from tests.support.replay import moved, plainly
-from tests.support.toys import rng, run_mixture
+from tests.support.toys import batch_of, rng, run_mixture
 
 SHORT: dict = {}
 """settings of the contract battery"""
@@ -137,38 +138,49 @@ def test_p1_the_search_sees_a_dense_network_at_every_time(clip_folder):
 def test_p1_step_is_the_formula(clip_folder, kind):
     """Against two networks of their own, the one dense and the other under the masks that were found."""
     cast, objective, one = made(clip_folder, kind, globals=[2], error=9.0, layer_weight=0.7)
-    backbone, name = cast.student.backbone, cast.student.adapter
-    kept = copy.deepcopy(backbone)
-    calls = []
-    call = type(backbone).raw
-    for role in {id(r.backbone): r for r in (cast.student, cast.parts["previous"])}.values():
-        net = role.backbone
+    name, kept, calls = cast.student.adapter, copy.deepcopy(cast.student.backbone), []
+    call, randn_like, drawn = type(kept).raw, objective.rng.randn_like, []
+    objective.rng.randn_like = lambda x: (drawn.append(randn_like(x)), drawn[-1])[1]
+    for net in {id(r.backbone): r.backbone for r in (cast.student, cast.parts["previous"])}.values():
         net.raw = lambda x, t, c, net=net: (
             calls.append((net.adapter, torch.is_grad_enabled(), x, t)),
             call(net, x, t, c),
         )[1]
     loss, logs = next(objective.step(one, 0))
-    (who, graded, x_t, t) = calls[-1]
-    assert who == name and graded and not calls[-2][1] and calls[-2][0] == (name and "previous")
-    assert torch.equal(calls[-2][2], x_t) and set(t.tolist()) <= set(cast.student.times)
+    (before, plain, same, _), (who, graded, x_t, t) = calls[-2:]
+    assert (who, graded) == (name, True) and (before, plain) == (name and "previous", False)
+    assert torch.equal(same, x_t) and set(t.tolist()) <= set(cast.student.times)
+    at = t[:, None, None, None, None].float()
+    torch.testing.assert_close(x_t, (1 - at) * one.x0 + at * drawn[-1])
     assert objective.control.plan(name).tolist() == [9, 2, 2] and logs["tiles"] == pytest.approx(39 / 81)
 
-    answers, layers = [], []
-    for plan in ([9, 2, 2], [0, 0, 0]):
+    def answer(*plan):
+        """Prediction and attention outputs of a network of its own."""
         kept.in_tiles(name).plan(name).copy_(torch.tensor(plan))
         found = []
-        hooks = [
-            b.attn1.register_forward_hook(lambda m, a, out, f=found: f.append(out)) for b in kept.net.blocks
-        ]
+        layers = [block.attn1 for block in kept.net.blocks]
+        hooks = [one.register_forward_hook(lambda m, a, out: found.append(out)) for one in layers]
         with kept.using(name):
-            answers.append(call(kept, x_t, t, one.cond))
-        layers.append(found)
+            v = call(kept, x_t, t, one.cond)
         for hook in hooks:
             hook.remove()
-    final = (answers[0] - answers[1]).square().mean()
-    each = [(a - b).square().sum() / b.square().sum() for a, b in zip(*layers)]
-    torch.testing.assert_close(loss, (final + 0.7 * sum(each) / 2).float(), rtol=1e-4, atol=1e-7)
+        return v, found
+
+    own = {n: p.requires_grad_() for n, p in kept.named_weights().items() if n in cast.student.trainable()}
+    v, outs = answer(9, 2, 2)
+    with torch.no_grad():
+        v_dense, outs_dense = answer(0, 0, 0)
+    final = (v - v_dense).square().mean()
+    each = [(a - b).square().sum() / b.square().sum() for a, b in zip(outs, outs_dense)]
+    wanted = final + 0.7 * sum(each) / 2
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-7)
     assert final > 1e-6 and sum(each) > 1e-3
+    grads = [
+        torch.autograd.grad(x, list(ps.values()), allow_unused=True)
+        for x, ps in ((loss, cast.student.trainable()), (wanted, own))
+    ]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_p1_of_dense_masks_there_is_nothing_to_distil(clip_folder):
@@ -236,17 +248,15 @@ def test_p2_a_stage_after_consistency_keeps_the_mixture(tmp_path):
     another network than the student it leads to that one.
     """
     dense = {"name": "consistency", "num_scales": 16, "segments": 1}
-    stages = [(dense, 300, 1), ({"name": "efficient_vdit"}, 20, 1)]
+    stages = [(dense, 200, 1), ({"name": "efficient_vdit"}, 5, 1)]
     before, after, x, trainer = run_mixture(tmp_path, None, stages=stages, lr=2e-3)
     assert after < 0.05 and after < before / 2, (before, after)
     objective = trainer.objective
     objective.follow = lambda part: None
     for p in objective.previous.trainable().values():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    from tests.support.toys import batch_of
-
     one, losses = batch_of(torch.randn(256, 2)), []
-    for k in range(60):
+    for _ in range(60):
         losses.append(play(objective, one, 1)[0][1])
     assert losses[0] > 1e-3 and losses[-1] < losses[0] / 2, losses
 
@@ -276,7 +286,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", first_of(["full", "lora"]))
 def test_p4_efficient_vdit(clip_folder, tmp_path, kind):
     """WanPipeline and the export's own loader: the same clip, another one without masks; frames are checked.
     The next run takes the masks over.
