@@ -127,9 +127,6 @@ class Backbone(Denoiser):
             yield
 
     def in_tiles(self, adapter: str | None) -> tile_attention.Control:
-        """Make the network able to attend in tiles, under the masks of whatever adapter acts; UserError of
-        networks that are not.
-        """
         try:
             control = tile_attention.attach(self.net)
         except ValueError:

@@ -103,7 +103,8 @@ def test_every_family_full_and_lora(name, family, kind, tiny):
         after = cast.parts["teacher"](one.noise, t, one.cond)
         moved = cast.parts["student"](one.noise, t, one.cond)
     assert shared_by_student or torch.equal(before, after), "the teacher moved"
-    assert torch.equal(moved, before) == (name in STILL), "the student did not move"
+    stood = torch.allclose(moved, before, atol=1e-4) if name in STILL else torch.equal(moved, before)
+    assert stood == (name in STILL), "the student did not move"
 
 
 @each
