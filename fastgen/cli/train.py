@@ -268,7 +268,8 @@ def _train(cfg, trainer, last: Path | None) -> int:
         led = "".join(f"; the one that led to this is kept as {path.name}" for path in aside)
         return not_finite(error, _last_good(trainer.folder) + led)
     except interrupt.Stopped as stop:
-        print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
+        if accelerator.is_main_process:
+            print(f"{stop}: {_stopped(trainer)}", file=sys.stderr)
         return interrupt.REQUEUE
     except UserError:
         raise

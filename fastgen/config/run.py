@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
+from fastgen.config.processes import Sections, check_processes
 from fastgen.config.section import Section, UserPath, check_numbers
 from fastgen.config.sections import (
     CriticConfig,
@@ -150,31 +151,11 @@ class RunConfig(Section):
             )
         self._check_asset()
         self._check_causal()
-        self._check_sharding()
+        sections = Sections(self.train, self.teacher, self.student, self.eval)
+        check_processes(sections, [s.objective for s in self.all_stages()])
         self._check_accumulation()
         self._check_data()
         return self
-
-    def _check_sharding(self) -> None:
-        """What networks that are spread over processes cannot be combined with."""
-        if not self.train.sharding:
-            return
-        refused = {
-            "teacher.quantization": self.teacher.quantization is not None,
-            "train.mixed_precision": self.train.mixed_precision == "fp16",
-            "eval.keep": self.eval.keep == "best",
-            "student.fuse": bool(self.student.fuse),
-            "student.asset": self.student.asset is not None,
-        }
-        for key, found in refused.items():
-            if found:
-                raise ValueError(f"{key}: not with train.sharding fsdp; change one of them")
-        forward = [s.objective for s in self.all_stages() if requirements_of(s.objective).forward_mode]
-        for name in (one.name for one in forward):
-            raise ValueError(
-                f"objective.tangent.method: found exact for {name}, which train.sharding fsdp cannot "
-                "differentiate; use difference"
-            )
 
     def _check_accumulation(self) -> None:
         """Gradients of several updates of one player in a step do not add up over micro-batches."""

@@ -236,6 +236,18 @@ class TrainConfig(Section):
     """number of checkpoints that are kept, the latest"""
     sharding: Literal["fsdp"] | None = None
     """over several processes, keep a part of every network on each (torch's FSDP2); null keeps them whole"""
+    shard_group: int | None = Field(default=None, ge=1)
+    """with sharding: how many processes hold one copy of the networks between them, e.g. those of a machine;
+    each group of them holds a copy (HSDP); null spreads one copy over all
+    """
+    context_parallel: int | None = Field(default=None, ge=2)
+    """over several processes: how many of them compute one sample together, each with a part of its tokens
+    (long clips, large pictures); the batch is that of such a group; null gives each process its own samples
+    """
+    sharded_checkpoints: bool = False
+    """with sharding: each process writes its parts into a file of every checkpoint, on a disk that all see"""
+    async_checkpoints: bool = False
+    """write checkpoints from a copy in memory while training goes on"""
     num_threads: int = Field(default=0, ge=0, le=4096)
     """CPU threads of PyTorch; 0 is its own default, at most the CPUs that affinity and the container allow"""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -1,4 +1,4 @@
-"""Clips: animated pictures and video files read at a frame rate, and samples written as such."""
+"""Clips: animated pictures, videos and folders of frames read at a rate, and samples written as such."""
 
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
-from fastgen.data.folders import named
-from fastgen.data.pictures import as_shown, check_regular, check_size, decoders, decoding, fit, to_tensor
+from fastgen.data.folders import frames_of, named
+from fastgen.data.pictures import (
+    as_shown,
+    check_regular,
+    check_size,
+    decoders,
+    decoding,
+    fit,
+    read_picture,
+    to_tensor,
+)
 
 CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
 """animated pictures; every other kind of clip is a video file"""
@@ -42,7 +51,10 @@ def _frames(path: Path, num: int, shown: Callable, fps: float | None = None) -> 
     """The first num frames as `shown` makes them of a picture."""
     frames = _animated if path.suffix.lower() in CODED else _video
     with decoding():
-        check_regular(path)
+        if path.is_dir():
+            frames = _files
+        else:
+            check_regular(path)
         found = frames(path, fps is not None)
         if fps is not None:
             found = _seen(found, num, fps)
@@ -63,6 +75,13 @@ def _seen(frames: Iterable[tuple], num: int, fps: float) -> Iterator[tuple]:
             k += 1
         if k == num:
             return
+
+
+def _files(folder: Path, timed: bool) -> Iterator[tuple]:
+    """(picture, 0) of a folder of frames, which does not say how long one is shown."""
+    for path in frames_of(folder):
+        check_regular(path)
+        yield read_picture(path), 0.0
 
 
 def _animated(path: Path, timed: bool) -> Iterator[tuple]:

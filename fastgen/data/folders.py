@@ -3,7 +3,7 @@
 Hidden files and folders (.ipynb_checkpoints, ._x.jpg) and __MACOSX are no part of it. Captions and labels
 come from metadata.jsonl or metadata.csv (file_name, text, label), in the folder or beside the files of a
 sub-folder; a .txt file beside a picture fills in the caption that metadata does not give. Numbers in names
-count as numbers, so 2.png comes before 10.png.
+count as numbers, so 2.png comes before 10.png. A clip may be a folder of its numbered frames.
 """
 
 import os
@@ -15,10 +15,12 @@ from pathlib import Path
 
 from fastgen.core.errors import UserError
 from fastgen.data.metadata import read_metadata
-from fastgen.data.pictures import check_regular, formats
+from fastgen.data.pictures import check_regular, decoders, decoding, formats
 from fastgen.data.text import read_text
 
 CLIPS = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+STILLS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""pictures that may be the frames of a clip"""
 METADATA = ("metadata.jsonl", "metadata.csv")
 QUIET = (".txt", ".json", ".jsonl", ".csv", ".md", ".ini", ".db", ".yaml")
 """kinds of files beside pictures that need no mention"""
@@ -74,14 +76,56 @@ def scan(folder: Path, clips: bool = False, key: str = "data.images", deep: bool
     """The pictures (or clips) of a folder and, with deep, its sub-folders, in natural order."""
     folder = folder.expanduser()
     check_folder(folder, key)
-    kinds, found = CLIPS if clips else formats(), Listing(folder)
+    kinds, found = {*CLIPS, *STILLS} if clips else formats(), Listing(folder)
     failed: list[OSError] = []
     for entry in _entries(folder, deep, found.skipped, failed):
         _sort_in(found, entry, kinds)
     found.skipped += [f"{named(e.filename)} ({e.strerror})" for e in failed]
+    if clips:
+        _gather_frames(found)
     depth = len(folder.parts)
     found.files.sort(key=lambda p: natural("/".join(p.parts[depth:])))
     return found
+
+
+def _gather_frames(found: Listing) -> None:
+    """Put a sub-folder in the place of its pictures where they are the frames of a clip: still, numbered, and
+    called the same but for the number. Other pictures that never move are no clips.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in found.files:
+        folders.setdefault(path.parent, []).append(path)
+    found.files = []
+    for folder, files in folders.items():
+        names = {re.sub(r"[0-9]+$", "", p.stem) + p.suffix.lower() for p in files}
+        numbered = len(files) > 1 and len(names) == 1 and all(p.stem[-1:].isdigit() for p in files)
+        if folder != found.folder and numbered and not _moves(files[0]):
+            found.files.append(folder)
+            continue
+        for path in files:
+            if path.suffix.lower() in CLIPS:
+                found.files.append(path)
+            else:
+                found.others[path.suffix.lower()] += 1
+
+
+def _moves(path: Path) -> bool:
+    """Whether a file is no still picture: an animated one, a video, or one that cannot be read."""
+    from PIL import Image
+
+    if path.suffix.lower() not in STILLS:
+        return True
+    try:
+        with decoding(), Image.open(path, formats=decoders()) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except OSError:
+        return True
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The frames of a clip that is a folder, in their order."""
+    found = [p for p in folder.iterdir() if p.suffix.lower() in STILLS and not hidden(p.name)]
+    return sorted(found, key=lambda p: natural(p.name))
 
 
 def _entries(

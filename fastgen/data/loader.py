@@ -169,8 +169,8 @@ class Conditions:
 
 
 def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
-    """The data section of a run, in the teacher's own terms; with pixels=False no image is read, only what
-    goes with them.
+    """The data section of a run, in the teacher's own terms; with pixels=False no image is read that the
+    teacher is not shown, only what goes with them.
     """
     codec: Any = teacher.codec
     if cfg.latents:
@@ -188,7 +188,8 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     cache.check_folder(cfg.cache_dir)
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
-    found = read_source(cfg, codec, device, pixels or bool(cfg.degradation))
+    shown = isinstance(codec, TextCodec) and codec.family.needs_image and codec.family.temporal
+    found = read_source(cfg, codec, device, pixels or shown or bool(cfg.degradation))
     x0 = None
     if found.images is not None:
         _check_size(found.images, codec, device)

@@ -169,9 +169,10 @@ def _library(part: nn.Module) -> str:
 
 
 def _index(teacher: Teacher) -> dict:
-    """The model_index.json of the teacher's folder, if it has one."""
+    """The model_index.json of the teacher's folder, if it has one, with what its blueprint says instead."""
     file = hub_folder(teacher.path, False) / "model_index.json" if teacher.path else None
-    return read_json(file, "teacher.path") if file is not None and file.is_file() else {}
+    found = read_json(file, "teacher.path") if file is not None and file.is_file() else {}
+    return found | (teacher.index or {})
 
 
 def _is_part(name: str, entry: object) -> bool:

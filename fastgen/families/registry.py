@@ -31,12 +31,16 @@ FAMILIES: dict[str, Family] = _collect()
 
 def detect(index: dict, config: dict) -> Family:
     """The family of a model_index.json (which may be empty) and a denoiser's config.json: one with the
-    pipeline of the index, else the first that matches the network.
+    pipeline of the index, else the first that matches the network. A network that is not in the form in which
+    families have that pipeline is refused: it would be asked without what the pipeline gives it.
     """
     net_class = config.get("_class_name", "")
     matching = [f for f in FAMILIES.values() if f.net_class == net_class and f.matches(index, config)]
     exact = [f for f in matching if index.get("_class_name") in f.pipelines]
-    if exact or matching:
+    known_pipeline = any(
+        index.get("_class_name") in f.pipelines for f in FAMILIES.values() if f.net_class == net_class
+    )
+    if exact or (matching and not known_pipeline):
         return (exact or matching)[0]
     known = sorted({f.net_class for f in FAMILIES.values()})
     if net_class in known:

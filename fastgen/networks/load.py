@@ -368,4 +368,4 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
     export = info.get("export") or {}
     if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])
-    return Teacher(backbone, codec, scheduler, path, info)
+    return Teacher(backbone, codec, scheduler, path, info, (options.blueprint or {}).get("index"))

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastgen.core.errors import UserError
@@ -27,17 +28,14 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def shard(backbones: Iterable[Denoiser], device: str | torch.device) -> None:
-    """Spread every network over the processes, block by block; UserError where there is one process alone, or
-    a network that is no model of diffusers.
+def shard(backbones: Iterable[Denoiser], device: str | torch.device, group: int | None = None) -> None:
+    """Spread every network over the processes, block by block: over all of them, or over groups of `group`
+    neighbours that hold a copy each (HSDP). UserError where there is one process alone, groups of that size
+    do not come out even, or a network is no model of diffusers.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if processes() == 1:
-        way = "start it with `accelerate launch --num_processes N`, or leave it out"
-        raise UserError("train.sharding", "found fsdp for one process", way)
-    mesh = init_device_mesh(torch.device(device).type, (processes(),))
+    mesh = _mesh(torch.device(device).type, group or processes())
     for backbone in backbones:
         if not isinstance(backbone, Backbone):
             raise UserError("train.sharding", "found fsdp for an exact teacher", "leave it out")
@@ -52,6 +50,19 @@ def shard(backbones: Iterable[Denoiser], device: str | torch.device) -> None:
         backbone.spread = True
 
 
+def _mesh(device: str, group: int) -> DeviceMesh:
+    """Of one dimension, or of copies by parts of them."""
+    if processes() == 1:
+        way = "start it with `accelerate launch --num_processes N`, or leave it out"
+        raise UserError("train.sharding", "found fsdp for one process", way)
+    if processes() % group:
+        found = f"groups of {group} do not divide {processes()} processes"
+        raise UserError("train.shard_group", found, "choose a number that does")
+    if group == processes():
+        return init_device_mesh(device, (group,))
+    return init_device_mesh(device, (processes() // group, group), mesh_dim_names=("copy", "part"))
+
+
 def _part_again(net: Any, inputs: Any, outputs: Any) -> None:
     """After a pass without a backward to come, let go of what the outermost module gathered: FSDP keeps it,
     and it would stand for the weights even after they have changed.
@@ -63,6 +74,33 @@ def _part_again(net: Any, inputs: Any, outputs: Any) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of all its parts; every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """What this process writes of tensors so that each number is written once: its parts of those that are
+    spread, and where in the whole they begin; of whole ones all, on the first process.
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    parts: dict[str, Tensor] = {}
+    begins: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            if first:
+                parts[name], begins[name] = tensor, [0] * tensor.dim()
+            continue
+        *copies, _ = tensor.device_mesh.get_coordinate() or [0]
+        for chunk in tensor.__create_chunk_list__() if not any(copies) else ():
+            if tensor.to_local().numel():
+                parts[name], begins[name] = tensor.to_local(), list(chunk.offsets)
+    return parts, begins
+
+
+def everywhere(good: Tensor) -> Tensor:
+    """Whether a condition holds on every process of the run."""
+    if torch.distributed.is_initialized():
+        good = good.to(torch.uint8)
+        torch.distributed.all_reduce(good, torch.distributed.ReduceOp.MIN)
+    return good.bool()
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +130,8 @@ def gathered(backbones: Iterable[Denoiser], here: bool) -> Iterator[None]:
     kept = []
     for backbone in (b for b in backbones if isinstance(b, Backbone)):
         backbone.named_weights()  # lets go of what is gathered
-        state = wholes({**dict(backbone.net.named_parameters()), **dict(backbone.net.named_buffers())})
+        tensors = {**dict(backbone.net.named_parameters()), **dict(backbone.net.named_buffers())}
+        state = wholes(tensors, here)
         if here:
             kept.append((backbone, backbone.net))
             backbone.net = _filled(_shapes[backbone.net], state)
@@ -128,6 +167,13 @@ def _filled(shapes: nn.Module, state: dict[str, Tensor]) -> Any:
     return net.eval()
 
 
-def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """All of a mapping, whole, by name."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+def wholes(tensors: Mapping[str, Tensor], here: bool = True, on_cpu: bool = False) -> dict[str, Any]:
+    """All of a mapping, whole, by name; empty where they are not wanted `here`. Put on the CPU they go one by
+    one, so that no card holds more than one of those that were spread.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        one = whole(tensor)
+        if here:
+            found[name] = one.cpu() if on_cpu else one
+    return found

@@ -22,6 +22,8 @@ class Teacher:
     path: str = ""
     info: dict | None = None
     """fastgen.json of the folder"""
+    index: dict | None = None
+    """entries of model_index.json that a blueprint gives in the place of the folder's"""
 
     @property
     def is_analytic(self) -> bool:

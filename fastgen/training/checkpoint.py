@@ -5,7 +5,8 @@ renamed into it, so that a kill or a full disk leaves the last good one.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError, warn
 from fastgen.core.files import disk_error, sha256, sync_folder, to_json, write_text
+from fastgen.networks.sharding import like
 from fastgen.training import fingerprint
+from fastgen.training.stored_tensors import TENSORS, StoredTensors, is_tensors, write
 
-TENSORS, STATE, SUMS = "state.safetensors", "state.json", "checksums.json"
+STATE, SUMS = "state.json", "checksums.json"
 META: dict[str, tuple[type, ...]] = {
     "stage": (int,),
     "k": (int,),
@@ -82,25 +85,44 @@ def set_aside(folder: Path, after: int, why: str) -> list[Path]:
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> Path:
     """Write checkpoint-<step> whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with kept_on_failure(folder, step):
+        temporary = begin(folder, step)
+        write(temporary / TENSORS, {k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        return seal(temporary, meta)
 
-    final = folder / "checkpoints" / f"checkpoint-{step}"
-    temporary = final.with_name(final.name + ".tmp")
+
+def begin(folder: Path, step: int) -> Path:
+    """The empty folder that a checkpoint's files are written into."""
+    temporary = folder / "checkpoints" / f"checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def seal(temporary: Path, meta: dict) -> Path:
+    """Give a folder that holds every tensor its state and checksums, and its name."""
+    final = temporary.with_suffix("")
+    (temporary / STATE).write_text(to_json(meta))
+    names = sorted(p.name for p in temporary.iterdir() if is_tensors(p.name))
+    sums = {name: sha256(temporary / name) for name in (*names, STATE)}
+    (temporary / SUMS).write_text(to_json(sums, 1))
+    sync_folder(temporary)
+    if final.is_dir():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    return final
+
+
+@contextmanager
+def kept_on_failure(folder: Path, step: int) -> Iterator[None]:
+    """A disk that is full or cannot be written is an error in one line, which says what is kept."""
+    from safetensors import SafetensorError
+
     try:
-        temporary.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
-        (temporary / STATE).write_text(to_json(meta))
-        sums = {name: sha256(temporary / name) for name in (TENSORS, STATE)}
-        (temporary / SUMS).write_text(to_json(sums, 1))
-        sync_folder(temporary)
-        if final.is_dir():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync_folder(final.parent)
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}.tmp", ignore_errors=True)
         if not (disk_error(error) or isinstance(error, (OSError, SafetensorError))):
             raise
         good = latest(folder)
@@ -108,7 +130,6 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> Pat
         found = f"step {step} could not be saved ({error}); {kept}"
         way = "free some space, then the same command with --resume goes on"
         raise UserError("checkpoint", found, way) from None
-    return final
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -120,12 +141,19 @@ def rotate(folder: Path, keep: int) -> None:
 def verify(path: Path) -> None:
     """Raises Damaged unless a checkpoint holds exactly what was saved."""
     try:
-        for name in (SUMS, STATE, TENSORS):
+        for name in (SUMS, STATE):
             if not (path / name).is_file():
                 raise Damaged(f"it has no {name}")
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
-        for name in (STATE, TENSORS):
-            if not isinstance(sums, dict) or sums.get(name) != sha256(path / name):
+        saved = {STATE, *(sums if isinstance(sums, dict) else ())}
+        if not any(map(is_tensors, saved)):
+            raise Damaged(f"{SUMS} names no file of tensors")
+        for name in sorted(saved | {p.name for p in path.iterdir() if is_tensors(p.name)}):
+            if not (name == STATE or is_tensors(name)):
+                raise Damaged(f"{SUMS} names {name}")
+            if not (path / name).is_file():
+                raise Damaged(f"it has no {name}")
+            if sums.get(name) != sha256(path / name):
                 raise Damaged(f"{name} is not what was saved: its checksum differs")
         meta = json.loads((path / STATE).read_text(encoding="utf-8"))
         _check_meta(meta)
@@ -148,24 +176,22 @@ def _check_meta(meta: object) -> None:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a checkpoint, from its header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path / TENSORS, "pt") as file:
-            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{TENSORS} cannot be read: {error}") from None
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, meta) of a checkpoint."""
+    """Shape of every tensor of a checkpoint, from its headers alone."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return load_file(path / TENSORS), read_meta(path)
-    except (SafetensorError, OSError) as error:
+        return StoredTensors(path).shapes
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"its tensors cannot be read: {error}") from None
+
+
+def load(path: Path) -> tuple[Mapping[str, Tensor], dict]:
+    """(tensors, meta) of a checkpoint; a tensor is read when it is asked for."""
+    from safetensors import SafetensorError
+
+    try:
+        return StoredTensors(path), read_meta(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from None
 
 
@@ -230,18 +256,20 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], prefix: str, tensors: dict, rest: dict
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], prefix: str, *sources: Mapping
 ) -> None:
-    """Inverse of `optimizer_tensors`."""
+    """Inverse of `optimizer_tensors`, from its tensors and its rest; states are spread as their parameters
+    are.
+    """
     state: dict[int, dict] = {}
-    index = {n: i for i, n in enumerate(names)}
-    for source in (tensors, rest):
-        for full, value in source.items():
-            if full.startswith(f"{prefix}/"):
-                name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
-                if name not in index:
-                    raise UserError(
-                        "--resume", f"it optimizes {name}, unknown here", "start a new output_dir"
-                    )
-                state.setdefault(index[name], {})[key] = value
+    index = {n: i for i, n in enumerate(parameters)}
+    for source in sources:
+        for full in (n for n in source if n.startswith(f"{prefix}/")):
+            name, key = full.removeprefix(f"{prefix}/").rsplit("/", 1)
+            if name not in index:
+                raise UserError("--resume", f"it optimizes {name}, unknown here", "start a new output_dir")
+            value = source[full]
+            if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                value = like(value, parameters[name])
+            state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

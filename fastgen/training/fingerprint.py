@@ -25,8 +25,19 @@ TRAIN = (
     "compile",
     "compile_blocks",
     "sharding",
+    "shard_group",
+    "context_parallel",
 )
-FREE = ("lr", "fused", "gradient_checkpointing", "compile", "compile_blocks", "sharding", "version")
+FREE = (
+    "lr",
+    "fused",
+    "gradient_checkpointing",
+    "compile",
+    "compile_blocks",
+    "sharding",
+    "shard_group",
+    "version",
+)
 """last or first words of keys whose change is reported and never refused"""
 ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
 """settings of the data section that are named also where they are not set; checkpoints and evidence from

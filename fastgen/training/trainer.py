@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastgen.config.run import StageConfig
 from fastgen.config.sections import TrainConfig
@@ -24,11 +25,13 @@ from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
 from fastgen.data.text import example_of
-from fastgen.networks.sharding import clip_gradients, gathered, like, shard, wholes
+from fastgen.networks.context_parallel import SplitSequences, sum_over_groups
+from fastgen.networks.sharding import clip_gradients, everywhere, gathered, like, own_parts, shard, wholes
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
 from fastgen.training.optimizers import average_gradients, lr_factor, make_optimizer
+from fastgen.training.saving import Saver
 
 __all__ = ["NotFinite", "Trainer"]
 
@@ -49,7 +52,9 @@ class Trainer:
         """`fingerprint`: what the run is made of (`fingerprint.of_run`), kept in its checkpoints."""
         self.train_cfg, self.cast, self.data, self.folder, self.acc = train, cast, data, folder, accelerator
         self.fingerprint, self.validate = fingerprint, validate
-        self.rng = Rng(train.seed, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        group = train.context_parallel or 1  # processes with the same samples
+        rank, world = accelerator.process_index // group, accelerator.num_processes // group
+        self.rng = Rng(train.seed, rank, world, accelerator.device)
         self.step = 0  # windows over all stages
         self.seconds = 0.0
         self.cpu = CpuShare()
@@ -57,7 +62,12 @@ class Trainer:
         cast.divide(data)
         self.sharded = train.sharding == "fsdp"
         if self.sharded:
-            shard(cast.backbones(), accelerator.device)
+            shard(cast.backbones(), accelerator.device, train.shard_group)
+        self.sequences: SplitSequences | None = None
+        if train.context_parallel:
+            self.sequences = SplitSequences(cast.backbones(), train.context_parallel, accelerator.device)
+            self.sequences.try_one(cast.teacher, accelerator.device)
+        self.saver = Saver(folder, accelerator, train.sharded_checkpoints, train.async_checkpoints)
         self.student = cast.student
         self.ema = EMA(self.student.trainable(), train.ema_decay)
         self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
@@ -74,6 +84,15 @@ class Trainer:
         """Train every stage, from a checkpoint if given. A signal raises interrupt.Stopped after the
         checkpoint of the step it came in.
         """
+        try:
+            self._fit(resume)
+        except interrupt.Stopped:
+            raise
+        except BaseException:
+            self.saver.leave()
+            raise
+
+    def _fit(self, resume: Path | None) -> None:
         tensors, meta = checkpoint.load(resume) if resume else ({}, {"stage": 0, "k": 0})
         start = time.monotonic()
         stages = self.cast.stages
@@ -121,12 +140,15 @@ class Trainer:
         )
         for k, window in zip(range(k0, stage.max_train_steps), windows):
             self.unchanged = True
-            for micro, batch in enumerate(window):
-                self._micro_step(batch, k, micro, stage.max_train_steps)
+            with self.sequences.split() if self.sequences else nullcontext():
+                for micro, batch in enumerate(window):
+                    self._micro_step(batch, k, micro, stage.max_train_steps)
             self.unchanged = False
             if self.ema.averages:
                 self.ema.update(self.objective.learned("student"), self.step)
             self._rotate()  # the checkpoint this step started from is proven good
+            if self.saver.behind and self.step % self.train_cfg.log_steps == 0:
+                self._saved(wait=False)
             self.step += 1
             self.seconds = time.monotonic() - started
             self._log(stage, k, bar)
@@ -141,6 +163,8 @@ class Trainer:
             if last or stopping or (train.checkpointing_steps and self.step % train.checkpointing_steps == 0):
                 following = (index + 1, 0) if last and self.validated else (index, k + 1)
                 self.save(*following)
+            if last or stopping:
+                self._saved(wait=True)
             if self.step == self.total:
                 self._rotate()
             self._stop(stopping)
@@ -182,6 +206,8 @@ class Trainer:
         cfg, optimizer = self.optim_cfg[player], self.optimizers[player]
         parameters = list(self.params[player].values())
         average_gradients(parameters)
+        if self.sequences:
+            sum_over_groups((p.grad for p in parameters), self.sequences.degree)
         clip = clip_gradients if self.sharded else self.acc.clip_grad_norm_
         norm = clip(parameters, cfg.clip or math.inf)
         if not torch.isfinite(norm) and self.acc.scaler is None:
@@ -260,15 +286,21 @@ class Trainer:
         """Checkpoint the state from which step k of a stage starts; NotFinite instead where a weight, or a
         sample made with the weights, is not finite.
         """
-        if not (self.acc.is_main_process or self.sharded):
+        main = self.acc.is_main_process
+        if not (main or self.sharded):
             return
-        tensors = wholes(self._tensors())
-        rest: dict[str, Any] = {}
+        self._saved(wait=True)
+        tensors, rest = self._tensors(), {}
         for name, optimizer in self.optimizers.items():
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
-            tensors, rest = tensors | wholes(more), rest | other
+            tensors, rest = tensors | more, rest | other
         self._check_good(tensors)
-        if not self.acc.is_main_process:
+        begins: dict[str, list[int]] = {}
+        if self.saver.in_parts:
+            tensors, begins = own_parts(tensors)
+        elif self.sharded:
+            tensors = wholes(tensors, main, on_cpu=True)
+        if not (main or self.saver.in_parts):
             return
         meta = {
             "stage": stage,
@@ -283,8 +315,13 @@ class Trainer:
             "logs": {n: [float(v) for v in values] for n, values in self.logs.items()},
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
-        checkpoint.save(self.folder, self.step, tensors, meta)
-        self.unproven = True
+        self.saver.save(self.step, tensors, begins, meta)
+        self.unproven = self.saver.step is None
+
+    def _saved(self, wait: bool) -> None:
+        """Complete a checkpoint that is being written beside the training."""
+        if self.saver.finish(wait):
+            self.unproven = True
 
     @torch.no_grad()
     def _check_good(self, tensors: Mapping[str, Tensor]) -> None:
@@ -295,7 +332,10 @@ class Trainer:
 
         kinds = ("part/", "ema/", "optim/")
         floats = {n: t for n, t in tensors.items() if n.startswith(kinds) and t.is_floating_point()}
-        good = torch.stack([t.isfinite().all().cpu() for t in floats.values()]) if floats else torch.ones(1)
+        own = [t.to_local() if isinstance(t, DTensor) else t for t in floats.values()]
+        fine = [t.isfinite().all().to(self.acc.device) for t in own]
+        good = torch.stack(fine) if fine else torch.ones(1, device=self.acc.device)
+        good = everywhere(good).cpu() if self.sharded else good.cpu()
         if not good.all():
             name = next(n for n, fine in zip(floats, good.tolist()) if not fine)
             raise NotFinite(f"step {self.step}: the last update left {name} not finite")
@@ -314,7 +354,7 @@ class Trainer:
             self.unproven = False
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor], meta: dict) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor], meta: dict) -> None:
         """Put a checkpoint into the current stage; parts of a finished stage are taken over, its
         optimizers are not.
         """
@@ -323,10 +363,8 @@ class Trainer:
                 value.copy_(like(tensors[name], value))
         if meta["k"]:
             for name, optimizer in self.optimizers.items():
-                names = list(self.params[name])
-                checkpoint.restore_optimizer(optimizer, names, f"optim/{name}", tensors, meta["rest"])
-                for parameter, state in optimizer.state.items():
-                    state |= {k: like(v, parameter) for k, v in state.items() if k.startswith("exp_avg")}
+                own, prefix = self.params[name], f"optim/{name}"
+                checkpoint.restore_optimizer(optimizer, own, prefix, tensors, meta["rest"])
         self.step, self.seconds, self.best = meta["step"], meta["seconds"], meta["best"]
         self.validated = meta["validated"]
         for key, values in meta["logs"].items():
@@ -337,7 +375,7 @@ class Trainer:
             checkpoint.rewind_metrics(self.folder, self.step)
 
     @torch.no_grad()
-    def _restore_objective(self, tensors: dict[str, Tensor], meta: dict) -> None:
+    def _restore_objective(self, tensors: Mapping[str, Tensor], meta: dict) -> None:
         """What an objective keeps beside its players, made by its prepare(); of the stage that saved it."""
         if meta["k"] or meta["stage"] == len(self.cast.stages):
             for name, value in self.objective.state().items():

@@ -114,7 +114,8 @@ PLAIN = {
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
         "compile compile_blocks ema_decay log_steps validation_steps checkpointing_steps export_dtype "
-        "checkpoints_total_limit sharding num_threads report_to"
+        "checkpoints_total_limit sharding shard_group context_parallel sharded_checkpoints "
+        "async_checkpoints num_threads report_to"
     ),
     "eval": (
         "num_samples teacher_samples remeasure_teacher student_steps validation_samples grid batch_size seed "

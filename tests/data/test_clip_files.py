@@ -7,6 +7,7 @@ from PIL import Image
 
 from fastgen.core.errors import UserError
 from fastgen.data.clips import read_clip, save_clip
+from fastgen.data.folders import gather, scan
 from fastgen.data.sources import read_source
 from tests.data.test_moving import codec, section
 
@@ -80,3 +81,46 @@ def test_a_folder_at_a_rate(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=f"data.fps: found 10 {why}"):
             read_source(section().model_copy(update={**asked, **more}), made, "cpu", pixels=False)
+
+
+def frames(folder, numbers, name="frame_{}.png"):
+    folder.mkdir(parents=True)
+    every = pictures(20)
+    for i in numbers:
+        every[i].save(folder / name.format(i))
+
+
+def test_a_folder_of_numbered_frames_is_a_clip(tmp_path):
+    """2 comes before 10; captions and classes are those of a file called as the folder."""
+    frames(tmp_path / "walk", range(12))
+    frames(tmp_path / "run", range(9, 15), "{}.jpg")
+    (tmp_path / "walk.txt").write_text("somebody walks")
+    save_clip(pictures(6), tmp_path / "jump.gif")
+    samples = gather(scan(tmp_path, clips=True))
+    assert [samples.name(i) for i in range(3)] == ["jump.gif", "run", "walk"]
+    assert samples.captions == [None, None, "somebody walks"]
+    assert seen(samples.files[2], 12) == list(range(12)) and seen(samples.files[1], 4) == [9, 10, 11, 12]
+    with pytest.raises(OSError, match="6 frames of the 9 needed"):
+        seen(samples.files[1], 9)
+    with pytest.raises(OSError, match="does not say how long a frame is shown"):
+        seen(samples.files[2], 2, 8.0)
+
+
+def test_what_is_no_folder_of_frames(tmp_path):
+    """Animated pictures in a folder are a clip each, pictures of several names and one alone are none."""
+    (tmp_path / "moving").mkdir()
+    for i in range(2):
+        save_clip(pictures(3), tmp_path / f"moving/{i}.webp")
+    frames(tmp_path / "mixed", range(2), "a{}.jpg")
+    pictures(1)[0].save(tmp_path / "mixed/b1.jpg")
+    frames(tmp_path / "one", range(1), "{}.jpg")
+    listing = scan(tmp_path, clips=True)
+    assert [str(p.relative_to(tmp_path)) for p in listing.files] == ["moving/0.webp", "moving/1.webp"]
+    assert listing.others[".jpg"] == 4
+
+
+def test_folders_of_frames_in_class_folders(tmp_path):
+    for label in ("cat", "dog"):
+        frames(tmp_path / label / "clip1", range(3), "{}.jpg")
+    samples = gather(scan(tmp_path, clips=True))
+    assert samples.labels == ["cat", "dog"] and samples.origin == "folders"

@@ -89,11 +89,14 @@ def test_a_first_frame_beside_the_text(tmp_path, built, capsys):
     from fastgen.networks.load import load_teacher
 
     teacher = load_teacher(str(built("wan-i2v")))
-    data = load_data(DataConfig(images=str(clips(tmp_path / "clips"))), teacher)
+    section = DataConfig(images=str(clips(tmp_path / "clips")))
+    data = load_data(section, teacher)
     index = torch.arange(2)
     cond, null = data.cond(index), data.null(index)
     assert data.x0.shape == (4, *teacher.codec.shape)
     assert torch.equal(cond["image_latents"], null["image_latents"])
+    without = load_data(section, teacher, pixels=False).cond(index)  # of a method that learns from no clip
+    assert torch.equal(cond["image_latents"], without["image_latents"])
     assert not torch.equal(cond["image_latents"][0], cond["image_latents"][1])
     assert not torch.equal(cond["encoder_hidden_states"], null["encoder_hidden_states"])
     Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "first.png")

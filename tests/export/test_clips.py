@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from fastgen.cli.sample import Generator, draw
+from fastgen.config.parse import read_files
 from fastgen.config.run import validate
+from fastgen.core.paths import config
 from fastgen.data import moving
 from fastgen.export.load import load_export
 from fastgen.training.assembly import make_cast
@@ -54,3 +56,30 @@ def test_p4_a_student_of_clips_is_sampled_by_plain_diffusers(tmp_path, kind):
     untrained = load_export(base)
     untrained.role = loaded.role.with_network(untrained.role)
     assert (theirs - draw(Generator(untrained, 0, 1.0, {}), cond, [11, 12], 2)[0]).abs().max() > 1e-2
+
+
+FIRST = """
+import numpy, torch, diffusers
+from PIL import Image
+pipe = diffusers.DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)
+assert type(pipe).__name__ == "WanImageToVideoPipeline" and pipe.config.expand_timesteps
+pipe.set_progress_bar_config(disable=True)
+shown = Image.fromarray(numpy.asarray(SHOWN, dtype=numpy.uint8))
+call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "pt"}
+call |= {"num_frames": 9, "max_sequence_length": 16, "generator": torch.Generator().manual_seed(1)}
+images = pipe(shown, PROMPTS[0], **call).frames.float().transpose(1, 2)
+"""
+
+
+def test_what_a_blueprint_says_of_a_pipeline_is_exported(tmp_path):
+    """A teacher of image to video, made from one of text to video, is one where it is loaded again too."""
+    path = [str(config("teachers/moving-wan-i2v.yaml"))]
+    cfg = validate(read_files(path))
+    cast = make_cast(cfg)
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path, enlarges=0)
+    folder = export_run(run, tmp_path / "export", {})
+    assert load_export(str(folder)).role.backbone.family.name == cast.teacher.family.name == "wan-ti2v-image"
+    first = moving.compose([0], "heldout")[0, :, 0]
+    shown = first.permute(1, 2, 0).tolist()
+    theirs = plainly(f"PROMPTS, SHOWN = {PROMPTS!r}, {shown!r}\n" + FIRST, folder)
+    assert ((theirs[0, :, 0] - first / 255) ** 2).mean() < 0.01, "the clip begins with another picture"

@@ -117,6 +117,10 @@ def test_teacher_grid_ends_where_the_schedulers_does(world, name):
             "QwenImageLayeredPipeline",
             {"_class_name": "QwenImageTransformer2DModel", "use_layer3d_rope": True},
         ),
+        (
+            "WanImageToVideoPipeline",
+            {"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16},
+        ),
     ],
 )
 def test_siblings_that_ask_otherwise_are_refused(pipeline, net):

@@ -50,7 +50,11 @@ RUNS = {
 }
 
 
-def settings(run: dict, batch: int, sharding: str | None, steps: int = 4) -> dict:
+IN_PARTS = {"sharding": "fsdp", "sharded_checkpoints": True, "async_checkpoints": True}
+SHARDING = {"dmd2 with GAN": IN_PARTS, "adapters": {"sharding": "fsdp"}, "a target that follows": IN_PARTS}
+
+
+def settings(run: dict, batch: int, sharding: dict, steps: int = 4) -> dict:
     return {
         "teacher": {"path": "assets:teachers/digits", "num_steps": 2},
         "data": {"name": "digits", "limit": 64},
@@ -60,7 +64,7 @@ def settings(run: dict, batch: int, sharding: str | None, steps: int = 4) -> dic
             "validation_steps": 2,
             "checkpointing_steps": 2,
             "ema_decay": [0.9],
-            "sharding": sharding,
+            **sharding,
         },
         "eval": {
             "num_samples": 20,
@@ -76,8 +80,8 @@ def settings(run: dict, batch: int, sharding: str | None, steps: int = 4) -> dic
 @pytest.mark.parametrize("name", first_of(RUNS))
 def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
     """Checkpoint, averages and optimizer are whole and those of one process; so are results and export."""
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, None)))
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 4, "fsdp")))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, {})))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 4, SHARDING[name])))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     launch_two(tmp_path, DRIVER)
     for step in (2, 4):
@@ -93,11 +97,28 @@ def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_copies_of_two_parts_each_equal_one(tmp_path):
+    """HSDP on four processes; what they write in parts one process goes on from."""
+    run = RUNS["dmd2 with GAN"]
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, {})))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(run, 2, IN_PARTS | {"shard_group": 2})))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    launch_two(tmp_path, DRIVER, processes=4)
+    files = sorted(p.name for p in (tmp_path / "two/checkpoints/checkpoint-2").glob("*.safetensors"))
+    assert files == ["state-00001-of-00004.safetensors", "state-00002-of-00004.safetensors"]
+    assert_same(state(tmp_path / "one", 4), state(tmp_path / "two", 4), rtol=1e-3, atol=2e-5)
+    shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-4")
+    flags = ["--resume", "--allow_changed", "world_size", "train"]
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "two"), *flags]) == 0
+    assert_same(state(tmp_path / "one", 4), state(tmp_path / "two", 4), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_spread_over_two_processes(tmp_path):
     """A checkpoint of one process, resumed by two with a part each, ends where one process ends."""
     run = RUNS["dmd2 with GAN"]
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, None)))
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(run, 4, "fsdp")))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(run, 8, {})))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(run, 4, {"sharding": "fsdp"})))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-4")
@@ -123,6 +144,12 @@ def test_what_cannot_be_spread_is_refused(change):
         validate(base | {section: {**base.get(section, {}), **values}})
 
 
+@pytest.mark.parametrize("key,value", [("shard_group", 2), ("sharded_checkpoints", True)])
+def test_settings_of_sharding_without_it_are_refused(key, value):
+    with pytest.raises(UserError, match=f"train.{key}: only with train.sharding fsdp"):
+        validate({"objective": {"name": "dmd2"}, "data": {"name": "digits"}, "train": {key: value}})
+
+
 @pytest.mark.parametrize("name", ["scm", "sana_sprint"])
 def test_forward_mode_is_refused_and_says_what_works(name):
     values = {"data": {"name": "digits"}, "train": {"sharding": "fsdp"}}
@@ -131,6 +158,6 @@ def test_forward_mode_is_refused_and_says_what_works(name):
 
 
 def test_one_process_has_nothing_to_spread_over(tmp_path, capsys):
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS["adapters"], 8, "fsdp")))
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS["adapters"], 8, {"sharding": "fsdp"})))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 2
     assert "train.sharding: found fsdp for one process" in capsys.readouterr().err

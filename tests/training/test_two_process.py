@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from fastgen.cli.train import main
+from fastgen.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -34,26 +34,30 @@ METHODS = {
 }
 
 
-def launch_two(tmp_path, driver: str, *flags: str) -> None:
-    """Run two.yaml into the folder `two` by two processes that the driver starts from."""
+def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2) -> None:
+    """Run two.yaml into the folder `two` by two processes (or more) that the driver starts from."""
     (tmp_path / "driver.py").write_text(driver)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command = [*launch, "driver.py", "--config", "two.yaml", "--output_dir", "two", *flags]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    run = ["driver.py", "--config", "two.yaml", "--output_dir", "two", *flags]
+    command = [*launch, "--master-port", port, *run]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    limit = 90 if processes == 2 else 400
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint."""
-    return load_file(folder / f"checkpoints/checkpoint-{step}/state.safetensors")
+    return dict(checkpoint.load(folder / f"checkpoints/checkpoint-{step}")[0])
 
 
 def assert_same(one: dict, two: dict, rtol: float, atol: float) -> None:
