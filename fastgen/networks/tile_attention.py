@@ -224,9 +224,13 @@ class TileProcessor:
     @property
     def dense(self) -> bool:
         """Whether nothing asks more of this layer than the network's own processor does."""
-        if hasattr(self.plain, "_attention_backend"):
-            self.plain._attention_backend = self._attention_backend
-        return self.control.watch is None and self.control.chosen(self.layer) is None
+        for name in ("_attention_backend", "_parallel_config"):
+            if hasattr(self.plain, name):
+                setattr(self.plain, name, getattr(self, name))
+        plain = self.control.watch is None and self.control.chosen(self.layer) is None
+        if not plain and self._parallel_config is not None:
+            raise ValueError("masks between frames, and tokens that are spread over processes")
+        return plain
 
 
 class WanTiles(TileProcessor):

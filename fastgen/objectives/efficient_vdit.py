@@ -64,7 +64,11 @@ class EfficientVDiT(Objective, config=EfficientVDiTConfig):
             return {"student+grad": 1, "previous": 1}
 
         return Requirements(
-            network_calls, untrained=("previous",), one_guidance=False, grid_steps=cfg.grid_steps
+            network_calls,
+            untrained=("previous",),
+            one_guidance=False,
+            tiles=True,
+            grid_steps=cfg.grid_steps,
         )
 
     def check(self) -> None:
