@@ -248,15 +248,15 @@ def test_p2_a_stage_after_consistency_keeps_the_mixture(tmp_path):
     another network than the student it leads to that one.
     """
     dense = {"name": "consistency", "num_scales": 16, "segments": 1}
-    stages = [(dense, 200, 1), ({"name": "efficient_vdit"}, 5, 1)]
-    before, after, x, trainer = run_mixture(tmp_path, None, stages=stages, lr=2e-3)
+    stages = [(dense, 120, 1), ({"name": "efficient_vdit"}, 3, 1)]
+    before, after, x, trainer = run_mixture(tmp_path, None, stages=stages, lr=2e-3, batch=128)
     assert after < 0.05 and after < before / 2, (before, after)
     objective = trainer.objective
     objective.follow = lambda part: None
     for p in objective.previous.trainable().values():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     one, losses = batch_of(torch.randn(256, 2)), []
-    for _ in range(60):
+    for _ in range(40):
         losses.append(play(objective, one, 1)[0][1])
     assert losses[0] > 1e-3 and losses[-1] < losses[0] / 2, losses
 
