@@ -89,12 +89,13 @@ def longer(_: list[dict], folder: Path | None = None) -> str:
     if last is None:
         return "No study yet."
     rows.append(["real clips", "", *_clip_cells(last["floor"]), ""])
-    header = ("run", "half", "fvd_mini", "fd_mini", "as asked %", "motion %", "pixels a frame")
+    header = ("run", "half", "fvd_mini", "fd_mini", "as asked %", "colour %", "motion %", "pixels a frame")
     return "\n".join(markdown((*header, "frames a second"), rows))
 
 
 def _clip_cells(row: dict) -> list[str]:
-    shares = [f"{100 * row[key]:.1f}" for key in ("agreement", "agreement_motion")]
+    keys = ("agreement", "agreement_colour", "agreement_motion")
+    shares = [f"{100 * row[key]:.1f}" if key in row else "" for key in keys]
     return [f"{row['fvd_mini']:.3g}", f"{row['fd_mini']:.3g}", *shares, f"{row['dynamic_degree']:.2f}"]
 
 

@@ -1,6 +1,7 @@
 """The studies of docs/methods.md: their tables follow from what was recorded, and other runs are refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,16 +84,18 @@ def test_other_runs_are_refused(command, capsys):
 
 
 def test_the_table_of_longer_clips_has_both_halves(tmp_path):
-    keys = ("fvd_mini", "fd_mini", "agreement", "agreement_motion", "dynamic_degree")
+    keys = ("fvd_mini", "fd_mini", "agreement", "agreement_colour", "agreement_motion", "dynamic_degree")
     first, second, real = (dict(zip(keys, values)) for values in (
-        (2.0, 3.0, 0.8, 0.9, 0.7), (4.5, 6.0, 0.5, 0.25, 0.4), (0.5, 0.4, 0.95, 1.0, 0.8)
+        (2.0, 3.0, 0.8, 0.98, 0.9, 0.7), (4.5, 6.0, 0.5, 0.6, 0.25, 0.4), (0.5, 0.4, 0.95, 1, 1.0, 0.8)
     ))  # fmt: skip
     about = {"model": "m", "seconds_per_frame": 0.02, "first": first, "second": second, "floor": real}
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/longer_m.json").write_text(json.dumps(about))
     text = studies.longer([], tmp_path)
-    assert "| `m` | 1 | 2 | 3 | 80.0 | 90.0 | 0.70 | 50 |" in text
-    assert "| `m` | 2 | 4.5 | 6 | 50.0 | 25.0 | 0.40 | 50 |" in text and "| real clips |  | 0.5 |" in text
+    assert "| `m` | 1 | 2 | 3 | 80.0 | 98.0 | 90.0 | 0.70 | 50 |" in text
+    assert (
+        "| `m` | 2 | 4.5 | 6 | 50.0 | 60.0 | 25.0 | 0.40 | 50 |" in text and "| real clips |  | 0.5 |" in text
+    )
     assert studies.longer([], tmp_path / "none") == "No study yet."
 
 
@@ -109,6 +112,33 @@ def test_only_students_that_go_block_by_block_draw_longer_clips(tmp_path, monkey
     assert clips.shape == (4, 3, 18, 32, 32) and found["frames"] == 18 and found["seconds_per_frame"] > 0
     assert set(found["first"]) == set(found["second"]) == set(longer.KEPT)
     assert found["first"] != found["second"]
-    with pytest.raises(UserError, match="does not go block by block"):
+    with pytest.raises(UserError, match="is no student"):
         longer.drawer(cast.teacher_cfg.path)
+    fvd_mini._reference.cache_clear()
+
+
+def test_students_begun_by_a_frame_draw_windows(tmp_path, monkeypatch):
+    """Each window is measured by itself, and the frame that two share in both."""
+    from eval import longer
+    from fastgen.config.run import validate
+    from fastgen.evaluation.metrics import fvd_mini
+    from fastgen.training.assembly import make_cast
+    from fastgen.training.exporting import export_run
+    from tests.support.clips import clip_teacher
+
+    monkeypatch.setattr(fvd_mini, "HELD", 100)
+    fvd_mini._reference.cache_clear()
+    values = {
+        "teacher": {"path": str(clip_teacher(tmp_path / "teacher", first_frame=True))},
+        "student": {"num_steps": 2},
+        "objective": {"name": "dmd2", "gan_weight": 0.0},
+        "data": {"name": "moving", "limit": 4, "stream": "never"},
+    }
+    cfg = validate(values)
+    run = SimpleNamespace(cast=make_cast(cfg), train_cfg=cfg.train, step=1, example="", enlarges=0)
+    run.folder = tmp_path
+    folder = export_run(run, tmp_path / "export", {})
+    found, clips = longer.study(str(folder), num=4)
+    assert clips.shape == (4, 3, 17, 32, 32) and found["frames"] == 17
+    assert found["first"] != found["second"] and set(found["second"]) == set(longer.KEPT)
     fvd_mini._reference.cache_clear()
