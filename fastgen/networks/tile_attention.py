@@ -205,7 +205,8 @@ class Control:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, text: int, backend) -> Tensor:
         """The attention of a layer, under its mask."""
-        chosen = self.chosen(layer) or tuple(range(self.frames))
+        chosen = self.chosen(layer)
+        chosen = tuple(range(self.frames)) if chosen is None else chosen
         out = attend(query, key, value, self.frames, chosen, text, backend=backend)
         if self.watch is not None:
             self.watch(layer, query, key, value, text, out)

@@ -27,7 +27,7 @@ Differs
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -47,7 +47,7 @@ class EfficientVDiTConfig(ObjectiveConfig):
     name: Literal["efficient_vdit"] = "efficient_vdit"
     error: float = Field(0.1, ge=0)
     """largest share of an attention layer's output that its mask may change; 0 keeps all layers dense"""
-    globals: tuple[int, ...] = ()
+    globals: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """numbers of global frames that are tried; empty is all of them, from 1"""
     calibration_times: int = Field(4, ge=1)
     """times at which masks are searched, of a batch of the data"""
