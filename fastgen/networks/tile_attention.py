@@ -268,8 +268,8 @@ class CogVideoXTiles(TileProcessor):
         if image_rotary_emb is not None:
 
             def turned(x: Tensor) -> Tensor:
-                moved = apply_rotary_emb(x[:, text:].transpose(1, 2), image_rotary_emb).transpose(1, 2)
-                return torch.cat([x[:, :text], moved], 1)
+                moved: Any = apply_rotary_emb(x[:, text:].transpose(1, 2), image_rotary_emb)
+                return torch.cat([x[:, :text], moved.transpose(1, 2)], 1)
 
             query, key = turned(query), turned(key)
         out = self.control.attend(self.layer, query, key, value, text, None)
