@@ -10,6 +10,7 @@ python -m eval negative --run runs/tinted-sd_snoopi    do negative prompts (NASA
 python -m eval forgetting --run runs/tinted-sd_sfd       pictures of a student before and after it forgot
 python -m eval diversity --run runs/tinted-sd_tdm_full    does a base model's first step bring variety back?
 python -m eval transfer --run runs/tinted-sd_tdm_full    does a LoRA of the base model work on its student?
+python -m eval frontier --run runs/digits-sr_oftsr       what the knob between faithful and real trades
 python -m eval longer --run runs/moving-wan_self_forcing  clips twice as long as trained, half by half
 python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
                                                        a student that takes w beside guided sampling, by w
@@ -160,6 +161,7 @@ RUN = {
     "forgetting": _study,
     "transfer": _study,
     "longer": _study,
+    "frontier": _study,
     "guidance": _guidance,
 }
 

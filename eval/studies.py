@@ -99,4 +99,35 @@ def _clip_cells(row: dict) -> list[str]:
     return [f"{row['fvd_mini']:.3g}", f"{row['fd_mini']:.3g}", *shares, f"{row['dynamic_degree']:.2f}"]
 
 
-TABLES = {"forgetting": forgetting, "diversity": diversity, "transfer": transfer, "longer": longer}
+def frontier(_: list[dict], folder: Path | None = None) -> str:
+    """What the knob of a restoring student trades, beside its teacher and the enlarged pictures."""
+    lines: list[str] = []
+    for study in _studies("frontier", folder):
+        rows = [
+            [
+                name,
+                f"{row['nfe']}",
+                f"{row['psnr']:.2f}",
+                *([f"{row['ssim']:.3f}"] if "ssim" in row else []),  # none of pictures below its window
+                f"{row['perceptual']:.3f}",
+                f"{row['fd_mini']:.3g}",
+                f"{row['variance']:.3f}",
+                f"{100 * row['agreement']:.1f}",
+            ]
+            for name, row in study["contenders"].items()
+        ]
+        own = ("SSIM",) if "ssim" in next(iter(study["contenders"].values())) else ()
+        header = ("drawn by", "NFE", "PSNR", *own, "perceptual", "fd_mini", "variance", "agreement %")
+        lines += [f"`{study['model']}`, {study['images']} held-out pictures of {study['set']} enlarged "]
+        lines[-1] += f"{study['factor']} times:"
+        lines += ["", *markdown(header, rows), ""]
+    return "\n".join(lines).rstrip() or "No study yet."
+
+
+TABLES = {
+    "forgetting": forgetting,
+    "diversity": diversity,
+    "transfer": transfer,
+    "longer": longer,
+    "frontier": frontier,
+}

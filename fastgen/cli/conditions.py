@@ -12,7 +12,7 @@ from fastgen.data.folders import named
 from fastgen.data.media import read_image, shape_of
 from fastgen.data.pictures import read_picture, to_tensor
 from fastgen.data.text import cut_prompts, read_lines
-from fastgen.networks.codecs import Codec, LabelCodec, TextCodec
+from fastgen.networks.codecs import Codec, LabelCodec, PictureCodec, TextCodec
 
 MOST_LABELS = 1_000_000
 SAME_ASPECT = 0.02
@@ -52,7 +52,7 @@ def read_images(args, codec: Codec, num: int):
     """Images [num, 3, H, W] in [-1, 1] for a model that takes one beside the text, first and last frames
     [num, 3, 2, H, W] for one that takes both; None for others.
     """
-    if not isinstance(codec, TextCodec) or not codec.family.needs_image:
+    if not isinstance(codec, TextCodec | PictureCodec) or not codec.needs_image:
         for flag in (f for f in ("image", "last_image") if getattr(args, f)):
             raise UserError(f"--{flag}", "this model takes no image", "leave it out")
         return None
@@ -83,21 +83,21 @@ def read_images(args, codec: Codec, num: int):
     return shown.expand(num, *shown.shape[1:])
 
 
-def _read_image(path: str, codec: TextCodec, flag: str = "--image") -> torch.Tensor:
-    """One file as [3, H, W] in [-1, 1]."""
+def _read_image(path: str, codec: TextCodec | PictureCodec, flag: str = "--image") -> torch.Tensor:
+    """One file as [C, H, W] in [-1, 1]."""
     file, (height, width) = Path(path).expanduser(), codec.pixels
     with _readable(path, flag):
         own = shape_of(file)
         if abs(own[1] * height / (own[0] * width) - 1) > SAME_ASPECT:
             about = f"{named(path)} is {own[1]} x {own[0]}, cropped about its middle to {width} x {height}"
             warn(f"{flag}: {about}")
-        return read_image(file, (3, height, width)).float() / 127.5 - 1
+        return read_image(file, (codec.colours, height, width)).float() / 127.5 - 1
 
 
-def _read_small(path: str, codec: TextCodec) -> torch.Tensor:
-    """One low-resolution file, enlarged to [3, H, W] in [-1, 1]."""
+def _read_small(path: str, codec: TextCodec | PictureCodec) -> torch.Tensor:
+    """One low-resolution file, enlarged to [C, H, W] in [-1, 1]."""
     with _readable(path):
-        picture = to_tensor(read_picture(Path(path).expanduser()))
+        picture = to_tensor(read_picture(Path(path).expanduser(), "L" if codec.colours == 1 else "RGB"))
     (height, width), factor = codec.pixels, codec.enlarges
     if tuple(picture.shape[1:]) != (height // factor, width // factor):
         found = f"{named(path)} has {picture.shape[1]} x {picture.shape[2]} pixels; this model enlarges "
@@ -120,6 +120,11 @@ def _readable(path: str, flag: str = "--image") -> Iterator[None]:
 def conditions(args, codec: Codec) -> tuple[dict, list]:
     """(one condition row each, what each stands for)."""
     texts = read_prompts(args)
+    if isinstance(codec, PictureCodec):
+        for flag in (f for f in ("prompt", "prompts", "labels") if getattr(args, f)):
+            raise UserError(f"--{flag}", "this model takes an image alone", "leave it out")
+        num = max(1, len(args.image))
+        return codec.image_rows(read_images(args, codec, num))[0], [""] * num
     if isinstance(codec, TextCodec):
         if not codec.family.takes_text:
             if texts:
@@ -153,6 +158,8 @@ def conditions(args, codec: Codec) -> tuple[dict, list]:
 
 def null_of(args, codec: Codec) -> dict:
     """One row of what guidance leads away from; of an image, only what its null changes."""
+    if isinstance(codec, PictureCodec):
+        return {}  # each picture is its own
     if not isinstance(codec, TextCodec):
         return codec.null(1)
     images = read_images(args, codec, max(1, len(args.image)))

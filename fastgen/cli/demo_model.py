@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class DemoModel:
         self._teacher: Loaded | None = None
         codec = self.loaded.codec
         self.takes_text = isinstance(codec, TextCodec) and codec.family.takes_text
-        self.takes_image = isinstance(codec, TextCodec) and codec.family.needs_image
+        self.takes_image = codec.needs_image
         if isinstance(codec, TextCodec) and codec.family.needs_last_image:
             found = f"{model} is shown a first and a last frame"
             raise UserError("--model", found, "draw with sample.py --image and --last_image")
@@ -127,7 +128,10 @@ class DemoModel:
         from PIL import Image
 
         file = folder / "grey.png"
-        Image.new("RGB", (64, 64), "grey").save(file)
+        codec: Any = self.loaded.codec
+        height, width = codec.pixels if self.takes_image else (64, 64)
+        factor = codec.enlarges or 1  # of a picture to enlarge there is one size
+        Image.new("RGB", (width // factor, height // factor), "grey").save(file)
         image, label = str(file) if self.takes_image else "", self.labels[0] if self.labels else ""
         self.draw(Request(prompt="a picture", label=label, image=image, steps=self.steps))
 

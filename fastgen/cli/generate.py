@@ -93,7 +93,7 @@ class Drawing:
         if len(loaded.codec.shape) < 3:
             raise UserError("--model", f"{request.model} makes points, not images", "give a model of images")
         self.codec: Any = loaded.codec
-        if isinstance(self.codec, TextCodec) and self.codec.family.needs_image:
+        if self.codec.needs_image:
             found = f"{request.model} is shown a picture, and none is given here"
             raise UserError("--model", found, "draw with sample.py --image, and measure that folder")
         self.measure = str((loaded.teacher.info or {}).get("measure") or "")

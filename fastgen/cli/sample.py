@@ -17,6 +17,7 @@ from fastgen.cli.pictures import Gallery, open_folder
 from fastgen.cli.sample_limits import (
     add_clip,
     add_control,
+    add_fidelity,
     add_scale,
     add_size,
     asked_size,
@@ -25,6 +26,7 @@ from fastgen.cli.sample_limits import (
     check_numbers,
     check_size,
     load_sized,
+    put_fidelity,
 )
 from fastgen.cli.views import add_views, draw_views
 from fastgen.core import interrupt
@@ -76,6 +78,7 @@ def flags() -> argparse.ArgumentParser:
         help="total, repeating prompts or labels in order; default: one each",
     )
     add_scale(found)
+    add_fidelity(found)
     add_size(found)
     add_clip(found)
     add("--steps", type=int, default=0, help="sampling steps; default: as trained")
@@ -233,6 +236,7 @@ def run(args) -> int:
     if len(loaded.codec.shape) == 1:
         raise UserError("--model", f"{args.model} makes points, not images", "measure it with python -m eval")
     check_blocks(args, loaded)
+    put_fidelity(args, loaded)
     if len(loaded.codec.shape) == 2:
         return complete(args, loaded.codec, contenders(args, loaded, device), out, device)
     if args.scan:

@@ -31,6 +31,7 @@ def check_numbers(args) -> None:
         "batch_size": (1, MOST_SEED),
         "guidance": (-1e6, 1e6),
         "nasa_scale": (0, 1e6),
+        "fidelity": (0, 1),
     }
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
@@ -110,6 +111,25 @@ def add_scale(flags) -> None:
         metavar="N",
         help="times by which a super-resolution model enlarges --image; default: as trained",
     )
+
+
+def add_fidelity(flags) -> None:
+    """Add --fidelity to a parser."""
+    knob = "with that knob (OFTSR): high is near the original, low looks real; default: as exported"
+    flags.add_argument("--fidelity", type=float, default=None, metavar="F", help=knob)
+
+
+def put_fidelity(args, loaded) -> None:
+    """Sample a student at the fidelity that is asked for, which it has to be trained for."""
+    if args.fidelity is None:
+        return
+    span = loaded.role.spec.fidelity_range if loaded.is_student else None
+    found = f"found {args.fidelity:g}"
+    if span is None:
+        raise UserError("--fidelity", f"{found} for {args.model}, which has no such knob", "leave it out")
+    if not span[0] <= args.fidelity <= span[1]:
+        raise UserError("--fidelity", found, f"give {span[0]:g} to {span[1]:g}, which it was trained for")
+    loaded.role = loaded.role.with_fidelity(args.fidelity)
 
 
 def add_control(flags) -> None:

@@ -143,6 +143,7 @@ class RunConfig(Section):
                 f"student.gamma: found {self.student.gamma}; leave it out, or use student.sampler tcd"
             )
         self._check_steps()
+        self._check_fidelity()
         counts = (self.student.num_steps, len(times), *self.eval.student_steps)
         two = [s.objective.name for s in self.all_stages() if requirements_of(s.objective).step_end]
         if two and max(counts) > 1 and self.student.sampler != "ode":
@@ -295,6 +296,15 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{key}: {one.name} trains teacher.guidance alone; leave it out, or use {', '.join(able)}"
                 )
+
+    def _check_fidelity(self) -> None:
+        """A fidelity is told to students that the last stage trains for it."""
+        last, value = self.all_stages()[-1].objective, self.student.fidelity
+        span = requirements_of(last).fidelity
+        if value is None or (span is not None and span[0] <= value <= span[1]):
+            return
+        way = f"give {span[0]:g} to {span[1]:g}" if span else f"leave it out: {last.name} has no such knob"
+        raise ValueError(f"student.fidelity: found {value:g}; {way}")
 
     def _check_steps(self) -> None:
         """The step counts that are sampled and measured must be among those the last stage trains."""

@@ -126,6 +126,10 @@ class StudentConfig(Section):
     """
     guidance: float | None = None
     """guidance scale of samples of such a student, and the default of its export; null is teacher.guidance"""
+    fidelity: float | None = Field(default=None, ge=0, le=1)
+    """of a student with that knob (oftsr): where its samples lie between what looks real (0) and what is
+    faithful (1), and the default of its export; null is the least that is trained
+    """
     smooth_time: bool = False
     """refit the time embedding of a full student without high frequencies, for continuous-time methods"""
     sprint: bool = False

@@ -47,7 +47,7 @@ def check_fits(sizes: Sequence[Size], codec) -> None:
         why = "has no image size"
     elif family.square:
         why = "needs square images"
-    elif family.temporal or (isinstance(codec, TextCodec) and family.needs_image):
+    elif family.temporal or family.needs_image:
         why = "is shown an image, or makes clips"
     if why:
         name = "an exact teacher" if family is None else family.name

@@ -49,7 +49,7 @@ def read_frames(path: Path, most: int) -> Tensor:
 
 def _frames(path: Path, num: int, shown: Callable, fps: float | None = None) -> list[Tensor]:
     """The first num frames as `shown` makes them of a picture."""
-    frames = _animated if path.suffix.lower() in CODED else _video
+    frames: Callable = _animated if path.suffix.lower() in CODED else _video
     with decoding():
         if path.is_dir():
             frames = _files

@@ -122,7 +122,7 @@ def _shown(cfg, codec, found: Found, device) -> tuple[dict[str, Tensor], dict[st
         shown = None if found.images is None else shown_frames(codec, found.images)
     elif cfg.control:
         files = control_files(Path(cfg.control), found, name)
-        shown = read_files(files, (3, *codec.pixels), "error", key="data.control")[0]
+        shown = read_files(files, (codec.colours, *codec.pixels), "error", key="data.control")[0]
     if shown is None:
         where = "set data.images" if codec.family.temporal else "set data.control, one for each image"
         raise UserError("data", f"{name} takes an image beside the text, and none are given", where)
@@ -189,13 +189,17 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
     shown = isinstance(codec, TextCodec) and codec.family.needs_image and codec.family.temporal
-    found = read_source(cfg, codec, device, pixels or shown or bool(cfg.degradation))
+    found = read_source(cfg, codec, device, pixels or bool(shown or cfg.degradation))
     x0 = None
     if found.images is not None:
         _check_size(found.images, codec, device)
         x0 = encode_images(codec, found.images, cfg.cache_dir, device, teacher.path)
     if isinstance(codec, TextCodec):
         cond = _text_conditions(cfg, teacher, found, uncond, device)
+    elif codec.needs_image:
+        own, own_null = _shown(cfg, codec, found, device)
+        rows = torch.zeros(len(next(iter(own.values())))).long()
+        cond = Conditions({}, rows, {}, None, own, own_null)
     else:
         cond = _label_conditions(codec, found, uncond, pixels)
     data: Data

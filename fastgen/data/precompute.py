@@ -52,7 +52,7 @@ class Precompute:
         self.cfg, self.teacher, self.out, self.size, self.device = cfg, teacher, out, size, device
         self.dtype = DTYPES[dtype]
         codec: Any = teacher.codec
-        if isinstance(codec, TextCodec) and codec.family.needs_image:
+        if codec.needs_image:
             found = f"{codec.family.name} is shown an image of every sample"
             raise UserError("--teacher", found, "train it on data.images, which are read as they are")
         if cfg.buckets:

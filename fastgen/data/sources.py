@@ -105,7 +105,7 @@ def _check_wanted(cfg, codec) -> None:
     """Refuse what this teacher would take no notice of."""
     if cfg.prompts and not takes_text(codec):
         kind = "class labels" if codec.num_classes else "noise alone"
-        kind = "an image" if isinstance(codec, TextCodec) else kind
+        kind = "an image" if codec.needs_image else kind
         found = f"found {cfg.prompts} for a teacher that takes {kind}"
         raise UserError("data.prompts", found, "leave it out")
     clips = makes_clips(codec)
@@ -116,7 +116,7 @@ def _check_wanted(cfg, codec) -> None:
         raise UserError(
             "data.scans", f"found {cfg.scans} for a teacher that completes no scans", "leave it out"
         )
-    shown = isinstance(codec, TextCodec) and codec.family.needs_image
+    shown = codec.needs_image
     if cfg.control and kind_of_source(cfg) not in ("", "images"):
         found = f"found beside data.{kind_of_source(cfg)}"
         raise UserError("data.control", found, "its images go with those of a folder: data.images")
@@ -260,7 +260,7 @@ def _together(founds: list[Found], weights: list[float]) -> Found:
 
 def streams(cfg, codec, size: tuple[int, ...], num: int) -> bool:
     """Whether num pictures of a size are read when batches need them."""
-    shown = isinstance(codec, TextCodec) and codec.family.needs_image
+    shown = codec.needs_image
     if cfg.stream == "always" and shown:
         found = f"found always for {codec.family.name}, which is shown an image of every sample"
         raise UserError("data.stream", found, "use auto or never")

@@ -54,6 +54,8 @@ class EvaluationProtocol:
     """of the first sample"""
     forgets: tuple[str, ...] = ()
     """classes or words of prompts that the student was to forget; the others alone are measured"""
+    milder: bool = False
+    """whether the teacher is shown less degraded pictures than the student"""
     own_data: bool = False
     """whether the data are a user's: their captions and images are measured against, no bundled set's"""
 
@@ -127,7 +129,7 @@ class Evaluator:
     def _sample(self, who: str, seeds: list[int], cond: dict, uncond: dict, steps: int) -> Tensor:
         cast, shape, device = self.cast, self.cast.teacher.codec.shape, self.cast.device
         student = cast.parts["student"]
-        if who == "teacher":
+        if who == "teacher" and self.protocol.milder:
             cond, uncond = milder(cond), milder(uncond)
         if who == "teacher" or not self.protocol.few_step:
             role = cast.parts["teacher"] if who == "teacher" else student

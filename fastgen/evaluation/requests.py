@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgen.core.batch import select
 from fastgen.data import moving
 from fastgen.data.batches import Data
-from fastgen.data.bundled import WORDS, attributes_of, load_images
+from fastgen.data.bundled import NAMES, WORDS, attributes_of, load_images
 from fastgen.data.degradation import shown
 from fastgen.data.loader import degraded_rows, image_rows, shown_frames
 from fastgen.data.scans import Scans, simulated
@@ -53,14 +53,15 @@ class Requests:
         elif isinstance(data, Views):
             self.table, self.rows, self.own, self.captions = data.cond_table, data.rows, data, data.texts
             self.attributes = _shown(self.set_name, self.captions or [], self.rows)
+        elif data.degradation and self.set_name in NAMES and not own_data:
+            held = load_images(self.set_name, "heldout")
+            self.attributes = held.attributes or {"class": held.labels}
+            self.own, self.originals = degraded(codec, held.images, data), held.images
+            self.table, self.rows = self.own.cond_table, self.own.rows
         elif isinstance(codec, TextCodec) and self.set_name in WORDS and not own_data:
             held = load_images(self.set_name, "heldout")
             assert held.captions is not None and held.attributes is not None, "such images have both"
             self.attributes = held.attributes
-            if data.degradation:
-                self.own, self.originals = degraded(codec, held.images, data), held.images
-                self.table, self.rows = self.own.cond_table, self.own.rows
-                return
             self._ask(held.captions)
         elif isinstance(codec, TextCodec) and self.set_name == moving.NAME and not own_data:
             every = range(fvd_mini.HELD if codec.family.needs_image else moving.count("heldout"))
@@ -105,6 +106,8 @@ class Requests:
 
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""
+        if not names:
+            return ()
         if "class" in self.attributes:
             return tuple(("class", number) for number in class_numbers(self.codec, names, KEY))
         if not self.attributes:
@@ -181,7 +184,8 @@ def of_bundled_set(codec, degradation=None) -> Data:
 def degraded(codec, images: Tensor, data) -> Data:
     """Requests to restore uint8 images [N, C, H, W] from what the data's own degradation leaves of them."""
     own, null = degraded_rows(data.degradation, codec, images)
-    row = {k: v.cpu() for k, v in codec.prompts([""]).items() if k not in own}
+    text = codec.prompts([""]) if isinstance(codec, TextCodec) else {}
+    row = {k: v.cpu() for k, v in text.items() if k not in own}
     rows = torch.zeros(len(images)).long()
     return Data(None, row, rows, data.uncond, codec.shape, [""], own, null)
 

@@ -102,6 +102,8 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         teacher_scheduler=_config_of(teacher.scheduler),
         example=trained.example,
         enlarges=trained.enlarges,
+        fidelity=student.spec.fidelity,
+        fidelity_range=student.spec.fidelity_range,
         causal=_causal(student, teacher) if few_step and student.spec.block else None,
         tiles=tiles.share(student),
         teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},

@@ -79,6 +79,10 @@ class ExportInfo:
     """a prompt of the run's own data, for the card and the suggested command; empty: the run had none"""
     enlarges: int = 0
     """how many times smaller the picture is that it is shown enlarged (super-resolution); 0: none"""
+    fidelity: float | None = None
+    """of a student with that knob, what it is told by default: 1 is faithful, towards 0 looks real"""
+    fidelity_range: tuple[float, float] | None = None
+    """least and highest fidelity that it was trained for; None: it has no such knob"""
     causal: dict[str, int] | None = None
     """of a student that makes clips block after block: latent frames of a `block`, the `window` of blocks
     that its attention spans, and `frames`, `height` and `width` of its latents; None: all at once

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def _student(backbone: Denoiser, adapter: str | None, info: ExportInfo, key: str
     if min(blocks) < 0 or causal and (not blocks[0] or not _by_frames(backbone)):
         raise UserError(key, f"found blocks of {causal} for this network", "export the run again")
     spec = StudentSpec(times, info.sampler, info.gamma, info.grid, guidance, span, counted, *blocks)
+    spec = replace(spec, fidelity=info.fidelity, fidelity_range=info.fidelity_range)
     return make_student(backbone, adapter, spec)
 
 

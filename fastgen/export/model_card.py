@@ -72,6 +72,8 @@ def _task(teacher: Teacher) -> str:
     family = teacher.family
     if family.kind == "scans":
         return "other"
+    if family.kind == "pictures":
+        return "image-to-image"
     if not isinstance(teacher.codec, TextCodec):
         return "unconditional-image-generation"
     source = "image" if family.needs_image and family.temporal else "text"
@@ -121,6 +123,12 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     if linear_attention(teacher.network.net):
         notes.append(UNDER_AUTOCAST)
     notes += _steps(info)
+    if info.fidelity_range:
+        low, high = info.fidelity_range
+        notes.append(
+            f"`fidelity` below may be {low:g} to {high:g}: high is near the original on the average, low "
+            f"looks real. The default is {info.fidelity:g}."
+        )
     for num, change in info.other_step_counts.items():
         set_to = "".join(f", {code(f'{k}={v!r}')}" for k, v in change["scheduler"].items())
         given = keywords(change["arguments"])[2:] or f"num_inference_steps={num}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastgen.core.paths import resolve
 from fastgen.export.info import ExportInfo
 from fastgen.families.base import Family
-from fastgen.networks.codecs import Codec, ScanCodec, TextCodec
+from fastgen.networks.codecs import Codec, PictureCodec, ScanCodec, TextCodec
 from fastgen.networks.teacher import Teacher
 
 PROMPT = "a red dress on a grey background"
@@ -240,6 +240,49 @@ def _scan_usage(info: ExportInfo, codec: ScanCodec, folder: str) -> list[str]:
     ]
 
 
+def _restorer_usage(teacher: Teacher, info: ExportInfo, folder: str) -> list[str]:
+    """A small picture, image.png, is enlarged: the walk begins at it, enlarged and noised."""
+    share, codec, scheduler = teacher.network.start_noise, teacher.codec, info.scheduler_class
+    assert isinstance(codec, PictureCodec), "this family has no other"
+    (height, width), patch, grey = codec.pixels, codec.patch, codec.colours == 1
+    mode, turned = ("L", "[None]") if grey else ("RGB", ".permute(2, 0, 1)")
+    folded = f"torch.pixel_unshuffle(shown, {patch})" if patch > 1 else "shown"
+    image = f"torch.pixel_shuffle(x, {patch})" if patch > 1 else "x"
+    walk = [
+        f'scheduler = {scheduler}.from_pretrained("{folder}", subfolder="scheduler")',
+        f"scheduler.set_timesteps({info.steps})",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        "        out = net(torch.cat([x, shown], 1), t).sample",
+        "        x = scheduler.step(out, t, x).prev_sample",
+    ]
+    if info.fidelity is not None:
+        told = "torch.tensor([1000 * fidelity])"
+        walk = [
+            f"fidelity = {info.fidelity!r}  # up to {(info.fidelity_range or (0, 1))[1]!r}",
+            "with torch.no_grad():",
+            f"    x = x - net(torch.cat([x, shown], 1), {told}).sample  # the one step",
+        ]
+    names = ["UNet2DModel"] if info.fidelity is not None else sorted((scheduler, "UNet2DModel"))
+    return [
+        "import numpy",
+        "import torch",
+        f"from diffusers import {', '.join(names)}",
+        "from PIL import Image",
+        "",
+        f'net = UNet2DModel.from_pretrained("{folder}", subfolder="unet", torch_dtype=torch.float32)',
+        f'small = Image.open("image.png").convert("{mode}")',
+        f"large = small.resize(({width}, {height}), resample=3)  # bicubic",
+        f"shown = torch.from_numpy(numpy.array(large)){turned}[None].float() / 127.5 - 1",
+        f"shown = {folded}",
+        "noise = torch.randn(shown.shape, generator=torch.Generator().manual_seed(0))",
+        f"x = {(1 - share**2) ** 0.5!r} * shown + {share!r} * noise  # where the walk begins",
+        *walk,
+        f"pixels = ({image} / 2 + 0.5).clamp(0, 1)[0].mul(255).round().to(torch.uint8)",
+        'Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).save("sample.png")',
+    ]
+
+
 def _renoise_loop(times: list[float], label: str) -> list[str]:
     """EDM with fresh noise between steps, which no diffusers scheduler does."""
     return [
@@ -262,6 +305,8 @@ def usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path) -> str:
         return "\n".join(_pipeline_usage(what, teacher, info, place))
     if isinstance(teacher.codec, ScanCodec):
         return "\n".join(_scan_usage(info, teacher.codec, "merged" if info.lora else "."))
+    if isinstance(teacher.codec, PictureCodec):
+        return "\n".join(_restorer_usage(teacher, info, "merged" if info.lora else "."))
     base = shown_path(info.base, place) if info.guidance_adapter else ""
     return "\n".join(_label_usage(what, info, teacher.codec, base or ("merged" if info.lora else ".")))
 

@@ -60,8 +60,12 @@ class Family:
     """EDM preconditioning with the boundary condition of consistency models, D(x, sigma_min) = x"""
 
     # -- conditions -----------------------------------------------------------------------------------------
-    kind: Literal["text", "labels", "scans"] = "text"
-    """conditioned on prompts (and images), on class labels (or unconditional), or on scans to complete"""
+    kind: Literal["text", "labels", "scans", "pictures"] = "text"
+    """conditioned on prompts (and images), on class labels (or unconditional), on scans to complete, or on
+    pictures to restore
+    """
+    begins_at_noise: bool = True
+    """whether noise alone is at the far end of the paths from the data; see `source`"""
     max_length: int | None = None
     """number of tokens of an encoded prompt; None is the tokenizer's own limit"""
     tokenizer: str = "tokenizer"
@@ -217,6 +221,17 @@ class Family:
             found = f"the method needs a network with two times, which {self.net_class} cannot be given"
             raise UserError("objective.name", found, "choose a method whose network takes one time")
         return wider
+
+    def start_noise(self, info: dict) -> float:
+        """Share of noise where sampling begins, of what fastgen.json says of a model; all of it is noise."""
+        return 1.0
+
+    def source(self, noise: Tensor, cond: Cond, start_noise: float) -> Tensor:
+        """The far end [B, ...] of the paths x_t = alpha x0 + sigma source, given unit noise: where sampling
+        begins. A family overrides it whose paths begin elsewhere than at noise; start_noise is the share of
+        noise that is mixed into it there.
+        """
+        return noise
 
     # -- latents --------------------------------------------------------------------------------------------
     def channels(self, net: DiffusersModel) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
+from fastgen.core.errors import UserError
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, rebuilt
 
@@ -50,9 +51,9 @@ class UNet2D(UNet):
 
     name, net_class = "unet2d", "UNet2DModel"
     pipelines: tuple[str, ...] = ("DDPMPipeline", "DDIMPipeline")
-    kind = "labels"
+    kind: Literal["text", "labels", "scans", "pictures"] = "labels"
     factor = 1
-    keys = ("class_labels",)
+    keys: tuple[str, ...] = ("class_labels",)
     lora_targets = ATTENTION + RESNET
     lora_loader = False
 
@@ -233,4 +234,44 @@ class InstructPix2Pix(SD):
         return {}  # that of the image
 
 
-FAMILIES = (ControlSD(), InstructPix2Pix(), SD(), LCM(), SDXL(), ConsistencyUNet(), UNet2D())
+class Restorer(UNet2D):
+    """UNet2DModel that reads x_t beside a picture to restore, cond["shown"] [B, C, h, w]: a rectified flow
+    from that picture, noised, to the one it was made of (OFTSR, arXiv 2412.09465).
+    """
+
+    name, kind = "restorer", "pictures"
+    pipelines: tuple[str, ...] = ()
+    begins_at_noise, takes_text, needs_image = False, False, True
+    schedules, keys, input_layer = ("Flow",), (), ""
+
+    def matches(self, index: dict, config: dict) -> bool:
+        labels = config.get("num_class_embeds")
+        return config.get("in_channels") == 2 * config.get("out_channels", 0) and not labels
+
+    def channels(self, net: DiffusersModel) -> int:
+        return net.config.out_channels
+
+    def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return net(torch.cat([x, cond["shown"].to(x.dtype)], 1), time, return_dict=False)[0]
+
+    def cond_shapes(self, net: DiffusersModel, codec) -> dict[str, tuple[int, ...]]:
+        return {"shown": tuple(codec.shape)}
+
+    def encode_image(self, codec, images: Tensor) -> Cond:
+        return {"shown": codec.encode(images)}
+
+    def start_noise(self, info: dict) -> float:
+        share = info.get("start_noise")
+        if share is None or not 0 <= share <= 1:
+            found = (
+                f"fastgen.json has start_noise {share!r}; {self.name} begins at a picture with noise added"
+            )
+            raise UserError("teacher.path", found, "give the share of noise it was trained with, 0 to 1")
+        return float(share)
+
+    def source(self, noise: Tensor, cond: Cond, start_noise: float) -> Tensor:
+        """The picture with noise added so that unit variance stays: sqrt(1 - p^2) c + p n."""
+        return (1 - start_noise**2) ** 0.5 * cond["shown"] + start_noise * noise
+
+
+FAMILIES = (ControlSD(), InstructPix2Pix(), SD(), LCM(), SDXL(), ConsistencyUNet(), Restorer(), UNet2D())

@@ -42,8 +42,17 @@ class Backbone(Denoiser):
     family: Family
     net: DiffusersModel
 
-    def __init__(self, net: DiffusersModel, family: Family, schedule: Schedule, prediction: str):
+    def __init__(
+        self,
+        net: DiffusersModel,
+        family: Family,
+        schedule: Schedule,
+        prediction: str,
+        start_noise: float = 1.0,
+    ):
+        """start_noise: share of noise where sampling begins, for a family that begins elsewhere."""
         super().__init__()
+        self.start_noise = start_noise
         self.net, self.family, self.schedule, self.prediction = guard(net), family, schedule, prediction
         self.second_time = False
         """whether the network also takes the time at which its step ends, cond["r"] [B], as one more input
@@ -145,6 +154,9 @@ class Backbone(Denoiser):
         """Exclude a module of the network from training."""
         self.fixed += (f"net.{name}.",)
         self.net.get_submodule(name).requires_grad_(False)
+
+    def source(self, noise: Tensor, cond: Cond) -> Tensor:
+        return self.family.source(noise, cond, self.start_noise)
 
     def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598).

@@ -44,6 +44,16 @@ class Codec(nn.Module):
         self.class_names = [str(i) for i in range(num_classes)]
         self.vae, self.pipe, self.guidance, self.has_null = None, None, None, num_classes > 0
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether the network is shown a picture of every sample."""
+        return self.family is not None and self.family.needs_image
+
+    @property
+    def colours(self) -> int:
+        """Channels of the pictures that it is shown."""
+        return 3
+
     def encode(self, images: Tensor) -> Tensor:
         """x0 [B, *shape] of images [B, C, H, W] in [-1, 1]."""
         raise NotImplementedError
@@ -97,6 +107,35 @@ class LabelCodec(Codec):
         """The null class; class 0, as a placeholder that is never guided with, where the network has none."""
         row = self.num_classes if self.has_null else 0
         return {"class_labels": torch.full((num,), row)} if self.num_classes else {}
+
+
+class PictureCodec(LabelCodec):
+    """Pixels of pictures that are restored, each from the one that is shown of it."""
+
+    family: Family
+
+    def __init__(self, family: Family, shape: tuple[int, ...], patch: int = 1):
+        super().__init__(shape, patch)
+        self.family = family
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.shape[-2] * self.patch, self.shape[-1] * self.patch
+
+    @property
+    def colours(self) -> int:
+        """Channels of the images: 3, or 1 of grey ones."""
+        return self.shape[0] // self.patch**2
+
+    def image_rows(self, images: Tensor) -> tuple[Cond, Cond]:
+        """The condition of images [B, C, H, W] in [-1, 1], and the null one, which is the same."""
+        cond = self.family.encode_image(self, images)
+        return cond, cond
+
+    def null(self, num: int) -> Cond:
+        """A placeholder; each picture is its own null condition."""
+        return {"shown": torch.zeros(num, *self.shape)}
 
 
 def repeated(scans: Tensor, num: int) -> Tensor:

@@ -25,8 +25,7 @@ class SplitSequences:
     """Cuts the sequences of networks into `degree` parts within `split()`; whole outside of it."""
 
     def __init__(self, backbones: Iterable[Denoiser], degree: int, device: torch.device):
-        from diffusers import ContextParallelConfig
-        from diffusers.models._modeling_parallel import ParallelConfig
+        from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
         from torch.distributed.device_mesh import init_device_mesh
 
         _check_processes(degree)

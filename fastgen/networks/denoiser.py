@@ -44,6 +44,10 @@ class Denoiser(nn.Module):
         """(feature maps [B, C, h, w] at the taps, D if score else None)."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
+    def source(self, noise: Tensor, cond: Cond) -> Tensor:
+        """The far end [B, ...] of the paths from the data, given unit noise; see `Family.source`."""
+        return noise
+
     def guide(self, D: Tensor, D_uncond: Tensor, w: float | Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
         return D_uncond + w * (D - D_uncond)

@@ -15,7 +15,15 @@ from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.codecs import LabelCodec, ScanCodec, TextCodec, spatial_factor, temporal_factor
+from fastgen.networks.codecs import (
+    Codec,
+    LabelCodec,
+    PictureCodec,
+    ScanCodec,
+    TextCodec,
+    spatial_factor,
+    temporal_factor,
+)
 from fastgen.networks.files import (
     DTYPES,
     component_class,
@@ -41,6 +49,7 @@ INFO: dict[str, type | tuple[type, ...]] = {
     "num_frames": int,
     "embedded_guidance": (int, float),
     "enlarges": int,
+    "start_noise": (int, float),
     "family": dict,
     "export": dict,
 }
@@ -211,6 +220,16 @@ def _label_codec(folder: Path | None, found: DenoiserParts, options: TeacherOpti
     return codec
 
 
+def _picture_codec(found: DenoiserParts, options: TeacherOptions) -> PictureCodec:
+    """The codec of a network that restores pictures, in colour or grey."""
+    family, net, _, info, _ = found
+    patch, channels = info.get("patch", 1), family.channels(net)
+    if channels not in (patch**2, 3 * patch**2):
+        wrong = f"fastgen.json has patch {patch} for a network of {channels} channels"
+        raise UserError("teacher.path", wrong, "give one of patch^2 channels, three times as many in colour")
+    return PictureCodec(family, (channels, *_grid(family, net, options, family.factor * patch)), patch)
+
+
 def _text_codec(folder: Path | None, found: DenoiserParts, index: dict, options: TeacherOptions) -> TextCodec:
     """The codec of a teacher with text (or image) conditions; index is that of its folder."""
     family, net, _, info, _ = found
@@ -349,9 +368,11 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
     family, net, scheduler, info, index = parts
     if folder is not None and not index and (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json", "teacher.path")
-    codec: LabelCodec | TextCodec | ScanCodec
+    codec: Codec
     if family.kind == "labels":
         codec = _label_codec(folder, parts, options)
+    elif family.kind == "pictures":
+        codec = _picture_codec(parts, options)
     elif family.kind == "scans":
         codec = ScanCodec(family, net)
     else:
@@ -364,7 +385,7 @@ def load_teacher(path: str = "", prediction: str = "auto", **settings: Any) -> T
         found = f"the noise schedule of {type(scheduler).__name__} is {kind}, {family.name} is trained with"
         instruction = "copy scheduler/scheduler_config.json from the original model"
         raise UserError("teacher.path", f"{found} {' or '.join(family.schedules)}", instruction)
-    backbone = Backbone(net.eval(), family, family.noised(schedule, net), found)
+    backbone = Backbone(net.eval(), family, family.noised(schedule, net), found, family.start_noise(info))
     export = info.get("export") or {}
     if export.get("step_lengths") and not export.get("lora"):
         backbone.second_time, codec.shape = True, (codec.shape[0] - 1, *codec.shape[1:])

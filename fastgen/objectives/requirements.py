@@ -138,6 +138,10 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    any_source: bool = False
+    """whether the paths from the data may begin elsewhere than at noise (`Family.source`)"""
+    fidelity: tuple[float, float] | None = None
+    """least and highest fidelity that the student is told when it is sampled; None: it takes none"""
     degraded: bool = False
     """whether the teacher is shown a less degraded picture than the student (data.degradation)"""
     forgets: tuple[str, ...] = ()

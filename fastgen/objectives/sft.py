@@ -5,6 +5,7 @@ Paper: Ho et al. 2020, arXiv 2006.11239 (eps); Lipman et al. 2023, arXiv 2210.02
 
   x0, c ~ data;  c <- null with probability p
   t ~ p(t), eps ~ N(0, I);  x_t = alpha_t x0 + sigma_t eps
+  for a network whose paths begin at a noised picture: eps <- sqrt(1 - p^2) c + p eps (OFTSR, 2412.09465)
   loss = w(t) |D(x_t, t, c) - x0|^2  [+ noise_moments (mean(e)^2 + (std(e) - 1)^2)]
 
 e is the noise that D implies; the last term is LiDiff's (Nunes et al. 2024, arXiv 2403.13470, eq. 9), by
@@ -45,6 +46,7 @@ class SFT(Objective, config=SFTConfig):
             untrained=(),
             dropout_settings={"cond_dropout": cfg.cond_dropout},
             few_step=False,
+            any_source=True,
         )
 
     def step(self, batch: Batch, k: int) -> Updates:
@@ -52,7 +54,7 @@ class SFT(Objective, config=SFTConfig):
             x0 = data_of(batch)
             t, eps = self.sample_t(len(x0), self.cfg.time), self.rng.randn_like(x0)
             cond = self.drop_condition(batch, self.cfg.cond_dropout)
-            x_t = self.schedule.noise(x0, eps, t)  # x_t = alpha x0 + sigma eps
+            x_t = self.schedule.noise(x0, self.student.source(eps, cond), t)  # x_t = alpha x0 + sigma eps
             D = self.student(x_t, t, cond)
             weighting = native_weighting(self.student) if self.cfg.weighting == "auto" else self.cfg.weighting
             loss = losses.denoising(self.schedule, D, x0, t, weighting)  # w(t) |D - x0|^2

@@ -60,6 +60,10 @@ class Role:
         with self._acting() as net:
             return net.raw(x_t, t, self._with_guidance(cond, x_t))
 
+    def source(self, noise: Tensor, cond: Cond) -> Tensor:
+        """Where sampling begins, given unit noise: the other end of the paths from the data."""
+        return self.backbone.source(noise, cond)
+
     def features(
         self, x_t: Tensor, t: Tensor, cond: Cond, taps: tuple[int, ...] = (-1,), score: bool = False
     ):
@@ -113,6 +117,11 @@ class StudentSpec:
     """latent frames that are made at once, after those before them (roles/causal.py); 0: the whole sample"""
     window: int = 0
     """blocks that attention spans, the own included; 0: no bound"""
+    fidelity: float | None = None
+    """grid position that it is told in place of its time: towards 1 the mean of what a sample may be, towards
+    0 one of them; None for a student that takes none"""
+    fidelity_range: tuple[float, float] | None = None
+    """least and highest value that was trained"""
 
     def __post_init__(self):
         object.__setattr__(self, "times", tuple(self.times))
@@ -192,6 +201,10 @@ class Student(Role):
         """The same network with another value of its guidance input."""
         return self._copy(replace(self.spec, guidance=guidance))
 
+    def with_fidelity(self, fidelity: float) -> "Student":
+        """The same network told another fidelity."""
+        return self._copy(replace(self.spec, fidelity=fidelity))
+
     def with_network(self, role: Role) -> "Student":
         """The network of another role, with its guidance input if it has one, sampled as this one is."""
         return self._copy(replace(self.spec, guidance=role.guidance), role)
@@ -215,7 +228,7 @@ class Student(Role):
         self, noise: Tensor, cond: Cond, randn_like: Callable[[Tensor], Tensor], last: int
     ) -> list[Tensor]:
         """The states [B, ...] at the first last + 1 times of the walk from unit noise, without gradient."""
-        found = [noise * self.schedule.prior_std(self.times[0])]
+        found = [self.source(noise, cond) * self.schedule.prior_std(self.times[0])]
         for i in range(last):
             t, u = self.time(i, noise), self.time(i + 1, noise)
             x = self(found[i], t, self.ending(cond, i, noise))
@@ -255,7 +268,12 @@ class Student(Role):
         return [*following, clean]
 
     def ending(self, cond: Cond, i: int, x: Tensor) -> Cond:
-        """cond with the end r [B] of step i, where the network takes one."""
+        """cond with the end r [B] of step i, or a fidelity in the place of its time, where the network takes
+        one.
+        """
+        if self.spec.fidelity is not None:
+            told = torch.full((len(x),), self.spec.fidelity, dtype=torch.float64, device=x.device)
+            return {**cond, "net_t": self.schedule.from_unit(told)}
         if not self.backbone.second_time:
             return cond
         r = torch.full((len(x),), self.ends()[i], dtype=torch.float64, device=x.device)

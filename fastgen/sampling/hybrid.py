@@ -70,7 +70,7 @@ def walk_base(
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """(time, D there, x at the following time) of each guided Euler step along `times`, from unit noise."""
     S = base.schedule
-    x = noise * S.prior_std(times[0])
+    x = base.source(noise, cond) * S.prior_std(times[0])
     for first, second in zip(times, times[1:]):
         t = torch.full((len(x),), first, dtype=torch.float64, device=x.device)
         D = base.guided(x, t, cond, uncond, w)
@@ -105,7 +105,7 @@ def estimates(
         return
     S, times = student.schedule, student.times[plan.start :]
     tail = student.with_times(times)
-    x_t = x * plan.scale if plan.base_steps else x * S.prior_std(times[0])
+    x_t = x * plan.scale if plan.base_steps else student.source(x, cond) * S.prior_std(times[0])
     for i, time in enumerate(times):
         t = tail.time(i, x_t)
         D = tail(x_t, t, tail.ending(cond, i, x_t))

@@ -20,6 +20,8 @@ class Guided(Protocol):
     @property
     def schedule(self) -> Schedule: ...
 
+    def source(self, noise: Tensor, cond: Cond) -> Tensor: ...
+
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor: ...
 
 
@@ -87,7 +89,7 @@ def sample_teacher(
     """
     schedule = role.schedule
     times = teacher_grid(schedule, num_steps)
-    x = noise * schedule.prior_std(times[0])
+    x = role.source(noise, cond) * schedule.prior_std(times[0])
 
     def D(x_t: Tensor, t: Tensor) -> Tensor:
         return role.guided(x_t, t, cond, uncond, w)

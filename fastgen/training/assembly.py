@@ -69,6 +69,7 @@ def make_protocol(cfg: RunConfig) -> EvaluationProtocol:
         seed=one.seed,
         forgets=requirements_of(cfg.all_stages()[-1].objective).forgets,
         own_data=bool(own_source(cfg.data)),
+        milder=requirements_of(cfg.all_stages()[-1].objective).degraded,
     )
 
 

@@ -5,7 +5,8 @@ Discriminators and other parts that are no denoiser are made in `auxiliaries.py`
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -214,7 +215,8 @@ class Cast:
         role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)
-            role = make_student(base, adapter, StudentSpec(self._times(), *how, *self._blocks()))
+            spec = StudentSpec(self._times(), *how, *self._blocks())
+            role = make_student(base, adapter, replace(spec, **self._fidelity()))
         elif span:
             role = Role(base, adapter, guidance)
         base.eval()
@@ -262,7 +264,7 @@ class Cast:
             raise UserError(
                 "student.net", f"refused ({first_line(error)})", "correct the value that it names"
             ) from None
-        return Backbone(net, base.family, base.schedule, base.prediction)
+        return Backbone(net, base.family, base.schedule, base.prediction, base.start_noise)
 
     def divide(self, data) -> None:
         """Give each of several students its part of the prompts, and sort out those that are to be forgotten;
@@ -310,6 +312,13 @@ class Cast:
         check_frames(causal.block, frames, f"{key}.block")
         check_window(causal.window, frames // causal.block, f"{key}.window")
         return causal.block, causal.window or frames // causal.block
+
+    def _fidelity(self) -> dict[str, Any]:
+        """The fidelity that a student is told, and its range; None of any other."""
+        span = requirements_of(self.stages[-1].objective).fidelity
+        chosen = self.student_cfg.fidelity
+        least = None if span is None else span[0]
+        return {"fidelity": least if chosen is None else chosen, "fidelity_range": span}
 
     def _times(self, grid: int = 0) -> list[float]:
         s, schedule = self.student_cfg, self.few_step_schedule

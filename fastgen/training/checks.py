@@ -8,7 +8,7 @@ from fastgen.core.errors import UserError
 from fastgen.networks.codecs import TextCodec
 from fastgen.networks.quantization import check_library
 from fastgen.networks.teacher import Teacher
-from fastgen.objectives import requirements_of
+from fastgen.objectives import REGISTRY, requirements_of
 from fastgen.objectives.requirements import ImageTextSpec
 
 
@@ -20,6 +20,7 @@ def check_fits(
     """
     _check_guidance_input(student, teacher)
     _check_causal(student, teacher, stages)
+    _check_source(teacher, stages)
     codec = teacher.codec
     conditional, family = bool(codec.null(1)), teacher.backbone.family
     if settings.guidance != 1 and family is not None and not family.supports_guidance:
@@ -45,6 +46,18 @@ def check_fits(
             if drop and conditional and not codec.has_null:
                 found = f"found {drop} for a teacher without a null class"
                 raise UserError(f"objective.{key}", found, "use 0")
+
+
+def _check_source(teacher: Teacher, stages: Sequence[StageConfig]) -> None:
+    """Whether every method knows where the paths of this teacher begin."""
+    family = teacher.backbone.family
+    if family is None or family.begins_at_noise:
+        return
+    for name in (s.objective.name for s in stages if not requirements_of(s.objective).any_source):
+        every = ((n, cls.config.model_validate({})) for n, cls in REGISTRY.items())
+        able = [n for n, cfg in every if requirements_of(cfg).any_source]
+        found = f"{name} begins at noise, {family.name} at a picture with noise added"
+        raise UserError("objective.name", found, f"use {' or '.join(sorted(able))}")
 
 
 def check_quantized(

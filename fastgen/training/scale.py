@@ -54,7 +54,7 @@ def share(cast: Cast, rows: dict[str, float], group: int, processes: int) -> Sha
     learned = rows["gradients"] * _backward_passes(cast)
     if group == 1:
         return Share(fixed + rows[activations], 2 * learned * _others(processes))
-    kept = _spread(cast.teacher.codec.vae) if cast.teacher.codec.vae is not None else 0
+    kept: float = _spread(cast.teacher.codec.vae) if cast.teacher.codec.vae is not None else 0
     adapters = cast.student_cfg.kind != "full"
     if adapters:  # they stay whole, with their gradients, states and averages
         kept += fixed - rows[weights] + rows["gradients"]

@@ -290,7 +290,8 @@ class Trainer:
         if not (main or self.sharded):
             return
         self._saved(wait=True)
-        tensors, rest = self._tensors(), {}
+        tensors = self._tensors()
+        rest: dict[str, Any] = {}
         for name, optimizer in self.optimizers.items():
             more, other = checkpoint.optimizer_tensors(optimizer, list(self.params[name]), f"optim/{name}")
             tensors, rest = tensors | more, rest | other

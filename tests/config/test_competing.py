@@ -96,7 +96,7 @@ PLAIN = {
         "embedded_guidance attention vae_tiling vae_slicing family"
     ),
     "student": (
-        "kind sampler gamma guidance_embedding guidance smooth_time sprint init fuse fuse_weight net"
+        "kind sampler gamma guidance_embedding guidance smooth_time sprint init fuse fuse_weight net fidelity"
     ),
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "student.causal": "block window",

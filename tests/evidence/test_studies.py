@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval import diversity, forgetting, studies, transfer
+from eval import diversity, forgetting, frontier, studies, transfer
 from eval.__main__ import main
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
@@ -49,6 +49,30 @@ def test_tables_of_studies_follow_their_files(tmp_path):
     assert studies.diversity([], tmp_path / "none") == "No study yet."
 
 
+def test_the_table_of_the_frontier_has_every_contender(tmp_path):
+    row = {"nfe": 1, "psnr": 24.5, "ssim": 0.75, "perceptual": 0.21, "fd_mini": 4.5, "variance": 0.98}
+    about = {"model": "m", "images": 90, "set": "tinted", "factor": 4}
+    (tmp_path / "benchmarks").mkdir()
+    document = {**about, "contenders": {"bicubic": row | {"nfe": 0, "agreement": 0.5}}}
+    (tmp_path / "benchmarks/frontier_m.json").write_text(json.dumps(document))
+    text = studies.frontier([], tmp_path)
+    assert (
+        "| bicubic | 0 | 24.50 | 0.750 | 0.210 | 4.5 | 0.980 | 50.0 |" in text and "enlarged 4 times" in text
+    )
+    assert studies.frontier([], tmp_path / "none") == "No study yet."
+
+
+def test_scores_of_the_frontier_know_an_original_from_a_copy_without_detail():
+    originals = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted = {k: torch.zeros(40, dtype=torch.long) for k in VOCABULARY}
+    measurer = Measurer("tinted")
+    same = frontier.scores(measurer, originals, originals, wanted)
+    soft = torch.nn.functional.avg_pool2d(originals, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    found = frontier.scores(measurer, soft, originals, wanted)
+    assert same["perceptual"] < 1e-6 and same["variance"] == pytest.approx(1)
+    assert found["perceptual"] > 0.05 and found["variance"] < 0.3 and found["psnr"] < same["psnr"]
+
+
 def test_scores_count_variety_within_a_caption():
     """Copies of one image have no distance and one effective image; ten different ones more of both."""
     wanted = {k: torch.zeros(20, dtype=torch.long) for k in VOCABULARY}
@@ -74,7 +98,7 @@ def test_pictures_of_one_colour_do_not_name_it(tmp_path, monkeypatch):
     assert any(line.replace("a ", "a purple ", 1) in all_captions() for line in lines)
 
 
-@pytest.mark.parametrize("command", ["diversity", "transfer", "forgetting"])
+@pytest.mark.parametrize("command", ["diversity", "transfer", "forgetting", "frontier"])
 def test_other_runs_are_refused(command, capsys):
     assert main([command]) == 2 and "--run: none given" in capsys.readouterr().err
     assert main([command, "--run", str(asset("teachers/digits"))]) == 2

@@ -12,7 +12,7 @@ from fastgen.core.batch import Batch
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import EDM, VP, LocalVP, TrigFlow
 from fastgen.export.scheduler import SchedulerSetup, bind, scheduler_for
-from fastgen.networks.codecs import ScanCodec, TextCodec
+from fastgen.networks.codecs import PictureCodec, ScanCodec, TextCodec
 from fastgen.networks.files import component_class
 from fastgen.networks.load import load_teacher
 from fastgen.roles.roles import Student, StudentSpec
@@ -50,6 +50,8 @@ class World:
     def conditions(self, prompts):
         if isinstance(self.codec, TextCodec):
             return self.codec.prompts(prompts, self.images)
+        if isinstance(self.codec, PictureCodec):
+            return self.codec.image_rows(self.images)[0]
         if isinstance(self.codec, ScanCodec):
             return self.codec.scans(self.scans(len(prompts)))
         return self.codec.labels(torch.arange(len(prompts)) % max(self.codec.num_classes, 1))
@@ -59,6 +61,8 @@ class World:
         return 2 * torch.randn(num, self.codec.scan_points, 3, generator=generator)
 
     def null(self):
+        if isinstance(self.codec, PictureCodec):
+            return self.codec.image_rows(self.images)[1]
         if isinstance(self.codec, ScanCodec):
             return self.codec.untold(self.scans(2))
         return self.codec.null(2, self.images) if isinstance(self.codec, TextCodec) else self.codec.null(2)
@@ -84,7 +88,7 @@ class World:
                 "teacher": {"path": str(self.folder), **self.options},
                 "student": {"kind": kind, "lora": {"rank": 2, "lora_alpha": 3}, **student},
                 "critic": {"lora": {"rank": 2}},
-                "objective": {"name": objective, **SHORT[objective], **more},
+                "objective": {"name": objective, **SHORT.get(objective, {}), **more},
                 "data": {"name": "fashion"},
             }
         )

@@ -48,7 +48,7 @@ def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2) -> None:
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    limit = 90 if processes == 2 else 400
+    limit = 240 if processes == 2 else 600
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit
     )

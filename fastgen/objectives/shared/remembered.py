@@ -116,6 +116,9 @@ class _Heard:
         self.teacher, self.schedule = teacher, teacher.schedule
         self.calls: list[tuple[Tensor, Tensor]] = []
 
+    def source(self, noise: Tensor, cond: Cond) -> Tensor:
+        return self.teacher.source(noise, cond)
+
     def guided(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float | Tensor) -> Tensor:
         found = self.teacher.guided(x_t, t, cond, uncond, w)
         self.calls.append((x_t, found))

@@ -55,6 +55,43 @@ def sd_v_folder(folder):
     _sd(StableDiffusionPipeline, folder, _unet(use_linear_projection=True), scheduler)
 
 
+def restorer_folder(folder, colours=3):
+    """UNet2DModel that enlarges to 16x16 pictures, folded to 12x8x8 (grey: 4x8x8)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+    from tests.support.tiny import write_unet2d
+
+    torch.manual_seed(6)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=8 * colours,
+        out_channels=4 * colours,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )
+    info = {"patch": 2, "enlarges": 4, "start_noise": 0.6}
+    return write_unet2d(folder, net, FlowMatchEulerDiscreteScheduler(), info, "")
+
+
+def restorer_images():
+    generator = torch.Generator().manual_seed(5)
+    return 2 * torch.rand(2, 3, 16, 16, generator=generator) - 1
+
+
+def restorer_loop(world, pipe, info, noise):
+    """The loop of the export's card."""
+    shown = torch.pixel_unshuffle(world.images, 2)
+    x, scheduler = 0.8 * shown + 0.6 * noise, pipe.scheduler
+    scheduler.set_timesteps(**(info["timestep_arguments"] or {"num_inference_steps": info["steps"]}))
+    for t in scheduler.timesteps:
+        x = scheduler.step(pipe.unet(torch.cat([x, shown], 1), t).sample, t, x).prev_sample
+    return world.codec.decode(x)
+
+
 def lcm_folder(folder):
     from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
@@ -170,6 +207,13 @@ CASES = [
         sampler="renoise",
         plain=consistency_call,
         excused={"guidance": NO_NULL},
+    ),
+    Case(
+        "restorer",
+        restorer_folder,
+        images=restorer_images,
+        plain=restorer_loop,
+        excused={"guidance": "each picture is its own null condition"},
     ),
     Case("sana", sana_folder),
 ]
