@@ -117,6 +117,17 @@ def _steps(info: ExportInfo) -> list[str]:
     return []
 
 
+def _masks(info: ExportInfo) -> list[str]:
+    """What masks its attention has between frames."""
+    if not info.tiles:
+        return []
+    return [
+        f"Its attention keeps {info.tiles:.0%} of the tiles between frames (Efficient-vDiT, arXiv 2502.06155): "
+        "`tile_masks.json` has the masks and `tile_attention.py` puts them on. They are of clips of this "
+        "length alone; without them the network computes what it was not trained for."
+    ]
+
+
 def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, notes = info.lora, []
@@ -145,12 +156,7 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
             f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info.nasa_scale:g})`.'
         )
-    if info.tiles:
-        notes.append(
-            f"Its attention keeps {info.tiles:.0%} of the tiles between frames (Efficient-vDiT, arXiv "
-            "2502.06155): `tile_masks.json` has the masks and `tile_attention.py` puts them on. They are of "
-            "clips of this length alone; without them the network computes what it was not trained for."
-        )
+    notes += _masks(info)
     if info.steps_as_guidance:
         notes.append(
             "The network takes the number of steps in its input for the guidance scale: pass the "
