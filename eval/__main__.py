@@ -12,6 +12,7 @@ python -m eval diversity --run runs/tinted-sd_tdm_full    does a base model's fi
 python -m eval transfer --run runs/tinted-sd_tdm_full    does a LoRA of the base model work on its student?
 python -m eval frontier --run runs/digits-sr_oftsr       what the knob between faithful and real trades
 python -m eval longer --run runs/moving-wan_self_forcing  clips twice as long as trained, half by half
+python -m eval relight                                 a scene of known materials, progressively and plainly
 python -m eval guidance --run runs/tinted-sd_agd [--base DIR] [--num_samples 250]
                                                        a student that takes w beside guided sampling, by w
 
@@ -81,6 +82,15 @@ def _study(args) -> int:
     record = importlib.import_module(f"eval.{args.command}").record
     file = record(args.run, results_folder() / "benchmarks")
     print((file.read_text() if file.suffix == ".json" else "") + f"wrote {file}")
+    return 0
+
+
+def _relight(args) -> int:
+    from eval.evidence import results_folder
+    from eval.relight import record
+
+    file = record(results_folder() / "benchmarks")
+    print(file.read_text() + f"wrote {file}")
     return 0
 
 
@@ -161,6 +171,7 @@ RUN = {
     "forgetting": _study,
     "transfer": _study,
     "longer": _study,
+    "relight": _relight,
     "frontier": _study,
     "guidance": _guidance,
 }

@@ -99,6 +99,21 @@ def _clip_cells(row: dict) -> list[str]:
     return [f"{row['fvd_mini']:.3g}", f"{row['fd_mini']:.3g}", *shares, f"{row['dynamic_degree']:.2f}"]
 
 
+def relight(_: list[dict], folder: Path | None = None) -> str:
+    """Materials of a scene whose truth is known, progressively and by plain inverse rendering."""
+    rows = []
+    for study in _studies("relight", folder):
+        for name, seeds in study["measured"].items():
+            own = lambda key, digits, seeds=seeds: cell([one[key] for one in seeds], digits)  # noqa: E731
+            held_out = [
+                own(f"psnr_{key}", ".1f") for key in ("blended", "model", "evening", "noon", "studio")
+            ]
+            rows.append([name, own("albedo_rmse", ".3f"), own("normal_degrees", ".1f"), *held_out])
+    header = ("inverse rendering", "albedo error", "normals off by", "PSNR blended", "of the model alone")
+    header = (*header, "under evening", "noon", "studio")
+    return "\n".join(markdown(header, rows)) if rows else "No study yet."
+
+
 def frontier(_: list[dict], folder: Path | None = None) -> str:
     """What the knob of a restoring student trades, beside its teacher and the enlarged pictures."""
     lines: list[str] = []
@@ -129,5 +144,6 @@ TABLES = {
     "diversity": diversity,
     "transfer": transfer,
     "longer": longer,
+    "relight": relight,
     "frontier": frontier,
 }

@@ -28,6 +28,9 @@ COMMANDS = {
     "export": Command("fastgen.cli.export", "write an export from a checkpoint of a run; publish one"),
     "adapters": Command("fastgen.cli.adapters", "look into LoRA files, merge and convert them"),
     "demo": Command("fastgen.cli.demo", "a page in the browser to try an export in"),
+    "relight": Command(
+        "fastgen.cli.relight", "a splat of 3D Gaussians as material and light, shown under another"
+    ),
     "doctor": Command("fastgen.cli.doctor", "what this machine and this installation can do"),
     "list": Command("fastgen.cli.listing", "methods, teachers and recipes, a line each"),
 }

@@ -16,7 +16,8 @@ MILDER = "milder_"
 class Batch:
     """One micro-batch: x0 [B, ...] or None without data, conditions, null conditions, standard normal noise
     [B, ...], the index of each row in the data set, the captions of text data, where the data has pairs the
-    x0 that each row's is preferred to, and of views of an asset what its critic is told in the place of cond.
+    x0 that each row's is preferred to, and of views of an asset what its critic is told in the place of cond,
+    with the prompt as it is seen from every side, a row for each word.
     """
 
     x0: Tensor | None
@@ -27,6 +28,7 @@ class Batch:
     texts: list[str] | None = None
     dispreferred: Tensor | None = None
     critic_cond: Cond | None = None
+    views: Cond | None = None
 
 
 def stack(conds: list[Cond]) -> Cond:

@@ -17,7 +17,7 @@ POOL = 1024
 
 class Views(Data):
     """cond has the prompt with the word of the view and "camera" [B, 4]; `critic_cond` of a batch the plain
-    prompt, and the camera as "c2w" [B, 16]. No x0.
+    prompt, and the camera as "c2w" [B, 16]; `views` the prompt with every word. No x0.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Views(Data):
             batch,
             uncond={**batch.uncond, "camera": rows},
             critic_cond={**plain, "c2w": cameras.c2w.flatten(1)},
+            views={k: v.to(rows.device) for k, v in self.cond_table.items()},
             texts=texts,
         )
 

@@ -122,9 +122,9 @@ def _masks(info: ExportInfo) -> list[str]:
     if not info.tiles:
         return []
     return [
-        f"Its attention keeps {info.tiles:.0%} of the tiles between frames (Efficient-vDiT, arXiv 2502.06155): "
-        "`tile_masks.json` has the masks and `tile_attention.py` puts them on. They are of clips of this "
-        "length alone; without them the network computes what it was not trained for."
+        f"Its attention keeps {info.tiles:.0%} of the tiles between frames (Efficient-vDiT, arXiv "
+        "2502.06155): `tile_masks.json` has the masks and `tile_attention.py` puts them on. They are of "
+        "clips of this length alone; without them the network computes what it was not trained for."
     ]
 
 
@@ -133,7 +133,7 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     lora, notes = info.lora, []
     if linear_attention(teacher.network.net):
         notes.append(UNDER_AUTOCAST)
-    notes += _steps(info)
+    notes += _steps(info) + _masks(info)
     if info.fidelity_range:
         low, high = info.fidelity_range
         notes.append(
@@ -156,7 +156,6 @@ def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
             "Negative prompts: `nasa.py` subtracts their attention (NASA, arXiv 2412.02687). First call "
             f'`from nasa import negative_prompt; negative_prompt(pipe, "red", scale={info.nasa_scale:g})`.'
         )
-    notes += _masks(info)
     if info.steps_as_guidance:
         notes.append(
             "The network takes the number of steps in its input for the guidance scale: pass the "

@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
-from fastgen.objectives.base import ObjectiveConfig, Updates, guided
-from fastgen.objectives.requirements import Requirements, passes
+from fastgen.objectives.base import ObjectiveConfig, Updates
+from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.score_distillation import (
     AssetObjective,
     AssetTermsConfig,
@@ -32,6 +32,7 @@ from fastgen.objectives.shared.score_distillation import (
     along,
     asset_calls,
     omega,
+    view_passes,
 )
 
 
@@ -56,7 +57,7 @@ class ASDConfig(ObjectiveConfig):
 class ASD(AssetObjective, config=ASDConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return Requirements(asset_calls(lambda w: passes(w) + 1), real_data=False)
+        return Requirements(asset_calls(lambda w: view_passes(cfg.asset)(w) + 1), real_data=False)
 
     def positions(self, num: int, k: int) -> tuple[Tensor, Tensor]:
         """Grid positions [num] of t and of the noisier t' at step k."""
@@ -73,7 +74,7 @@ class ASD(AssetObjective, config=ASDConfig):
             eps = self.rng.randn_like(x)
             x_t, x_later = S.noise(x, eps, t), S.noise(x, eps, later)  # the same noise
             with torch.no_grad():
-                real = S.from_x0("eps", guided(self.teacher, x_t, t, batch, self.guidance), x_t, t)
+                real = S.from_x0("eps", self.view_guided(self.teacher, x_t, t, batch, self.guidance), x_t, t)
                 fake = S.from_x0("eps", self.teacher(x_later, later, batch.cond), x_later, later)
                 g = real - fake  # e^w(x_t) - e(x_t')
             loss = along(x, g, omega(cfg.omega, S, t))

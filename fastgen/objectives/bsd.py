@@ -12,7 +12,8 @@ Paper: Ren et al. 2024, arXiv 2407.13976 (Sec. 3.3); constants from the authors'
   g0 is the point of the segment from c to d that is nearest to 0 (MGDA, arXiv 1810.04650): <g0, c> >= 0 and
   <g0, d> >= 0, so that a step serves both or neither. Guidance adds them by a fixed scale and may climb one
   to descend the other, which saturates colours. `auto` needs no ratio: c = e_c - e_u, d = 1.25 (e_u - eps),
-  and sigma_t |e_u - eps| / 50 in the place of 0.1 alpha_t, the norm over the batch.
+  and sigma_t |e_u - eps| / 50 in the place of 0.1 alpha_t, the norm over the batch. It also takes the drawn
+  noise out of d, which a fixed ratio leaves to be averaged over thousands of steps.
 
 Differs
 - the authors' 3D code takes 15 for the ratio whatever is asked for; here it is the setting.
@@ -27,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
+from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import expand
 from fastgen.objectives.base import ObjectiveConfig, Updates
 from fastgen.objectives.requirements import Requirements
@@ -67,6 +69,12 @@ class BSD(AssetObjective, config=BSDConfig):
             one_guidance=False,
             guidance_settings={"ratio": cfg.ratio},
         )
+
+    def check(self) -> None:
+        super().check()
+        if self.cfg.asset.perp_neg:
+            found = "found true for bsd, which balances two directions of its own"
+            raise UserError("objective.asset.perp_neg", found, "leave it out, or use sds, vsd or asd")
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule

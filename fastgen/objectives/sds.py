@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 
 from fastgen.core.batch import Batch
-from fastgen.objectives.base import ObjectiveConfig, TimeConfig, Updates, guided
-from fastgen.objectives.requirements import Requirements, passes
+from fastgen.objectives.base import ObjectiveConfig, TimeConfig, Updates
+from fastgen.objectives.requirements import Requirements
 from fastgen.objectives.shared.score_distillation import (
     AnnealConfig,
     AssetObjective,
@@ -31,6 +31,7 @@ from fastgen.objectives.shared.score_distillation import (
     Omega,
     asset_calls,
     pulled,
+    view_passes,
 )
 
 
@@ -51,7 +52,7 @@ class SDSConfig(ObjectiveConfig):
 class SDS(AssetObjective, config=SDSConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return Requirements(asset_calls(passes), real_data=False)
+        return Requirements(asset_calls(view_passes(cfg.asset)), real_data=False)
 
     def step(self, batch: Batch, k: int) -> Updates:
         cfg, S = self.cfg, self.schedule
@@ -60,7 +61,7 @@ class SDS(AssetObjective, config=SDSConfig):
             t = self.sample_t(len(x), cfg.anneal.at(cfg.time, k))
             x_t = S.noise(x, self.rng.randn_like(x), t)  # x_t = alpha x + sigma eps
             with torch.no_grad():
-                real = guided(self.teacher, x_t, t, batch, self.guidance)  # e^w, as D
+                real = self.view_guided(self.teacher, x_t, t, batch, self.guidance)  # e^w, as D
             loss = pulled(x, real, x.detach(), S, t, cfg.omega)  # omega (e^w - eps)
             penalty, logs = self.asset_terms(k)
             yield loss + penalty, {"gap": (real - x).abs().mean(), **logs}

@@ -16,7 +16,7 @@ swiftbrush is the same for networks, with a weighted critic's loss and prompts d
 
 Differs
 - the critic starts as the teacher with a zero camera embedding; threestudio takes a v-prediction network.
-- perp-negative prompts and the stages for geometry and texture are not built.
+- the stages for geometry and texture are not built.
 - times are drawn from the schedule's grid as everywhere here, not as whole steps.
 """
 
@@ -28,8 +28,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch, Cond
-from fastgen.objectives.base import TimeConfig, Updates, guided
-from fastgen.objectives.requirements import Requirements
+from fastgen.objectives.base import TimeConfig, Updates
+from fastgen.objectives.requirements import Calls, Requirements
 from fastgen.objectives.shared.critic import Matching, MatchingConfig, diagnostics
 from fastgen.objectives.shared.score_distillation import (
     AnnealConfig,
@@ -37,6 +37,7 @@ from fastgen.objectives.shared.score_distillation import (
     AssetTermsConfig,
     Omega,
     pulled,
+    view_passes,
 )
 
 
@@ -58,10 +59,17 @@ class ProlificDreamerConfig(MatchingConfig):
     """regularisers of an asset"""
 
 
+def teacher_calls(cfg: ProlificDreamerConfig, guidance: float) -> Calls:
+    """Of the teacher in a step."""
+    return {"teacher": round(view_passes(cfg.asset)(guidance) / cfg.student_every, 3)}
+
+
 class VSD(AssetObjective, Matching, config=ProlificDreamerConfig):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
-        return replace(super().requirements(cfg), real_data=False)
+        needs = super().requirements(cfg)
+        calls = lambda w, num: needs.network_calls(w, num) | teacher_calls(cfg, w)  # noqa: E731
+        return replace(needs, real_data=False, network_calls=calls)
 
     def step(self, batch: Batch, k: int, teacher=None) -> Updates:
         cfg, S, teacher = self.cfg, self.schedule, teacher or self.teacher
@@ -72,7 +80,7 @@ class VSD(AssetObjective, Matching, config=ProlificDreamerConfig):
                 x = self.generate(batch, last)  # x = render(theta_i, c)
                 t, x_t = self.noised(x, cfg.anneal.at(cfg.time, k))  # x_t = alpha x + sigma eps
                 with torch.no_grad():
-                    real = guided(teacher, x_t, t, batch, self.guidance)  # e_T^w, as D
+                    real = self.view_guided(teacher, x_t, t, batch, self.guidance)  # e_T^w, as D
                     fake = self.critic(x_t, t, told)  # e_F, as D
                 loss = pulled(x, real, fake, S, t, cfg.omega)  # omega (e_T^w - e_F)
                 penalty, logs = self.asset_terms(k)

@@ -32,22 +32,27 @@ def ply_names(degree: int) -> list[str]:
 
 
 @torch.no_grad()
-def write_ply(asset: GaussianAsset, path: Path) -> None:
+def write_ply(
+    asset: GaussianAsset, path: Path, normals: Tensor | None = None, more: dict[str, Tensor] | None = None
+) -> None:
     """Binary little-endian .ply: log scales, logits of the opacity, harmonics by channel, quaternions (w
-    first) of length 1; normals are zero.
+    first) of length 1; normals [N, 3] are zero where none are given. more: further properties [N] by name,
+    which viewers pass over.
     """
+    more = more or {}
     sh = asset.value("sh").transpose(1, 2)  # [N, 3, K]
     columns = [
         asset.value("means"),
-        torch.zeros(asset.num, 3),
+        torch.zeros(asset.num, 3) if normals is None else normals,
         sh[:, :, 0],
         sh[:, :, 1:].flatten(1),
         asset.value("logits")[:, None],
         asset.value("log_scales"),
         torch.nn.functional.normalize(asset.value("quaternions"), dim=-1),
+        *(value[:, None] for value in more.values()),
     ]
     table = torch.cat([c.float().cpu() for c in columns], 1).numpy().astype("<f4")
-    names = ply_names(asset.degree)
+    names = [*ply_names(asset.degree), *more]
     assert table.shape[1] == len(names), (table.shape, len(names))
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {asset.num}"]
     header += [*(f"property float {name}" for name in names), "end_header", ""]
@@ -55,23 +60,24 @@ def write_ply(asset: GaussianAsset, path: Path) -> None:
 
 
 @torch.no_grad()
-def read_ply(path: Path) -> GaussianAsset:
-    """The Gaussians of such a file; a UserError for another one."""
+def read_ply(path: Path, key: str = "--model") -> GaussianAsset:
+    """The Gaussians of such a file; a UserError that names `key` for another one."""
     raw = path.read_bytes()
     end = raw.find(b"end_header\n", 0, MOST_HEADER)
     lines = raw[: max(end, 0)].decode("ascii", "replace").split("\n")
     names = [line.split()[-1] for line in lines if line.startswith("property float ")]
     counts = [line.split()[-1] for line in lines if line.startswith("element vertex ")]
     degree = math.isqrt(sum(n.startswith("f_rest_") for n in names) // 3 + 1) - 1
-    whole = len(counts) == 1 and counts[0].isdecimal() and names == ply_names(degree)
+    own = ply_names(degree)  # what may follow them is passed over
+    whole = len(counts) == 1 and counts[0].isdecimal() and names[: len(own)] == own
     start = end + len(b"end_header\n")
     size = int(counts[0]) * len(names) * 4 if whole else -1
     if end < 0 or "format binary_little_endian 1.0" not in lines or len(raw) - start != size or not size:
         found = f"{path} is no .ply of Gaussians in the layout of 3D Gaussian Splatting"
-        raise UserError("--model", found, "give a folder that fastgen exported")
+        raise UserError(key, found, "give one that fastgen exported, or another program for splats")
     table = torch.from_numpy(np.frombuffer(raw, "<f4", offset=start).reshape(-1, len(names)).copy())
     if not table.isfinite().all():
-        raise UserError("--model", f"{path} holds values that are not finite", "export it again")
+        raise UserError(key, f"{path} holds values that are not finite", "export it again")
     at = {name: i for i, name in enumerate(names)}
     some = lambda *keys: table[:, [at[k] for k in keys]]  # noqa: E731
     asset = GaussianAsset(len(table), degree)

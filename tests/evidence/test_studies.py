@@ -123,6 +123,17 @@ def test_the_table_of_longer_clips_has_both_halves(tmp_path):
     assert studies.longer([], tmp_path / "none") == "No study yet."
 
 
+def test_the_table_of_relighting_has_both_ways(tmp_path):
+    keys = ("albedo_rmse", "normal_degrees", "psnr_blended", "psnr_model")
+    one = dict.fromkeys((*keys, "psnr_evening", "psnr_noon", "psnr_studio"), 20.0)
+    about = {"model": "m", "measured": {"progressive": [one | {"albedo_rmse": 0.05}], "plain": [one, one]}}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/relight_m.json").write_text(json.dumps(about))
+    text = studies.relight([], tmp_path)
+    assert "| progressive | 0.050 | 20.0 |" in text and "| plain | 20.000 |" in text
+    assert studies.relight([], tmp_path / "none") == "No study yet."
+
+
 def test_only_students_that_go_block_by_block_draw_longer_clips(tmp_path, monkeypatch):
     from eval import longer
     from fastgen.evaluation.metrics import fvd_mini
