@@ -12,6 +12,7 @@
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
+  python -m benchmarks tiles      attention in tiles of frames over the dense one on a CPU
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -43,6 +44,9 @@ from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.real_size import real_size
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
+from benchmarks.tiles import PAGE as TILES_PAGE
+from benchmarks.tiles import table as tiles_table
+from benchmarks.tiles import tiles  # noqa: F401  (called by name)
 from benchmarks.timing import alternate, ready_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,6 +275,7 @@ def main() -> None:
             "startup",
             "prompts",
             "data",
+            "tiles",
             "faults",
             "mutations",
             "frechet",
@@ -309,6 +314,8 @@ def main() -> None:
         path.write_text(json.dumps(record, indent=2) + "\n")
         if args.name == "data":
             put("bench", table(record), ROOT / "docs/data.md")
+        if args.name == "tiles":
+            put("tiles", tiles_table(record), TILES_PAGE)
 
 
 if __name__ == "__main__":

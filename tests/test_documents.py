@@ -44,6 +44,7 @@ WRITTEN += (
     "results.json",
     "report",
     "comfyui.json",
+    "tile_masks.json",
     "state.json",
     "state.safetensors",
     "checksums.json",

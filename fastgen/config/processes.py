@@ -59,6 +59,7 @@ def _check_context_parallel(cfg: Sections, objectives: Sequence[ObjectiveConfig]
         "train.gradient_accumulation_steps": cfg.train.gradient_accumulation_steps > 1,
         "student.asset": cfg.student.asset is not None,
         "student.causal": cfg.student.causal is not None,
+        "objective.name": any(requirements_of(one).tiles for one in objectives),
         "objective.tangent": any(requirements_of(one).forward_mode for one in objectives),
     }
     _refuse(found, "train.context_parallel")

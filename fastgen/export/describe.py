@@ -10,6 +10,7 @@ import torch
 
 from fastgen import __version__
 from fastgen.diffusion.schedules import TrigFlow
+from fastgen.export import tiles
 from fastgen.export.guidance_adapters import is_guidance_adapter
 from fastgen.export.info import ExportInfo
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
@@ -104,6 +105,7 @@ def describe(trained: Trained, setup: SchedulerSetup) -> ExportInfo:
         fidelity=student.spec.fidelity,
         fidelity_range=student.spec.fidelity_range,
         causal=_causal(student, teacher) if few_step and student.spec.block else None,
+        tiles=tiles.share(student),
         teacher_settings={k: v for k, v in (teacher.info or {}).items() if k in RECORDED},
     )
 

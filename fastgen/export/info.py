@@ -87,6 +87,10 @@ class ExportInfo:
     """of a student that makes clips block after block: latent frames of a `block`, the `window` of blocks
     that its attention spans, and `frames`, `height` and `width` of its latents; None: all at once
     """
+    tiles: float = 0.0
+    """of a student with masks in tile_masks.json, the tiles that they keep, as a share of dense attention's;
+    0: without masks
+    """
     num_students: int = 0
     """students in folders of their own, student0 and so on; 0: one student, in this folder"""
     trained_students: tuple[int, ...] = ()

@@ -14,6 +14,7 @@ from fastgen.core.reading import parse_json, reads_model
 from fastgen.export import lora
 from fastgen.export.info import ExportInfo, read_info
 from fastgen.export.snippet import PROMPT
+from fastgen.export.tiles import take_tiles
 from fastgen.families.parts import cast_network
 from fastgen.networks import guidance_adapters
 from fastgen.networks.backbone import Backbone
@@ -22,6 +23,7 @@ from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.guidance_adapters import load_guidance_adapter
 from fastgen.networks.load import RECORDED, load_teacher
 from fastgen.networks.teacher import Teacher
+from fastgen.networks.tile_attention import FILE as TILES
 from fastgen.networks.weight_files import PICKLES
 from fastgen.roles.causal import make_student
 from fastgen.roles.roles import Role, Student, Students, StudentSpec
@@ -157,6 +159,8 @@ def _load_export(path: str | Path, base: str | None, key: str, size: dict[str, A
     role, teacher = _as_role(load_teacher(str(found), **size))
     if info and info.is_student:
         role = _student(role.backbone, None, info, key)
+        if info.tiles:
+            take_tiles(role, found, key, teacher.codec, "teacher.num_frames")
         if info.guidance_range:
             teacher.codec.guidance = None  # its conditions leave this input to the student itself
     return Loaded(role, teacher, info, str(path))
@@ -247,13 +251,17 @@ def _load_lora(file: Path, base: str | None, key: str, size: dict[str, Any]) -> 
     role = Role(network, "student")
     if info.is_student:
         role = _student(network, "student", info, key)
+    if info.tiles:
+        take_tiles(role, file.parent, key, teacher.codec, "teacher.num_frames")
     return Loaded(role, teacher, info, str(file))
 
 
 @reads_model("student.init")
 @torch.no_grad()
-def init_student(student: Role, path: str) -> None:
-    """Start a student from an export: a folder's weights, or a LoRA (into an adapter, or merged)."""
+def init_student(student: Role, path: str, codec: Codec | None = None) -> None:
+    """Start a student from an export: a folder's weights, or a LoRA (into an adapter, or merged). Tile masks
+    come with them, where the codec of its clips is given.
+    """
     key = "student.init"
     found = locate(path, key)
     if found is None:
@@ -279,6 +287,9 @@ def init_student(student: Role, path: str) -> None:
         raise UserError(key, wrong, "give a LoRA file, or set student.kind to full")
     else:
         _init_full(network, student.guidance is not None, str(found), key)
+    folder = found.parent if found.is_file() else found
+    if codec is not None and (folder / TILES).is_file():
+        take_tiles(student, folder, key, codec, key)
 
 
 def _init_full(network: Backbone, guided: bool, path: str, key: str) -> None:

@@ -117,12 +117,23 @@ def _steps(info: ExportInfo) -> list[str]:
     return []
 
 
+def _masks(info: ExportInfo) -> list[str]:
+    """What masks its attention has between frames."""
+    if not info.tiles:
+        return []
+    return [
+        f"Its attention keeps {info.tiles:.0%} of the tiles between frames (Efficient-vDiT, arXiv "
+        "2502.06155): `tile_masks.json` has the masks and `tile_attention.py` puts them on. They are of "
+        "clips of this length alone; without them the network computes what it was not trained for."
+    ]
+
+
 def _notes(info: ExportInfo, teacher: Teacher) -> list[str]:
     """What a user of these files must know beside the settings."""
     lora, notes = info.lora, []
     if linear_attention(teacher.network.net):
         notes.append(UNDER_AUTOCAST)
-    notes += _steps(info)
+    notes += _steps(info) + _masks(info)
     if info.fidelity_range:
         low, high = info.fidelity_range
         notes.append(

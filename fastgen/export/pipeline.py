@@ -11,6 +11,7 @@ from fastgen.export.snippet import call_keywords, hub_id
 from fastgen.networks.guidance_adapters import load_guidance_adapter
 from fastgen.networks.load import load_teacher
 from fastgen.networks.teacher import Teacher
+from fastgen.networks.tile_attention import load_tiles
 
 KEY = "pipeline"
 
@@ -58,6 +59,8 @@ def load_pipeline(folder: Path, **parts: Any) -> Any:
             pipe.load_lora_weights(folder, **call)
     if info.guidance_adapter:
         load_guidance_adapter(pipe, folder / info.guidance_adapter)
+    if info.tiles:
+        load_tiles(getattr(pipe, teacher.family.component), folder)
     if info.set_on_scheduler:
         bind(pipe.scheduler, info.timestep_arguments)
     return pipe.to("cuda") if gpu and "device_map" not in parts else pipe

@@ -8,7 +8,7 @@ from fastgen.export.info import FILE, read_info
 
 PUBLISHED = (".safetensors", ".json", ".md", ".txt", ".png", ".gif", ".model", ".py")
 """suffixes of what an export is made of"""
-SCRIPTS = ("nasa.py", "guidance_adapter.py", "block_causal.py")
+SCRIPTS = ("nasa.py", "guidance_adapter.py", "block_causal.py", "tile_attention.py")
 """of fastgen, which exports carry"""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -67,6 +67,7 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
         *([f"from diffusers.utils import {', '.join(tools)}"] if tools else []),
         *(["from guidance_adapter import load_guidance_adapter  # this folder"] if adapter else []),
         *(["from block_causal import generate  # this folder"] if info.causal else []),
+        *(["from tile_attention import load_tiles  # this folder"] if info.tiles else []),
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.bfloat16 if device == "cuda" else torch.float32  # a CPU is slow in halves, or cannot',
@@ -79,6 +80,8 @@ def _pipeline_usage(what: dict, teacher: Teacher, info: ExportInfo, place: Path)
             *(f'pipe.load_lora_weights("."{keywords(c)})' for c in calls),
         ]
     lines += ["pipe.to(device)", *_adapter_lines("pipe", info)]
+    if info.tiles:
+        lines.append(f'load_tiles(pipe.{family.component}, ".")  # which tiles its attention keeps')
     if info.causal:
         drawn = ", ".join(_requested(family, codec, info)).removeprefix("prompt=")
         return [*lines, f"frames = generate(pipe, {drawn})[0]", 'export_to_gif(frames, "sample.gif")']

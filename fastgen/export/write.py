@@ -23,6 +23,7 @@ from fastgen.export.info import FILE, ExportInfo, read_info
 from fastgen.export.kohya import write_kohya
 from fastgen.export.model_card import SAMPLES, members_card, model_card
 from fastgen.export.scheduler import SchedulerSetup, scheduler_setup
+from fastgen.export.tiles import write_tiles
 from fastgen.families.base import Family
 from fastgen.families.parts import DiffusersModel, cast_network, part_name
 from fastgen.networks import block_causal, negative_prompts
@@ -83,6 +84,8 @@ def _export_one(
     write_workflow(folder, teacher, info)
     if info.nasa_scale:
         shutil.copyfile(negative_prompts.__file__, folder / "nasa.py")
+    if info.tiles:
+        write_tiles(student, folder)
     if info.causal:
         shutil.copyfile(block_causal.__file__, folder / "block_causal.py")
 

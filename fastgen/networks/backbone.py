@@ -17,7 +17,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
-from fastgen.networks import block_causal
+from fastgen.networks import block_causal, tile_attention
 from fastgen.networks.attention import kernel
 from fastgen.networks.camera_embedding import CameraEmbedding
 from fastgen.networks.camera_embedding import attach as attach_camera
@@ -135,6 +135,21 @@ class Backbone(Denoiser):
     def causally(self, now: block_causal.Pass) -> Iterator[None]:
         with block_causal.attach(self.net).acting(now):
             yield
+
+    def in_tiles(self, adapter: str | None) -> tile_attention.Control:
+        try:
+            control = tile_attention.attach(self.net)
+        except ValueError:
+            able = " or ".join(tile_attention.KINDS)
+            found = f"found efficient_vdit for {type(self.net).__name__}, whose attention has no tiles here"
+            raise UserError("objective.name", found, f"use a {able}, not of two experts") from None
+        control.acting = self.adapter
+        control.plan(adapter)
+        return control
+
+    def state(self) -> dict[str, Tensor]:
+        control = self.net.__dict__.get(tile_attention.ATTRIBUTE)
+        return {f"tiles/{name or 'own'}": plan for name, plan in control.plans.items()} if control else {}
 
     def fix(self, name: str) -> None:
         """Exclude a module of the network from training."""
@@ -288,6 +303,8 @@ class Backbone(Denoiser):
         self.adapter = name
         if self.guidance_control is not None:
             self.guidance_control.active = name if name in self.guidance_control.names else None
+        if tiles := self.net.__dict__.get(tile_attention.ATTRIBUTE):
+            tiles.acting = name
         for module in self.net.modules():
             if isinstance(module, BaseTunerLayer):
                 module._disable_adapters = name is None

@@ -9,6 +9,7 @@ from fastgen.core.batch import Cond
 from fastgen.diffusion.schedules import Schedule
 from fastgen.families.base import Family
 from fastgen.networks.block_causal import Pass
+from fastgen.networks.tile_attention import Control
 
 
 class Denoiser(nn.Module):
@@ -59,6 +60,12 @@ class Denoiser(nn.Module):
         """Act block by block inside the block: attend to what came before alone, the cache of `now` included.
         Times may then be those of every frame, [B, F]."""
         raise NotImplementedError(f"{type(self).__name__} cannot go block by block")
+
+    def in_tiles(self, adapter: str | None) -> Control:
+        """Make the network able to attend in tiles, under the masks of whatever adapter acts, dense at first;
+        UserError of networks that cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention between frames")
 
     def add_guidance(self) -> None:
         """Make the guidance scale, cond["guidance"] [B], an input of the network."""

@@ -186,6 +186,8 @@ class Requirements:
     """whether the student may make clips block after block (student.causal)"""
     blocks: bool = False
     """whether it has to, where the teacher makes clips"""
+    tiles: bool = False
+    """whether attention of the student keeps some tiles of frames only"""
     step_end: bool = False
     """whether the student also reads where its step ends: u(x_t, t, r) instead of D(x_t, t)"""
     grid_steps: int = 0

@@ -227,7 +227,7 @@ class Cast:
         if name == "student" and chosen.init and str(self.device) != "meta":
             from fastgen.export.load import init_student
 
-            init_student(role, chosen.init)
+            init_student(role, chosen.init, self.teacher.codec)
         return role
 
     def _asset(self) -> AssetStudent:

@@ -272,9 +272,10 @@ class Trainer:
 
     # -- checkpoints -----------------------------------------------------------------------------------------
     def _weights(self) -> dict[str, Tensor]:
-        """What is trained, and its averages, by name."""
+        """What is trained, its averages, and what the student's network keeps beside them, by name."""
         parts = Player("all", {n: p for n, p in self.cast.parts.items() if n != "teacher"})
         found: dict[str, Tensor] = {f"part/{n}": p for n, p in parts.trainable().items()}
+        found |= {f"net/{n}": p for n, p in self.cast.student.backbone.state().items()}
         return found | {f"ema/{n}": p for n, p in self.ema.state_dict().items()}
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ STUDENT = {n: getattr(module, "STUDENT", {}) for n, module in TESTS.items()}
 """settings of teacher and student where a method needs others than the default"""
 DATA = {n: getattr(module, "SHORT_DATA", {}) for n, module in TESTS.items()}
 """and of the data section"""
+STILL = {n for n, module in TESTS.items() if getattr(module, "STILL", False)}
+"""methods that have nothing to learn of a picture"""
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
 
@@ -101,7 +103,8 @@ def test_every_family_full_and_lora(name, family, kind, tiny):
         after = cast.parts["teacher"](one.noise, t, one.cond)
         moved = cast.parts["student"](one.noise, t, one.cond)
     assert shared_by_student or torch.equal(before, after), "the teacher moved"
-    assert not torch.equal(moved, before), "the student did not move"
+    stood = torch.allclose(moved, before, atol=1e-4) if name in STILL else torch.equal(moved, before)
+    assert stood == (name in STILL), "the student did not move"
 
 
 @each

@@ -124,6 +124,3 @@ class AssetObjective(Objective):
         """Let an asset move its parts once step k is done."""
         if self.sync:
             self.student.backbone.settle(k)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.student.backbone.state()
