@@ -39,6 +39,8 @@ FREE = (
     "version",
 )
 """last or first words of keys whose change is reported and never refused"""
+OFF = ("null", "false", "0", '""', "[]", "{}")
+"""values, as JSON, of a setting that does nothing: with it a run is the one before the setting was there"""
 ALWAYS_DATA = ("name", "images", "control", "prompts", "limit", "on_bad_image")
 """settings of the data section that are named also where they are not set; checkpoints and evidence from
 before the others were there stay good without them
@@ -90,12 +92,12 @@ def _leaves(tree: dict, prefix: str):
 
 def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], report: bool) -> None:
     """Refuse to resume the checkpoint `name` where settings changed since, naming each with both values;
-    report those that are allowed. A key newer than the checkpoint counts as null.
+    report those that are allowed. A key newer than the checkpoint counts as off.
     """
     allowed = tuple(allowed)
     loaded = any(k.startswith(FOUND) for k in now)  # else only the settings are compared yet
     known = now.keys() | {k for k in before if loaded or not k.startswith(FOUND)}
-    changed = [k for k in sorted(known) if before.get(k, "null") != now.get(k, "null")]
+    changed = [k for k in sorted(known) if before.get(k) != now.get(k) and not _still_off(before, now, k)]
     free = [k for k in changed if _is_free(k) or _matches(k, allowed)]
     unknown = [a for a in allowed if not any(_matches(k, (a,)) for k in (*before, *now, *FOUND))]
     if unknown:
@@ -110,6 +112,11 @@ def check_same(name: str, before: dict, now: dict, allowed: Iterable[str], repor
     if free and report:
         spelled = ", ".join(_change(k, before, now) for k in free)
         warn(f"--resume: changed since {name}, going on with the new values: {spelled}")
+
+
+def _still_off(before: dict, now: dict, key: str) -> bool:
+    """Whether a key that only one of them has is off in the other."""
+    return (key in before) != (key in now) and {**before, **now}[key] in OFF
 
 
 def _change(key: str, before: dict, now: dict) -> str:

@@ -308,3 +308,14 @@ def test_no_json_file_of_a_run_holds_a_nan(tmp_path, no_finish):
             json.loads(line, parse_constant=refuse)
     assert "x_mean" in (tmp_path / "run/metrics.jsonl").read_text()
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+
+
+@pytest.mark.parametrize("off", ["null", "[]", "false", '""', "0", "{}"])
+def test_a_setting_newer_than_the_checkpoint_counts_as_off(off):
+    before, now = {"a": "1", "stages.0.b": "2"}, {"a": "1", "stages.0.b": "2", "student.trained": off}
+    fingerprint.check_same("checkpoint-1", before, now, (), True)
+    fingerprint.check_same("checkpoint-1", now, before, (), True)
+    with pytest.raises(checkpoint.UserError, match="student.trained .unset -> .'x'.."):
+        fingerprint.check_same("checkpoint-1", before, now | {"student.trained": "['x']"}, (), True)
+    with pytest.raises(checkpoint.UserError, match="student.trained"):
+        fingerprint.check_same("checkpoint-1", now | {"student.trained": "1"}, now, (), True)
