@@ -25,7 +25,8 @@ def section(**given):
 
 def codec(num_frames: int = 9, temporal: int = 4):
     family = SimpleNamespace(name="wan", temporal=temporal, needs_image=False, takes_text=True)
-    return SimpleNamespace(family=family, num_frames=num_frames, pixels=(32, 32), num_classes=0)
+    sizes = {"num_frames": num_frames, "pixels": (32, 32), "num_classes": 0}
+    return SimpleNamespace(family=family, needs_image=False, **sizes)
 
 
 def test_captions_name_the_attributes(clips):
