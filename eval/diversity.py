@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.evidence import run_name
+from eval.evidence import FIGURES, run_name
 from fastgen.cli.generator import Generator
 from fastgen.cli.hybrid import Hybrid, draw_steps, step_estimates
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
-from fastgen.core.paths import PACKAGE
 from fastgen.data.bundled import VOCABULARY, all_captions, attributes_of
 from fastgen.evaluation.metrics.fd_mini import Measurer
 from fastgen.evaluation.metrics.speed import interleaved
@@ -31,7 +30,7 @@ from fastgen.networks.codecs import TextCodec
 SETTINGS = ((4, 1), (8, 1), (20, 1), (4, 2), (20, 2))
 """(grid of the base model, first step of the student) of each hybrid"""
 CAPTIONS, SIZE, BATCH = 45, 10, 90
-FIGURE = PACKAGE.parent / "docs" / "figures" / "steps.png"
+FIGURE = FIGURES / "steps.png"
 
 
 def contenders(model: str) -> dict[str, Generator]:

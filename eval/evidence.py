@@ -67,6 +67,10 @@ def teacher_name(cfg: RunConfig, recipe: str) -> str:
     return cfg.teacher.path.replace(":", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
+FIGURES = PACKAGE.parent / "docs" / "figures"
+"""pictures of the guide, which studies draw"""
+
+
 def run_name(model: str) -> str:
     """The name of a run, given by its folder or that of its export."""
     path = Path(model)

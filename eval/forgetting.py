@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from eval.evidence import FIGURES
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import grid
 from fastgen.config.parse import read_files
@@ -17,7 +18,6 @@ from fastgen.config.run import validate
 from fastgen.core.batch import stack
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed
-from fastgen.core.paths import PACKAGE
 from fastgen.data.bundled import all_captions
 from fastgen.export.load import load_export
 from fastgen.networks.codecs import Codec, TextCodec
@@ -63,7 +63,7 @@ def record(run: str, folder: Path) -> Path:
         draw = Generator(loaded, 0, loaded.info.guidance if loaded.info else 1.0, loaded.codec.null(1))
         found.append(draw(cond, list(range(2 * COLUMNS)), "cpu"))
     picture = grid(found, list(names), columns=2 * COLUMNS)
-    file = PACKAGE.parent / "docs" / "figures" / f"forgetting_{path.name}.png"
+    file = FIGURES / f"forgetting_{path.name}.png"
     with placed(file) as temporary:
         picture.save(temporary, "PNG")
     return file

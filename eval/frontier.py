@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.evidence import run_name
+from eval.evidence import FIGURES, run_name
 from fastgen.cli.generator import Generator
 from fastgen.cli.pictures import grid
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed, write_text
-from fastgen.core.paths import PACKAGE
 from fastgen.data.bundled import load_images
 from fastgen.data.degradation import shown
 from fastgen.diffusion.losses import feature_distance
@@ -107,7 +106,7 @@ def record(model: str, folder: Path) -> Path:
     found, seen = study(Path(model))
     document = {"model": name, "command": f"python -m eval frontier --run runs/{name}", **found}
     picture = grid([images for _, images in seen], [title for title, _ in seen], columns=COLUMNS)
-    figure = PACKAGE.parent / "docs" / "figures" / f"frontier_{name}.png"
+    figure = FIGURES / f"frontier_{name}.png"
     with placed(figure) as temporary:
         picture.save(temporary, "PNG")
     file = folder / f"frontier_{name}.json"

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 
-from eval.evidence import run_name
+from eval.evidence import FIGURES, run_name
 from fastgen.cli.generator import Generator
 from fastgen.cli.windows import Windowed, windowed
 from fastgen.core.batch import select
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
-from fastgen.core.paths import PACKAGE
 from fastgen.data import moving
 from fastgen.data.loader import image_rows, shown_frames
 from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
@@ -38,7 +37,6 @@ KEPT = (
     "frame_consistency",
     "dynamic_degree",
 )
-FIGURES = PACKAGE.parent / "docs" / "figures"
 
 
 def drawer(model: str, times: int = 2) -> Generator:

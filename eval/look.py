@@ -11,18 +11,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.evidence import run_name
+from eval.evidence import FIGURES, run_name
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_text
-from fastgen.core.paths import PACKAGE
 from fastgen.data import moving
 from fastgen.data.appearance import load_appearance
 from fastgen.evaluation.metrics.fvd_mini import contrast
 from fastgen.training.cast import load_configured
 
-FIGURES, GAP = PACKAGE.parent / "docs" / "figures", 8
+GAP = 8
 KEPT = ("contrast", "agreement_motion", "dynamic_degree", "fvd_mini")
 
 

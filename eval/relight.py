@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.longer import FIGURES
+from eval.evidence import FIGURES
 from fastgen.cli.relight import strip_of
 from fastgen.core.files import write_text
 from fastgen.threed.cameras import middle, turntable
