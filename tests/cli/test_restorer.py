@@ -10,15 +10,12 @@ from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.training.assembly import make_protocol
-from tests.support.restorer import restorer_run
+from tests.support.restorer import restorer_export, restorer_run
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    done, folder = restorer_run(tmp_path_factory.mktemp("oftsr"))
-    assert done == 0
-    Image.linear_gradient("L").resize((4, 4)).convert("RGB").save(folder / "image.png")
-    return folder
+    return restorer_export(tmp_path_factory.mktemp("oftsr"))
 
 
 def test_results_say_how_faithful_it_is(export):

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastgen.cli.sample import Generator, draw
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
 from fastgen.core.paths import config
@@ -13,7 +12,7 @@ from fastgen.export.load import load_export
 from fastgen.training.assembly import make_cast
 from fastgen.training.exporting import export_run
 from tests.support.clips import clip_teacher
-from tests.support.replay import moved, plainly
+from tests.support.replay import assert_drawn_as, moved, plainly
 
 PROMPTS = moving.captions([0, 1], "heldout")
 PLAIN = """
@@ -49,13 +48,7 @@ def test_p4_a_student_of_clips_is_sampled_by_plain_diffusers(tmp_path, kind):
     under = base if kind == "lora" else ""
     theirs = plainly(f"PROMPTS, BASE = {PROMPTS!r}, {under!r}\n" + PLAIN, folder)
     assert theirs.shape == (2, 3, moving.FRAMES, moving.SIZE, moving.SIZE)
-    loaded = load_export(str(folder))
-    cond = loaded.codec.prompts(PROMPTS)
-    ours = draw(Generator(loaded, 4, 1.0, {}), cond, [11, 12], 2)[0]
-    assert (theirs - ours).abs().max() < 1e-3
-    untrained = load_export(base)
-    untrained.role = loaded.role.with_network(untrained.role)
-    assert (theirs - draw(Generator(untrained, 0, 1.0, {}), cond, [11, 12], 2)[0]).abs().max() > 1e-2
+    assert_drawn_as(theirs, folder, base, PROMPTS)
 
 
 FIRST = """

@@ -8,13 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastgen.cli.sample import Generator, draw
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import VP, Flow
-from fastgen.export.load import load_export
 from fastgen.networks.motion import MotionHead, kept_share, motion_of
 from fastgen.networks.vision import Pixels
 from fastgen.objectives.lcm import LCM, LCMConfig
@@ -27,7 +25,7 @@ from fastgen.training.exporting import export_run
 from tests.families.cases.video import animatediff
 from tests.support.dots import BRIGHT, DARK, FRAMES, SIDE, Codec, Dots, Levels, dots
 from tests.support.heavier import first_of
-from tests.support.replay import moved, plainly
+from tests.support.replay import assert_drawn_as, moved, plainly
 from tests.support.spelled import World, at_x, gradient, line
 from tests.support.tiny import PROMPTS
 from tests.support.toys import GaussianNet, Spy, batch_of, rng, run_mixture
@@ -379,13 +377,7 @@ def test_p4_mcm(tmp_path, kind):
         f"PROMPTS, BASE = {list(PROMPTS)!r}, {base if kind == 'lora' else ''!r}\n" + PLAIN, folder
     )
     assert theirs.shape == (2, 3, 4, 16, 16)
-    loaded = load_export(str(folder))
-    cond = loaded.codec.prompts(PROMPTS)
-    ours = draw(Generator(loaded, 4, 1.0, {}), cond, [11, 12], 2)[0]
-    assert (theirs - ours).abs().max() < 1e-3
-    untrained = load_export(base)
-    untrained.role = loaded.role.with_network(untrained.role)
-    assert (theirs - draw(Generator(untrained, 0, 1.0, {}), cond, [11, 12], 2)[0]).abs().max() > 1e-2
+    assert_drawn_as(theirs, folder, base, PROMPTS)
     if kind == "full":
         same, old = (
             load_file(f / "unet/diffusion_pytorch_model.safetensors") for f in (folder, tmp_path / "teacher")

@@ -13,7 +13,7 @@ from fastgen.objectives.oftsr import OFTSR, OFTSRConfig
 from fastgen.roles.roles import Role, Student, StudentSpec
 from fastgen.sampling.solvers import sample_teacher
 from tests.support.replay import plainly, replay
-from tests.support.restorer import drawn, restorer_run
+from tests.support.restorer import drawn, restorer_export, restorer_run
 from tests.support.toys import Spy, batch_of, fit, rng
 
 SHORT = {}
@@ -287,10 +287,7 @@ def test_p2_much_alignment_leaves_the_walk():
 # -- P4 and mistakes ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    done, folder = restorer_run(tmp_path_factory.mktemp("oftsr"))
-    assert done == 0
-    Image.linear_gradient("L").resize((4, 4)).convert("RGB").save(folder / "image.png")
-    return folder
+    return restorer_export(tmp_path_factory.mktemp("oftsr"))
 
 
 @pytest.mark.parametrize("fidelity", [None, 0.6])

@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
-from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.batch import MILDER
 from fastgen.core.errors import UserError
@@ -18,6 +16,7 @@ from fastgen.networks.denoiser import Denoiser
 from fastgen.objectives.scale_distillation import ScaleDistillation, ScaleDistillationConfig
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import plainly
+from tests.support.restorer import enlarging_run
 from tests.support.toys import Spy, batch_of, fit, rng
 
 SHORT = {"target": "data"}
@@ -190,21 +189,8 @@ def pix2pix_run(folder, *flags):
     from tests.families.cases.unets import pix2pix_folder
 
     pix2pix_folder(folder / "teacher")
-    (folder / "set").mkdir()
-    for i in range(6):
-        Image.linear_gradient("L").resize((16, 16)).rotate(60 * i).save(folder / "set" / f"{i}.png")
-    values = {
-        "teacher": {"path": str(folder / "teacher")},
-        "data": {"images": str(folder / "set"), "degradation": {"factor": 4}},
-        "student": {"num_steps": 1},
-        "objective": {"name": "scale_distillation"},
-        "optim": {"student": {"lr": 1e-2}},
-        "train": {"max_train_steps": 3, "train_batch_size": 2, "validation_steps": 0, "ema_decay": [0.5]},
-        "eval": {"num_samples": 4},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    done = main(["--config", str(folder / "run.yaml"), "--output_dir", str(folder / "run"), *flags])
-    return done, folder / "run/export"
+    settings = {"student": {"num_steps": 1}, "objective": {"name": "scale_distillation"}}
+    return enlarging_run(folder, *flags, **settings)
 
 
 PLAIN = """

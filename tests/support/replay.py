@@ -122,6 +122,18 @@ def card_replay(tiny, tmp_path, objective, family, steps=1, kind="full"):
     assert (trained - mine).abs().max() < 1e-3, "the export is not what was trained"
 
 
+def assert_drawn_as(theirs, folder, base, prompts):
+    """What plain diffusers drew in four steps with the seeds 11 and 12 is what an exported student draws in
+    our code, and not what the network of its base draws in the student's place.
+    """
+    loaded, untrained = load_export(str(folder)), load_export(base)
+    cond = loaded.codec.prompts(prompts)
+    ours = draw(Generator(loaded, 4, 1.0, {}), cond, [11, 12], 2)[0]
+    assert (theirs - ours).abs().max() < 1e-3
+    untrained.role = loaded.role.with_network(untrained.role)
+    assert (theirs - draw(Generator(untrained, 0, 1.0, {}), cond, [11, 12], 2)[0]).abs().max() > 1e-2
+
+
 COUNTS = """
 import json, torch, diffusers
 document = json.load(open("fastgen.json"))

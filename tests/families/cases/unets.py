@@ -57,22 +57,12 @@ def sd_v_folder(folder):
 
 def restorer_folder(folder, colours=3):
     """UNet2DModel that enlarges to 16x16 pictures, folded to 12x8x8 (grey: 4x8x8)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from tests.support.tiny import write_unet2d
+    from tests.support.tiny import unet2d, write_unet2d
 
     torch.manual_seed(6)
-    net = UNet2DModel(
-        sample_size=8,
-        in_channels=8 * colours,
-        out_channels=4 * colours,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-    )
+    net = unet2d(4 * colours, 8, shown=4 * colours, num_class_embeds=None)
     info = {"patch": 2, "enlarges": 4, "start_noise": 0.6}
     return write_unet2d(folder, net, FlowMatchEulerDiscreteScheduler(), info, "")
 
