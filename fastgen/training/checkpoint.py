@@ -91,9 +91,14 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict) -> Pat
         return seal(temporary, meta)
 
 
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a checkpoint is until all of it is written."""
+    return folder / "checkpoints" / f"checkpoint-{step}.tmp"
+
+
 def begin(folder: Path, step: int) -> Path:
     """The empty folder that a checkpoint's files are written into."""
-    temporary = folder / "checkpoints" / f"checkpoint-{step}.tmp"
+    temporary = unfinished(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
@@ -122,7 +127,7 @@ def kept_on_failure(folder: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}.tmp", ignore_errors=True)
+        shutil.rmtree(unfinished(folder, step), ignore_errors=True)
         if not (disk_error(error) or isinstance(error, (OSError, SafetensorError))):
             raise
         good = latest(folder)

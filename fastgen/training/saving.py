@@ -25,7 +25,6 @@ class Saver:
         self.folder, self.acc, self.in_parts, self.behind = folder, acc, in_parts, behind
         self.step: int | None = None  # of the checkpoint that is being written
         self.meta: dict = {}
-        self.temporary = Path()
         self.thread: Thread | None = None
         self.error: BaseException | None = None
 
@@ -37,7 +36,6 @@ class Saver:
             checkpoint.save(self.folder, step, dict(tensors), meta)
             return
         self.step, self.meta, self.error = step, meta, None
-        self.temporary = self.folder / "checkpoints" / f"checkpoint-{step}.tmp"
         if self.acc.is_main_process:
             self._try(checkpoint.begin, self.folder, step)
         if self.in_parts:
@@ -48,7 +46,8 @@ class Saver:
         if self.in_parts:
             name = part_name(self.acc.process_index, self.acc.num_processes)
         kept = {k: v.detach().to("cpu", copy=self.behind).contiguous() for k, v in tensors.items()}
-        work = (write, self.temporary / name, kept, begins if self.in_parts else None)
+        path = checkpoint.unfinished(self.folder, step) / name
+        work = (write, path, kept, begins if self.in_parts else None)
         if self.behind:
             self.thread = Thread(target=self._try, args=work, name="checkpoint")
             self.thread.start()
@@ -82,7 +81,7 @@ class Saver:
             if not fine:
                 raise self.error or OSError("another process could not write its parts")
             if self.acc.is_main_process:
-                checkpoint.seal(self.temporary, self.meta)
+                checkpoint.seal(checkpoint.unfinished(self.folder, step), self.meta)
         return True
 
     def leave(self) -> None:

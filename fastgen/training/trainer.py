@@ -86,8 +86,6 @@ class Trainer:
         """
         try:
             self._fit(resume)
-        except interrupt.Stopped:
-            raise
         except BaseException:
             self.saver.leave()
             raise
@@ -317,7 +315,8 @@ class Trainer:
             "scaler": self.acc.scaler.state_dict() if self.acc.scaler else None,
         }
         self.saver.save(self.step, tensors, begins, meta)
-        self.unproven = self.saver.step is None
+        if self.saver.step is None:
+            self.unproven = True
 
     def _saved(self, wait: bool) -> None:
         """Complete a checkpoint that is being written beside the training."""

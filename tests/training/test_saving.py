@@ -102,6 +102,20 @@ def test_training_goes_on_while_it_is_written(arguments, tmp_path, monkeypatch):
     assert checkpoint.newest_good(tmp_path / "run").name == "checkpoint-6"
 
 
+def test_old_checkpoints_go_while_new_ones_are_written(arguments, tmp_path, monkeypatch):
+    """Also where each is completed by the one after it, and none by a line of the log."""
+    kept, real = [], Trainer._log
+
+    def seen(self, *rest):
+        kept.append(len(checkpoint.checkpoints(self.folder)))
+        real(self, *rest)
+
+    monkeypatch.setattr(Trainer, "_log", seen)
+    flags = ["--train.log_steps", "100", "--train.checkpoints_total_limit", "1"]
+    assert main([*arguments, str(tmp_path / "run"), *flags]) == 0
+    assert max(kept) == 1 and len(checkpoint.checkpoints(tmp_path / "run")) == 1, kept
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_last(arguments, tmp_path, monkeypatch, capfd):
     real = saving.write
 
