@@ -25,7 +25,6 @@ from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
 from fastgen.evaluation.metrics.speed import interleaved
 from fastgen.evaluation.sample_grids import save_grid
 from fastgen.export.load import load_export
-from fastgen.networks.codecs import TextCodec
 
 NUM, BATCH, SEED, SHOWN = 200, 25, 4321, 6
 KEPT = (
@@ -44,7 +43,7 @@ def drawer(model: str, times: int = 2) -> Generator:
     loaded = load_export(model, key="--run")
     if not loaded.is_student or loaded.info is None:
         raise UserError("--run", f"{model} is no student", "give the folder of a run")
-    if isinstance(loaded.codec, TextCodec) and loaded.codec.family.needs_image:
+    if loaded.codec.needs_image:
         return windowed(Generator(loaded, 0, loaded.info.guidance, {}), times)
     if not loaded.info.causal:
         found = f"{model} neither goes block by block nor begins with a frame"

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastgen.cli.generator import Generator
 from fastgen.core.errors import UserError
 from fastgen.data.sources import makes_clips
-from fastgen.networks.codecs import TextCodec
 
 STRIDE = 1_000_003
 """between the seeds of neighbouring windows of one clip"""
@@ -52,7 +51,7 @@ def windowed(one: Generator, windows: int) -> Generator:
     if windows == 1:
         return one
     codec = one.codec
-    begun = isinstance(codec, TextCodec) and codec.family.needs_image and makes_clips(codec)
+    begun = codec.needs_image and makes_clips(codec)
     if not begun or codec.family.needs_last_image:
         found = f"found {windows} for a model that no first frame alone begins"
         raise UserError("--windows", found, "leave it out, or give an image-to-video model")

@@ -192,7 +192,7 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
     cache.check_folder(cfg.cache_dir)
     if cfg.buckets:
         buckets.check_fits(buckets.parsed(cfg.buckets), codec)
-    shown = isinstance(codec, TextCodec) and codec.family.needs_image and codec.family.temporal
+    shown = codec.needs_image and codec.family.temporal
     found = read_source(cfg, codec, device, pixels or bool(shown or cfg.degradation))
     x0 = None
     if found.images is not None:
