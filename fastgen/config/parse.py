@@ -20,8 +20,8 @@ BUNDLED = "configs:"
 
 
 def merge(base: dict, over: dict) -> dict:
-    """Deep merge. {"0": ...} over a list changes its first item; an objective of another `name` replaces the
-    whole section.
+    """Deep merge. {"0": ...} over a list changes its first item, {"0": None} leaves it out; an objective of
+    another `name` replaces the whole section.
     """
     out = dict(base)
     for key, value in over.items():
@@ -45,7 +45,8 @@ def merge(base: dict, over: dict) -> dict:
 def _merge_items(items: list, over: dict) -> list:
     over = {int(k): v for k, v in over.items()}
     combine = lambda old, new: merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new  # noqa: E731
-    merged = [combine(v, over[i]) if i in over else v for i, v in enumerate(items)]
+    kept = [i for i in range(len(items)) if i not in over or over[i] is not None]
+    merged = [combine(items[i], over[i]) if i in over else items[i] for i in kept]
     return merged + [v for i, v in sorted(over.items()) if i >= len(items)]
 
 

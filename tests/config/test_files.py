@@ -76,6 +76,19 @@ def test_another_objective_replaces_that_of_the_base(write):
     assert read_files([same])["objective"] == {"name": "dmd2", "gan_weight": 0.5, "student_every": 2}
 
 
+def test_an_item_of_a_list_is_changed_or_left_out_by_its_number(write, capsys):
+    stages = ", ".join(f"{{name: {n}, objective: {{name: dmd2, gan_weight: 0.0}}}}" for n in "abc")
+    base = write(base="teacher: {path: 'analytic:gmm2d-flow'}\nstages: [" + stages + "]")
+    names = lambda change: [  # noqa: E731
+        (s.name, s.max_train_steps) for s in load([base, write(change=f"stages: {change}")], []).stages
+    ]
+    assert names("{1: null}") == [("a", 100), ("c", 100)]
+    assert names("{0: null, 2: {max_train_steps: 9}}") == [("b", 100), ("c", 9)]
+    assert main(["--config", base, write(change="stages: {3: null}"), "--dry_run"]) == 2, "there is no fourth"
+    said = capsys.readouterr().err
+    assert "stages.3: " in said and "found None" in said and said.count("\n") == 1
+
+
 def test_a_file_anywhere_stands_on_a_bundled_config(write):
     file = write(own="base: configs:recipes/digits_dmd2.yaml\ntrain: {seed: 9}")
     bundled = load([str(config("recipes/digits_dmd2.yaml"))], [])
