@@ -132,3 +132,44 @@ def test_the_difference_stacked_on_the_start_is_the_tuned_adapter(export, tiny, 
     images = plainly(f"BASE = {str(tiny('sd'))!r}\n" + STACKED, tmp_path)
     assert (images[0] - images[1]).abs().max() < 1e-3
     assert (images[0] - images[2]).abs().max() > 1e-3, "the negative"
+
+
+def style_lora(base, file):
+    """A LoRA of two kinds of layers, as users make one with peft: plain denoising of one picture."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    unet, noising = pipe.unet.requires_grad_(False), DDPMScheduler.from_config(pipe.scheduler.config)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_v"]))
+    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], 0.1)
+    with torch.no_grad():
+        cond, _ = pipe.encode_prompt(["a red dress"] * 4, "cpu", 1, False)
+    x0 = torch.full((4, unet.config.in_channels, *2 * [unet.config.sample_size]), 0.8)
+    for _ in range(8):
+        noise, t = torch.randn_like(x0), torch.randint(1000, (4,))
+        eps = unet(noising.add_noise(x0, noise, t), t, cond).sample
+        optimizer.zero_grad()
+        (eps - noise).square().mean().backward()
+        optimizer.step()
+    layers = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(file.parent, layers, weight_name=file.name)
+    return lora.read_lora(file)[0]
+
+
+def test_a_style_lora_stacks_on_the_distilled_one(export, tiny, tmp_path):
+    """By set_adapters, a user's LoRA of the base at half weight is half its update beside the whole of ours;
+    it has fewer layers and another rank.
+    """
+    distilled = lora.read_lora(file_of(export))[0]
+    style = style_lora(tiny("sd"), tmp_path / "added.safetensors")
+    assert style.keys() < distilled.keys()
+    both = dict(distilled)
+    for name, (a, b) in style.items():
+        both[name] = torch.cat([both[name][0], a]), torch.cat([both[name][1], 0.5 * b], 1)
+    lora.write_peft(tmp_path / "start.safetensors", distilled, "unet", {})
+    lora.write_peft(tmp_path / "tuned.safetensors", both, "unet", {})
+    images = plainly(f"BASE = {str(tiny('sd'))!r}\n" + STACKED, tmp_path)
+    assert (images[0] - images[2]).abs().max() < 1e-3
+    assert (images[0] - images[1]).abs().max() > 1e-3, "the negative: at whole weight"
