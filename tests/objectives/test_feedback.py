@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastgen.cli.train import main
 from fastgen.core.errors import UserError
@@ -18,6 +19,7 @@ from fastgen.objectives.feedback import Feedback, FeedbackConfig
 from fastgen.roles.roles import Student, StudentSpec
 from tests.support.replay import replay
 from tests.support.toys import AffineStudent, CountingRole, GaussianNet, batch_of, rng, run_mixture
+from tests.training.test_resume import Stop, stop_after
 
 SHORT = {"rewards": [{"name": "contrast"}], "ref_weight": 0.1}
 """settings of the contract battery"""
@@ -235,17 +237,15 @@ def test_p4_feedback(tiny, tmp_path):
     replay(tiny, tmp_path, {"name": "feedback", "rewards": [{"name": "contrast"}]})
 
 
-def test_hyper_sd_is_one_run(tiny, tmp_path):
-    """TSCD over 8-4-2-1 segments, feedback in two steps, score distillation in one: stages of one adapter,
-    each from what the one before left; its export draws in one step.
-    """
+def hyper_sd(tiny, tmp_path):
+    """Arguments of a run: TSCD over 8-4-2-1 segments, feedback in two steps, score distillation in one."""
     tscd = {"name": "tscd", "grid_steps": 16, "gan_weight": 0.0}
     feedback = {"name": "feedback", "rewards": [{"name": "contrast"}], "ref_weight": 1.0}
     last = {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
-    plan = [*(({**tscd, "segments": k}, 1) for k in (8, 4, 2, 1)), (feedback, 2), (last, 1)]
+    plan = [*(({**tscd, "segments": k}, 1, 1) for k in (8, 4, 2, 1)), (feedback, 2, 2), (last, 1, 1)]
     stages = [
-        {"name": str(i), "objective": one, "num_steps": steps, "max_train_steps": 1}
-        for i, (one, steps) in enumerate(plan)
+        {"name": str(i), "objective": one, "num_steps": steps, "max_train_steps": length}
+        for i, (one, steps, length) in enumerate(plan)
     ]
     prompts = tmp_path / "set"
     prompts.mkdir()
@@ -258,12 +258,28 @@ def test_hyper_sd_is_one_run(tiny, tmp_path):
         "critic": {"kind": "lora", "lora": {"rank": 2}},
         "data": {"images": str(prompts)},
         "stages": stages,
-        "train": {"train_batch_size": 2, "validation_steps": 0},
+        "train": {"train_batch_size": 2, "validation_steps": 0, "checkpointing_steps": 1},
         "eval": {"num_samples": 0},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    assert main(["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    return ["--config", str(tmp_path / "run.yaml"), "--output_dir"]
+
+
+def test_hyper_sd_is_one_run(tiny, tmp_path, monkeypatch):
+    """Stages of one adapter, each from what the one before left; stopped within the feedback and resumed it
+    is the same run, and its export draws in one step.
+    """
+    argv, adapters = hyper_sd(tiny, tmp_path), []
+    assert main([*argv, str(tmp_path / "run")]) == 0
     info = load_export(str(tmp_path / "run/export")).info
     assert info.objective == "tscd+feedback+dmd2" and list(info.times) == [800]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any("student/reward_contrast" in line for line in lines)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5)
+        main([*argv, str(tmp_path / "cut")])
+    assert main([*argv, str(tmp_path / "cut"), "--resume"]) == 0
+    for run in ("run", "cut"):
+        adapters.append(next((tmp_path / run / "export").glob("*-lora.safetensors")))
+    whole, resumed = map(load_file, adapters)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
