@@ -35,7 +35,7 @@ METHODS = {
 }
 
 
-def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2) -> None:
+def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2, fails: bool = False) -> None:
     """Run two.yaml into the folder `two` by two processes (or more) that the driver starts from."""
     (tmp_path / "driver.py").write_text(driver)
     with socket.socket() as free:
@@ -53,7 +53,7 @@ def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2) -> None:
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
