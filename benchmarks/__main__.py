@@ -267,34 +267,34 @@ def startup(rounds: int = 5) -> dict:
     return {f"{n}_seconds": statistics.median(v) for n, v in times.items()}
 
 
+NAMES = (
+    "overhead",
+    "memory",
+    "sampling",
+    "jvp",
+    "methods",
+    "startup",
+    "prompts",
+    "data",
+    "checkpoints",
+    "scale",
+    "tiles",
+    "rendering",
+    "faults",
+    "mutations",
+    "frechet",
+    "sqrtm",
+    "fd",
+    "real_size",
+    "gpu",
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "name",
-        choices=(
-            "overhead",
-            "memory",
-            "sampling",
-            "jvp",
-            "methods",
-            "startup",
-            "prompts",
-            "data",
-            "checkpoints",
-            "scale",
-            "tiles",
-            "rendering",
-            "faults",
-            "mutations",
-            "frechet",
-            "sqrtm",
-            "fd",
-            "real_size",
-            "gpu",
-        ),
-    )
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
