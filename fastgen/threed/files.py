@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.threed.asset import Asset
@@ -148,10 +148,7 @@ def write_asset(asset: Asset, folder: Path, name: str) -> list[str]:
         write_ply(asset, folder / f"{name}.ply")
         return [f"{name}.ply"]
     assert isinstance(asset, FieldAsset), type(asset)
-    from safetensors.torch import save_file
-
-    state = {k: v.detach().cpu().contiguous() for k, v in asset.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors")
+    write_weights(asset, folder / f"{name}.safetensors")
     try:
         mesh_of(asset).export(folder / f"{name}.glb")
     except UserError as error:
@@ -164,12 +161,25 @@ def read_asset(folder: Path, name: str, settings: dict) -> Asset:
     """One asset of an export; settings are those of `student.asset`."""
     if settings["kind"] == "gaussians":
         return read_ply(folder / f"{name}.ply")
+    asset = make_asset(settings, 0)
+    read_weights(asset, folder / f"{name}.safetensors")
+    return asset
+
+
+def write_weights(module: nn.Module, file: Path) -> None:
+    """All of a module's tensors."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, file)
+
+
+def read_weights(module: nn.Module, file: Path) -> None:
+    """Put the tensors of a file into a module; a UserError for a file that does not fit."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    asset = make_asset(settings, 0)
     try:
-        asset.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    except (OSError, RuntimeError) as error:
-        found = f"{folder / name}.safetensors does not fit ({str(error).splitlines()[0]})"
+        module.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        found = f"{file} does not fit ({str(error).splitlines()[0]})"
         raise UserError("--model", found, "export it again") from None
-    return asset

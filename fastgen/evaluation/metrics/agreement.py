@@ -35,6 +35,22 @@ def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[
     return {"agreement": float(together), **shares}
 
 
+def library_of(*attributes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The different prompts [P] among requests, by what they name beside the view."""
+    keys = [key for key in attributes[0] if key != "view"]
+    rows = torch.cat([torch.stack([one[key] for key in keys], 1) for one in attributes]).unique(dim=0)
+    return dict(zip(keys, rows.unbind(1)))
+
+
+def prompt_recall(logits: dict[str, Tensor], wanted: dict[str, Tensor], library: dict[str, Tensor]) -> float:
+    """Recall at 1: share of images that fit their own prompt best among those of a library [P], by the sum of
+    the log-probabilities of what a prompt names (ScaleDreamer, arXiv 2407.02040, asks CLIP).
+    """
+    fits = torch.stack([logits[key].log_softmax(1)[:, names] for key, names in library.items()]).sum(0)
+    own = torch.stack([wanted[key][:, None] == names for key, names in library.items()]).all(0)
+    return float(own.gather(1, fits.argmax(1, keepdim=True)).double().mean())
+
+
 def _logits(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Named heads of an encoder; a lone "logits" is that of the class."""
     heads = {k.removeprefix("logits_"): v for k, v in outputs.items() if k.startswith("logits_")}
