@@ -27,9 +27,11 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
     """
     import torch
 
-    from fastgen.export.assets import FRAMES, turntable_of
+    from fastgen.export.assets import FRAMES, VIEWER, turntable_of
+    from fastgen.export.viewer import viewer_page
     from fastgen.threed.cameras import Cameras, middle
     from fastgen.threed.files import cameras_json, write_asset, write_gif
+    from fastgen.threed.splats import splat_bytes
 
     size = args.height or args.width or max(64, info.size)
     for key, value, most in (("--height", size, MOST), ("--turntable", args.turntable, MOST)):
@@ -45,9 +47,12 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
         check_outside(asset, cameras)
     out.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, str]] = []
+    splats = {said: splat_bytes(one) for said, one in zip(prompts if info.generates else names, assets)}
+    write_text(out / VIEWER, viewer_page(prompts[0] if len(set(prompts)) == 1 else "Assets", splats))
     for prompt, name, asset in zip(prompts, names, assets):
         if info.generates:
             write_asset(asset, out, name)
+            (out / f"{name}.splat").write_bytes(splats[prompt])
         frames = turntable_of(asset, cameras, size)
         if not args.camera:
             write_gif(frames, out / f"{name}.gif")

@@ -14,6 +14,7 @@ from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.core.files import replace_folder, write_json, write_text
 from fastgen.core.reading import read_json
+from fastgen.export.viewer import viewer_page
 from fastgen.threed.asset import Asset
 from fastgen.threed.cameras import Cameras, Ranges, middle
 from fastgen.threed.fields import FieldAsset
@@ -26,10 +27,12 @@ from fastgen.threed.files import (
     write_weights,
 )
 from fastgen.threed.generators import MASK, TEXT, GeneratedAssets, GridGenerator, fields_of
+from fastgen.threed.splats import splat_bytes
 from fastgen.threed.student import AssetStudent
 
 FILE, FRAMES = "asset.json", 24
 """what says that a folder holds assets; frames of a turntable"""
+VIEWER = "viewer.html"
 GREY = 0.5
 """behind an asset on its turntable"""
 GENERATOR, SHOWN = "generator.safetensors", 4
@@ -67,6 +70,11 @@ class AssetInfo:
             return [name_of(prompt) for prompt in self.shown]
         num = self.settings["num"]
         return ["asset"] if num == 1 else [f"asset{i}" for i in range(num)]
+
+    @property
+    def said(self) -> list[str]:
+        """What people read in the place of `names`."""
+        return self.shown if self.generates else self.names
 
     @property
     def shown(self) -> list[str]:
@@ -113,7 +121,11 @@ def export_assets(student: AssetStudent, info: AssetInfo, folder: Path, texts: C
     else:
         assets = student.scenes
         files = [file for one, name in zip(assets, info.names) for file in write_asset(one, temporary, name)]
+    splats = {name: splat_bytes(asset) for asset, name in zip(assets, info.names)}
+    write_text(temporary / VIEWER, viewer_page(info.prompt, dict(zip(info.said, splats.values()))))
+    files += [f"{name}.splat" for name in splats]
     for asset, name in zip(assets, info.names):
+        (temporary / f"{name}.splat").write_bytes(splats[name])
         write_gif(turntable_of(asset, cameras, size), temporary / f"{name}.gif", scale=max(1, 192 // size))
     write_json(temporary / FILE, vars(info))
     write_text(temporary / "README.md", card(info, files, {}))
@@ -164,10 +176,16 @@ def card(info: AssetInfo, files: list[str], scores: Mapping[str, float]) -> str:
     lines[-1] += f"{info.training_steps:,} steps."
     lines += [f"Prompts are read by the text encoders of `{info.base}`."] * info.generates + [""]
     about = {".ply": "3D Gaussians, for splat viewers", ".glb": "mesh with vertex colours, for Blender"}
+    about |= {".splat": "for viewers of splats in a browser"}
     about |= {".safetensors": "the field itself"}
     about |= {GENERATOR: "the network's weights"}
     lines += [f"- `{name}`: {about.get(name) or about[Path(name).suffix]}" for name in files]
-    lines += ["- `cameras.json`: the views of the turntable", "", "```bash"]
+    lines += [
+        f"- `{VIEWER}`: all of it in a browser",
+        "- `cameras.json`: the views of the turntable",
+        "",
+        "```bash",
+    ]
     asked = f"--prompt '{info.shown[-1]}' " if info.generates else ""
     lines += [f"python sample.py --model THIS_FOLDER {asked}--turntable 48 --out views", "```", ""]
     if scores:

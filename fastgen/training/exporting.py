@@ -84,7 +84,7 @@ def write_cards(trainer, folder: Path, results: dict) -> None:
     """Write the cards of an export again, with what was measured since and pictures of the student."""
     if isinstance(trainer.cast.student.backbone, AssetStudent):
         scores = {k: v for k, v in results.get("student", {}).items() if isinstance(v, float)}
-        kinds = (".ply", ".glb", ".safetensors")
+        kinds = (".ply", ".glb", ".safetensors", ".splat")
         files = sorted(p.name for p in folder.iterdir() if p.suffix in kinds)
         write_text(folder / "README.md", card(asset_info(trainer), files, scores))
         return
