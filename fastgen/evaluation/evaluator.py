@@ -187,11 +187,8 @@ class Evaluator:
         seen, unseen = (measured(self.measurer.net, one)["logits"] for one in (images, other))
         wanted, new = self.requests.wanted(len(images)), self.unseen.wanted(num)
         library = library_of(self.requests.attributes, self.unseen.attributes)
-        return {
-            "prompt_recall": prompt_recall(seen, wanted, library),
-            **{f"{k}_held_out": v for k, v in agreement(unseen, new).items()},
-            "prompt_recall_held_out": prompt_recall(unseen, new, library),
-        }
+        other_found = agreement(unseen, new) | prompt_recall(unseen, new, library)
+        return prompt_recall(seen, wanted, library) | {f"{k}_held_out": v for k, v in other_found.items()}
 
     def _generator(self, who: str, steps: int) -> Generator:
         """What draws the samples of `who`, for metrics of its speed."""

@@ -185,8 +185,14 @@ def test_recall_is_over_the_whole_library():
         "colour": torch.tensor([[0.0, 5], [1, 0], [1, 0]]),
     }
     wanted = {"shape": torch.tensor([0, 1, 1]), "colour": torch.tensor([0, 0, 1])}
-    assert prompt_recall(logits, wanted, library) == pytest.approx(1 / 3), "the first looks blue: (1, 1) fits"
-    assert prompt_recall({"shape": logits["shape"]}, wanted, {"shape": torch.tensor([0, 1])}) == 1
+    found = prompt_recall(logits, wanted, library)
+    assert found == {"prompt_recall": pytest.approx(1 / 3)}, "the first looks blue: (1, 1) fits"
+    sides = wanted | {"view": torch.tensor([0, 2, 2])}
+    named = {"prompt_recall": 1 / 3, "prompt_recall_front": 0, "prompt_recall_back": 0.5}
+    assert prompt_recall(logits, sides, library) == pytest.approx(named)
+    assert prompt_recall({"shape": logits["shape"]}, wanted, {"shape": torch.tensor([0, 1])}) == {
+        "prompt_recall": 1
+    }
 
 
 VALUES = {
