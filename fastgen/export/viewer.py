@@ -16,6 +16,8 @@ figure.viewer button { font: inherit; font-size: 13px; margin: 6px 6px 0 0; padd
 figure.viewer button[aria-pressed=true] { background: #8883; }
 figure.viewer .said { font-size: 13px; opacity: .75; margin: 6px 0 0; }
 """
+MOST = 100_000
+"""Gaussians that a page holds of an asset: the large and opaque ones, which come first"""
 HOW = "Drag to turn, wheel or two fingers to come nearer; arrow keys turn too."
 PAGE = """<!doctype html>
 <html lang="en">
@@ -54,7 +56,7 @@ def viewer_script() -> str:
 def viewer_figure(splats: dict[str, bytes], elevation: float = 15.0) -> str:
     """The part of a page that shows assets, the first one first."""
     buttons = [
-        f'<button type="button" aria-pressed="false" data-splat="{base64.b64encode(data).decode()}">'
+        f'<button type="button" aria-pressed="false" data-splat="{base64.b64encode(data[: 32 * MOST]).decode()}">'
         f"{html.escape(name)}</button>"
         for name, data in splats.items()
     ]

@@ -102,7 +102,7 @@ class GeneratedAssets(AssetStudent):
         self.generator, self.surface, self.samples = generator, surface, samples
 
     def look(self, z: Tensor, cond: Cond) -> Render:
-        values = self.generator(cond[PLAIN + TEXT], cond.get(PLAIN + MASK))
+        values = self.generator(cond[PLAIN + TEXT], cond.get(PLAIN + MASK)).float()
 
         def at(p: Tensor) -> tuple[Tensor, Tensor]:
             places = p.flatten(1, 3)[:, :, None, None]
@@ -114,7 +114,10 @@ class GeneratedAssets(AssetStudent):
     @torch.no_grad()
     def made(self, cond: Cond) -> list[FieldAsset]:
         """The assets of prompts' own conditions, which have no prefix."""
-        return fields_of(self.generator(cond[TEXT], cond.get(MASK)), self.surface, self.samples)
+        device = next(self.generator.parameters()).device
+        text, mask = cond[TEXT].to(device), cond.get(MASK)
+        values = self.generator(text, mask if mask is None else mask.to(device))
+        return fields_of(values, self.surface, self.samples)
 
 
 def fields_of(values: Tensor, surface: bool, samples: int) -> list[FieldAsset]:
