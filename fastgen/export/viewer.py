@@ -55,10 +55,10 @@ def viewer_script() -> str:
 
 def viewer_figure(splats: dict[str, bytes], elevation: float = 15.0) -> str:
     """The part of a page that shows assets, the first one first."""
+    texts = {name: base64.b64encode(data[: 32 * MOST]).decode() for name, data in splats.items()}
     buttons = [
-        f'<button type="button" aria-pressed="false" data-splat="{base64.b64encode(data[: 32 * MOST]).decode()}">'
-        f"{html.escape(name)}</button>"
-        for name, data in splats.items()
+        f'<button type="button" aria-pressed="false" data-splat="{data}">{html.escape(name)}</button>'
+        for name, data in texts.items()
     ]
     return (
         f'<figure class="viewer" data-azimuth="0" data-elevation="{elevation:g}" data-distance="2.2">'
