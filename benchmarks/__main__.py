@@ -12,6 +12,9 @@
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
+  python -m benchmarks checkpoints  seconds that a checkpoint holds training up, at once and beside it, over
+    those of writing its tensors alone
+  python -m benchmarks scale      overhead, memory, checkpoints, data and sampling, one after the other
   python -m benchmarks tiles      attention in tiles of frames over the dense one on a CPU
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
@@ -44,6 +47,7 @@ from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.real_size import real_size
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
+from benchmarks.scale import checkpoints, scale
 from benchmarks.tiles import PAGE as TILES_PAGE
 from benchmarks.tiles import table as tiles_table
 from benchmarks.tiles import tiles  # noqa: F401  (called by name)
@@ -275,6 +279,8 @@ def main() -> None:
             "startup",
             "prompts",
             "data",
+            "checkpoints",
+            "scale",
             "tiles",
             "faults",
             "mutations",
@@ -300,6 +306,8 @@ def main() -> None:
         result = real_size(tuple(filter(None, args.only.split(","))), args.tiny)
     elif args.name == "gpu":
         result = gpu(args.tiny)
+    elif args.name == "scale":
+        result = scale({one.__name__: one for one in (overhead, memory, checkpoints, data, sampling)})
     else:
         result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
