@@ -1,6 +1,7 @@
 """Views of an exported 3D asset, for sample.py: given cameras, or a turntable."""
 
 from pathlib import Path
+from typing import Any
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_json, write_text
@@ -82,7 +83,7 @@ def asked_assets(args, folder: Path, info) -> tuple[list[str], list[str], list]:
     prompts = list(dict.fromkeys(prompts or info.shown))
     names = [name_of(prompt) for prompt in prompts]
     names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
-    codec = load_teacher(info.base).codec
+    codec: Any = load_teacher(info.base).codec
     for cut in cut_prompts(codec, prompts):
         print(f"warning: {cut}")
     return prompts, names, made_assets(folder, info, codec.prompts(prompts))

@@ -105,7 +105,8 @@ class Requests:
         images: list[Tensor] = []
         for i, solid in enumerate(asked.unique(dim=0)):
             rows = (asked == solid).all(1).nonzero()[:, 0]
-            images.append(renders(*solid.tolist(), self.own.pool[rows], self.codec.pixels[0], seed=1 + i))
+            shape, colour = solid.tolist()
+            images.append(renders(shape, colour, self.own.pool[rows], self.codec.pixels[0], seed=1 + i))
         return torch.cat(images)
 
     def unseen(self) -> "Requests | None":

@@ -117,7 +117,7 @@ def export_assets(student: AssetStudent, info: AssetInfo, folder: Path, texts: C
     files: list[str] = [GENERATOR]
     if isinstance(student, GeneratedAssets):
         write_weights(student.generator, temporary / GENERATOR)
-        assets = student.made(texts or {})
+        assets: list[Asset] = [*student.made(texts or {})]
     else:
         assets = student.scenes
         files = [file for one, name in zip(assets, info.names) for file in write_asset(one, temporary, name)]
@@ -136,9 +136,10 @@ def read_info(folder: Path) -> AssetInfo | None:
     """asset.json of a folder; None without one, a UserError for one that cannot be used."""
     if not (folder / FILE).is_file():
         return None
-    found = read_json(folder / FILE, "--model")
+    found: dict[str, Any] = read_json(folder / FILE, "--model")
+    found |= {k: tuple(found[k]) for k in ("prompts", "held_out") if isinstance(found.get(k), list)}
     try:
-        info = AssetInfo(**{k: tuple(v) if k in ("prompts", "held_out") else v for k, v in found.items()})
+        info = AssetInfo(**found)
         assert info.settings["num"] >= 1 and info.size >= 1 and isinstance(info.ranges, Ranges)
     except (TypeError, KeyError, AssertionError) as error:
         raise UserError(

@@ -66,7 +66,7 @@ class GridGenerator(nn.Module):
             self.out = nn.Conv3d(widths[-1], 4, 3, padding=1)
         with torch.no_grad():
             self.out.weight *= 0.1
-            self.out.bias.zero_()
+            nn.init.zeros_(self.get_parameter("out.bias"))
 
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask [B, L]: which places of the text count; all without one."""
@@ -130,12 +130,19 @@ def fields_of(values: Tensor, surface: bool, samples: int) -> list[FieldAsset]:
     return found
 
 
-def generated(settings: dict, width: int, seed: int, *given) -> GeneratedAssets:
-    """The student of the config's section `student.asset`, untrained, for texts of a width; given: encode,
-    schedule, size and background.
-    """
+def generated(
+    settings: dict,
+    width: int,
+    seed: int,
+    encode: Callable[[Tensor], Tensor],
+    schedule: Schedule,
+    size: int,
+    background: str,
+) -> GeneratedAssets:
+    """The student of the config's section `student.asset`, untrained, for texts of a width."""
     generator = GridGenerator(width, settings["size"], settings["generator"]["width"], seed)
-    return GeneratedAssets(generator, *given, surface=settings["surface"], samples=settings["samples"])
+    field = settings["surface"], settings["samples"]
+    return GeneratedAssets(generator, encode, schedule, size, background, *field)
 
 
 def text_width(shapes: dict) -> int:

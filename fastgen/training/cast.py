@@ -239,18 +239,17 @@ class Cast:
         codec, settings, seed = self.teacher.codec, self.student_cfg.asset.model_dump(), self.train_cfg.seed
         size = codec.pixels[0] if isinstance(codec, TextCodec) else codec.shape[-1]
         given = codec.encode, self.teacher.schedule, size, settings["background"]
-        student = (
-            AssetStudent(make_assets(settings, seed), *given)
-            if settings["generator"] is None
-            else generated(settings, text_width(codec.cond_shapes), seed, *given)
-        )
-        return student.to(self.device)
+        if settings["generator"] is None:
+            return AssetStudent(make_assets(settings, seed), *given).to(self.device)
+        width = text_width(codec.cond_shapes if isinstance(codec, TextCodec) else {})
+        return generated(settings, width, seed, *given).to(self.device)
 
     def _shown_texts(self) -> Cond | None:
         """Of a network that makes assets: the prompts that its export shows; text encoders go later."""
         asset, views, codec = self.student_cfg.asset, self.views, self.teacher.codec
-        readable = isinstance(codec, TextCodec) and str(self.device) != "meta"
-        if asset is None or asset.generator is None or views is None or not readable:
+        if asset is None or asset.generator is None or views is None or str(self.device) == "meta":
+            return None
+        if not isinstance(codec, TextCodec):
             return None
         return {k: v.cpu() for k, v in codec.prompts(shown_prompts(views.trained, views.held_out)).items()}
 

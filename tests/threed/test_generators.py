@@ -322,6 +322,11 @@ def test_what_cannot_be_is_refused_by_its_key(tiny, changes, key):
         validate({"teacher": {"path": str(tiny("sd"))}, **VALUES, **changes})
 
 
+def test_a_teacher_without_text_is_refused(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "a", teacher={"path": "assets:teachers/digits"}) == 2
+    assert "student.asset.generator" in capsys.readouterr().err
+
+
 def test_a_prompt_for_a_single_asset_is_refused(tiny, tmp_path, capsys):
     single = {
         "student": {"asset": {"kind": "grid", "size": 8, "samples": 4}},
