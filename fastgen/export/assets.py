@@ -72,6 +72,11 @@ class AssetInfo:
         return ["asset"] if num == 1 else [f"asset{i}" for i in range(num)]
 
     @property
+    def title(self) -> str:
+        """Of what describes the export."""
+        return "Assets of any prompt" if self.generates else self.prompt
+
+    @property
     def said(self) -> list[str]:
         """What people read in the place of `names`."""
         return self.shown if self.generates else self.names
@@ -122,7 +127,7 @@ def export_assets(student: AssetStudent, info: AssetInfo, folder: Path, texts: C
         assets = student.scenes
         files = [file for one, name in zip(assets, info.names) for file in write_asset(one, temporary, name)]
     splats = {name: splat_bytes(asset) for asset, name in zip(assets, info.names)}
-    write_text(temporary / VIEWER, viewer_page(info.prompt, dict(zip(info.said, splats.values()))))
+    write_text(temporary / VIEWER, viewer_page(info.title, dict(zip(info.said, splats.values()))))
     files += [f"{name}.splat" for name in splats]
     for asset, name in zip(assets, info.names):
         (temporary / f"{name}.splat").write_bytes(splats[name])
@@ -165,9 +170,8 @@ def load_assets(folder: Path, info: AssetInfo) -> list[Asset]:
 
 def card(info: AssetInfo, files: list[str], scores: Mapping[str, float]) -> str:
     """README.md of an export: what it is, how it was made and opened, and what was measured."""
-    title = "Assets of any prompt" if info.generates else info.prompt
     lines = [
-        f"# {title}",
+        f"# {info.title}",
         "",
         *(f"![{name}]({name}.gif)" for name in info.names),
         "",

@@ -29,7 +29,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>body {{ margin: 24px auto; max-width: 560px; padding: 0 20px; font: 16px/1.5 system-ui, sans-serif; \
-color-scheme: light dark; }}{style}</style>
+color-scheme: light dark; overflow-wrap: anywhere; }}{style}</style>
 </head>
 <body>
 <h1>{title}</h1>

@@ -18,8 +18,9 @@ from fastgen.threed.fields import FieldAsset
 from fastgen.threed.gaussians import GaussianAsset
 
 EXTRA = 'pip install "fastgen-distill[threed]"'
-DENSITY = 10.0
-"""where the surface of a field of densities is taken; per world unit"""
+DENSITY, THIN = 10.0, 2.0
+"""where the surface of a field of densities is taken, per world unit: at half of the largest one, at most and
+at least these"""
 MOST_HEADER = 2**16
 
 
@@ -93,17 +94,17 @@ def read_ply(path: Path, key: str = "--model") -> GaussianAsset:
 
 
 @torch.no_grad()
-def mesh_of(asset: FieldAsset, size: int = 48, level: float = DENSITY):
+def mesh_of(asset: FieldAsset, size: int = 48):
     """A trimesh.Trimesh of the field's surface with a colour at each vertex, from size^3 points: the zero
-    set of a distance, else where the density is `level`. A UserError where there is no surface.
+    set of a distance, else of equal density. A UserError where there is no surface.
     """
     mcubes, trimesh = _packages()
     line = torch.linspace(-1, 1, size)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
     points = points.to(next(asset.parameters()))
     field = -asset.distance(points) if asset.surface else asset.at(points)[0]
-    level = 0.0 if asset.surface else level
     inside = field.double().cpu().numpy()
+    level = 0.0 if asset.surface else min(DENSITY, max(THIN, 0.5 * float(inside.max())))
     values = np.pad(inside, 1, constant_values=level - 1.0)  # closed at the box
     if not values.min() < level < values.max():
         found = f"no surface at {level:g}: the field is {inside.min():.3g} to {inside.max():.3g}"

@@ -16,7 +16,7 @@ from fastgen.export.viewer import viewer_page
 from fastgen.threed.cameras import Cameras, turntable
 from fastgen.threed.fields import FieldAsset
 from fastgen.threed.gaussians import SH, GaussianAsset
-from fastgen.threed.splats import CELLS, shell_of, splat_bytes
+from fastgen.threed.splats import splat_bytes, splats_of
 from tests.support.browser import CHROMIUM, WIDER, browser
 
 SIDE = 240
@@ -49,21 +49,35 @@ def test_a_splat_file_is_read_by_its_layout():
         assert row[10:] == pytest.approx((128 * (q + 1)).clamp(0, 255).tolist(), abs=0.51)
 
 
-def test_the_shell_of_a_field_is_its_surface():
-    """Points of a ball within a cell of its radius, in its colour; an empty field shows nothing."""
-    field = FieldAsset("grid", 16, surface=True).requires_grad_(False)
+@pytest.mark.parametrize("density,surface", [(1.0, False), (6.0, False), (40.0, False), (0.0, True)])
+def test_the_splats_of_a_field_look_like_it(density, surface):
+    """A red ball in fog, thin, dense and as a surface; one that is twice as opaque would not do in fog."""
+    field = FieldAsset("grid", 16, surface=surface, samples=96).requires_grad_(False)
+    if not surface:
+        field.at = lambda p: (density * ((0.5 - p.norm(dim=-1)) * 20).sigmoid(), red.expand_as(p))
     field.field.table.zero_()
-    field.field.table[:, 1] = 0.5  # red
-    shell = shell_of(field)
-    radius = shell.value("means").norm(dim=-1)
-    assert len(radius) > 500 and (radius - 0.5).abs().max() < 2 * 3**0.5 / CELLS
-    colour = SH * shell.value("sh")[:, 0] + 0.5
-    torch.testing.assert_close(colour[:, 0], torch.full_like(radius, 2.0).sigmoid(), atol=0.02, rtol=0)
+    field.field.table[:, 1] = 0.25
+    red = torch.tensor([1.0, 0.5, 0.5]).sigmoid() if surface else torch.tensor([0.9, 0.2, 0.1])
+    splats, cameras, grey = splats_of(field), turntable(1), torch.full((1, 3), 0.5)
+    wanted = field.render(cameras, 48, grey)
+    found = splats.render(cameras, 48, grey)
+    centre = lambda image: float(image[0, 0, 24, 24])  # noqa: E731
+    assert (found.alpha - wanted.alpha).abs().mean() < 0.035, "soft at the edges"
+    assert abs(centre(found.alpha) - centre(wanted.alpha)) < 0.06
+    assert (found.rgb - wanted.rgb)[0, :, 24, 24].abs().max() < 0.03
+    if density == 1.0:
+        splats.put("logits", (2 * splats.value("logits").sigmoid()).logit())
+        assert centre(splats.render(cameras, 48, grey).alpha) - centre(wanted.alpha) > 0.15
+
+
+def test_what_nobody_sees_is_left_out():
+    field = FieldAsset("grid", 8, surface=True).requires_grad_(False)
+    field.field.table.zero_()
+    radius = splats_of(field).value("means").norm(dim=-1)
+    assert radius.min() > 0.25 and radius.max() < 0.7 and len(radius) > 500
     field.field.table[:, 0] = 10.0
-    empty = shell_of(field)
+    empty = splats_of(field)
     assert empty.num == 1 and empty.value("logits").sigmoid().max() < 1e-6
-    image = shell.render(turntable(1), 32, torch.zeros(1, 3)).alpha
-    assert image[0, 0, 16, 16] > 0.9 and image[0, 0, 0, 0] < 0.01
 
 
 def shot(page):
