@@ -30,6 +30,7 @@ from fastgen.threed.cameras import Ranges
 from fastgen.threed.fields import DenseGrid, FieldAsset
 from fastgen.threed.generators import PLAIN, TEXT, GeneratedAssets, GridGenerator
 from fastgen.threed.student import AssetStudent
+from fastgen.training import memory
 from tests.support.scenes import SIZE, SceneTeacher, blobs, role, seen_from
 from tests.support.toys import rng
 
@@ -320,6 +321,19 @@ def test_other_methods_train_it_unchanged(tiny, tmp_path, name):
 def test_what_cannot_be_is_refused_by_its_key(tiny, changes, key):
     with pytest.raises(UserError, match=key):
         validate({"teacher": {"path": str(tiny("sd"))}, **VALUES, **changes})
+
+
+def test_the_memory_of_a_generator_is_estimated(tiny):
+    """Nearly all of it is at the finest grid, so twice the side keeps nearly eight times as much."""
+    sizes = []
+    for size in (16, 32):
+        asset = {**VALUES["student"]["asset"], "size": size, "generator": {"width": 16}}
+        cfg = validate({"teacher": {"path": str(tiny("sd"))}, **VALUES, "student": {"asset": asset}})
+        sizes.append(list(memory.estimate(memory.make_cast(cfg, "meta"), cfg.train).rows.values())[-1])
+    assert 6 < sizes[1] / sizes[0] < 8.5 and sizes[1] > 3 * 4 * 16 * 32**3
+    plain = {**VALUES, "student": {"asset": {"kind": "grid"}}, "data": {"views": {"prompt": "a"}}}
+    single = validate({"teacher": {"path": str(tiny("sd"))}, **plain})
+    assert list(memory.estimate(memory.make_cast(single, "meta"), single.train).rows.values())[-1] == 0
 
 
 def test_a_teacher_without_text_is_refused(tiny, tmp_path, capsys):
