@@ -117,6 +117,8 @@ def summary(run: RunFiles) -> str:
     if student.get("asset"):
         number, kind = student["asset"]["num"], student["asset"]["kind"]
         what = f"{number} 3D assets" if number > 1 else "a 3D asset"
+        if student["asset"].get("generator"):
+            what = "a network that makes the 3D asset of any prompt, trained for those"
         return f"{made}into {what} of {config['data']['views']['prompt']!r} ({kind})."
     made += f"into a {student['kind']} student of {steps} step{'s' * (steps > 1)}"
     ratio = faster(results)

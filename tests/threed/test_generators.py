@@ -260,7 +260,8 @@ def test_p4_a_plain_loader_renders_what_sample_py_does(tiny, tmp_path, capsys):
     folder = tmp_path / "a" / "export"
     info = read_info(folder)
     assert info.generates and info.held_out == ("a red boot",) and len(info.prompts) == 3
-    assert "data:image/gif" in (tmp_path / "a" / "report" / "index.html").read_text()
+    page = (tmp_path / "a" / "report" / "index.html").read_text()
+    assert "data:image/gif" in page and 'class="viewer"' in page and "any prompt" in page
     prompt, out = "a green boot", tmp_path / "views"
     flags = ["--prompt", prompt, "--camera", "0", "0", "2.2", "47.5", "--out", str(out)]
     assert sample.main(["--model", str(folder), *flags]) == 0
