@@ -45,6 +45,10 @@ VARIANTS = {
         "a student that makes clips block after block, of a method whose plain recipe makes them at once",
         lambda c: c.student.causal is not None,
     ),
+    "amortised": Variant(
+        "a network that makes the asset of any prompt, of a method whose plain recipe makes one asset",
+        lambda c: c.student.asset is not None and c.student.asset.generator is not None,
+    ),
     "hyper": Variant("Hyper-SD's last stage, from a TSCD student", lambda c: "_tscd/" in c.student.init),
 }
 
