@@ -248,6 +248,12 @@ class RunConfig(Section):
             raise ValueError(
                 "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
             )
+        wanting = [name for name, one in needs.items() if one.losers]
+        if wanting and not self.data.dispreferred:
+            raise ValueError(
+                f"data.dispreferred: none given; {wanting[0]} with a preference_weight needs the losers of "
+                "its pairs: name their folder, or rank samples of the student by objective.rewards"
+            )
 
     def _check_guidance_adapter(self) -> None:
         """Whether the adapters of the guidance scale have one to take, and nothing else to add."""
