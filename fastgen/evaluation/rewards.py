@@ -252,4 +252,4 @@ def keep_apart(rewards: Sequence[Reward], measurer: object, metrics: RunMetrics 
             raise UserError(KEY, why, "tune by another one, as assets/rewards has them")
     if isinstance(measurer, Measurer):
         measurer.with_clip = tinted_clip() not in tuned
-    return [reward.name for reward in rewards]
+    return list(dict.fromkeys(reward.name for reward in rewards))
