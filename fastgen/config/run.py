@@ -285,8 +285,14 @@ class RunConfig(Section):
             raise ValueError("data.buckets: found beside data.latents, which are of one size; leave it out")
         if not self.reads_data():
             raise ValueError("data.buckets: found for a method that reads no image; leave it out")
+        if self.student.causal is not None:
+            raise ValueError("data.buckets: found with student.causal, which makes one size; leave it out")
         for stage in self.all_stages():
-            heads = requirements_of(stage.objective).auxiliaries.values()
+            wanted = requirements_of(stage.objective)
+            if wanted.tiles:
+                made = f"the masks of {stage.objective.name} are made for one size"
+                raise ValueError(f"data.buckets: {made}; leave it out")
+            heads = wanted.auxiliaries.values()
             if any(isinstance(one, DiscriminatorSpec) and one.head == "pooled" for one in heads):
                 made = f"the discriminator of {stage.objective.name} is made for one size"
                 raise ValueError(f"data.buckets: {made}; leave it out")

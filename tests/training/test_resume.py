@@ -122,7 +122,6 @@ CUTS = [(name, at) for name in RUNS for at in (3, 4)]
         CUTS,
         [
             ("dmd2 with GAN", 3),
-            ("dmd2 with GAN", 4),
             ("three stages", 4),
             ("pairs", 3),
             ("path of DisBack", 3),
