@@ -379,6 +379,7 @@ def test_p2_distils_the_mixture(tmp_path, kind):
     assert after < before / 3 and after < 0.04, (before, after)
 
 
+@pytest.mark.slow
 def test_p2_preferences_move_what_is_distilled(tmp_path):
     """Heads that prefer what is near (1, 0): the mixture is distilled, with more of its mass there."""
     gan = {"loss": "softplus", "disc_time": {"kind": "uniform", "low": 0.05, "high": 0.7}}
