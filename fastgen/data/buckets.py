@@ -64,7 +64,7 @@ def check_fits(sizes: Sequence[Size], codec) -> None:
             wanted = f"give multiples of {step}, as {family.name} needs"
             raise UserError(KEY, f"found {written(size)}", wanted)
         if per:
-            check_frames(size[0], family, per, codec.frame_patch, KEY, f"found {written(size)}")
+            check_frames(size[0], family, per, codec.frame_patch, KEY, f"found {written(size)}", encoded=True)
 
 
 def written(size: Size) -> str:

@@ -20,12 +20,15 @@ def temporal_factor(family: Family, pipe) -> int:
     return family.temporal
 
 
-def check_frames(frames: int, family: Family, per: int, patch: int, key: str, found: str) -> None:
-    """A UserError unless an autoencoder takes clips of so many frames and they are whole tokens.
+def check_frames(
+    frames: int, family: Family, per: int, patch: int, key: str, found: str, encoded: bool = False
+) -> None:
+    """A UserError unless clips of so many frames are whole latent frames and tokens, and where they are
+    encoded, whole for the autoencoder.
 
     per: frames of a latent one; patch: latent ones of a token.
     """
-    chunk = max(per, family.frame_chunk)
+    chunk = max(per, family.frame_chunk) if encoded else per
 
     def whole(num: int) -> bool:
         return (num - 1) % chunk == 0 and ((num - 1) // per + 1) % patch == 0
@@ -34,6 +37,7 @@ def check_frames(frames: int, family: Family, per: int, patch: int, key: str, fo
         return
     below = next((n for n in range(frames, 0, -1) if whole(n)), 0)
     above = next(n for n in range(frames, frames + 2 * chunk * patch * per) if whole(n))
-    why = f"1 plus a multiple of {chunk}" + f", in tokens of {patch} latent frames" * (patch > 1)
+    rules = [f"1 plus a multiple of {chunk}"] * (chunk > 1)
+    why = ", ".join([*rules, *[f"in tokens of {patch} latent frames"] * (patch > 1)])
     near = f"{below} or {above}" if below else str(above)
     raise UserError(key, found, f"give {near}: {why}, as {family.name} needs")

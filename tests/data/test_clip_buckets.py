@@ -12,7 +12,7 @@ from fastgen.config.data_section import DataConfig
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
-from fastgen.data.buckets import nearest, parsed
+from fastgen.data.buckets import check_fits, nearest, parsed
 from fastgen.data.clips import save_clip
 from fastgen.data.loader import load_data
 from fastgen.data.media import shape_of_clip
@@ -124,12 +124,14 @@ def test_frames_are_whole_chunks_and_tokens(teacher, tmp_path):
         codec = load_teacher(str(teacher), num_frames=num).codec
         assert codec.encode(torch.zeros(1, 3, num, 32, 32)).shape[1:] == codec.shape
     assert codec.encode(torch.zeros(1, 3, 8, 32, 32)).shape[2] == 5, "the negative"
-    thirds = str(clip_teacher(tmp_path / "thirds"))
-    assert load_teacher(thirds, num_frames=21).codec.shape == (12, 21, 8, 8)
-    for num in (5, 6, 13):
-        way = f"found {num}; give {'9' if num < 9 else '9 or 21'}: 1 plus a multiple of 4, in tokens of 3"
-        with pytest.raises(UserError, match=f"teacher.num_frames: {way}"):
-            load_teacher(thirds, num_frames=num)
+    thirds = load_teacher(str(clip_teacher(tmp_path / "thirds")), num_frames=18)
+    assert thirds.codec.shape == (12, 18, 8, 8), "what is drawn is not encoded"
+    with pytest.raises(UserError, match="found 10; give 9 or 12: in tokens of 3 latent frames, as wan needs"):
+        load_teacher(str(tmp_path / "thirds"), num_frames=10)
+    for size, near in (("12x32x32", "9 or 21"), ("5x32x32", "9")):
+        way = f"found {size}; give {near}: 1 plus a multiple of 4, in tokens of 3 latent frames"
+        with pytest.raises(UserError, match=f"data.buckets: {way}"):
+            check_fits(parsed([size]), thirds.codec)
 
 
 def test_clips_are_refused_where_one_size_is_made(tmp_path):
