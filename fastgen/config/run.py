@@ -246,7 +246,8 @@ class RunConfig(Section):
             )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
-                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline or "
+                "ladd with a preference_weight and no rewards"
             )
         wanting = [name for name, one in needs.items() if one.losers]
         if wanting and not self.data.dispreferred:
