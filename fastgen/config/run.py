@@ -246,7 +246,7 @@ class RunConfig(Section):
             )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
-                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline or "
+                "data.dispreferred: no stage learns from pairs; leave it out, use pso with pairs offline, or "
                 "ladd with a preference_weight and no rewards"
             )
         wanting = [name for name, one in needs.items() if one.losers]
