@@ -261,7 +261,14 @@ class RunConfig(Section):
             )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
-                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+                "data.dispreferred: no stage learns from pairs; leave it out, use pso with pairs offline, or "
+                "ladd with a preference_weight and no rewards"
+            )
+        wanting = [name for name, one in needs.items() if one.losers]
+        if wanting and not self.data.dispreferred:
+            raise ValueError(
+                f"data.dispreferred: none given; {wanting[0]} with a preference_weight needs the losers of "
+                "its pairs: name their folder, or rank samples of the student by objective.rewards"
             )
 
     def _check_guidance_adapter(self) -> None:
