@@ -12,7 +12,12 @@
   python -m benchmarks fd         10,000 one-step images of a mini and their fd_mini: seconds and memory
   python -m benchmarks prompts    CPU seconds and peak memory of loading 100,000 prompts
   python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
+  python -m benchmarks checkpoints  seconds that a checkpoint holds training up, at once and beside it, over
+    those of writing its tensors alone
+  python -m benchmarks scale      overhead, memory, checkpoints, data and sampling, one after the other
   python -m benchmarks tiles      attention in tiles of frames over the dense one on a CPU
+  python -m benchmarks rendering  seconds of a render and its backward pass, splats and fields; --write puts
+    them into docs/methods.md
   python -m benchmarks faults     bad inputs, damaged checkpoints, kills and signals: tried and held, written
     to docs/reliability.md
   python -m benchmarks mutations  one-line mistakes put into every method: how many its own tests catch;
@@ -43,7 +48,9 @@ from benchmarks.mutations import mutated
 from benchmarks.page import put
 from benchmarks.prompts import prompts  # noqa: F401  (called by name)
 from benchmarks.real_size import real_size
+from benchmarks.rendering import rendering, rendering_table  # noqa: F401  (called by name)
 from benchmarks.sampling_fd import fd  # noqa: F401  (called by name)
+from benchmarks.scale import checkpoints, scale
 from benchmarks.tiles import PAGE as TILES_PAGE
 from benchmarks.tiles import table as tiles_table
 from benchmarks.tiles import tiles  # noqa: F401  (called by name)
@@ -260,31 +267,34 @@ def startup(rounds: int = 5) -> dict:
     return {f"{n}_seconds": statistics.median(v) for n, v in times.items()}
 
 
+NAMES = (
+    "overhead",
+    "memory",
+    "sampling",
+    "jvp",
+    "methods",
+    "startup",
+    "prompts",
+    "data",
+    "checkpoints",
+    "scale",
+    "tiles",
+    "rendering",
+    "faults",
+    "mutations",
+    "frechet",
+    "sqrtm",
+    "fd",
+    "real_size",
+    "gpu",
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "name",
-        choices=(
-            "overhead",
-            "memory",
-            "sampling",
-            "jvp",
-            "methods",
-            "startup",
-            "prompts",
-            "data",
-            "tiles",
-            "faults",
-            "mutations",
-            "frechet",
-            "sqrtm",
-            "fd",
-            "real_size",
-            "gpu",
-        ),
-    )
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--write", action="store_true", help="keep the result in assets/results/benchmarks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--every", type=int, default=1, help="faults: try every n-th attack only")
@@ -300,6 +310,8 @@ def main() -> None:
         result = real_size(tuple(filter(None, args.only.split(","))), args.tiny)
     elif args.name == "gpu":
         result = gpu(args.tiny)
+    elif args.name == "scale":
+        result = scale({one.__name__: one for one in (overhead, memory, checkpoints, data, sampling)})
     else:
         result = faults(args.every) if args.name == "faults" else globals()[args.name]()
     record = {
@@ -314,6 +326,8 @@ def main() -> None:
         path.write_text(json.dumps(record, indent=2) + "\n")
         if args.name == "data":
             put("bench", table(record), ROOT / "docs/data.md")
+        if args.name == "rendering":
+            put("rendering", rendering_table(record), TILES_PAGE)
         if args.name == "tiles":
             put("tiles", tiles_table(record), TILES_PAGE)
 

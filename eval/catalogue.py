@@ -45,7 +45,19 @@ VARIANTS = {
         "a student that makes clips block after block, of a method whose plain recipe makes them at once",
         lambda c: c.student.causal is not None,
     ),
+    "amortised": Variant(
+        "a network that makes the asset of any prompt, of a method whose plain recipe makes one asset",
+        lambda c: c.student.asset is not None and c.student.asset.generator is not None,
+    ),
     "hyper": Variant("Hyper-SD's last stage, from a TSCD student", lambda c: "_tscd/" in c.student.init),
+    "seedance": Variant(
+        "Seedance 1.0's stages, of which rewards are the last",
+        lambda c: [s.objective.name for s in c.all_stages()] == ["tscd", "tdm", "ladd", "feedback"],
+    ),
+    "magic": Variant(
+        "Magic 1-For-1: the teacher's guidance into one pass first",
+        lambda c: c.all_stages()[0].objective.name == "guidance_distillation",
+    ),
 }
 
 

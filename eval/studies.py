@@ -93,6 +93,21 @@ def longer(_: list[dict], folder: Path | None = None) -> str:
     return "\n".join(markdown((*header, "frames a second"), rows))
 
 
+def stages(documents: list[dict]) -> str:
+    """What runs of several stages that validate clips measured where each stage ended."""
+    rows = []
+    for document in (d for d in documents if not d["seed"]):
+        teacher = document["results"].get("teacher", {})
+        ends = [one for one in document["results"].get("stages", ()) if "fvd_mini" in one]
+        for one in ends:
+            name = f"after `{one['objective']}`" if one["objective"] else "before"
+            rows.append([f"`{document['recipe']}`", name, str(one["step"]), *_clip_cells(one)])
+        if ends:
+            rows.append([f"`{document['recipe']}`", "the teacher", "", *_clip_cells(teacher)])
+    header = ("recipe", "", "step", "fvd_mini", "fd_mini", "as asked %", "colour %", "motion %")
+    return "\n".join(markdown((*header, "pixels a frame"), rows)) if rows else "No evidence yet."
+
+
 def look(_: list[dict], folder: Path | None = None) -> str:
     """What each student took over of a look, beside its teacher, real clips and the pictures."""
     rows, last = [], None
@@ -165,6 +180,7 @@ TABLES = {
     "diversity": diversity,
     "transfer": transfer,
     "longer": longer,
+    "stages": stages,
     "look": look,
     "relight": relight,
     "frontier": frontier,

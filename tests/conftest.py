@@ -25,22 +25,47 @@ def seeded():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def remembered_copies():
-    """An exact teacher's trainable copy is fitted once in a process, not once in every teacher object."""
+def remembered_copies(request):
+    """An exact teacher's trainable copy is fitted once and kept in pytest's cache, not fitted anew in every
+    teacher object; a change of the code that fits makes it again.
+    """
     from fastgen.networks.analytic import GaussianMixture
 
     fit, known = GaussianMixture._regressed, {}
+    folder = request.config.cache.mkdir("trainable_copies") if hasattr(request.config, "cache") else None
 
     def remembered(self, steps: int):
         state = [t.numpy().tobytes() for t in (self.means, self.stds, self.weights, self.labels)]
         key = repr((vars(self.schedule), type(self.schedule), steps, state))
         if key not in known:
-            known[key] = fit(self, steps)
+            known[key] = fit(self, steps) if folder is None else kept_fit(self, steps, key, fit, folder)
         return known[key]
 
     GaussianMixture._regressed = remembered
     yield
     GaussianMixture._regressed = fit
+
+
+def kept_fit(teacher, steps, key, fit, folder):
+    """fit(teacher, steps), read from the folder if an earlier session has left it there."""
+    import inspect
+    import sys
+    from hashlib import sha256
+
+    from safetensors.torch import load_file, save_file
+
+    modules = [sys.modules[type(one).__module__] for one in (teacher, teacher.schedule)]
+    made_by = "".join(map(inspect.getsource, modules)) + torch.__version__ + key
+    file = folder / f"{sha256(made_by.encode()).hexdigest()}.safetensors"
+    if not file.is_file():
+        net = fit(teacher, steps)
+        part = file.with_suffix(f".{os.getpid()}")
+        save_file(net.state_dict(), part)
+        part.replace(file)
+        return net
+    net = fit(teacher, 0)
+    net.load_state_dict(load_file(file))
+    return net
 
 
 @pytest.fixture

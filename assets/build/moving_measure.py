@@ -1,8 +1,11 @@
-"""Train the space-time measuring net of the moving clips into assets/measure/moving."""
+"""Train the space-time measuring net of the moving clips into assets/measure/moving, or with --out and
+another seed and width a net of the same kind that students are tuned by (assets/rewards/moving).
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +17,13 @@ from fastgen.networks.clip_net import ClipNet
 from fastgen.networks.feature_net import measure
 
 LR, STEPS, BATCH_SIZE, SCORED = 2e-3, 700, 24, 1000
+WIDTHS = (24, 48, 64, 96)
 
 
-def train(steps: int, seed: int, folder: Path) -> None:
+def train(steps: int, seed: int, folder: Path, widths: Sequence[int] = WIDTHS) -> None:
     torch.manual_seed(seed)
-    net = ClipNet(3, moving.FRAMES, moving.SIZE, {k: len(v) for k, v in moving.VOCABULARY.items()})
+    heads = {k: len(v) for k, v in moving.VOCABULARY.items()}
+    net = ClipNet(3, moving.FRAMES, moving.SIZE, heads, widths)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.02)
     order = Rows(moving.count(), BATCH_SIZE, torch.Generator().manual_seed(seed))
     for step in range(steps):
@@ -52,5 +57,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ASSETS / "measure" / moving.NAME)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--widths", type=int, nargs=4, default=WIDTHS, help="channels of its layers")
     args = parser.parse_args()
-    train(args.steps, args.seed, args.out)
+    train(args.steps, args.seed, args.out, args.widths)

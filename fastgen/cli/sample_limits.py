@@ -170,7 +170,7 @@ def check_blocks(args, loaded) -> None:
     """Of a student that goes block by block: whole blocks, a cache no longer than in training, and all of its
     own steps.
     """
-    from fastgen.networks.codecs import temporal_factor
+    from fastgen.families.factors import temporal_factor
     from fastgen.roles.causal import check_frames, check_window
 
     info = loaded.info

@@ -1,6 +1,7 @@
 """Views of an exported 3D asset, for sample.py: given cameras, or a turntable."""
 
 from pathlib import Path
+from typing import Any
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_json, write_text
@@ -27,15 +28,17 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
     """
     import torch
 
-    from fastgen.export.assets import FRAMES, load_assets, turntable_of
+    from fastgen.export.assets import FRAMES, VIEWER, turntable_of
+    from fastgen.export.viewer import viewer_page
     from fastgen.threed.cameras import Cameras, middle
-    from fastgen.threed.files import cameras_json, write_gif
+    from fastgen.threed.files import cameras_json, write_asset, write_gif
+    from fastgen.threed.splats import splat_bytes
 
     size = args.height or args.width or max(64, info.size)
     for key, value, most in (("--height", size, MOST), ("--turntable", args.turntable, MOST)):
         if not 0 <= value <= most:
             raise UserError(key, f"found {value}", f"give up to {most}")
-    assets = load_assets(folder, info)
+    prompts, names, assets = asked_assets(args, folder, info)
     cameras = (
         Cameras.of(torch.tensor(args.camera))
         if args.camera
@@ -45,19 +48,45 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
         check_outside(asset, cameras)
     out.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, str]] = []
-    for asset, name in zip(assets, info.names):
+    splats = {said: splat_bytes(one) for said, one in zip(prompts if info.generates else names, assets)}
+    write_text(out / VIEWER, viewer_page(prompts[0] if len(set(prompts)) == 1 else "Assets", splats))
+    for prompt, name, asset in zip(prompts, names, assets):
+        if info.generates:
+            write_asset(asset, out, name)
+            (out / f"{name}.splat").write_bytes(splats[prompt])
         frames = turntable_of(asset, cameras, size)
         if not args.camera:
             write_gif(frames, out / f"{name}.gif")
         for i, frame in enumerate(frames if args.camera else frames[:: max(1, len(frames) // 8)]):
-            images.append(
-                {"file": f"{len(images):05d}_0.png", "condition": f"{info.prompt} ({name}, view {i})"}
-            )
+            images.append({"file": f"{len(images):05d}_0.png", "condition": f"{prompt} ({name}, view {i})"})
             _save(frame, out / images[-1]["file"])
     write_text(out / "cameras.json", cameras_json(cameras, size))
     write_json(out / "samples.json", {"arguments": vars(args), "images": images})
     print(f"wrote {len(images)} views{'' if args.camera else ' and a turntable of each asset'} to {out}")
     return 0
+
+
+def asked_assets(args, folder: Path, info) -> tuple[list[str], list[str], list]:
+    """(prompts, names, assets) of an export: those it holds, or what its network makes of each prompt."""
+    from fastgen.cli.conditions import read_prompts
+    from fastgen.export.assets import load_assets, made_assets, name_of
+
+    prompts = read_prompts(args)
+    if not info.generates:
+        if prompts:
+            found = f"found {prompts[0]!r} for an asset of {info.prompt!r}"
+            raise UserError("--prompt", found, "leave it out")
+        return [info.prompt] * len(info.names), info.names, load_assets(folder, info)
+    from fastgen.data.text import cut_prompts
+    from fastgen.networks.load import load_teacher
+
+    prompts = list(dict.fromkeys(prompts or info.shown))
+    names = [name_of(prompt) for prompt in prompts]
+    names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    codec: Any = load_teacher(info.base).codec
+    for cut in cut_prompts(codec, prompts):
+        print(f"warning: {cut}")
+    return prompts, names, made_assets(folder, info, codec.prompts(prompts))
 
 
 def check_outside(asset, cameras) -> None:

@@ -1,11 +1,20 @@
 """The settings of a student that is a 3D asset, and of the views that it is trained on."""
 
+import itertools
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from fastgen.config.section import Section
 from fastgen.threed.cameras import Ranges
+
+
+class GeneratorConfig(Section):
+    """A network of 3D convolutions that makes the asset of any prompt, trained for a library of them."""
+
+    width: int = Field(default=32, ge=4, le=1024)
+    """a quarter of the channels where it begins; each block has half as many"""
 
 
 class AssetConfig(Section):
@@ -29,13 +38,29 @@ class AssetConfig(Section):
     """samples along each ray through a field"""
     background: Literal["grey", "colour", "black", "white"] = "grey"
     """what is behind it in training: a grey or any colour drawn for each image, or always black or white"""
+    generator: GeneratorConfig | None = None
+    """a network makes the asset of every prompt of data.views, and none has parameters of its own"""
+
+    @model_validator(mode="after")
+    def _makes_grids(self):
+        if self.generator is None:
+            return self
+        if self.kind != "grid" or self.num != 1:
+            raise ValueError(
+                f"generator: found kind {self.kind}, num {self.num}; it makes one dense grid: use grid and 1"
+            )
+        if self.size < 8 or self.size & (self.size - 1):
+            raise ValueError(f"size: found {self.size}; a generator's is a power of two, 8 or more")
+        return self
 
 
 class ViewsConfig(Section):
     """A prompt and where it is seen from; a word for the view is added to it: "a red torus, side view"."""
 
     prompt: str = Field(min_length=1)
-    """what the asset shows"""
+    """what the asset shows; of a generator a library of prompts: "a {red,blue} {torus,cube}" are four"""
+    held_out: tuple[str, ...] = ()
+    """prompts of the library that a generator is measured by and not trained on"""
     elevation: tuple[float, float] = (-10.0, 45.0)
     """lowest and highest elevation of the cameras in degrees"""
     distance: tuple[float, float] = (2.0, 2.4)
@@ -48,8 +73,28 @@ class ViewsConfig(Section):
     """likewise of the back view"""
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """The prompts that are not held out."""
+        return tuple(p for p in expanded(self.prompt) if p not in self.held_out)
+
+    @property
+    def library(self) -> list[str]:
+        """The prompts, those that are held out last."""
+        return [*self.trained, *self.held_out]
+
+    @property
     def ranges(self) -> Ranges:
         return Ranges(self.elevation, self.distance, self.fovy)
+
+    @model_validator(mode="after")
+    def _has_library(self):
+        every = expanded(self.prompt)
+        for one in self.held_out:
+            if one not in every:
+                raise ValueError(f"held_out: found {one!r}; name prompts that data.views.prompt spells")
+        if len(self.held_out) == len(every):
+            raise ValueError("held_out: found every prompt; leave some to be trained on")
+        return self
 
     @model_validator(mode="after")
     def _possible(self):
@@ -61,3 +106,10 @@ class ViewsConfig(Section):
                 allowed = why.get(key, f"give [low, high] within {least:g} to {most:g}")
                 raise ValueError(f"{key}: found {[low, high]}; {allowed}")
         return self
+
+
+def expanded(prompt: str) -> list[str]:
+    """Every prompt that alternatives in braces spell, in order: "a {red,blue} cube" is two."""
+    parts = re.split(r"\{([^{}]*,[^{}]*)\}", prompt)  # texts at even places, alternatives at odd ones
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return list(dict.fromkeys("".join(words) for words in itertools.product(*choices)))

@@ -114,7 +114,8 @@ class DataConfig(SourceConfig):
     """
     buckets: tuple[str, ...] = ()
     """sizes HEIGHTxWIDTH, such as 512x768 768x512: each picture is trained on at the one nearest in shape,
-    each batch at one size; empty is the teacher's own size
+    each batch at one size; for clips FRAMESxHEIGHTxWIDTH, at one of the longest it has frames for; empty is
+    the teacher's own size
     """
     workers: int = Field(default=4, ge=0, le=256)
     """threads that read ahead where pictures are streamed; 0 reads within the step. Batches do not depend on

@@ -195,6 +195,7 @@ class RunConfig(Section):
             raise ValueError(f"{lack}: none given beside {have}; a 3D asset needs both")
         if asset is None:
             return
+        self._check_library(asset, views)
         plain, own = StudentConfig(), self.student
         for key in (
             "kind",
@@ -217,6 +218,20 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.name: {name} trains no 3D asset; use one that needs no images, as vsd or sds"
                 )
+
+    def _check_library(self, asset, views) -> None:
+        """Many prompts need a network that makes their assets, and each batch is of different ones."""
+        num = len(views.library)
+        if asset.generator is None and num > 1:
+            raise ValueError(
+                f"data.views.prompt: found {num} prompts; one asset shows one: set student.asset.generator"
+            )
+        trained, batch = len(views.trained), self.train.train_batch_size
+        if asset.generator is not None and trained < batch:
+            raise ValueError(
+                f"data.views.prompt: found {trained} prompts to train on for a batch of {batch}; "
+                "name more, or lower train.train_batch_size"
+            )
 
     def _check_data(self) -> None:
         """Whether there are images for every stage that reads some, and a reader for pairs."""
@@ -246,7 +261,14 @@ class RunConfig(Section):
             )
         if self.data.dispreferred and not any(one.dispreferred for one in needs.values()):
             raise ValueError(
-                "data.dispreferred: no stage learns from pairs; leave it out, or use pso with pairs offline"
+                "data.dispreferred: no stage learns from pairs; leave it out, use pso with pairs offline, or "
+                "ladd with a preference_weight and no rewards"
+            )
+        wanting = [name for name, one in needs.items() if one.losers]
+        if wanting and not self.data.dispreferred:
+            raise ValueError(
+                f"data.dispreferred: none given; {wanting[0]} with a preference_weight needs the losers of "
+                "its pairs: name their folder, or rank samples of the student by objective.rewards"
             )
 
     def _check_guidance_adapter(self) -> None:
@@ -279,8 +301,14 @@ class RunConfig(Section):
             raise ValueError("data.buckets: found beside data.latents, which are of one size; leave it out")
         if not self.reads_data():
             raise ValueError("data.buckets: found for a method that reads no image; leave it out")
+        if self.student.causal is not None:
+            raise ValueError("data.buckets: found with student.causal, which makes one size; leave it out")
         for stage in self.all_stages():
-            heads = requirements_of(stage.objective).auxiliaries.values()
+            wanted = requirements_of(stage.objective)
+            if wanted.tiles:
+                made = f"the masks of {stage.objective.name} are made for one size"
+                raise ValueError(f"data.buckets: {made}; leave it out")
+            heads = wanted.auxiliaries.values()
             if any(isinstance(one, DiscriminatorSpec) and one.head == "pooled" for one in heads):
                 made = f"the discriminator of {stage.objective.name} is made for one size"
                 raise ValueError(f"data.buckets: {made}; leave it out")

@@ -233,7 +233,9 @@ class TrainConfig(Section):
     log_steps: int = Field(default=10, ge=1)
     """training steps between lines of metrics.jsonl"""
     validation_steps: int = Field(default=100, ge=0)
-    """training steps between sample grids with validation metrics; 0 is off"""
+    """training steps between sample grids with validation metrics, which the end of each stage has too; 0 is
+    off
+    """
     checkpointing_steps: int = Field(default=100, ge=0)
     """training steps between checkpoints; 0 writes only the last"""
     export_dtype: Literal["no", "fp16", "bf16"] = "no"

@@ -17,8 +17,9 @@ class Batch:
     """One micro-batch: x0 [B, ...] or None without data, conditions, null conditions, standard normal noise
     [B, ...], the index of each row in the data set, the captions of text data, where the data has pairs the
     x0 that each row's is preferred to, of views of an asset what its critic is told in the place of cond,
-    with the prompt as it is seen from every side, a row for each word, and where the data has them pictures
-    [B, 3, H, W] in [0, 1] whose look is to be taken over.
+    with the prompt as it is seen from every side, a row for each word (all rows of the first sample, then of
+    the next, or once for all), and where the data has them pictures [B, 3, H, W] in [0, 1] whose look is to
+    be taken over.
     """
 
     x0: Tensor | None

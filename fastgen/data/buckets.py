@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets: a picture is scaled and cropped to that of several sizes whose shape is nearest to
-its own, and every batch is of one size.
+"""Buckets: a picture is scaled and cropped to that of several sizes whose shape is nearest to its own, a clip
+to one of the longest for which it has frames enough, and every batch is of one size.
 
 The order of the batches is a function of (seed, step) as it is elsewhere: an epoch permutes the pictures of
 each bucket, cuts them into batches of all processes together, and permutes the batches. What is left of a
@@ -17,23 +17,24 @@ from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.core.rng import Rng
 from fastgen.data.folders import Samples
-from fastgen.data.media import read_one, shape_of
+from fastgen.data.media import read_one, shape_of, shape_of_clip
 from fastgen.data.streaming import Reader, Rows, Stream, StreamedData
-from fastgen.networks.codecs import TextCodec, spatial_factor
+from fastgen.families.factors import check_frames, spatial_factor, temporal_factor
+from fastgen.networks.codecs import TextCodec
 
 KEY = "data.buckets"
-Size = tuple[int, int]
-"""height and width in pixels"""
+Size = tuple[int, ...]
+"""height and width in pixels, for clips after the number of frames"""
 
 
 def parsed(texts: Sequence[str]) -> list[Size]:
-    """Sizes of texts such as 512x768, height x width."""
+    """Sizes of texts such as 512x768, height x width, or for clips 81x480x832, frames first."""
     found = []
     for text in texts:
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-        if not match:
-            raise UserError(KEY, f"found {text[:40]!r}", "give sizes as HEIGHTxWIDTH, such as 512x768")
-        found.append((int(match[1]), int(match[2])))
+        if not re.fullmatch(r"([1-9]\d{0,4}x){1,2}[1-9]\d{0,4}", text):
+            way = "give sizes as HEIGHTxWIDTH, such as 512x768, for clips as FRAMESxHEIGHTxWIDTH"
+            raise UserError(KEY, f"found {text[:40]!r}", way)
+        found.append(tuple(map(int, text.split("x"))))
     if double := next((text for text, size in zip(texts, found) if found.count(size) > 1), ""):
         raise UserError(KEY, f"{double} is given twice", "give each size once")
     return found
@@ -47,28 +48,44 @@ def check_fits(sizes: Sequence[Size], codec) -> None:
         why = "has no image size"
     elif family.square:
         why = "needs square images"
-    elif family.temporal or family.needs_image:
-        why = "is shown an image, or makes clips"
+    elif family.needs_image:
+        why = "is shown an image"
     if why:
         name = "an exact teacher" if family is None else family.name
         raise UserError(KEY, f"given for {name}, which {why}", "leave it out")
     text = isinstance(codec, TextCodec)
     factor = spatial_factor(family, codec.pipe) if text else family.factor * getattr(codec, "patch", 1)
-    step = factor * family.divisor
-    for height, width in sizes:
-        if height % step or width % step:
+    step, per = factor * family.divisor, temporal_factor(family, codec.pipe) if text else 0
+    for size in sizes:
+        if len(size) != (3 if per else 2):
+            form = "FRAMESxHEIGHTxWIDTH for a teacher of clips" if per else "HEIGHTxWIDTH"
+            raise UserError(KEY, f"found {written(size)}", f"give {form}")
+        if any(side % step for side in size[-2:]):
             wanted = f"give multiples of {step}, as {family.name} needs"
-            raise UserError(KEY, f"found {height}x{width}", wanted)
+            raise UserError(KEY, f"found {written(size)}", wanted)
+        if per:
+            check_frames(size[0], family, per, codec.frame_patch, KEY, f"found {written(size)}", encoded=True)
 
 
-def nearest(size: Size, sizes: Sequence[Size]) -> int:
-    """The bucket whose ratio of sides is nearest to that of a picture, by its logarithm."""
-    ratio = math.log(size[0] / size[1])
-    return min(range(len(sizes)), key=lambda b: abs(math.log(sizes[b][0] / sizes[b][1]) - ratio))
+def written(size: Size) -> str:
+    """As a user gives it."""
+    return "x".join(map(str, size))
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> int | None:
+    """The bucket whose ratio of sides is nearest to that of a picture, by its logarithm; for a clip of those
+    of most frames among the ones it has frames for, None without one.
+    """
+    ratio, fitting = math.log(size[-2] / size[-1]), list(range(len(sizes)))
+    if len(size) == 3:
+        lengths = [s[0] for s in sizes if s[0] <= size[0]]
+        fitting = [b for b in fitting if lengths and sizes[b][0] == max(lengths)]
+    apart = {b: abs(math.log(sizes[b][-2] / sizes[b][-1]) - ratio) for b in fitting}
+    return min(apart, key=lambda b: apart[b], default=None)
 
 
 class BucketReader(Reader):
-    """Pictures as uint8 [C, H, W] at the size of their bucket."""
+    """Pictures as uint8 [C, H, W], or clips [C, F, H, W], at the size of their bucket."""
 
     def __init__(self, samples: Samples, channels: int, sizes: Sequence[Size], bucket: Sequence[int]):
         """bucket: that of each picture."""
@@ -83,7 +100,8 @@ class BucketReader(Reader):
         return len(self.bucket)
 
     def load(self, i: int) -> Rows:
-        return {"images": read_one(self.samples.files[i], (self.channels, *self.sizes[self.bucket[i]]))}
+        size = (self.channels, *self.sizes[self.bucket[i]])
+        return {"images": read_one(self.samples.files[i], size, self.samples.fps)}
 
     def name(self, i: int) -> str:
         return self.samples.name(i)
@@ -99,13 +117,17 @@ class BucketReader(Reader):
 
 
 def sorted_in(samples: Samples, channels: int, sizes: Sequence[Size], on_bad: str) -> BucketReader:
-    """Pictures with their buckets, by their headers alone; those without a readable one are left out or
-    fatal. A bucket without a picture is an error.
+    """Pictures or clips with their buckets, by their headers alone where these say enough; those without a
+    readable one, and clips too short for every bucket, are left out or fatal. An empty bucket is an error.
     """
     kept, bucket = [], []
+    clips = len(sizes[0]) == 3
     for i, file in enumerate(samples.files):
         try:
-            size = shape_of(file)
+            size = shape_of_clip(file, samples.fps) if clips else shape_of(file)
+            found = nearest(size, sizes)
+            if found is None:
+                raise OSError(f"{size[0]} frames, too few for every bucket")
         except OSError as error:
             bad = f"{samples.name(i)} ({error})"
             if on_bad == "error":
@@ -114,17 +136,18 @@ def sorted_in(samples: Samples, channels: int, sizes: Sequence[Size], on_bad: st
             samples.listing.skipped.append(bad)
             continue
         kept.append(i)
-        bucket.append(nearest(size, sizes))
-    empty = [f"{h}x{w}" for b, (h, w) in enumerate(sizes) if b not in bucket]
+        bucket.append(found)
+    empty = [written(size) for b, size in enumerate(sizes) if b not in bucket]
     if empty:
-        raise UserError(KEY, f"no picture is of the shape of {', '.join(empty)}", "leave it out")
-    counts = ", ".join(f"{bucket.count(b)} of {h}x{w}" for b, (h, w) in enumerate(sizes))
-    print(f"data: in buckets, height x width: {counts}")
+        what = "clip is nearest to the length and shape" if clips else "picture is of the shape"
+        raise UserError(KEY, f"no {what} of {', '.join(empty)}", "leave it out")
+    counts = ", ".join(f"{bucket.count(b)} of {written(size)}" for b, size in enumerate(sizes))
+    print(f"data: in buckets, {'frames x ' * clips}height x width: {counts}")
     return BucketReader(samples.chosen(kept), channels, sizes, bucket)
 
 
 def batches_of(members: Sequence[Sequence[int]], size: int, epoch: int, seed: int) -> list[list[int]]:
-    """The batches of an epoch, each of `size` pictures of one bucket."""
+    """The batches of an epoch, each of `size` samples of one bucket."""
     found: list[list[int]] = []
     for b, some in enumerate(members):
         order = [some[i] for i in _permutation(len(some), epoch, seed, b + 1)]
@@ -140,14 +163,14 @@ def _permutation(num: int, epoch: int, seed: int, stream: int) -> list[int]:
 
 
 class BucketedData(StreamedData):
-    """Streamed pictures of several sizes, a size a batch."""
+    """Streamed pictures or clips of several sizes, a size a batch."""
 
     reader: BucketReader
 
     def __init__(self, stream: Stream, *given, **more):
-        assert isinstance(stream.reader, BucketReader), "pictures that are sorted into buckets"
+        assert isinstance(stream.reader, BucketReader), "samples that are sorted into buckets"
         super().__init__(stream, *given, **more)
-        self.reader, self.x0 = stream.reader, None  # no table holds pictures of several sizes
+        self.reader, self.x0 = stream.reader, None  # no table holds several sizes
 
     def _indices(self, batch_size: int, start: int, rng: Rng) -> Iterator[Tensor]:
         whole, members, micro = batch_size * rng.world, self.reader.members, start

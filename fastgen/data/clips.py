@@ -1,5 +1,6 @@
 """Clips: animated pictures, videos and folders of frames read at a rate, and samples written as such."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,8 @@ from fastgen.data.pictures import (
 
 CODED = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
 """animated pictures; every other kind of clip is a video file"""
+MOST = 100_000
+"""frames of a clip that are counted"""
 NEAR = 0.01
 """by how much of itself a clip's frame rate may be below the one that is asked for"""
 
@@ -47,6 +50,47 @@ def read_frames(path: Path, most: int) -> Tensor:
     return torch.stack(found, 1)
 
 
+def length_of(path: Path, fps: float | None = None) -> tuple[int, Any]:
+    """How many frames a clip has, or are seen fps times a second, and the first one as a PIL image. A video
+    file's header says roughly how many.
+    """
+    with decoding():
+        if path.is_dir():
+            first = as_shown(next(_files(path, False))[0], "RGB")
+            if fps is not None:
+                return sum(1 for _ in _seen(_files(path, True), MOST, fps)), first
+            return len(frames_of(path)), first
+        check_regular(path)
+        if path.suffix.lower() not in CODED:
+            return _length_of_video(path, fps)
+        first = as_shown(next(_animated(path, False))[0], "RGB")
+        if fps is not None:
+            return sum(1 for _ in _seen(_animated(path, True), MOST, fps)), first
+        from PIL import Image
+
+        with Image.open(path, formats=decoders()) as image:
+            return getattr(image, "n_frames", 1), first
+
+
+def _length_of_video(path: Path, fps: float | None) -> tuple[int, Any]:
+    image, seconds = next(_video(path, True))
+    import imageio.v3 as imageio
+
+    duration = float(imageio.immeta(path).get("duration") or 0)
+    if not (duration > 0 and seconds > 0):
+        raise OSError("it does not say how long it is, which data.buckets needs")
+    if fps is None:
+        return round(duration / seconds), image
+    if seconds * fps > 1 + NEAR:
+        raise OSError(too_slow(seconds, fps))
+    return math.ceil(duration * fps - 1e-6), image
+
+
+def too_slow(seconds: float, fps: float) -> str:
+    """What is wrong with a clip whose frames are shown for so many seconds each."""
+    return f"{1 / seconds:.3g} frames a second of the {fps:g} that data.fps asks for"
+
+
 def _frames(path: Path, num: int, shown: Callable, fps: float | None = None) -> list[Tensor]:
     """The first num frames as `shown` makes them of a picture."""
     frames: Callable = _animated if path.suffix.lower() in CODED else _video
@@ -68,7 +112,7 @@ def _seen(frames: Iterable[tuple], num: int, fps: float) -> Iterator[tuple]:
         if not seconds > 0:
             raise OSError("it does not say how long a frame is shown, which data.fps needs")
         if seconds * fps > 1 + NEAR:
-            raise OSError(f"{1 / seconds:.3g} frames a second of the {fps:g} that data.fps asks for")
+            raise OSError(too_slow(seconds, fps))
         ends += seconds
         while k < num and k / fps < ends - 1e-6:
             yield image, seconds

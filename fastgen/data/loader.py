@@ -219,15 +219,17 @@ def load_data(cfg, teacher: Teacher, device="cpu", pixels: bool = True) -> Data:
 
 
 def _views(views, codec, uncond: dict[str, Tensor]) -> Views:
-    """The prompt of a section `views` as it is seen from each side."""
+    """The prompts of a section `views` as they are seen from each side."""
     _check_views(views, codec)
-    texts = [*captions(views.prompt), views.prompt]
+    prompts = views.library
+    texts = [*(text for p in prompts for text in captions(p)), *prompts]
     for cut in cut_prompts(codec, texts):
         print(f"warning: {cut}")
-    rows = {k: v.cpu() for k, v in codec.prompts(texts).items()}
-    table, plain = ({k: v[some] for k, v in rows.items()} for some in (slice(4), slice(4, 5)))
-    sectors = views.front, views.back
-    return Views(table, plain, uncond, codec.shape, views.prompt, views.ranges, sectors)
+    rows, first = {k: v.cpu() for k, v in codec.prompts(texts).items()}, len(texts) - len(prompts)
+    halves = slice(first), slice(first, None)
+    table, plain = ({k: v[some] for k, v in rows.items()} for some in halves)
+    sectors, held_out = (views.front, views.back), len(views.held_out)
+    return Views(table, plain, uncond, codec.shape, prompts, views.ranges, sectors, held_out)
 
 
 def _check_views(views, codec) -> None:

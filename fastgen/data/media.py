@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgen.core.errors import UserError
 from fastgen.core.progress import tracked
-from fastgen.data.clips import read_clip
+from fastgen.data.clips import length_of, read_clip
 from fastgen.data.folders import CLIPS, Listing, Member, Samples, gather, named, scan, some
 from fastgen.data.pictures import (
     check_regular,
@@ -109,6 +109,16 @@ def shape_of(file: Path | Member) -> tuple[int, int]:
             )  # Pillow would decode it to look behind
             turned = not whole and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
+
+
+def shape_of_clip(file: Path | Member, fps: float | None = None) -> tuple[int, int, int]:
+    """Frames that a clip has, or are seen fps times a second, and their height and width; an OSError of what
+    is none.
+    """
+    if not isinstance(file, Path):
+        raise OSError("clips are read from folders")
+    num, first = length_of(file, fps)
+    return num, first.height, first.width
 
 
 def read_image(file: Path | Member, size: tuple[int, ...]) -> Tensor:

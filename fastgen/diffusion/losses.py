@@ -148,6 +148,16 @@ def gan_discriminator(fake: list[Tensor], real: list[Tensor], kind: str = "softp
     return torch.stack(pairs).mean()
 
 
+def preference(preferred: list[Tensor], other: list[Tensor], counted: Tensor) -> Tensor:
+    """Bradley-Terry loss of pairs, mean -log sigmoid(l_preferred - l_other) over heads and the pairs that are
+    counted [B], 0 without any; a head's logit of a sample is the mean of its tokens'.
+    """
+    counted = counted.float()
+    gaps = [per_sample_mean((a - b)[:, None]) for a, b in zip(preferred, other)]
+    total = torch.stack([(F.softplus(-gap) * counted).sum() for gap in gaps]).mean()
+    return total / counted.sum().clamp(min=1)
+
+
 def r1(logits: list[Tensor], x: Tensor) -> Tensor:
     """R1 penalty: mean squared norm of d logit / d x, the logit averaged over heads and tokens (arXiv
     1801.04406).

@@ -15,6 +15,7 @@ from fastgen.core.progress import tracked
 from fastgen.diffusion.spectra import radial_power, spectrum_gap
 from fastgen.evaluation import label_free, recorded_teachers
 from fastgen.evaluation.diagnostics import look
+from fastgen.evaluation.metrics.agreement import agreement, library_of, prompt_recall
 from fastgen.evaluation.metrics.completion import CloudMeasurer
 from fastgen.evaluation.metrics.metric import Better
 from fastgen.evaluation.metrics.mixtures import ToyMeasurer
@@ -24,6 +25,7 @@ from fastgen.evaluation.reconstruction import Reconstructions, reconstructions
 from fastgen.evaluation.requests import Requests
 from fastgen.evaluation.run_metrics import RunMetrics, Samples
 from fastgen.evaluation.spread import Spread
+from fastgen.networks.feature_net import measure as measured
 from fastgen.sampling.solvers import ImageNoise, check_finite, sample_student, sample_teacher
 
 MOST_FORGOTTEN, MOST_SHOWN = 500, 100
@@ -71,6 +73,8 @@ class Evaluator:
         self.requests = Requests(cast.teacher, data, protocol.own_data)
         self.forgotten: Requests | None = None
         """requests for what the student was to forget"""
+        self.unseen = self.requests.unseen()
+        """requests for what nobody was trained on"""
         self.x0 = getattr(data, "x0", None) if protocol.own_data else None
         teacher = cast.teacher
         values = () if teacher.is_analytic else self.requests.values(protocol.forgets)
@@ -168,6 +172,23 @@ class Evaluator:
         gone = torch.cat([self._batch(who, i, num, seed, steps, self.forgotten) for i in firsts])
         kept = (images, self.requests.wanted(len(images)))
         return self.measurer.unlearned(kept, (gone, self.forgotten.wanted(num)))
+
+    def recalled(self, who: str, images: Tensor, steps: int = 0) -> dict[str, float]:
+        """How well a library of prompts is told apart by its images, and what is drawn of prompts that are
+        held out; `images` are those that `who` made for the other requests. Empty without such prompts.
+        """
+        from fastgen.evaluation.metrics.fd_mini import Measurer
+
+        if self.unseen is None or not isinstance(self.measurer, Measurer):
+            return {}
+        num, seed = min(len(images), MOST_SHOWN), self.protocol.seed
+        firsts = range(0, num, self.protocol.batch_size)
+        other = torch.cat([self._batch(who, i, num, seed, steps, self.unseen) for i in firsts])
+        seen, unseen = (measured(self.measurer.net, one)["logits"] for one in (images, other))
+        wanted, new = self.requests.wanted(len(images)), self.unseen.wanted(num)
+        library = library_of(self.requests.attributes, self.unseen.attributes)
+        other_found = agreement(unseen, new) | prompt_recall(unseen, new, library)
+        return prompt_recall(seen, wanted, library) | {f"{k}_held_out": v for k, v in other_found.items()}
 
     def _generator(self, who: str, steps: int) -> Generator:
         """What draws the samples of `who`, for metrics of its speed."""
@@ -314,7 +335,7 @@ def scored(
     beside |= _beside_teacher(evaluator, name, images, teacher) if evaluator.label_free else {}
     if recon is not None:
         beside |= recon.distance(images)
-    beside |= evaluator.unlearned(name, images, steps)
+    beside |= evaluator.unlearned(name, images, steps) | evaluator.recalled(name, images, steps)
     return {"nfe": evaluator.nfe(name, steps), **evaluator.score(images, name, steps), **beside}
 
 

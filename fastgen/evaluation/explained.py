@@ -33,6 +33,9 @@ SAID = {
     "agreement": "Share of pictures in which a measuring net finds all that was asked for. Higher is "
     "better; compare with the teacher's.",
     "forgotten": "Share of the pictures asked for what was to be forgotten that show it. Lower is better.",
+    "prompt_recall": "Share of pictures that fit their own prompt best among all prompts of the library, by "
+    "a measuring net. Higher is better.",
+    "prompt_recall_held_out": "The same of prompts that nothing was trained on. Higher is better.",
     "recall": "Share of real pictures that have a sample near them: how much of the variety is reached. "
     "Higher is better.",
     "precision": "Share of samples that have a real picture near them: how many look real. Higher is better.",
@@ -102,7 +105,7 @@ def direction(key: str) -> str:
         return "lower"
     if key in ("frame_consistency", "dynamic_degree"):
         return ""
-    if key in ("precision", "recall", "modes", "clip") or key.startswith("agreement"):
+    if key in ("precision", "recall", "modes", "clip") or key.startswith(("agreement", "prompt_recall")):
         return "higher"
     try:
         better = wanted(key).metric.better

@@ -6,14 +6,17 @@ It is written at each validation and at the end; while the run goes on it loads 
 from collections.abc import Iterator
 from pathlib import Path
 
+from markupsafe import Markup
+
 from fastgen.core.files import write_text
 from fastgen.core.progress import duration
 from fastgen.evaluation.diagnostics import warnings
 from fastgen.evaluation.explained import SAID, direction, meaning, number, title
 from fastgen.evaluation.pages import render
 from fastgen.evaluation.plots import Line, Marks, line_plot, smooth
-from fastgen.evaluation.report_pictures import SMALL, layout, picture_sets, turntables, way
+from fastgen.evaluation.report_pictures import SMALL, layout, picture_sets, splats, turntables, way
 from fastgen.evaluation.run_files import RunFiles, Stage, read_run
+from fastgen.export.viewer import STYLE, viewer_figure, viewer_script
 
 FIRST = (
     "nfe",
@@ -74,9 +77,17 @@ def report_page(folder: Path, running: bool = False) -> str:
         whole=known is None,
         strips=strips,
         turntables=turntables(folder),
+        viewer=viewer(folder),
         strip_texts=strip_texts,
         glossary=_glossary(run),
     )
+
+
+def viewer(folder: Path) -> dict[str, Markup]:
+    """The parts of a page that shows the run's 3D assets from all around; empty without any."""
+    found = splats(folder)
+    parts = {"figure": viewer_figure(found), "style": STYLE, "script": viewer_script()} if found else {}
+    return {key: Markup(text) for key, text in parts.items()}
 
 
 def _state(run: RunFiles, running: bool) -> str:
@@ -106,6 +117,8 @@ def summary(run: RunFiles) -> str:
     if student.get("asset"):
         number, kind = student["asset"]["num"], student["asset"]["kind"]
         what = f"{number} 3D assets" if number > 1 else "a 3D asset"
+        if student["asset"].get("generator"):
+            what = "a network that makes the 3D asset of any prompt, trained for those"
         return f"{made}into {what} of {config['data']['views']['prompt']!r} ({kind})."
     made += f"into a {student['kind']} student of {steps} step{'s' * (steps > 1)}"
     ratio = faster(results)

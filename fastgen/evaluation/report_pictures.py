@@ -80,10 +80,21 @@ def contenders(folder: Path) -> list[tuple[str, Path]]:
 
 
 def turntables(folder: Path) -> list[tuple[str, str]]:
-    """(name, picture as text) of the turntable of every 3D asset that a run exported."""
+    """(what people call it, picture as text) of the turntable of every 3D asset that a run exported."""
     export = folder / "export"
     files = sorted(export.glob("asset*.gif")) if (export / "asset.json").is_file() else []
-    return [(file.stem, uri(file.read_bytes(), "gif")) for file in files]
+    return [(_said(file), uri(file.read_bytes(), "gif")) for file in files]
+
+
+def splats(folder: Path) -> dict[str, bytes]:
+    """The .splat file of every 3D asset that a run exported, by what people call it."""
+    export = folder / "export"
+    files = sorted(export.glob("asset*.splat")) if (export / "asset.json").is_file() else []
+    return {_said(file): file.read_bytes() for file in files}
+
+
+def _said(file: Path) -> str:
+    return file.stem.removeprefix("asset_").replace("_", " ")
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:

@@ -96,13 +96,27 @@ class Requests:
         self.own = Data(None, table, self.rows, uncond, self.codec.shape, self.captions, own, null)
 
     def renders(self) -> Tensor | None:
-        """New images [N, 3, H, W] of the solid that the views of a prompt show, from the requests' own
+        """New images [N, 3, H, W] of the solids that the views of prompts show, from the requests' own
         cameras; None of other requests.
         """
         if not isinstance(self.own, Views) or "shape" not in self.attributes:
             return None
-        shape, colour = (int(self.attributes[key][0]) for key in ("shape", "colour"))
-        return renders(shape, colour, self.own.pool[torch.arange(HELD_OUT)], self.codec.pixels[0], seed=1)
+        asked = torch.stack([self.attributes[key][:HELD_OUT] for key in ("shape", "colour")], 1)
+        images: list[Tensor] = []
+        for i, solid in enumerate(asked.unique(dim=0)):
+            rows = (asked == solid).all(1).nonzero()[:, 0]
+            shape, colour = solid.tolist()
+            images.append(renders(shape, colour, self.own.pool[rows], self.codec.pixels[0], seed=1 + i))
+        return torch.cat(images)
+
+    def unseen(self) -> "Requests | None":
+        """The same of prompts that nothing was trained on; None without any."""
+        if not isinstance(self.own, Views) or (views := self.own.unseen()) is None:
+            return None
+        other = copy(self)
+        other.own, other.rows = views, views.rows
+        other.attributes = _shown(self.set_name, self.captions or [], views.rows)
+        return other
 
     def values(self, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
         """(attribute, number) of classes or words, where the requests' attributes have them; else none."""

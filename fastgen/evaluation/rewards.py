@@ -1,13 +1,15 @@
 """Rewards by name, from the networks that evaluation has: what a student is tuned by, never what measures it.
 
   attributes     log-probability of what the prompt asks for, by a bundled classifier (assets/rewards/SET)
+  motion, look   of clips: the same of the motion alone, and of all but the motion
   tinted-clip    cosine in the bundled two-tower net of Tinted Fashion
   clip, hps, pickscore, image_reward, aesthetic     as the metrics of these names, by local weights
   contrast       spread of the brightness; jpeg: minus the kilobytes of a JPEG file, which has no gradient
   NAME           a function of one's own: weights NAME=package.module:function
 
 The function of one's own returns what is called with (images [B, 3, H, W] in [0, 1], prompts) and answers
-[B]; an attribute `differentiable` of False says that it has no gradient. Images are resized as tensors, with
+[B]; an attribute `differentiable` of False says that it has no gradient, `clips` of True that it judges whole
+clips [B, 3, F, H, W] and not single frames of them. Images are resized as tensors, with
 an antialiased bicubic filter, where the metrics use Pillow's.
 """
 
@@ -23,15 +25,17 @@ from torch.nn.functional import normalize
 
 from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import asset, resolve
+from fastgen.data import moving
 from fastgen.data.bundled import attributes_of
 from fastgen.evaluation.encoders import image_reward, plugin, resize
 from fastgen.evaluation.encoders.base import TextImageEncoder, checksum, state_checksum
 from fastgen.evaluation.encoders.catalogue import HEAD_WANTED, Encoders
 from fastgen.evaluation.metrics.fd_mini import Measurer
+from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
 from fastgen.evaluation.metrics.text_scores import affine_head
 from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.networks.clip import image_text
-from fastgen.networks.feature_net import FeatureNet
+from fastgen.networks.clip_net import measuring_net
 from fastgen.networks.rewards import KEY, Reward
 
 CLIP = "assets:measure/tinted-clip"
@@ -78,17 +82,23 @@ def _jpeg(_: Encoders, device: str) -> Reward:
 
 
 # -- the bundled networks ------------------------------------------------------------------------------------
-def _attributes(e: Encoders, device: str) -> Reward:
-    """Mean over the attributes that a prompt names of log p(attribute | image)."""
-    place = e.weights.get("attributes") or f"assets:rewards/{e.mini_set}"
+def _attributes(
+    e: Encoders, device: str, name: str = "attributes", judges: Callable[[str], bool] = lambda head: True
+) -> Reward:
+    """Mean over the attributes that a prompt names of log p(attribute | image or clip); judges: whether an
+    attribute counts.
+    """
+    place = e.weights.get(name) or f"assets:rewards/{e.mini_set}"
     try:
         folder = resolve(place)
-        net = FeatureNet.load(folder).to(device)
+        net = measuring_net(folder).to(device)
     except (OSError, ValueError, KeyError) as error:
-        found = f"attributes: {place} cannot be read ({first_line(error)})"
+        found = f"{name}: {place} cannot be read ({first_line(error)})"
         raise UserError(
-            KEY, found, "bundled for digits and tinted; give weights {attributes: FOLDER}"
+            KEY, found, f"bundled for digits, tinted and moving; give weights {{{name}: FOLDER}}"
         ) from None
+    if name != "attributes" and "motion" not in net.config["heads"]:
+        raise UserError(KEY, f"{name}: {place} knows no motion", "name attributes, or a net of clips")
     named = lru_cache(maxsize=REMEMBERED)(partial(_named, set(net.config["heads"])))
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -96,13 +106,15 @@ def _attributes(e: Encoders, device: str) -> Reward:
         logits = net(images[:, :channels])["logits"]
         total, count = 0.0, torch.zeros(len(images), device=images.device)
         for head, values in logits.items():
+            if not judges(head):
+                continue
             wanted = torch.tensor([named(text).get(head, -1) for text in prompts], device=images.device)
             asked = wanted >= 0
             log_p = values.log_softmax(1).gather(1, wanted.clamp(min=0)[:, None])[:, 0]
             total, count = total + log_p * asked, count + asked
         return total / count.clamp(min=1)
 
-    return Reward("attributes", score, weights=[checksum(folder)])
+    return Reward(name, score, weights=[checksum(folder)], clips="frames" in net.config)
 
 
 def _named(heads: set[str], text: str) -> dict[str, int]:
@@ -110,7 +122,7 @@ def _named(heads: set[str], text: str) -> dict[str, int]:
     if heads == {"class"}:
         return {"class": int(text)} if text.isdigit() else {}
     try:
-        return attributes_of(text)
+        return moving.attributes_of(text) if "motion" in heads else attributes_of(text)
     except ValueError as error:
         raise UserError(KEY, f"attributes: {error}", "name each attribute once") from None
 
@@ -185,6 +197,8 @@ def _aesthetic(e: Encoders, device: str) -> Reward:
 
 KNOWN: Mapping[str, Callable[[Encoders, str], Reward]] = {
     "attributes": _attributes,
+    "motion": partial(_attributes, name="motion", judges=lambda head: head == "motion"),
+    "look": partial(_attributes, name="look", judges=lambda head: head != "motion"),
     "tinted-clip": _tinted_clip,
     "clip": _cosine("clip"),
     "hps": _cosine("hps", 100.0),
@@ -211,7 +225,8 @@ def _own(name: str, where: str, device: str) -> Reward:
     if isinstance(score, nn.Module):
         score = score.eval().requires_grad_(False).to(device)
         weights = [state_checksum(score)]
-    return Reward(name, score, getattr(score, "differentiable", True), weights)
+    differentiable, clips = getattr(score, "differentiable", True), getattr(score, "clips", False)
+    return Reward(name, score, differentiable, weights, clips)
 
 
 # -- what tunes does not measure -----------------------------------------------------------------------------
@@ -228,10 +243,13 @@ def keep_apart(rewards: Sequence[Reward], measurer: object, metrics: RunMetrics 
         if found := next((tuned[w] for w in used if w in tuned), ""):
             why = f"{wanted.label} looks through the network of {found}, which the student is tuned by"
             raise UserError("eval.metrics", why, "measure by another network, or leave it out")
-    if isinstance(measurer, Measurer):
-        own = checksum(asset(f"measure/{measurer.name}"))
+    names = [measurer.name] if isinstance(measurer, Measurer) else []
+    names = [moving.NAME, "tinted"] if isinstance(measurer, ClipMeasurer) else names
+    for name in names:
+        own = checksum(asset(f"measure/{name}"))
         if own in tuned:
-            why = f"{tuned[own]} is the network that measures {measurer.name}"
+            why = f"{tuned[own]} is the network that measures {name}"
             raise UserError(KEY, why, "tune by another one, as assets/rewards has them")
+    if isinstance(measurer, Measurer):
         measurer.with_clip = tinted_clip() not in tuned
-    return [reward.name for reward in rewards]
+    return list(dict.fromkeys(reward.name for reward in rewards))

@@ -8,9 +8,10 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.core.files import write_model_json
 from fastgen.core.reading import read_json
+from fastgen.families.factors import temporal_factor
 from fastgen.networks import tile_attention
 from fastgen.networks.backbone import Backbone
-from fastgen.networks.codecs import Codec, TextCodec, temporal_factor
+from fastgen.networks.codecs import Codec, TextCodec
 from fastgen.roles.roles import Role
 
 

@@ -88,6 +88,8 @@ class Family:
     """side of the square of autoencoder latents that becomes the channels of one pixel of x0"""
     temporal: int = 0
     """video frames per latent frame (frames = temporal * k + 1); 0 for images"""
+    frame_chunk: int = 1
+    """frames after the first that its autoencoder encodes at a time; what is left of them it drops"""
     has_size: bool = True
     """whether the user can choose the height and width of a sample"""
     divisor: int = 1
@@ -244,6 +246,12 @@ class Family:
         if size is None:
             return self.default_grid
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+    def frame_patch(self, net: DiffusersModel) -> int:
+        """Latent frames of a token, of which a clip has whole ones."""
+        size = net.config.get("patch_size")
+        three = isinstance(size, (list, tuple)) and len(size) == 3
+        return size[0] if three else net.config.get("patch_size_t") or 1
 
     def to_latents(self, vae: DiffusersModel, images: Tensor) -> Tensor:
         """The autoencoder's latents of images in [-1, 1]; the mean if it returns a distribution."""

@@ -41,7 +41,7 @@ class Wan(Family):
     extra: tuple[str, ...] = ("transformer_2",)
     lora_parts = ("transformer", "transformer_2")
     keys: tuple[str, ...] = ("encoder_hidden_states", "encoder_hidden_states_image")
-    temporal, divisor, max_length = 4, 2, 512
+    temporal, frame_chunk, divisor, max_length = 4, 4, 2, 512
     latent_statistics = "channels"
     frame_times = True
     default_grid = (21, 60, 104)  # 81 frames of 480 x 832

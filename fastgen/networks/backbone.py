@@ -312,16 +312,32 @@ class Backbone(Denoiser):
                     module._active_adapter = [name]
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Use this adapter (None: none) inside the block."""
+    def using(self, name: str | None, share: float = 1.0) -> Iterator[None]:
+        """Use this adapter (None: none), or a share of its weights, inside the block."""
         before = self.adapter
         if before != name:
             self.set_adapter(name)
         try:
-            yield
+            with nullcontext() if share == 1 else self._weakened(name, share):
+                yield
         finally:
             if before != name:
                 self.set_adapter(before)
+
+    @contextmanager
+    def _weakened(self, name: str | None, share: float) -> Iterator[None]:
+        """Count the LoRA layers of this adapter by a share inside the block."""
+        from peft.tuners.lora import LoraLayer
+
+        layers = [m for m in self.net.modules() if isinstance(m, LoraLayer) and name in m.scaling]
+        own = [layer.scaling[name] for layer in layers]
+        try:
+            for layer, scale in zip(layers, own):
+                layer.scaling[name] = share * scale
+            yield
+        finally:
+            for layer, scale in zip(layers, own):
+                layer.scaling[name] = scale
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, with the adapter that the forward pass used."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
 from fastgen.families.base import Family
+from fastgen.families.factors import spatial_factor, temporal_factor
 from fastgen.families.parts import DiffusersModel
 from fastgen.networks.linear_attention import float16_autocast, linear_attention
 
@@ -203,6 +204,7 @@ class TextCodec(Codec):
         self.vae = parts.pop(family.decoder, None)
         self.encoders: nn.ModuleDict | None = nn.ModuleDict(parts)
         self.cond_shapes = family.cond_shapes(net, self)
+        self.frame_patch = family.frame_patch(net)
         self._null: Cond | None = None  # encoded once
         self.requires_grad_(False).eval()
 
@@ -329,22 +331,6 @@ class TextCodec(Codec):
 
 def _token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
     return tokenizer(prompts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-
-
-def spatial_factor(family: Family, pipe) -> int:
-    """Pixels per latent side."""
-    for name in ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"):
-        if getattr(pipe, name, None):
-            return getattr(pipe, name) * family.folded
-    return family.factor
-
-
-def temporal_factor(family: Family, pipe) -> int:
-    """Frames per latent frame; 0 for images."""
-    for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
-        if family.temporal and getattr(pipe, name, None):
-            return getattr(pipe, name)
-    return family.temporal
 
 
 def encode_latents(family: Family, vae, images: Tensor) -> Tensor:

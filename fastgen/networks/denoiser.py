@@ -52,8 +52,8 @@ class Denoiser(nn.Module):
         """D_uncond + w (D - D_uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
         return D_uncond + w * (D - D_uncond)
 
-    def using(self, name: str | None) -> AbstractContextManager[None]:
-        """Act with the adapter of this name (None: with none) inside the block."""
+    def using(self, name: str | None, share: float = 1.0) -> AbstractContextManager[None]:
+        """Act with the adapter of this name (None: with none), or a share of it, inside the block."""
         return nullcontext()
 
     def causally(self, now: Pass) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
 from fastgen.core.reading import COPY, check_types, read_json, readable, reads_model
 from fastgen.families.base import Family
+from fastgen.families.factors import check_frames, spatial_factor, temporal_factor
 from fastgen.families.parts import DiffusersModel, cast_network
 from fastgen.families.registry import detect
 from fastgen.networks.analytic import load_analytic
@@ -21,8 +22,6 @@ from fastgen.networks.codecs import (
     PictureCodec,
     ScanCodec,
     TextCodec,
-    spatial_factor,
-    temporal_factor,
 )
 from fastgen.networks.files import (
     DTYPES,
@@ -192,11 +191,8 @@ def _grid(
         if not temporal:
             instruction = f"remove it: {family.name} generates images, not videos"
             raise UserError("teacher.num_frames", f"found {frames}", instruction)
-        if (frames - 1) % temporal:
-            below = max(1, (frames - 1) // temporal * temporal + 1)
-            why = f"1 plus a multiple of {temporal}, as the autoencoder of {family.name} needs"
-            instruction = f"give {below} or {below + temporal}: {why}"
-            raise UserError("teacher.num_frames", f"found {frames}", instruction)
+        patch, found = family.frame_patch(net), f"found {frames}"
+        check_frames(frames, family, temporal, patch, "teacher.num_frames", found)
         grid[0] = (frames - 1) // temporal + 1
     return tuple(grid)
 

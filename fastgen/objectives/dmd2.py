@@ -14,7 +14,9 @@ Paper: Yin et al. 2024, arXiv 2405.14867 (DMD: arXiv 2311.18828). One step or se
 
   stages of a published run: ODE pairs (objective ode_pairs), then gan_weight 0, then the GAN at a low rate
   forms: everything full; a LoRA student (r 64, alpha 8) with a full critic, as the authors' SDXL LoRA;
-  critic.kind lora, all three roles over one frozen base
+  critic.kind lora, all three roles over one frozen base; there real_mix adds a share of the critic's adapter
+  to the teacher (weak-to-strong matching, Shao et al. 2025, arXiv 2503.13319), which brings the two scores
+  nearer while the critic is far from the teacher
 
 Differs
 - paper: generator and critic steps alternate; authors' code, and this: the critic moves on every step,
@@ -30,9 +32,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastgen.core.batch import Batch
+from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Updates, data_of, guided
 from fastgen.objectives.requirements import Requirements
@@ -46,6 +50,8 @@ class DMD2Config(GanMatchingConfig):
     name: Literal["dmd2"] = "dmd2"
     backward_simulation: bool = True
     """several steps: train on the student's own intermediate states, not on noised data (Sec. 4.5)"""
+    real_mix: float = Field(0.0, ge=0, le=1)
+    """share of the critic's LoRA that the teacher carries when its score is asked for; 0 is the teacher"""
 
 
 class DMD2(Matching, config=DMD2Config):
@@ -56,8 +62,15 @@ class DMD2(Matching, config=DMD2Config):
             return needs
         return replace(needs, network_calls=lambda guidance, _: critic_calls(cfg, guidance), real_data=True)
 
+    def check(self) -> None:
+        super().check()
+        if self.cfg.real_mix and self.critic.adapter is None:
+            found = f"found {self.cfg.real_mix:g} with a critic that is no adapter on the teacher"
+            raise UserError("objective.real_mix", found, "set critic.kind to lora, or leave it out")
+
     def step(self, batch: Batch, k: int, teacher: Role | None = None) -> Updates:
-        cfg, teacher = self.cfg, teacher or self.teacher
+        cfg = self.cfg
+        teacher = teacher or (replace(self.critic, share=cfg.real_mix) if cfg.real_mix else self.teacher)
         last = self.rng.shared_randint(len(self.student.times))
         if k % cfg.student_every == 0:
             with self.turn("student"):

@@ -38,7 +38,7 @@ from fastgen.diffusion import losses
 from fastgen.networks.rewards import KEY
 from fastgen.objectives.base import Updates
 from fastgen.objectives.requirements import Calls, Requirements
-from fastgen.objectives.shared.rewards import Rewarded, RewardedConfig
+from fastgen.objectives.shared.rewards import Rewarded, RewardedConfig, prompts_of
 
 
 class FeedbackConfig(RewardedConfig):
@@ -86,7 +86,7 @@ class Feedback(Rewarded, config=FeedbackConfig):
             t, cond = self.student.time(last, x_t), self.student.ending(batch.cond, last, x_t)
             D = self.student(x_t, t, cond)
             x = self.student.sample_at(D, x_t, last)
-            r = self.rewards(self.augment(self.rewards.images(x)), self.prompts(batch))  # [num, B]
+            r = self.rewards(self.augment(self.rewards.images(x)), prompts_of(batch))  # [num, B]
             loss, logs = self.hinge(r), self.reward_logs(r)
             if cfg.ref_weight:
                 logs["reference"] = losses.mse(D, self.reference(x_t, t, cond))

@@ -41,7 +41,7 @@ from fastgen.core.errors import UserError
 from fastgen.diffusion import losses
 from fastgen.objectives.base import Updates, data_of
 from fastgen.objectives.requirements import Calls, Requirements
-from fastgen.objectives.shared.rewards import Rewarded, RewardedConfig
+from fastgen.objectives.shared.rewards import Rewarded, RewardedConfig, judged, pareto
 from fastgen.roles.roles import Role
 
 
@@ -119,7 +119,7 @@ class PSO(Rewarded, config=PSOConfig):
     def online(self, batch: Batch) -> Updates:
         noises = [batch.noise, self.rng.randn_like(batch.noise)]
         walks, samples = zip(*(self.walk(noise, batch.cond) for noise in noises))
-        r = torch.stack([self.judge(x, batch) for x in samples])  # [2, num, B]
+        r = torch.stack([judged(self.rewards, x, batch) for x in samples])  # [2, num, B]
         h = self.preference(r)  # [2, B]
         states = [torch.cat(pair) for pair in zip(*walks)]  # both members of each pair, one below the other
         cond = stack([batch.cond, batch.cond])
@@ -152,8 +152,7 @@ class PSO(Rewarded, config=PSOConfig):
         if self.cfg.prefer == "sum":
             first = (self.weight[:, None] * better).sum(0).sign()
         else:
-            up, down = (better >= 0).all(0), (better <= 0).all(0)
-            first = up.float() - down.float()
+            first = pareto(better)
         return torch.stack([first, -first])
 
     def step_error(self, role: Role, states: list[Tensor], i: int, cond: Cond) -> Tensor:

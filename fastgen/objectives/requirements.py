@@ -156,6 +156,8 @@ class Requirements:
     """whether `step` reads batch.x0"""
     dispreferred: bool = False
     """whether `step` reads batch.dispreferred, where the data has it"""
+    losers: bool = False
+    """whether `step` cannot do without batch.dispreferred"""
     appearance: bool = False
     """whether `step` reads batch.appearance, where the data has it"""
     any_source: bool = False

@@ -29,6 +29,8 @@ class Role:
     guidance: float | None = None
     """value of the network's input for the guidance scale where cond["guidance"] is missing; None: no such
     input"""
+    share: float = 1.0
+    """of the adapter's weights that act"""
 
     @property
     def schedule(self) -> Schedule:
@@ -41,7 +43,7 @@ class Role:
 
     @contextmanager
     def _acting(self) -> Iterator[Denoiser]:
-        with self.backbone.using(self.adapter):
+        with self.backbone.using(self.adapter, self.share):
             yield self.backbone
 
     def _with_guidance(self, cond: Cond, x: Tensor) -> Cond:

@@ -11,6 +11,8 @@ hash grid with one (instant NGP, Mueller et al. 2022, arXiv 2201.05989).
 Differs: samples are evenly spaced over a ray's way past the box; no occupancy grid prunes them.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,34 +112,53 @@ class FieldAsset(Asset):
 
     def at(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """(density [...], colour [..., 3] in 0 to 1) at points [..., 3]; nothing is outside the box."""
-        found = self.field(p.reshape(-1, 3)).view(*p.shape[:-1], 4)
-        inside = (p.abs() <= 1).all(-1)
-        if self.surface:
-            s = self.distance(p, found)
-            density = SHARPNESS * (0.5 - 0.5 * s.sign() * -torch.expm1(-s.abs() * SHARPNESS))
-        else:
-            density = F.softplus(found[..., 0] + 10 * (1 - p.norm(dim=-1) / 0.5))
-        return density * inside, found[..., 1:].sigmoid()
+        return shaded(p, self.field(p.reshape(-1, 3)).view(*p.shape[:-1], 4), self.surface)
 
     def distance(self, p: Tensor, found: Tensor | None = None) -> Tensor:
         """Signed distance [...] of a surface's field."""
         found = self.field(p.reshape(-1, 3)).view(*p.shape[:-1], 4) if found is None else found
-        return p.norm(dim=-1) - 0.5 + 0.1 * found[..., 0]
+        return distance(p, found)
 
     def render(self, cameras: Cameras, size: int, background: Tensor) -> Render:
-        some = next(self.parameters())
-        origins, directions = (r.to(some) for r in cameras.rays(size, size))
-        reach = cameras.distance.to(some)[:, None, None, None]
-        low, high = (reach - 1.3).clamp(min=0.05), reach + 1.3
-        d = (high - low) / self.samples
-        along = low + d * (torch.arange(self.samples).to(some) + 0.5)  # [B, 1, 1, S]
-        points = origins[..., None, :] + along[..., None] * directions[..., None, :]
-        density, colour = self.at(points)
-        weights, alpha = composited(density, d)
-        rgb = (weights[..., None] * colour).sum(-2)
-        depth = (weights * along).sum(-1) / alpha.clamp(min=1e-6)
-        rgb = rgb.permute(0, 3, 1, 2) + (1 - alpha)[:, None] * background.to(some)[..., None, None]
-        return Render(rgb, alpha[:, None], depth[:, None])
+        return marched(self.at, cameras, size, self.samples, background.to(next(self.parameters())))
+
+
+def distance(p: Tensor, found: Tensor) -> Tensor:
+    """Signed distance [...] that values [..., 4] of a field say of points [..., 3]; zeros are a ball."""
+    return p.norm(dim=-1) - 0.5 + 0.1 * found[..., 0]
+
+
+def shaded(p: Tensor, found: Tensor, surface: bool) -> tuple[Tensor, Tensor]:
+    """(density [...], colour [..., 3]) that values [..., 4] of a field say of points [..., 3]."""
+    if surface:
+        s = distance(p, found)
+        density = SHARPNESS * (0.5 - 0.5 * s.sign() * -torch.expm1(-s.abs() * SHARPNESS))
+    else:
+        density = F.softplus(found[..., 0] + 10 * (1 - p.norm(dim=-1) / 0.5))
+    return density * (p.abs() <= 1).all(-1), found[..., 1:].sigmoid()
+
+
+def marched(
+    at: Callable[[Tensor], tuple[Tensor, Tensor]],
+    cameras: Cameras,
+    size: int,
+    samples: int,
+    background: Tensor,
+) -> Render:
+    """What `at`, (density [B, H, W, S], colour [..., 3]) of points [B, H, W, S, 3], looks like from cameras
+    [B], over a colour [B, 3] each.
+    """
+    origins, directions = (r.to(background) for r in cameras.rays(size, size))
+    reach = cameras.distance.to(background)[:, None, None, None]
+    low, high = (reach - 1.3).clamp(min=0.05), reach + 1.3
+    d = (high - low) / samples
+    along = low + d * (torch.arange(samples).to(background) + 0.5)  # [B, 1, 1, S]
+    density, colour = at(origins[..., None, :] + along[..., None] * directions[..., None, :])
+    weights, alpha = composited(density, d)
+    rgb = (weights[..., None] * colour).sum(-2)
+    depth = (weights * along).sum(-1) / alpha.clamp(min=1e-6)
+    rgb = rgb.permute(0, 3, 1, 2) + (1 - alpha)[:, None] * background[..., None, None]
+    return Render(rgb, alpha[:, None], depth[:, None])
 
 
 def composited(density: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

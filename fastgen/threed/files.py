@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen.core.errors import UserError
 from fastgen.threed.asset import Asset
@@ -18,8 +18,9 @@ from fastgen.threed.fields import FieldAsset
 from fastgen.threed.gaussians import GaussianAsset
 
 EXTRA = 'pip install "fastgen-distill[threed]"'
-DENSITY = 10.0
-"""where the surface of a field of densities is taken; per world unit"""
+DENSITY, THIN = 10.0, 2.0
+"""where the surface of a field of densities is taken, per world unit: at half of the largest one, at most and
+at least these"""
 MOST_HEADER = 2**16
 
 
@@ -93,17 +94,17 @@ def read_ply(path: Path, key: str = "--model") -> GaussianAsset:
 
 
 @torch.no_grad()
-def mesh_of(asset: FieldAsset, size: int = 48, level: float = DENSITY):
+def mesh_of(asset: FieldAsset, size: int = 48):
     """A trimesh.Trimesh of the field's surface with a colour at each vertex, from size^3 points: the zero
-    set of a distance, else where the density is `level`. A UserError where there is no surface.
+    set of a distance, else of equal density. A UserError where there is no surface.
     """
     mcubes, trimesh = _packages()
     line = torch.linspace(-1, 1, size)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1)
     points = points.to(next(asset.parameters()))
     field = -asset.distance(points) if asset.surface else asset.at(points)[0]
-    level = 0.0 if asset.surface else level
     inside = field.double().cpu().numpy()
+    level = 0.0 if asset.surface else min(DENSITY, max(THIN, 0.5 * float(inside.max())))
     values = np.pad(inside, 1, constant_values=level - 1.0)  # closed at the box
     if not values.min() < level < values.max():
         found = f"no surface at {level:g}: the field is {inside.min():.3g} to {inside.max():.3g}"
@@ -148,10 +149,7 @@ def write_asset(asset: Asset, folder: Path, name: str) -> list[str]:
         write_ply(asset, folder / f"{name}.ply")
         return [f"{name}.ply"]
     assert isinstance(asset, FieldAsset), type(asset)
-    from safetensors.torch import save_file
-
-    state = {k: v.detach().cpu().contiguous() for k, v in asset.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors")
+    write_weights(asset, folder / f"{name}.safetensors")
     try:
         mesh_of(asset).export(folder / f"{name}.glb")
     except UserError as error:
@@ -164,12 +162,25 @@ def read_asset(folder: Path, name: str, settings: dict) -> Asset:
     """One asset of an export; settings are those of `student.asset`."""
     if settings["kind"] == "gaussians":
         return read_ply(folder / f"{name}.ply")
+    asset = make_asset(settings, 0)
+    read_weights(asset, folder / f"{name}.safetensors")
+    return asset
+
+
+def write_weights(module: nn.Module, file: Path) -> None:
+    """All of a module's tensors."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, file)
+
+
+def read_weights(module: nn.Module, file: Path) -> None:
+    """Put the tensors of a file into a module; a UserError for a file that does not fit."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    asset = make_asset(settings, 0)
     try:
-        asset.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    except (OSError, RuntimeError) as error:
-        found = f"{folder / name}.safetensors does not fit ({str(error).splitlines()[0]})"
+        module.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        found = f"{file} does not fit ({str(error).splitlines()[0]})"
         raise UserError("--model", found, "export it again") from None
-    return asset

@@ -45,10 +45,14 @@ class AssetStudent(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         z = x_t.flatten(1)[:, :4] / self.schedule.prior_std(float(t[0]))
-        self.seen = self.render(z, Cameras.of(cond["camera"]))
+        self.seen = self.look(z, cond)
         return self.encode(2 * self.seen.rgb - 1)
 
     raw = forward
+
+    def look(self, z: Tensor, cond: Cond) -> Render:
+        """What noise [B, 4] and a condition pick."""
+        return self.render(z, Cameras.of(cond["camera"]))
 
     @property
     def scenes(self) -> list[Asset]:

@@ -25,6 +25,7 @@ from fastgen.core.errors import UserError, first_line, suggest
 from fastgen.core.paths import is_analytic
 from fastgen.core.rng import Rng
 from fastgen.diffusion.schedules import VP, Schedule
+from fastgen.export.assets import shown_prompts
 from fastgen.export.scheduler import scheduler_setup
 from fastgen.families.parts import changed_config
 from fastgen.networks.attention import check as check_attention
@@ -41,6 +42,7 @@ from fastgen.roles.roles import Members, Part, Role, Student, Students, StudentS
 from fastgen.roles.router import Router
 from fastgen.roles.sana_sprint import SCHEDULE, make_sprint
 from fastgen.threed.assets import make_assets
+from fastgen.threed.generators import generated, text_width
 from fastgen.threed.student import AssetStudent
 from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits, check_quantized
@@ -88,6 +90,7 @@ class Cast:
         torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
         self.teacher = self._load(null)
         check_fits(self.teacher, teacher, student, stages)
+        self.shown_texts = self._shown_texts()
         if student.fuse:
             from fastgen.export.load import locate
 
@@ -233,12 +236,22 @@ class Cast:
     def _asset(self) -> AssetStudent:
         """3D assets as they are before training, in the place of a network: always the same ones."""
         assert self.student_cfg.asset is not None, "asked for where there are settings of one"
-        codec, settings = self.teacher.codec, self.student_cfg.asset
-        assets = make_assets(settings.model_dump(), self.train_cfg.seed)
+        codec, settings, seed = self.teacher.codec, self.student_cfg.asset.model_dump(), self.train_cfg.seed
         size = codec.pixels[0] if isinstance(codec, TextCodec) else codec.shape[-1]
-        student = AssetStudent(assets, codec.encode, self.teacher.schedule, size, settings.background)
-        student.to(self.device)
-        return student
+        given = codec.encode, self.teacher.schedule, size, settings["background"]
+        if settings["generator"] is None:
+            return AssetStudent(make_assets(settings, seed), *given).to(self.device)
+        width = text_width(codec.cond_shapes if isinstance(codec, TextCodec) else {})
+        return generated(settings, width, seed, *given).to(self.device)
+
+    def _shown_texts(self) -> Cond | None:
+        """Of a network that makes assets: the prompts that its export shows; text encoders go later."""
+        asset, views, codec = self.student_cfg.asset, self.views, self.teacher.codec
+        if asset is None or asset.generator is None or views is None or str(self.device) == "meta":
+            return None
+        if not isinstance(codec, TextCodec):
+            return None
+        return {k: v.cpu() for k, v in codec.prompts(shown_prompts(views.trained, views.held_out)).items()}
 
     def untrained(self) -> Role:
         """What a student is compared with: the teacher in the student's few steps, or the assets that

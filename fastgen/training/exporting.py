@@ -53,7 +53,8 @@ def export_run(trainer, folder: Path, results: dict) -> Path:
     """Write the student of a run (call inside the EMA swap); `results` go on its card."""
     student = trainer.cast.student.backbone
     if isinstance(student, AssetStudent):
-        return export_assets(student, asset_info(trainer), folder)
+        info = asset_info(trainer)
+        return export_assets(student, info, folder, trainer.cast.shown_texts)
     return export_student(trained(trainer), folder, results)
 
 
@@ -67,14 +68,23 @@ def asset_info(trainer) -> AssetInfo:
         size=student.size,
         settings=cast.student_cfg.asset.model_dump(mode="json"),
         views=views.model_dump(mode="json", include={"elevation", "distance", "fovy"}),
+        **_library(cast),
     )
+
+
+def _library(cast) -> dict:
+    """What the export of a network that makes assets says beside that."""
+    if cast.student_cfg.asset.generator is None:
+        return {}
+    views = cast.views
+    return {"base": cast.teacher_cfg.path, "prompts": views.trained, "held_out": views.held_out}
 
 
 def write_cards(trainer, folder: Path, results: dict) -> None:
     """Write the cards of an export again, with what was measured since and pictures of the student."""
     if isinstance(trainer.cast.student.backbone, AssetStudent):
         scores = {k: v for k, v in results.get("student", {}).items() if isinstance(v, float)}
-        kinds = (".ply", ".glb", ".safetensors")
+        kinds = (".ply", ".glb", ".safetensors", ".splat")
         files = sorted(p.name for p in folder.iterdir() if p.suffix in kinds)
         write_text(folder / "README.md", card(asset_info(trainer), files, scores))
         return

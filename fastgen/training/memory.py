@@ -19,9 +19,11 @@ from fastgen.config.sections import TrainConfig
 from fastgen.core.paths import config
 from fastgen.families.parts import compute_dtype
 from fastgen.networks.backbone import Backbone
+from fastgen.networks.codecs import TextCodec
 from fastgen.networks.quantization import layers_to_quantize, quantized_bytes, stored_tensors
 from fastgen.objectives import requirements_of
 from fastgen.roles.roles import Role
+from fastgen.threed.generators import TEXT, GeneratedAssets
 from fastgen.training.assembly import make_cast
 from fastgen.training.cast import Cast
 
@@ -153,7 +155,7 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
     if cast.student_cfg.asset is not None:  # what a render keeps depends on what is seen; a critic is larger
         critic = cast.parts.get("critic")
         if not isinstance(critic, Role):
-            return 0, 1
+            return _of_generator(cast), 1
         student = critic
     for p in student.trainable().values():
         p.requires_grad_(True)
@@ -178,6 +180,19 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
         out = student.raw(torch.zeros(1, *codec.shape, device=device), t, cond)
     del out
     return kept.size + inside[0], max(_passes(cast, s) for s in cast.stages)
+
+
+def _of_generator(cast: Cast) -> int:
+    """Bytes that autograd keeps of a network that makes an asset, its render apart; none of other assets."""
+    net, codec = cast.student.backbone, cast.teacher.codec
+    if not isinstance(net, GeneratedAssets) or not isinstance(codec, TextCodec):
+        return 0
+    kept = _Kept({p.untyped_storage()._cdata for p in net.parameters()})
+    text = torch.zeros(1, *codec.cond_shapes[TEXT], device=cast.device)
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+        out = net.generator(text)
+    del out
+    return kept.size
 
 
 def _passes(cast: Cast, stage: StageConfig) -> int:

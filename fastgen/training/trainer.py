@@ -151,11 +151,7 @@ class Trainer:
             self.seconds = time.monotonic() - started
             self._log(stage, k, bar)
             last = k + 1 == stage.max_train_steps
-            if (
-                self.validate
-                and train.validation_steps
-                and (self.step % train.validation_steps == 0 or self.step == self.total)
-            ):
+            if self.validate and train.validation_steps and (self.step % train.validation_steps == 0 or last):
                 self.validate(self)
             stopping = self._stopping()
             if last or stopping or (train.checkpointing_steps and self.step % train.checkpointing_steps == 0):

@@ -1,12 +1,15 @@
 """Validation during a run, and what follows it: export, the final table, results.json and report."""
 
+import itertools
 import shutil
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastgen.config.run import StageConfig
 from fastgen.config.sections import EvalConfig
 from fastgen.core import interrupt
 from fastgen.core.ema import swapped
@@ -27,8 +30,8 @@ def averaged(trainer):
 
 
 class Validator:
-    """Called at step 0 and every validation_steps, on every process: a grid from fixed seeds, and the cheap
-    metric. All draw; the main process looks at what they have drawn.
+    """Called at step 0, every validation_steps and where a stage ends, on every process: a grid from fixed
+    seeds, and the cheap metric. All draw; the main process looks at what they have drawn.
     """
 
     def __init__(self, cfg: EvalConfig, evaluator: Evaluator, folder: Path):
@@ -145,6 +148,8 @@ def finish(trainer, validator: Validator) -> dict:
     decay = f"EMA {trainer.ema.decays[0]:g}" if trainer.ema.decays else "raw"
     results["protocol"]["weights"] = f"{decay}, step {trainer.best['step'] if best else trainer.step}"
     results["curve"] = _curve(metrics, validator.keep_by)
+    if stages := _by_stage(metrics, trainer.cast.stages):
+        results["stages"] = stages
     results["train"] = {"seconds": trainer.seconds, "steps": trainer.step, "peak_rss_mb": peak_rss_mb()}
     with interrupt.deferred(), _room(exported):
         write_json(folder / "results.json", results)
@@ -246,6 +251,26 @@ def _curve(metrics: list[dict], name: str) -> dict[str, float]:
     """The metric that chooses the best weights at each validation, by step."""
     key = f"validation/{name}"
     return {str(r["step"]): r[key] for r in metrics if key in r}
+
+
+def _by_stage(metrics: list[dict], stages: Sequence[StageConfig]) -> list[dict]:
+    """What was validated at the start of a run of several stages and where each of them ended; empty without
+    numbers.
+    """
+    if len(stages) == 1:
+        return []
+    ends = list(itertools.accumulate([s.max_train_steps for s in stages], initial=0))
+    seen = {r["step"]: r for r in metrics if any(key.startswith("validation/") for key in r)}
+    names = [("start", ""), *((s.name, s.objective.name) for s in stages)]
+    return [
+        {"stage": name, "objective": method, "step": end, **_validated(seen[end])}
+        for (name, method), end in zip(names, ends)
+        if end in seen
+    ]
+
+
+def _validated(row: dict) -> dict[str, float]:
+    return {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
 
 
 def peak_rss_mb() -> float:

@@ -103,13 +103,14 @@ PLAIN = {
     "student.causal": "block window",
     "student.guidance_adapter": "form width heads multiplier",
     "student.asset": "kind num points degree move_every size surface samples background",
+    "student.asset.generator": "width",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "data": (
         "split image_column text_column label_column weight control fps dispreferred limit on_bad_image "
         "on_bad_shard stream buckets workers caption_dropout allow_download cache_dir"
     ),
-    "data.views": "prompt elevation distance fovy front back",
+    "data.views": "prompt held_out elevation distance fovy front back",
     "data.appearance": "images name contrast limit",
     "data.degradation": "factor teacher_factor kind",
     "data.sources": "images table dataset shards split image_column text_column label_column weight",

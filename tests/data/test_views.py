@@ -13,7 +13,7 @@ def views():
     table = {"encoder_hidden_states": torch.arange(4.0)[:, None, None].expand(4, 2, 3).clone()}
     plain = {"encoder_hidden_states": torch.full((1, 2, 3), 9.0)}
     null = {"encoder_hidden_states": torch.full((1, 2, 3), -1.0)}
-    return Views(table, plain, null, (4, 8, 8), "a red torus", Ranges(elevation=(-10.0, 80.0)))
+    return Views(table, plain, null, (4, 8, 8), ["a red torus"], Ranges(elevation=(-10.0, 80.0)))
 
 
 def taken(start, rank=0, world=1, num=3, seed=0):

@@ -9,10 +9,12 @@ import yaml
 from fastgen.cli.train import main
 from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
+from fastgen.data import moving
 from fastgen.data.bundled import load_images
 from fastgen.evaluation.encoders import resize
 from fastgen.evaluation.encoders.catalogue import Encoders
 from fastgen.evaluation.metrics.fd_mini import Measurer
+from fastgen.evaluation.metrics.fvd_mini import ClipMeasurer
 from fastgen.evaluation.rewards import keep_apart, open_reward
 from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.networks.rewards import Reward
@@ -99,6 +101,50 @@ def test_attributes_of_digits_go_by_their_number():
     own = reward(images, [str(int(k)) for k in held.labels[:50]])
     assert (own > -0.7).float().mean() > 0.9
     assert (reward(images, [str((int(k) + 1) % 10) for k in held.labels[:50]]) < own).float().mean() > 0.9
+
+
+def clips(num=24):
+    held = moving.load_clips("heldout", range(num))
+    return held.images.float() / 255, moving.captions(range(num), "heldout")
+
+
+def test_clips_are_judged_by_their_motion_and_their_look():
+    """Right captions beat those of another clip; motion alone hears the motion, look all but it."""
+    shown, texts = clips()
+    stood = shown[:, :, :1].expand_as(shown)  # the first frame throughout
+    rows = moving.attributes(range(len(texts)), "heldout")
+    moves = rows["motion"] != moving.MOTIONS.index("still")
+    motion, look = opened("motion", "moving"), opened("look", "moving")
+    assert motion.clips and look.clips and motion.weights == look.weights
+    assert (motion(shown, texts) - motion(stood, texts))[moves].mean() > 1
+    assert abs(float((look(shown, texts) - look(stood, texts)).mean())) < 0.5
+    turned = texts[1:] + texts[:1]
+    for reward in (motion, look, opened("attributes", "moving")):
+        assert (reward(shown, texts) - reward(shown, turned)).mean() > 0.5, reward.name
+    x = shown[:2].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(motion(x, texts[:2]).sum(), x)
+    assert (grad.abs().sum((1, 3, 4)) > 0).all(), "every frame has a gradient"
+
+
+def test_rewards_of_pictures_judge_three_frames_of_a_clip():
+    shown, texts = clips(3)
+    reward, seen = opened("contrast"), (0, 4, 8)
+    each = torch.stack([reward(shown[:, :, i], texts) for i in seen])
+    torch.testing.assert_close(reward(shown, texts), each.mean(0))
+    whole = Reward("mine", lambda x, prompts: x.flatten(1).mean(1), clips=True)
+    torch.testing.assert_close(whole(shown, texts), shown.flatten(1).mean(1))
+
+
+def test_a_net_that_knows_no_motion_is_refused():
+    with pytest.raises(UserError, match="motion: assets:rewards/tinted knows no motion; name attributes"):
+        opened("motion", "tinted")
+
+
+def test_what_measures_clips_is_no_reward():
+    reward = opened("motion", "moving", motion=str(asset("measure/moving")))
+    with pytest.raises(UserError, match="motion is the network that measures moving"):
+        keep_apart([reward], ClipMeasurer(), None)
+    assert keep_apart([opened("look", "moving")], ClipMeasurer(), None) == ["look"]
 
 
 # -- published networks --------------------------------------------------------------------------------------

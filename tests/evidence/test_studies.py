@@ -28,6 +28,23 @@ def test_the_table_of_forgetting_has_what_forgets_alone():
     assert studies.forgetting(documents[2:]) == "No evidence yet."
 
 
+def test_the_table_of_stages_follows_what_was_validated():
+    row = {
+        "fvd_mini": 28.0,
+        "fd_mini": 24.0,
+        "agreement": 0.3,
+        "agreement_colour": 1.0,
+        "dynamic_degree": 0.7,
+    }
+    start = {**row, "agreement_motion": 0.6, "stage": "start", "objective": "", "step": 0}
+    ends = [start, {**start, "fvd_mini": 25.5, "stage": "a", "objective": "tscd", "step": 60}]
+    results = {"teacher": {**row, "agreement_motion": 0.72, "fvd_mini": 21.6}, "stages": ends}
+    text = studies.stages([{"recipe": "a_b", "seed": 0, "results": results}])
+    assert "| `a_b` | before | 0 | 28 | 24 | 30.0 | 100.0 | 60.0 | 0.70 |" in text
+    assert "| `a_b` | after `tscd` | 60 | 25.5 |" in text and "| the teacher |  | 21.6 |" in text
+    assert studies.stages([{"recipe": "a_b", "seed": 0, "results": {}}]) == "No evidence yet."
+
+
 def test_tables_of_studies_follow_their_files(tmp_path):
     row = {
         "nfe": 5,

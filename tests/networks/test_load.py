@@ -246,7 +246,7 @@ BAD = {
     "frames": (
         "wan",
         ["--teacher.num_frames", "8"],
-        "teacher.num_frames: found 8; give 5 or 9: 1 plus a multiple of 4, as the autoencoder of wan needs",
+        "teacher.num_frames: found 8; give 5 or 9: 1 plus a multiple of 4, as wan needs",
     ),
     "no size": ("shap-e", ["--teacher.width", "64"], "remove it: shap-e has no image size"),
     "frames of an image": ("sd", ["--teacher.num_frames", "9"], "remove it: sd generates images, not videos"),

@@ -278,6 +278,7 @@ def test_accumulation_is_refused():
         validate({**values, "student": {"num_steps": 5}})
 
 
+@pytest.mark.slow
 # -- P2 and P4 -----------------------------------------------------------------------------------------------
 def test_p2_regression_of_a_gaussian_is_solved_exactly():
     """The mean velocity has one optimum, which training finds: the student's samples are the teacher's."""

@@ -152,6 +152,7 @@ def test_checkpointed_gradients_are_the_plain_ones(tiny):
     assert any(g.abs().max() > 1e-6 for g in grads[0].values())
 
 
+@pytest.mark.slow
 def _call(cast):
     one = batch_for(cast)
     return one.noise, torch.full((2,), 300.0, dtype=torch.float64), one.cond

@@ -190,7 +190,7 @@ def test_p1_augmented_images_are_judged():
         ({"rewards": [{"name": "jpeg"}]}, "jpeg has no gradient; use objective.name pso"),
         ({"rewards": [{"name": "contrast"}], "from_step": 3}, "objective.from_step: found 3 of 1 steps"),
         ({"rewards": [{"name": "kontrast"}]}, "did you mean 'contrast'"),
-        ({"rewards": [{"name": "attributes"}]}, "bundled for digits and tinted"),
+        ({"rewards": [{"name": "attributes"}]}, "bundled for digits, tinted and moving"),
     ],
 )
 def test_what_cannot_be_is_one_line(tiny, cfg, message, monkeypatch):

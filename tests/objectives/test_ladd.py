@@ -1,23 +1,30 @@
 """LADD: the GAN pair's values, who gets gradient, spectral heads, the penalty's input, and exact mixtures."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from fastgen.config.run import validate
+from fastgen.core.errors import UserError
+from fastgen.diffusion import losses
 from fastgen.diffusion.schedules import EDM, Flow
 from fastgen.networks.denoiser import Denoiser
+from fastgen.networks.rewards import Reward, Rewards
 from fastgen.objectives.ladd import LADD, LADDConfig
 from fastgen.objectives.shared.gan import different
 from fastgen.roles.heads import Discriminator, PatchHead
 from fastgen.roles.roles import Role, Student, StudentSpec
-from tests.support.heavier import first_of
 from tests.support.replay import replay
+from tests.support.rewards import near
 from tests.support.spelled import NEAR, World, at_x, gradient
 from tests.support.toys import GaussianNet, batch_of, rng, run_mixture
 
-SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}}
+TOLD = {"preference_weight": 0.5, "rewards": [{"name": "contrast"}]}
+SHORT = {"gan": {"r1_weight": 0.1, "disc_depths": 2}, **TOLD}
 """settings of the contract battery"""
 
 
@@ -222,6 +229,122 @@ def test_p1_misaligned_rows_are_fake_and_never_truly_aligned():
     assert len(without) == 2 and len(disc.seen) == 3
 
 
+# -- preferences ---------------------------------------------------------------------------------------------
+def told(world):
+    """(winner, loser) as the heads were shown them last, each (x_t, t, cond)."""
+    return world.disc.seen[-2:]
+
+
+def pair_term(world, weight):
+    """weight mean -log sigmoid(l_w - l_l) of what the heads were shown last, on the rows that are counted."""
+    won, lost = (world.disc.logit(*one) for one in told(world))
+    return weight * nn.functional.softplus(lost - won)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "softplus"])
+def test_p1_heads_are_told_which_image_is_preferred(loss):
+    """The heads' loss is the pair's plus -log sigmoid(l_w - l_l), both noised alike; the student's is as it
+    was, and a pair turned round pulls the other way.
+    """
+    found = {}
+    gan = {"loss": loss, "disc_time": NEAR, "misaligned": False}
+    for weight in (0.0, 0.8):
+        world = World(LADD, Flow(), preference_weight=weight, gan=gan)
+        loser = world.batch.x0 + torch.linspace(0.3, 1.1, 8, dtype=torch.float64)[:, None]
+        world.batch = dataclasses.replace(world.batch, dispreferred=loser)
+        found[weight] = world, *world.turns()
+    plain, world = found[0.0], found[0.8][0]
+    torch.testing.assert_close(found[0.8][1].loss, plain[1].loss)
+    torch.testing.assert_close(found[0.8][2].loss, plain[2].loss + pair_term(world, 0.8).mean())
+    (w_t, t, _), (l_t, t2, _) = told(world)
+    world.within(t, NEAR)
+    assert torch.equal(t, t2)
+    eps = world.noise_in(w_t, t, world.batch.x0)
+    torch.testing.assert_close(l_t, world.schedule.noise(world.batch.dispreferred, eps, t))
+    a = world.disc.a
+    pull, back = (torch.autograd.grad(f, a)[0] for f in (pair_term(world, 1.0).mean(), turned(world)))
+    assert float((pull * back).sum()) < 0, "negative: the loser as the winner"
+
+
+def turned(world):
+    lost, won = (world.disc.logit(*one) for one in told(world))
+    return nn.functional.softplus(lost - won).mean()
+
+
+def test_p1_a_preference_does_not_move_both_logits_and_random_ones_teach_nothing():
+    """Invariant to a shift of all logits, unlike the GAN's own pair; each pair in both orders has no gradient
+    at heads that do not tell them apart; uncounted pairs have no part in it.
+    """
+    w, lost = torch.randn(2, 16, 5, dtype=torch.float64)
+    every = torch.ones(16, dtype=torch.bool)
+    value = losses.preference([w], [lost], every)
+    torch.testing.assert_close(losses.preference([w + 3], [lost + 3], every), value)
+    assert not torch.isclose(
+        losses.gan_discriminator([lost + 3], [w + 3]), losses.gan_discriminator([lost], [w])
+    )
+    wanted = nn.functional.softplus(lost.mean(1) - w.mean(1))
+    torch.testing.assert_close(value, wanted.mean())
+    some = torch.arange(16) < 3
+    torch.testing.assert_close(losses.preference([w], [lost], some), wanted[:3].mean())
+    assert losses.preference([w], [lost], ~every) == 0
+    x, y = torch.randn(2, 64, 1, dtype=torch.float64)
+    slope = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def pull(first, second):
+        loss = losses.preference([slope * first], [slope * second], torch.ones(len(first)))
+        return float(torch.autograd.grad(loss, slope)[0])
+
+    assert pull(torch.cat([x, y]), torch.cat([y, x])) == pytest.approx(0, abs=1e-12)
+    assert pull(x.maximum(y), x.minimum(y)) < -0.1  # negative: told truly, it learns which way is up
+
+
+def test_p1_rewards_rank_two_samples_of_the_same_step():
+    """x and x' come of one time and two noises; the one that is worse in no reward wins, if either is."""
+
+    def right(x, prompts):
+        return x[:, 0].float()
+
+    def up(x, prompts):
+        return x[:, 1].float()
+
+    points = SimpleNamespace(shape=(3,))
+    names = [{"name": f.__name__} for f in (right, up)]
+    parts = {"rewards": Rewards([Reward(f.__name__, f) for f in (right, up)], points)}
+    gan = {"disc_time": NEAR, "misaligned": False}
+    times = [1.0, 0.75]
+    world = World(LADD, Flow(), times, num=64, parts=parts, rewards=names, preference_weight=1.0, gan=gan)
+    _, heads = world.turns()
+    first, second = world.student.calls
+    assert torch.equal(first.t, second.t) and not second.grad and (first.x_t != second.x_t).any()
+    x, y = first.out.detach(), second.out
+    wins = (x[:, :2] >= y[:, :2]).all(1)
+    loses = (x[:, :2] <= y[:, :2]).all(1)
+    counted = wins != loses  # what is pure noise has one mean here, and no preference
+    assert 10 < int(counted.sum()) < 54 and (wins & loses).any()
+    first = wins[:, None]
+    (w_t, t, _), (l_t, _, _) = told(world)
+    eps = world.noise_in(w_t, t, torch.where(first, x, y))
+    torch.testing.assert_close(l_t, world.schedule.noise(torch.where(first, y, x), eps, t))
+    torch.testing.assert_close(heads.logs["preference"], pair_term(world, 1.0)[counted].mean())
+
+
+@pytest.mark.parametrize(
+    "objective,message",
+    [
+        (
+            {"preference_weight": 0.5},
+            "data.dispreferred: none given; ladd with a preference_weight needs the",
+        ),
+        ({"rewards": [{"name": "contrast"}]}, "objective.rewards: found some with preference_weight 0"),
+        ({"preference_weight": -1.0}, "objective.preference_weight"),
+    ],
+)
+def test_preferences_without_losers_are_one_line(objective, message):
+    with pytest.raises(UserError) as error:
+        validate({"objective": {"name": "ladd", **objective}, "data": {"name": "fashion"}})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_step_weights_choose_the_trained_step_and_the_first_is_pure_noise():
     seen = []
 
@@ -232,7 +355,7 @@ def test_step_weights_choose_the_trained_step_and_the_first_is_pure_noise():
 
     student = Student(Net(Flow(), 0.0, 1.0), None, StudentSpec([1.0, 0.5]))
     batch = batch_of(torch.full((400, 1), 50.0))
-    make(student=student, step_weights=(1.0, 3.0)).sample(batch, {})
+    next(make(student=student, step_weights=(1.0, 3.0)).step(batch, 0))
     x_t, t = seen[0]
     assert float((t == 0.5).double().mean()) == pytest.approx(0.75, abs=0.08)
     torch.testing.assert_close(x_t[t == 1.0], batch.noise[t == 1.0])
@@ -248,11 +371,26 @@ def test_student_every():
     assert count == {"student": 2, "disc": 6}
 
 
-@pytest.mark.parametrize("kind", first_of(["hinge", "softplus"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hinge", "softplus"])
 def test_p2_distils_the_mixture(tmp_path, kind):
     gan = {"loss": kind, "disc_time": {"kind": "uniform", "low": 0.05, "high": 0.7}}
     before, after, _, _ = run_mixture(tmp_path, {"name": "ladd", "gan": gan}, steps=350, batch=128)
     assert after < before / 3 and after < 0.04, (before, after)
+
+
+@pytest.mark.slow
+def test_p2_preferences_move_what_is_distilled(tmp_path):
+    """Heads that prefer what is near (1, 0): the mixture is distilled, with more of its mass there."""
+    gan = {"loss": "softplus", "disc_time": {"kind": "uniform", "low": 0.05, "high": 0.7}}
+    ranked = [{"name": "near", "weights": {"near": "tests.support.rewards:near"}}]
+    told = {"preference_weight": 0.3, "rewards": ranked}
+    before, after, x, trainer = run_mixture(
+        tmp_path, {"name": "ladd", "gan": gan, **told}, steps=200, batch=128
+    )
+    real, _ = trainer.cast.teacher.backbone.sample(1500, torch.Generator().manual_seed(7))
+    mine, exact = (float(near()(samples, []).mean()) for samples in (x, real))
+    assert after < before / 2 and mine > exact + 0.05, (before, after, mine, exact)
 
 
 def test_p4_ladd(tiny, tmp_path):

@@ -180,6 +180,7 @@ def test_p1_edge_target_is_the_solvers_output(monkeypatch):
     assert (targets[1, 0.0] - targets[1, 9.0]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_bad_input_in_one_line():
     for values, message in (
         ({"objective": {"name": "pcm", "grid_steps": 50}}, "objective.segments: 4 segments do not divide"),

@@ -137,6 +137,7 @@ def cast_of(tiny, family="sana", **student):
     return cfg, make_cast(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

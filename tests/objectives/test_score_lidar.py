@@ -170,6 +170,7 @@ def free_points(critic_is_told=True, steps=250):
     return [*found, metrics.chamfer(start + net.x.detach(), truth)]
 
 
+@pytest.mark.slow
 def test_p2_free_points_follow_the_exact_local_teacher():
     """With their own exact score they end where the teacher's eight steps do; with the score of where they
     began they run past.

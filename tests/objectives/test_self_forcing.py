@@ -149,6 +149,7 @@ def trained(method, steps=500, **cfg):
     return objective.student
 
 
+@pytest.mark.slow
 def rolled(student, frames=24):
     """(mean square of the last frames, correlation of neighbouring ones) of long rollouts."""
     noise = torch.randn(4000, 1, frames, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -233,6 +233,7 @@ def test_a_run_is_measured_on_what_is_kept(tmp_path):
     assert "without class 3" in results["protocol"]["extractor"]
 
 
+@pytest.mark.slow
 # -- P2, P4 --------------------------------------------------------------------------------------------------
 def of_classes(trainer, num=600):
     """Samples of each class, and the share of them that an exact classifier sees in each of the three."""

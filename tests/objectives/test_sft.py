@@ -97,6 +97,7 @@ def test_p1_condition_dropout_rate():
     assert 0.27 < net.dropped < 0.33
 
 
+@pytest.mark.slow
 def test_p1_log_normal_times():
     objective = make(EDM(), time={"kind": "log_normal", "mean": -1.2, "std": 1.2})
     t = objective.sample_t(20_000, objective.cfg.time).log()

@@ -224,6 +224,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_one_line(case, capsys, tmp_path):
     argv, named = BAD[case]

@@ -233,6 +233,7 @@ def test_p4_snoopi_negative_prompt_in_plain_diffusers(exported, tmp_path, capsys
     assert "no effect" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_path, capsys):
     import json
 

@@ -101,6 +101,7 @@ def test_p1_step_is_the_formula():
     torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_without_a_teacher_is_refused():
     with pytest.raises(UserError, match=r"objective.scm.mode: found 'training'"):
         make(Flow(), mode="training")

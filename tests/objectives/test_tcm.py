@@ -126,6 +126,7 @@ def test_p1_the_boundary_rules_the_constant_out():
     assert collapsed(boundary_share=0.0, gap=1e-6) < 1e-3
 
 
+@pytest.mark.slow
 def test_times_below_the_boundary_are_refused():
     with pytest.raises(UserError, match="less noise than the boundary") as error:
         make(times=[80.0, 0.5])

@@ -108,6 +108,18 @@ def test_a_mesh_is_closed_and_read_by_trimesh(tmp_path):
     assert whole.visual.vertex_colors[:, 0].min() > 250 and whole.visual.vertex_colors[:, 1].max() < 5
 
 
+def test_a_thin_field_has_the_surface_of_half_its_density():
+    """Nowhere as dense as 10: densities that fall from 5 to 0 at 0.5, so that the surface is near 0.25."""
+    pytest.importorskip("trimesh")
+    pytest.importorskip("mcubes")
+    from fastgen.threed.files import mesh_of
+
+    asset = FieldAsset("grid", 8)
+    asset.at = lambda p: ((5 - 10 * p.norm(dim=-1)).clamp(min=0), torch.ones_like(p))
+    radius = torch.tensor(mesh_of(asset).vertices).norm(dim=-1)
+    assert (radius - 0.25).abs().max() < 0.02
+
+
 def test_a_field_without_a_surface_says_so():
     pytest.importorskip("trimesh")
     pytest.importorskip("mcubes")
@@ -116,5 +128,5 @@ def test_a_field_without_a_surface_says_so():
     asset = FieldAsset("grid", 8)
     with torch.no_grad():
         asset.field.table.fill_(-200)
-    with pytest.raises(UserError, match="no surface at 10"):
+    with pytest.raises(UserError, match="no surface at 2"):
         mesh_of(asset, 16)

@@ -9,6 +9,7 @@ from PIL import Image
 from fastgen.cli.train import main
 from fastgen.data import moving
 from fastgen.evaluation.metrics import fvd_mini
+from fastgen.export.load import load_export
 from tests.support.clips import clip_teacher
 
 TINY = {
@@ -59,3 +60,35 @@ def test_clips_begin_with_the_frame_they_are_shown(tmp_path, few):
     results = json.loads((tmp_path / "run/results.json").read_text())
     rows = [results[k] for k in ("teacher", "untrained_student", "student")]
     assert all(28 < row["first_frame_psnr"] < 35 for row in rows), rows  # 8 to 12 of another clip's frame
+
+
+@pytest.mark.slow
+def test_seedance_is_one_run_on_clips(tmp_path, few):
+    """Four stages of one adapter, each from what the one before left, by rewards of motion and look that
+    measure nothing; a picture's reward judges frames of the same clips.
+    """
+    rewards = [{"name": "motion"}, {"name": "look"}, {"name": "contrast"}]
+    plan = [
+        {"name": "tscd", "grid_steps": 4, "segments": 2},
+        {"name": "tdm"},
+        {"name": "ladd", "preference_weight": 1.0, "rewards": rewards, "gan": {"disc_depths": 2}},
+        {"name": "feedback", "rewards": rewards, "ref_weight": 1.0},
+    ]
+    teacher = {"path": str(clip_teacher(tmp_path / "teacher")), "num_steps": 2, "guidance": 2.0}
+    values = {
+        **TINY,
+        "teacher": teacher,
+        "student": {"kind": "lora", "num_steps": 2, "sampler": "ode", "lora": {"rank": 2}},
+        "critic": {"kind": "lora", "lora": {"rank": 2}},
+        "stages": [{"name": one["name"], "objective": one, "max_train_steps": 1} for one in plan],
+        "train": {"train_batch_size": 2, "validation_steps": 9},
+        "eval": {**TINY["eval"], "student_steps": [], "validation_samples": 4},
+    }
+    values.pop("objective")
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "in.yaml"), "--output_dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [one["objective"] for one in results["stages"]] == ["", "tscd", "tdm", "ladd", "feedback"]
+    assert all("agreement_motion" in one and "fvd_mini" in one for one in results["stages"])
+    assert results["protocol"]["tuned_by"] == ["motion", "look", "contrast"]
+    assert load_export(str(tmp_path / "run/export")).info.objective == "tscd+tdm+ladd+feedback"

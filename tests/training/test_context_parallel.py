@@ -42,7 +42,7 @@ def settings(teacher, kind: str, batch: int, train: dict) -> dict:
             "ema_decay": [0.9],
             **train,
         },
-        "eval": {"num_samples": 0, "validation_samples": 4, "grid": 2, "batch_size": 2},
+        "eval": {"num_samples": 0, "validation_samples": 0, "grid": 2, "batch_size": 2},
     }
 
 

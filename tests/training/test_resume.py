@@ -33,6 +33,7 @@ BASE = {
 }
 DMD2 = {"name": "dmd2", "student_every": 2, "gan_weight": 0.1, "disc_weight": 0.1}
 CM = {"name": "consistency", "num_scales": 8, "target_decay": 0.9}
+NEAR = [{"name": "near", "weights": {"near": "tests.support.rewards:near"}}]
 FAST = {"student": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2}}
 RUNS = {
     "dmd2 with GAN": {"objective": DMD2, "optim": FAST},
@@ -48,6 +49,23 @@ RUNS = {
         "stages": [
             {"name": "warm", "objective": CM, "max_train_steps": 3},
             {"name": "match", "objective": DMD2, "max_train_steps": 3},
+        ],
+    },
+    "Seedance": {
+        "student": {"num_steps": 2, "sampler": "ode"},
+        "stages": [
+            {
+                "name": "a",
+                "objective": {"name": "tscd", "grid_steps": 4, "segments": 2},
+                "max_train_steps": 1,
+            },
+            {"name": "b", "objective": {"name": "tdm"}, "max_train_steps": 2},
+            {
+                "name": "c",
+                "objective": {"name": "ladd", "preference_weight": 0.5, "rewards": NEAR},
+                "max_train_steps": 2,
+            },
+            {"name": "d", "objective": {"name": "feedback", "rewards": NEAR}, "max_train_steps": 1},
         ],
     },
     "three stages": {
@@ -104,7 +122,6 @@ CUTS = [(name, at) for name in RUNS for at in (3, 4)]
         CUTS,
         [
             ("dmd2 with GAN", 3),
-            ("dmd2 with GAN", 4),
             ("three stages", 4),
             ("pairs", 3),
             ("path of DisBack", 3),

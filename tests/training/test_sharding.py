@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
+from fastgen.training import checkpoint
 from tests.support.heavier import first_of
 from tests.training.test_two_process import assert_same, launch_two, state
 
@@ -126,6 +128,36 @@ def test_a_run_goes_on_spread_over_two_processes(tmp_path):
     one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
     assert_same(one, two, rtol=1e-3, atol=2e-5)
     assert "exp_avg" in "".join(one) and (tmp_path / "two/export").is_dir()
+
+
+KILLED = """
+import os, signal, sys
+from tests.training.test_resume import kill_in_save
+from fastgen.cli.train import main
+if os.environ["RANK"] == "1":
+    kill_in_save("half", 2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_saving_ends_the_other_and_the_run_resumes(tmp_path):
+    """Its half of the second checkpoint is cut short; the other process ends at once and not by its own
+    limit, the first checkpoint is the latest, and what resumes from it ends where one process ends.
+    """
+    run = RUNS["dmd2 with GAN"] | {"eval": {"num_samples": 0}}
+    for name, batch, more in (("one", 8, {}), ("two", 4, IN_PARTS | {"async_checkpoints": False})):
+        values = settings(run, batch, {"validation_steps": 0, "checkpointing_steps": 1, **more}, steps=3)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    began = time.monotonic()
+    launch_two(tmp_path, KILLED, fails=True)
+    assert time.monotonic() - began < 180, "imports, two steps and at most a minute of waiting"
+    assert checkpoint.latest(tmp_path / "two").name == "checkpoint-1"
+    assert not (tmp_path / "two/export").exists()
+    launch_two(tmp_path, DRIVER, "--resume")
+    assert_same(state(tmp_path / "one", 3), state(tmp_path / "two", 3), rtol=1e-3, atol=2e-5)
+    assert not list((tmp_path / "two/checkpoints").glob("*.tmp")), "what was left half is gone"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_results_have_the_promised_shape(digits):
     assert {n: row["nfe"] for n, row in by_steps.items()} == {"1": 1, "2": 2}
     assert by_steps["1"]["fd_mini"] == results["student"]["fd_mini"] != by_steps["2"]["fd_mini"]
     assert set(results["train"]) == {"seconds", "steps", "peak_rss_mb"} and results["train"]["steps"] == 4
+    assert "stages" not in results
 
 
 def test_the_run_folder_is_complete(digits):
@@ -154,6 +155,18 @@ def test_a_stage_may_use_fewer_examples_than_the_next(tmp_path, monkeypatch):
     monkeypatch.undo()
     data = Data(torch.arange(5.0), {}, torch.arange(5), {}, (1,))
     assert data.first(3).x0.tolist() == [0, 1, 2] and len(data.first(0)) == len(data.first(9)) == 5
+
+
+def test_every_stage_is_validated_where_it_ends(tmp_path):
+    """Also off the cadence: results.json has what was measured at the start and after each stage."""
+    stages = [
+        {"name": name, "objective": DMD2, "max_train_steps": num} for name, num in (("one", 3), ("two", 2))
+    ]
+    train = {k: v for k, v in SHORT.items() if k != "max_train_steps"} | {"validation_steps": 100}
+    results = run(tmp_path, **DIGITS, train=train, stages=stages, eval={**FEW, "num_samples": 4})
+    found = [(one["stage"], one["objective"], one["step"]) for one in results["stages"]]
+    assert found == [("start", "", 0), ("one", "dmd2", 3), ("two", "dmd2", 5)]
+    assert {str(one["step"]): one["fd_mini"] for one in results["stages"]} == results["curve"]
 
 
 def test_the_last_stage_decides_how_the_student_is_sampled(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgen.core.errors import UserError
 from fastgen.evaluation.metrics.estimate import Estimate, around, mean_of
 from fastgen.evaluation.metrics.metric import Metric
+from fastgen.threed.cameras import VIEWS
 
 
 def right(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,6 +34,28 @@ def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[
     together = torch.stack(list(each.values())).all(0).double().mean()
     shares = {f"agreement_{k}": float(v.double().mean()) for k, v in each.items()} if len(each) > 1 else {}
     return {"agreement": float(together), **shares}
+
+
+def library_of(*attributes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The different prompts [P] among requests, by what they name beside the view."""
+    keys = [key for key in attributes[0] if key != "view"]
+    rows = torch.cat([torch.stack([one[key] for key in keys], 1) for one in attributes]).unique(dim=0)
+    return dict(zip(keys, rows.unbind(1)))
+
+
+def prompt_recall(
+    logits: dict[str, Tensor], wanted: dict[str, Tensor], library: dict[str, Tensor]
+) -> dict[str, float]:
+    """Recall at 1: share of images that fit their own prompt best among those of a library [P], by the sum of
+    the log-probabilities of what a prompt names (ScaleDreamer, arXiv 2407.02040, asks CLIP); of all images,
+    and of those from each side that some are asked for from.
+    """
+    fits = torch.stack([logits[key].log_softmax(1)[:, names] for key, names in library.items()]).sum(0)
+    own = torch.stack([wanted[key][:, None] == names for key, names in library.items()]).all(0)
+    right = own.gather(1, fits.argmax(1, keepdim=True))[:, 0].double()
+    sides = {name: wanted["view"] == i for i, name in enumerate(VIEWS)} if "view" in wanted else {}
+    by_side = {f"prompt_recall_{k}": float(right[rows].mean()) for k, rows in sides.items() if rows.any()}
+    return {"prompt_recall": float(right.mean()), **by_side}
 
 
 def _logits(outputs: dict[str, Tensor]) -> dict[str, Tensor]:

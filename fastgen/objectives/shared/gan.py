@@ -4,7 +4,7 @@ Functions over the objective (parts student and disc). The box is in `ladd.py` (
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,6 +53,17 @@ class AdversarialConfig(BaseModel):
         return DiscriminatorSpec("teacher", self.disc_taps, self.disc_depths, self.disc_head)
 
 
+class Pairs(NamedTuple):
+    """Samples [B, ...] of which one is preferred to the other of the same condition."""
+
+    preferred: Tensor
+    other: Tensor
+    counted: Tensor
+    """whether there is a preference [B]"""
+    weight: float
+    """of their term in the heads' loss"""
+
+
 def student_input(objective: Objective, batch: Batch, t: Tensor) -> Tensor:
     """The student's input at times t [B]: noised data, and pure noise where sampling starts."""
     first = objective.student.times[0]
@@ -73,9 +84,9 @@ def gan_student_loss(
 
 
 def disc_turn(
-    objective: Objective, cfg: AdversarialConfig, batch: Batch, x: Tensor
+    objective: Objective, cfg: AdversarialConfig, batch: Batch, x: Tensor, pairs: Pairs | None = None
 ) -> Iterator[tuple[Tensor, dict]]:
-    """Update the heads on samples x, real data and misaligned pairs."""
+    """Update the heads on samples x, real data and misaligned rows; with pairs also on which is preferred."""
     x, rng = x.detach(), objective.rng
 
     def noised(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +111,20 @@ def disc_turn(
         if penalty is not None:
             logs["r1"] = penalty
             loss = loss + cfg.r1_weight * penalty
+        if pairs is not None:
+            logs["preference"] = preference(objective, cfg, batch, pairs)
+            loss = loss + pairs.weight * logs["preference"]
         yield loss, logs
+
+
+def preference(objective: Objective, cfg: AdversarialConfig, batch: Batch, pairs: Pairs) -> Tensor:
+    """mean -log sigmoid(l(preferred) - l(other)), both members noised alike."""
+    S, t = objective.schedule, objective.sample_t(len(pairs.preferred), cfg.disc_time)
+    eps = objective.rng.randn_like(pairs.preferred)
+    won, lost = (
+        objective.disc(S.noise(x.detach(), eps, t), t, batch.cond) for x in (pairs.preferred, pairs.other)
+    )
+    return losses.preference(won, lost, pairs.counted)
 
 
 def pair_turn(

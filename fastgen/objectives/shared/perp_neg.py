@@ -81,11 +81,20 @@ def perp_neg(role: Role, x_t: Tensor, t: Tensor, batch: Batch, w: float) -> Tens
         raise UserError("objective.asset.perp_neg", "found for data without views", "leave it out")
     plan, table = against(Cameras.of(batch.cond["camera"])), batch.views
     rest = {k: v for k, v in batch.cond.items() if k not in table}
-    pos = mixed(table, plan.pair, plan.share) | rest
-    beside = [{k: v[plan.negative[:, i]] for k, v in table.items()} | rest for i in (0, 1)]
+    first = first_rows(table, len(x_t)).to(plan.pair.device)
+    pos = mixed(table, plan.pair + first, plan.share) | rest
+    beside = [{k: v[(plan.negative + first)[:, i]] for k, v in table.items()} | rest for i in (0, 1)]
     conds = [batch.uncond, pos, *beside]
     null, positive, *others = role(torch.cat([x_t] * 4), t.repeat(4), stack(conds)).chunk(4)
     return perpendicular(null, positive, others, plan.weight, w)
+
+
+def first_rows(table: Cond, num: int) -> Tensor:
+    """Where the words of the prompt of each row begin in a table, [num, 1]: it has all words once, or once
+    for every row.
+    """
+    shared = len(next(iter(table.values()))) == len(VIEWS)
+    return torch.arange(num)[:, None] * (0 if shared else len(VIEWS))
 
 
 def mixed(table: Cond, pair: Tensor, share: Tensor) -> Cond:

@@ -22,8 +22,8 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
-    """attributes or tinted-clip (bundled); clip, hps, pickscore, image_reward or aesthetic (by local
-    weights); contrast or jpeg; or a name of your own, whose weights are package.module:function
+    """attributes, motion, look or tinted-clip (bundled); clip, hps, pickscore, image_reward or aesthetic (by
+    local weights); contrast or jpeg; or a name of your own, whose weights are package.module:function
     """
     weights: dict[str, Annotated[str, AfterValidator(expand)]] = Field(default_factory=dict)
     """local files or folders by name, as eval.weights has them"""
@@ -40,6 +40,32 @@ class RewardedConfig(ObjectiveConfig):
     """what is raised; needed"""
 
 
+def spec_of(rewards: tuple[RewardConfig, ...]) -> RewardsSpec:
+    """The part that these settings describe."""
+    return RewardsSpec(tuple((one.name, tuple(sorted(one.weights.items()))) for one in rewards))
+
+
+def prompts_of(batch: Batch) -> list[str]:
+    """What each row asks for: its text, the number of its class, or nothing."""
+    if batch.texts is not None:
+        return batch.texts
+    labels = batch.cond.get("class_labels")
+    return [""] * len(batch.noise) if labels is None else [str(int(k)) for k in labels]
+
+
+def judged(rewards: Rewards, x0: Tensor, batch: Batch) -> Tensor:
+    """Rewards [num, B] of samples x0, without gradient."""
+    with torch.no_grad():
+        return rewards(rewards.images(x0), prompts_of(batch))
+
+
+def pareto(better: Tensor) -> Tensor:
+    """+1 [B] where the first of two samples is worse in no reward, -1 where the second is, 0 where neither or
+    both are; better [num, B] is the first's rewards minus the second's.
+    """
+    return (better >= 0).all(0).float() - (better <= 0).all(0).float()
+
+
 class Rewarded(Objective):
     """A method that starts from a few-step student and raises its rewards; `previous` is that student, frozen
     as the stage found it.
@@ -50,11 +76,10 @@ class Rewarded(Objective):
     @classmethod
     def requirements(cls, cfg) -> Requirements:
         """The parts; subclasses add the calls."""
-        models = tuple((one.name, tuple(sorted(one.weights.items()))) for one in cfg.rewards)
         return Requirements(
             lambda guidance, num_steps: {},
             untrained=("previous",),
-            auxiliaries={"rewards": RewardsSpec(models)},
+            auxiliaries={"rewards": spec_of(cfg.rewards)},
             real_data=False,
             one_guidance=False,
         )
@@ -71,25 +96,13 @@ class Rewarded(Objective):
     def state(self) -> dict[str, Tensor]:
         return {"reward_mean": self.mean, "reward_std": self.std}
 
-    def prompts(self, batch: Batch) -> list[str]:
-        """What each row asks for: its text, the number of its class, or nothing."""
-        if batch.texts is not None:
-            return batch.texts
-        labels = batch.cond.get("class_labels")
-        return [""] * len(batch.noise) if labels is None else [str(int(k)) for k in labels]
-
-    def judge(self, x0: Tensor, batch: Batch) -> Tensor:
-        """Rewards [num, B] of samples x0, without gradient."""
-        with torch.no_grad():
-            return self.rewards(self.rewards.images(x0), self.prompts(batch))
-
     @torch.no_grad()
     def calibrate(self, batch: Batch, rounds: int = 4) -> None:
         """Mean and standard deviation of each reward over samples of the student as it is, from the batch's
         conditions on every process.
         """
         noises = [batch.noise, *(self.rng.randn_like(batch.noise) for _ in range(rounds - 1))]
-        found = [self.judge(self.generate(replace(batch, noise=noise)), batch) for noise in noises]
+        found = [judged(self.rewards, self.generate(replace(batch, noise=noise)), batch) for noise in noises]
         values = torch.cat(found, 1).double()
         sums = torch.stack([torch.ones_like(values), values, values**2]).sum(-1)
         if torch.distributed.is_initialized():
