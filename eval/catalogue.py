@@ -49,7 +49,13 @@ VARIANTS = {
         "a network that makes the asset of any prompt, of a method whose plain recipe makes one asset",
         lambda c: c.student.asset is not None and c.student.asset.generator is not None,
     ),
-    "hyper": Variant("Hyper-SD's last stage, from a TSCD student", lambda c: "_tscd/" in c.student.init),
+    "hyper": Variant(
+        "Hyper-SD's last stage, from a TSCD student or after TSCD's own stages",
+        lambda c: "_tscd/" in c.student.init or c.all_stages()[0].objective.name == "tscd",
+    ),
+    "whole": Variant(
+        "all stages of a system in one run", lambda c: len({s.objective.name for s in c.all_stages()}) > 2
+    ),
     "seedance": Variant(
         "Seedance 1.0's stages, of which rewards are the last",
         lambda c: [s.objective.name for s in c.all_stages()] == ["tscd", "tdm", "ladd", "feedback"],
