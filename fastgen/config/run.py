@@ -194,7 +194,7 @@ class RunConfig(Section):
         if (asset is None) != (views is None):
             have, lack = ("data.views", "student.asset") if asset is None else ("student.asset", "data.views")
             raise ValueError(f"{lack}: none given beside {have}; a 3D asset needs both")
-        if asset is None:
+        if asset is None or views is None:
             return
         check_library(asset, views, self.train.train_batch_size)
         plain, own = StudentConfig(), self.student
