@@ -113,3 +113,17 @@ def expanded(prompt: str) -> list[str]:
     parts = re.split(r"\{([^{}]*,[^{}]*)\}", prompt)  # texts at even places, alternatives at odd ones
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     return list(dict.fromkeys("".join(words) for words in itertools.product(*choices)))
+
+
+def check_library(asset: AssetConfig, views: ViewsConfig, batch_size: int) -> None:
+    """A ValueError unless many prompts have a network that makes their assets, and a batch different ones."""
+    num, trained = len(views.library), len(views.trained)
+    if asset.generator is None and num > 1:
+        raise ValueError(
+            f"data.views.prompt: found {num} prompts; one asset shows one: set student.asset.generator"
+        )
+    if asset.generator is not None and trained < batch_size:
+        raise ValueError(
+            f"data.views.prompt: found {trained} prompts to train on for a batch of {batch_size}; "
+            "name more, or lower train.train_batch_size"
+        )

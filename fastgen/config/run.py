@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field, ValidationError, model_validator
 
+from fastgen.config.assets import check_library
 from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
@@ -193,9 +194,9 @@ class RunConfig(Section):
         if (asset is None) != (views is None):
             have, lack = ("data.views", "student.asset") if asset is None else ("student.asset", "data.views")
             raise ValueError(f"{lack}: none given beside {have}; a 3D asset needs both")
-        if asset is None:
+        if asset is None or views is None:
             return
-        self._check_library(asset, views)
+        check_library(asset, views, self.train.train_batch_size)
         plain, own = StudentConfig(), self.student
         for key in (
             "kind",
@@ -218,20 +219,6 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.name: {name} trains no 3D asset; use one that needs no images, as vsd or sds"
                 )
-
-    def _check_library(self, asset, views) -> None:
-        """Many prompts need a network that makes their assets, and each batch is of different ones."""
-        num = len(views.library)
-        if asset.generator is None and num > 1:
-            raise ValueError(
-                f"data.views.prompt: found {num} prompts; one asset shows one: set student.asset.generator"
-            )
-        trained, batch = len(views.trained), self.train.train_batch_size
-        if asset.generator is not None and trained < batch:
-            raise ValueError(
-                f"data.views.prompt: found {trained} prompts to train on for a batch of {batch}; "
-                "name more, or lower train.train_batch_size"
-            )
 
     def _check_data(self) -> None:
         """Whether there are images for every stage that reads some, and a reader for pairs."""
