@@ -9,7 +9,7 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.data.bundled import load_images
 from fastgen.evaluation.metrics import mixtures, speed
-from fastgen.evaluation.metrics.agreement import agreement, unlearning
+from fastgen.evaluation.metrics.agreement import agreement, janus, unlearning
 from fastgen.evaluation.metrics.fd_mini import Measurer, measurer_for
 from fastgen.networks.analytic import load_analytic
 
@@ -149,3 +149,12 @@ def test_clip_tells_right_from_wrong_captions():
     assert right["clip"] > 60 > 20 > wrong["clip"]
     assert right["agreement"] > 0.8 > 0.2 > wrong["agreement"] and right["agreement_colour"] == 1
     assert "clip" not in measurer.compare(images, {"colour": asked["colour"]})
+
+
+def test_two_faced_assets_are_counted_where_no_front_is_asked_for():
+    """Front, side, back, overhead: of one side and two backs one looks like the front."""
+    views = torch.tensor([0, 1, 2, 2, 3])
+    looks = torch.eye(4)[torch.tensor([0, 1, 0, 2, 0])]
+    assert janus({"view": looks}, {"view": views}) == {"janus": pytest.approx(1 / 3)}
+    assert agreement({"view": looks}, {"view": views})["janus"] == pytest.approx(1 / 3)
+    assert janus({"view": looks[:1]}, {"view": views[:1]}) == {} and janus({}, {"view": views}) == {}

@@ -1,6 +1,7 @@
 """Whether images show what was asked for, by a classifier: of the bundled sets, or the user's own.
 
 Agreement:   share of images that show every requested attribute; -1 asks for nothing
+Janus rate:  share of views from the side or the back that are taken for the front
 Forgetting:  unlearning accuracy UA = 1 - accuracy on images asked for the forgotten class (of those alone),
              retained accuracy RA on the others, and their harmonic mean H
 """
@@ -33,7 +34,18 @@ def agreement(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[
         return {}
     together = torch.stack(list(each.values())).all(0).double().mean()
     shares = {f"agreement_{k}": float(v.double().mean()) for k, v in each.items()} if len(each) > 1 else {}
-    return {"agreement": float(together), **shares}
+    return {"agreement": float(together), **shares, **janus(logits, attributes)}
+
+
+def janus(logits: dict[str, Tensor], attributes: dict[str, Tensor]) -> dict[str, float]:
+    """Share of the views from the side or the back that look like the front, for a classifier of views: the
+    Janus problem of 3D assets. Empty where no such view is asked for.
+    """
+    if "view" not in logits or "view" not in attributes:
+        return {}
+    rows = torch.isin(attributes["view"], torch.tensor([VIEWS.index("side"), VIEWS.index("back")]))
+    front = logits["view"].argmax(1).cpu() == VIEWS.index("front")
+    return {"janus": float(front[rows].double().mean())} if rows.any() else {}
 
 
 def library_of(*attributes: dict[str, Tensor]) -> dict[str, Tensor]:
