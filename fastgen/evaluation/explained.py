@@ -32,8 +32,8 @@ SAID = {
     "modes": "Share of the exact distribution's modes that the samples reach. Higher is better.",
     "agreement": "Share of pictures in which a measuring net finds all that was asked for. Higher is "
     "better; compare with the teacher's.",
-    "janus": "Share of views from the side or the back that a measuring net takes for the front. Lower is better; "
-    "compare with the teacher's.",
+    "janus": "Share of views from the side or the back that a measuring net takes for the front. Lower is "
+    "better; compare with the teacher's.",
     "forgotten": "Share of the pictures asked for what was to be forgotten that show it. Lower is better.",
     "prompt_recall": "Share of pictures that fit their own prompt best among all prompts of the library, by "
     "a measuring net. Higher is better.",
