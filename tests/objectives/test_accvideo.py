@@ -278,7 +278,6 @@ def test_accumulation_is_refused():
         validate({**values, "student": {"num_steps": 5}})
 
 
-@pytest.mark.slow
 # -- P2 and P4 -----------------------------------------------------------------------------------------------
 def test_p2_regression_of_a_gaussian_is_solved_exactly():
     """The mean velocity has one optimum, which training finds: the student's samples are the teacher's."""
@@ -290,6 +289,7 @@ def test_p2_regression_of_a_gaussian_is_solved_exactly():
     assert float(net.s.detach()) == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     """Two steps of eight, with heads on the exact teacher's features."""
     objective = {"name": "accvideo", "teacher_steps": 8}

@@ -152,12 +152,12 @@ def test_checkpointed_gradients_are_the_plain_ones(tiny):
     assert any(g.abs().max() > 1e-6 for g in grads[0].values())
 
 
-@pytest.mark.slow
 def _call(cast):
     one = batch_for(cast)
     return one.noise, torch.full((2,), 300.0, dtype=torch.float64), one.cond
 
 
+@pytest.mark.slow
 def test_p2_one_network_for_a_range_of_w(tmp_path):
     """Samples at w = 1, 2, 4 match those of guided sampling with the exact teacher, at half its calls."""
     _, _, _, trainer = run_mixture(

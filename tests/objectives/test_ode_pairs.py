@@ -147,6 +147,7 @@ def test_times_off_the_teachers_grid_are_refused():
         make(Flow(), 4, teacher_steps=5)
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     before, after, _, _ = run_mixture(tmp_path, {"name": "ode_pairs"}, steps=400, lr=2e-3)
     assert after < 0.05 and after < before / 2, (before, after)

@@ -180,7 +180,6 @@ def test_p1_edge_target_is_the_solvers_output(monkeypatch):
     assert (targets[1, 0.0] - targets[1, 9.0]).abs().max() > 0.01
 
 
-@pytest.mark.slow
 def test_bad_input_in_one_line():
     for values, message in (
         ({"objective": {"name": "pcm", "grid_steps": 50}}, "objective.segments: 4 segments do not divide"),
@@ -191,6 +190,7 @@ def test_bad_input_in_one_line():
             validate({"data": {"name": "fashion"}, **values})
 
 
+@pytest.mark.slow
 def test_p2_four_phases_in_four_steps(tmp_path):
     objective = {"name": "pcm", "grid_steps": 20, "segments": 4, "huber_c": 0.1, "gan_weight": 0.0}
     more = {"num_steps": 4, "student": {"sampler": "ode"}, "lr": 2e-3}

@@ -118,7 +118,6 @@ def test_p1_later_stages_step_with_the_student_the_last_one_left():
     assert float(objective.previous.backbone.m) == 2.0
 
 
-@pytest.mark.slow
 def test_p1_every_stage_starts_where_the_students_own_times_do():
     stages = [{"name": f"to{n}", "num_steps": n, "objective": {"name": "progressive"}} for n in (4, 1)]
     whole, own = [999.0, 749.0, 499.0, 249.0], [900.0, 800.0, 700.0, 300.0]
@@ -131,6 +130,7 @@ def test_p1_every_stage_starts_where_the_students_own_times_do():
         assert cast.stage(last, rng()).student.times == four[:1]
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture_from_eight_steps_to_one(tmp_path):
     """One step of the student against eight of the guided teacher from the same noise."""
     first, later = ({"name": "progressive", "ode_teacher": who} for who in ("original", "previous"))

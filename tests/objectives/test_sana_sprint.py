@@ -137,7 +137,6 @@ def cast_of(tiny, family="sana", **student):
     return cfg, make_cast(cfg)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -152,6 +151,7 @@ def test_refusals(tiny, change, message):
     assert "student.sprint" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     objective = {
         "name": "sana_sprint",

@@ -170,7 +170,6 @@ def free_points(critic_is_told=True, steps=250):
     return [*found, metrics.chamfer(start + net.x.detach(), truth)]
 
 
-@pytest.mark.slow
 def test_p2_free_points_follow_the_exact_local_teacher():
     """With their own exact score they end where the teacher's eight steps do; with the score of where they
     began they run past.
@@ -183,6 +182,7 @@ def test_p2_free_points_follow_the_exact_local_teacher():
     assert left > 1.5 * after, (left, after)
 
 
+@pytest.mark.slow
 def test_p2_mixture(tmp_path):
     objective = {"name": "score_lidar", **SHORT}
     before, after, *_ = run_mixture(tmp_path, objective, steps=500)

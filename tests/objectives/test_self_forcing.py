@@ -149,7 +149,6 @@ def trained(method, steps=500, **cfg):
     return objective.student
 
 
-@pytest.mark.slow
 def rolled(student, frames=24):
     """(mean square of the last frames, correlation of neighbouring ones) of long rollouts."""
     noise = torch.randn(4000, 1, frames, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -159,6 +158,7 @@ def rolled(student, frames=24):
     return spread, (x[:, 1:] * x[:, :-1]).mean().item() / spread
 
 
+@pytest.mark.slow
 def test_p2_self_forcing_finds_the_chain_and_teacher_forcing_drifts():
     """The conditional mean and innovation of x' = .8 x + .6 z, and so the law of clips six times as long as
     trained. A student that learned on noised data has often seen noise in the place of its past, and fades.
@@ -231,7 +231,7 @@ def test_p4_the_cards_code_draws_what_we_draw(exported):
     [
         (
             ["--num_frames", "10"],
-            "--num_frames: 10 latent frames are no whole blocks of 3; give 9 or 12 frames",
+            "--num_frames: found 10; give 9 or 12: in tokens of 3 latent frames, as wan needs",
         ),
         (["--cache_blocks", "4"], "--cache_blocks: found 4 blocks, and clips of training have 3"),
         (["--base_steps", "4"], "--base_steps: found for a student that goes block by block"),

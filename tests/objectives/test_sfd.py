@@ -233,7 +233,6 @@ def test_a_run_is_measured_on_what_is_kept(tmp_path):
     assert "without class 3" in results["protocol"]["extractor"]
 
 
-@pytest.mark.slow
 # -- P2, P4 --------------------------------------------------------------------------------------------------
 def of_classes(trainer, num=600):
     """Samples of each class, and the share of them that an exact classifier sees in each of the three."""
@@ -246,6 +245,7 @@ def of_classes(trainer, num=600):
     return found
 
 
+@pytest.mark.slow
 def test_p2_forgets_a_class_of_the_mixture(tmp_path):
     """Class 0 gives class 1 and the others stay; with itself as the override class 0 stays too."""
     objective = {"name": "sfd", "forget": ["0"], "override": ["1"]}

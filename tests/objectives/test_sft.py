@@ -97,13 +97,13 @@ def test_p1_condition_dropout_rate():
     assert 0.27 < net.dropped < 0.33
 
 
-@pytest.mark.slow
 def test_p1_log_normal_times():
     objective = make(EDM(), time={"kind": "log_normal", "mean": -1.2, "std": 1.2})
     t = objective.sample_t(20_000, objective.cfg.time).log()
     assert abs(t.mean() + 1.2) < 0.05 and abs(t.std() - 1.2) < 0.05
 
 
+@pytest.mark.slow
 def test_p2_learns_the_exact_denoiser(tmp_path):
     """Trained on samples of the mixture, D comes near the closed form at every noise level."""
     *_, trainer = run_mixture(

@@ -224,7 +224,6 @@ BAD = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_are_one_line(case, capsys, tmp_path):
     argv, named = BAD[case]
@@ -236,6 +235,7 @@ def test_mistakes_are_one_line(case, capsys, tmp_path):
     assert named in message and len(message.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     before, after, *_ = run_mixture(tmp_path, {"name": "sid"}, "analytic:gmm2d-edm", steps=300)
     assert after < 0.02 and after < before / 4, (before, after)

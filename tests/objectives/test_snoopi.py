@@ -233,7 +233,6 @@ def test_p4_snoopi_negative_prompt_in_plain_diffusers(exported, tmp_path, capsys
     assert "no effect" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_path, capsys):
     import json
 
@@ -252,6 +251,7 @@ def test_negative_prompt_of_a_student_without_nasa_is_warned_of(exported, tmp_pa
     assert (tmp_path / "a/grid.png").read_bytes() != (tmp_path / "b/grid.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     objective = {"name": "snoopi", "student_every": 2, "min_guidance": 0.7, "max_guidance": 1.3}
     before, after, *_ = run_mixture(tmp_path, objective, "analytic:gmm2d-vp", steps=300)

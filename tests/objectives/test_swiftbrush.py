@@ -315,6 +315,7 @@ def test_a_fusion_that_cannot_be_is_refused_at_once(tiny, tmp_path, capsys, stud
     assert code == 2 and message in capsys.readouterr().err and not export.parent.exists()
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture(tmp_path):
     objective = {"name": "swiftbrush", "student_every": 2}
     before, after, *_ = run_mixture(tmp_path, objective, "analytic:gmm2d-vp", steps=300)

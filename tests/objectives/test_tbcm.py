@@ -101,12 +101,12 @@ def test_p1_step_is_the_formula():
     torch.testing.assert_close(gradient(turn.loss, call.out), wanted, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_training_without_a_teacher_is_refused():
     with pytest.raises(UserError, match=r"objective.scm.mode: found 'training'"):
         make(Flow(), mode="training")
 
 
+@pytest.mark.slow
 def test_p2_distils_the_mixture_without_data(tmp_path):
     scm = {"sigma_data": 0.7, "warmup_steps": 100, "weighting": "uniform"}
     scm |= {"name": "scm", "time": {"kind": "log_normal", "mean": -0.4, "std": 1.6}}

@@ -126,7 +126,6 @@ def test_p1_the_boundary_rules_the_constant_out():
     assert collapsed(boundary_share=0.0, gap=1e-6) < 1e-3
 
 
-@pytest.mark.slow
 def test_times_below_the_boundary_are_refused():
     with pytest.raises(UserError, match="less noise than the boundary") as error:
         make(times=[80.0, 0.5])
@@ -135,6 +134,7 @@ def test_times_below_the_boundary_are_refused():
     make(Flow(), times=[1.0, 0.5])
 
 
+@pytest.mark.slow
 def test_p2_improves_on_stage_one(tmp_path):
     ect, tcm = {"name": "ect", "double_every": 60}, {"name": "tcm", "gap": 0.02}
     kw = {"teacher": "analytic:gmm2d-edm", "lr": 1e-3}

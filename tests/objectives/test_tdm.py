@@ -236,7 +236,6 @@ def test_p1_the_step_count_is_an_input(monkeypatch):
     assert objective.student.with_steps(2).times == walks[2]
 
 
-@pytest.mark.slow
 def test_renoising_is_refused(capsys, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "{teacher: {path: 'analytic:gmm2d-flow'}, objective: {name: tdm}, student: {num_steps: 4}}"
@@ -250,6 +249,7 @@ def test_renoising_is_refused(capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_p2_four_steps_on_the_mixture(tmp_path):
     before, after, *_ = run_mixture(
         tmp_path,
