@@ -55,51 +55,51 @@ def length_of(path: Path, fps: float | None = None) -> tuple[int, Any]:
     file's header says roughly how many.
     """
     with decoding():
-        if path.is_dir():
-            first = as_shown(next(_files(path, False))[0], "RGB")
-            if fps is not None:
-                return sum(1 for _ in _seen(_files(path, True), MOST, fps)), first
-            return len(frames_of(path)), first
-        check_regular(path)
-        if path.suffix.lower() not in CODED:
-            return _length_of_video(path, fps)
-        first = as_shown(next(_animated(path, False))[0], "RGB")
+        frames = _reader(path)
+        first = as_shown(next(frames(path, False))[0], "RGB")
+        if frames is _video:
+            return _length_of_video(path, fps), first
         if fps is not None:
-            return sum(1 for _ in _seen(_animated(path, True), MOST, fps)), first
+            return sum(1 for _ in _seen(frames(path, True), MOST, fps)), first
+        if frames is _files:
+            return len(frames_of(path)), first
         from PIL import Image
 
         with Image.open(path, formats=decoders()) as image:
             return getattr(image, "n_frames", 1), first
 
 
-def _length_of_video(path: Path, fps: float | None) -> tuple[int, Any]:
-    image, seconds = next(_video(path, True))
+def _length_of_video(path: Path, fps: float | None) -> int:
     import imageio.v3 as imageio
 
-    duration = float(imageio.immeta(path).get("duration") or 0)
-    if not (duration > 0 and seconds > 0):
+    header = imageio.immeta(path)
+    duration, rate = (float(header.get(key) or 0) for key in ("duration", "fps"))
+    if not (duration > 0 and rate > 0):
         raise OSError("it does not say how long it is, which data.buckets needs")
     if fps is None:
-        return round(duration / seconds), image
+        return round(duration * rate)
+    _check_rate(1 / rate, fps)
+    return math.ceil(duration * fps - 1e-6)
+
+
+def _check_rate(seconds: float, fps: float) -> None:
+    """An OSError where frames that are shown for so many seconds each are too few for a rate."""
     if seconds * fps > 1 + NEAR:
-        raise OSError(too_slow(seconds, fps))
-    return math.ceil(duration * fps - 1e-6), image
+        raise OSError(f"{1 / seconds:.3g} frames a second of the {fps:g} that data.fps asks for")
 
 
-def too_slow(seconds: float, fps: float) -> str:
-    """What is wrong with a clip whose frames are shown for so many seconds each."""
-    return f"{1 / seconds:.3g} frames a second of the {fps:g} that data.fps asks for"
+def _reader(path: Path) -> Callable[[Path, bool], Iterator[tuple]]:
+    """What yields the frames of a clip; an OSError of what is neither a folder nor a regular file."""
+    if path.is_dir():
+        return _files
+    check_regular(path)
+    return _animated if path.suffix.lower() in CODED else _video
 
 
 def _frames(path: Path, num: int, shown: Callable, fps: float | None = None) -> list[Tensor]:
     """The first num frames as `shown` makes them of a picture."""
-    frames: Callable = _animated if path.suffix.lower() in CODED else _video
     with decoding():
-        if path.is_dir():
-            frames = _files
-        else:
-            check_regular(path)
-        found = frames(path, fps is not None)
+        found = _reader(path)(path, fps is not None)
         if fps is not None:
             found = _seen(found, num, fps)
         return [shown(image) for (image, _), _ in zip(found, range(num))]
@@ -111,8 +111,7 @@ def _seen(frames: Iterable[tuple], num: int, fps: float) -> Iterator[tuple]:
     for image, seconds in frames:
         if not seconds > 0:
             raise OSError("it does not say how long a frame is shown, which data.fps needs")
-        if seconds * fps > 1 + NEAR:
-            raise OSError(too_slow(seconds, fps))
+        _check_rate(seconds, fps)
         ends += seconds
         while k < num and k / fps < ends - 1e-6:
             yield image, seconds
