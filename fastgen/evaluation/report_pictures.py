@@ -81,15 +81,18 @@ def contenders(folder: Path) -> list[tuple[str, Path]]:
 
 def turntables(folder: Path) -> list[tuple[str, str]]:
     """(what people call it, picture as text) of the turntable of every 3D asset that a run exported."""
-    export = folder / "export"
-    files = sorted(export.glob("asset*.gif")) if (export / "asset.json").is_file() else []
-    return [(_said(file), uri(file.read_bytes(), "gif")) for file in files]
+    return [(name, uri(data, "gif")) for name, data in _of_assets(folder, "gif").items()]
 
 
 def splats(folder: Path) -> dict[str, bytes]:
     """The .splat file of every 3D asset that a run exported, by what people call it."""
+    return _of_assets(folder, "splat")
+
+
+def _of_assets(folder: Path, kind: str) -> dict[str, bytes]:
+    """The files of one kind in a run's export of 3D assets."""
     export = folder / "export"
-    files = sorted(export.glob("asset*.splat")) if (export / "asset.json").is_file() else []
+    files = sorted(export.glob(f"asset*.{kind}")) if (export / "asset.json").is_file() else []
     return {_said(file): file.read_bytes() for file in files}
 
 

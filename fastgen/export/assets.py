@@ -119,8 +119,8 @@ def export_assets(student: AssetStudent, info: AssetInfo, folder: Path, texts: C
     cameras = middle(info.ranges, FRAMES)
     size = max(info.size, 64)
     write_text(temporary / "cameras.json", cameras_json(cameras, size))
-    files: list[str] = [GENERATOR]
     if isinstance(student, GeneratedAssets):
+        files = [GENERATOR]
         write_weights(student.generator, temporary / GENERATOR)
         assets: list[Asset] = [*student.made(texts or {})]
     else:
