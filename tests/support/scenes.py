@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import torch
+import yaml
 
+from fastgen.cli.train import main
 from fastgen.core.batch import Batch
 from fastgen.diffusion.schedules import VP, expand
 from fastgen.networks.denoiser import Denoiser
@@ -115,3 +117,11 @@ def psnr(net, teacher, prompt=None, num=8):
 
 def role(net):
     return Role(net.requires_grad_(False))
+
+
+def run_assets(tiny, folder, values, *more):
+    """Exit code of a run of 3D assets into a folder, from a tiny text-to-image teacher."""
+    teacher = {"path": str(tiny("sd")), "guidance": 2.0, "num_steps": 2}
+    file = folder.parent / "one.yaml"
+    file.write_text(yaml.safe_dump({"teacher": teacher, **values}))
+    return main(["--config", str(file), "--output_dir", str(folder), *more])

@@ -10,12 +10,10 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from fastgen.cli import export, sample
-from fastgen.cli.train import main
 from fastgen.config.assets import ViewsConfig, expanded
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
@@ -31,7 +29,7 @@ from fastgen.threed.fields import DenseGrid, FieldAsset
 from fastgen.threed.generators import PLAIN, TEXT, GeneratedAssets, GridGenerator
 from fastgen.threed.student import AssetStudent
 from fastgen.training import memory
-from tests.support.scenes import SIZE, SceneTeacher, blobs, role, seen_from
+from tests.support.scenes import SIZE, SceneTeacher, blobs, role, run_assets, seen_from
 from tests.support.toys import rng
 
 SIDE = 8
@@ -209,10 +207,7 @@ VALUES = {
 
 
 def run(tiny, folder, *more, **changes):
-    values = {"teacher": {"path": str(tiny("sd")), "guidance": 2.0, "num_steps": 2}, **VALUES, **changes}
-    file = folder.parent / "one.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return main(["--config", str(file), "--output_dir", str(folder), *more])
+    return run_assets(tiny, folder, VALUES | changes, *more)
 
 
 LOADER = """

@@ -5,16 +5,15 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
 from fastgen.cli import export, sample
-from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
 from fastgen.evaluation.diagnostics import warnings
 from fastgen.export.assets import load_assets, read_info
 from fastgen.threed import gsplat
 from fastgen.threed.gaussians import GaussianAsset
+from tests.support.scenes import run_assets
 
 VALUES = {
     "student": {"asset": {"kind": "gaussians", "points": 30, "num": 2, "move_every": 2}},
@@ -28,10 +27,7 @@ VALUES = {
 
 
 def run(tiny, folder, *more, **changes):
-    values = {"teacher": {"path": str(tiny("sd")), "guidance": 2.0, "num_steps": 2}, **VALUES, **changes}
-    file = folder.parent / "one.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return main(["--config", str(file), "--output_dir", str(folder), *more])
+    return run_assets(tiny, folder, VALUES | changes, *more)
 
 
 def test_a_run_ends_in_files_that_open_and_resumes_where_it_was(tiny, tmp_path, capsys):
