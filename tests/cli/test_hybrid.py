@@ -52,7 +52,7 @@ def test_hybrid_is_neither_student_nor_teacher(name, exports, tmp_path, capsys):
     )
     assert "3 network calls each" in said and "teacher, 6 steps" in said
     for a, b in ((alone, mixed), (alone, plain), (mixed, plain)):
-        assert np.abs(a - b).max() > 5
+        assert np.abs(a - b).max() > 2  # equal pictures may differ by 1 from rounding
 
 
 def test_the_picture_of_the_steps_ends_with_the_samples(exports, tmp_path, capsys):
