@@ -12,10 +12,13 @@ from fastgen.threed.cameras import Ranges
 
 
 class GeneratorConfig(Section):
-    """A network of 3D convolutions that makes the asset of any prompt, trained for a library of them."""
+    """A network that makes the asset of any prompt, trained for a library of them: 3D convolutions for the
+    kind grid; for hash one that gives the layers behind tables that all share (Hyper-iNGP); for triplane a
+    transformer.
+    """
 
     width: int = Field(default=32, ge=4, le=1024)
-    """a quarter of the channels where it begins; each block has half as many"""
+    """a quarter of the channels where it begins (3D convolutions have half as many after each block)"""
 
 
 class AssetConfig(Section):
@@ -46,17 +49,22 @@ class AssetConfig(Section):
     """a network makes the asset of every prompt of data.views, and none has parameters of its own"""
 
     @model_validator(mode="after")
-    def _makes_grids(self):
+    def _makes_fields(self):
         if self.generator is None:
             return self
         if self.apart:
             raise ValueError("apart: found true with a generator, which makes both at once; leave it out")
-        if self.kind != "grid" or self.num != 1:
+        if self.kind == "gaussians" or self.num != 1:
             raise ValueError(
-                f"generator: found kind {self.kind}, num {self.num}; it makes one dense grid: use grid and 1"
+                f"generator: found kind {self.kind}, num {self.num}; it makes one field: use grid, "
+                "hash or triplane, and 1"
             )
-        if self.size < 8 or self.size & (self.size - 1):
-            raise ValueError(f"size: found {self.size}; a generator's is a power of two, 8 or more")
+        if self.kind == "grid" and (self.size < 8 or self.size & (self.size - 1)):
+            raise ValueError(
+                f"size: found {self.size}; that of a grid's generator is a power of two, 8 or more"
+            )
+        if self.kind == "triplane" and self.size % 2:
+            raise ValueError(f"size: found {self.size}; that of a triplane's generator is even")
         return self
 
 
