@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,10 +12,13 @@ from fastgen.threed.cameras import Ranges
 
 
 class GeneratorConfig(Section):
-    """A network of 3D convolutions that makes the asset of any prompt, trained for a library of them."""
+    """A network that makes the asset of any prompt, trained for a library of them: 3D convolutions for the
+    kind grid; for hash one that gives the layers behind tables that all share (Hyper-iNGP); for triplane a
+    transformer.
+    """
 
     width: int = Field(default=32, ge=4, le=1024)
-    """a quarter of the channels where it begins; each block has half as many"""
+    """a quarter of the channels where it begins (3D convolutions have half as many after each block)"""
 
 
 class AssetConfig(Section):
@@ -34,6 +38,9 @@ class AssetConfig(Section):
     """points along each side of a field; of a hash grid, of its finest level"""
     surface: bool = False
     """the field holds a signed distance, from which the density follows (VolSDF), and not a density"""
+    apart: bool = False
+    """geometry and colour of a field have parameters of their own, so that a stage may train one alone
+    (stages.N.asset); those of Gaussians always have"""
     samples: int = Field(default=48, ge=2, le=4096)
     """samples along each ray through a field"""
     background: Literal["grey", "colour", "black", "white"] = "grey"
@@ -42,16 +49,33 @@ class AssetConfig(Section):
     """a network makes the asset of every prompt of data.views, and none has parameters of its own"""
 
     @model_validator(mode="after")
-    def _makes_grids(self):
+    def _makes_fields(self):
         if self.generator is None:
             return self
-        if self.kind != "grid" or self.num != 1:
+        if self.apart:
+            raise ValueError("apart: found true with a generator, which makes both at once; leave it out")
+        if self.kind == "gaussians" or self.num != 1:
             raise ValueError(
-                f"generator: found kind {self.kind}, num {self.num}; it makes one dense grid: use grid and 1"
+                f"generator: found kind {self.kind}, num {self.num}; it makes one field: use grid, "
+                "hash or triplane, and 1"
             )
-        if self.size < 8 or self.size & (self.size - 1):
-            raise ValueError(f"size: found {self.size}; a generator's is a power of two, 8 or more")
+        if self.kind == "grid" and (self.size < 8 or self.size & (self.size - 1)):
+            raise ValueError(
+                f"size: found {self.size}; that of a grid's generator is a power of two, 8 or more"
+            )
+        if self.kind == "triplane" and self.size % 2:
+            raise ValueError(f"size: found {self.size}; that of a triplane's generator is even")
         return self
+
+
+class AssetStageConfig(Section):
+    """What a stage trains of an asset, and what the teacher is shown of it."""
+
+    train: Literal["all", "geometry", "colours"] = "all"
+    """geometry or colours alone, the other left as it is"""
+    view: Literal["colours", "normals"] = "colours"
+    """normals shows (n + 1) / 2 of the surface's normals in the place of colours, as ProlificDreamer's second
+    stage does; needs student.asset.surface"""
 
 
 class ViewsConfig(Section):
@@ -113,6 +137,32 @@ def expanded(prompt: str) -> list[str]:
     parts = re.split(r"\{([^{}]*,[^{}]*)\}", prompt)  # texts at even places, alternatives at odd ones
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     return list(dict.fromkeys("".join(words) for words in itertools.product(*choices)))
+
+
+def check_asset_stages(asset: AssetConfig | None, stages: Iterable[Any]) -> None:
+    """A ValueError for a stage whose `asset` does not fit the student's, or the method."""
+    for i, stage in enumerate(stages):
+        if stage.asset is None:
+            continue
+        key, part = f"stages.{i}.asset", stage.asset.train
+        if asset is None or asset.generator is not None:
+            what = "a student that is no asset" if asset is None else "student.asset.generator"
+            raise ValueError(f"{key}: found for {what}; leave it out")
+        if getattr(stage.objective, "asset", None) is None:
+            raise ValueError(f"{key}: found for {stage.objective.name}; use sds, vsd, asd or bsd")
+        if part != "all" and asset.kind != "gaussians" and not asset.apart:
+            raise ValueError(f"{key}.train: found {part} of a field; set student.asset.apart true")
+        if stage.asset.view == "colours":
+            continue
+        if asset.kind == "gaussians" or not asset.surface:
+            raise ValueError(
+                f"{key}.view: found normals of an asset without a surface; set student.asset.surface true "
+                "with the kind grid, triplane or hash"
+            )
+        if part == "colours":
+            raise ValueError(
+                f"{key}.train: found colours, which a view of normals does not show; use geometry"
+            )
 
 
 def check_library(asset: AssetConfig, views: ViewsConfig, batch_size: int) -> None:

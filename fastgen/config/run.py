@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastgen.config.assets import check_library
+from fastgen.config.assets import AssetStageConfig, check_asset_stages, check_library
 from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
@@ -46,6 +46,8 @@ class StageConfig(Section):
     """optimizers of this stage"""
     num_steps: int | None = Field(None, ge=1, le=64)
     """student steps in this stage, from where student.timesteps starts; the run's own if not set"""
+    asset: AssetStageConfig | None = None
+    """of a 3D asset: what of it is trained in this stage and what is shown; all and its colours if not set"""
     limit: int = Field(0, ge=0)
     """use only the first N examples in this stage, e.g. to bound the pairs of a warm start; 0 means all"""
 
@@ -194,6 +196,7 @@ class RunConfig(Section):
         if (asset is None) != (views is None):
             have, lack = ("data.views", "student.asset") if asset is None else ("student.asset", "data.views")
             raise ValueError(f"{lack}: none given beside {have}; a 3D asset needs both")
+        check_asset_stages(asset, self.all_stages())
         if asset is None or views is None:
             return
         check_library(asset, views, self.train.train_batch_size)

@@ -26,7 +26,8 @@ from fastgen.threed.files import (
     write_gif,
     write_weights,
 )
-from fastgen.threed.generators import MASK, TEXT, GeneratedAssets, GridGenerator, fields_of
+from fastgen.threed.generator_networks import make_generator
+from fastgen.threed.generators import MASK, TEXT, GeneratedAssets, fields_of
 from fastgen.threed.splats import splat_bytes
 from fastgen.threed.student import AssetStudent
 
@@ -156,11 +157,11 @@ def read_info(folder: Path) -> AssetInfo | None:
 def made_assets(folder: Path, info: AssetInfo, texts: Cond) -> list[FieldAsset]:
     """What the generator of an export makes of the conditions of prompts [B, ...]."""
     settings = info.settings
-    generator = GridGenerator(texts[TEXT].shape[-1], settings["size"], settings["generator"]["width"])
+    generator = make_generator(settings, texts[TEXT].shape[-1])
     read_weights(generator, folder / GENERATOR)
     with torch.no_grad():
-        values = generator(texts[TEXT], texts.get(MASK))
-    return fields_of(values, settings["surface"], settings["samples"])
+        made = generator(texts[TEXT], texts.get(MASK))
+    return fields_of(generator, made, settings["surface"], settings["samples"])
 
 
 def load_assets(folder: Path, info: AssetInfo) -> list[Asset]:

@@ -13,7 +13,7 @@ Paper: Ma et al. 2024, arXiv 2407.02040 (Sec. 3.2); times, shift and schedule fr
 
 Differs
 - times are positions of the schedule's grid as everywhere here, not whole steps; t' ends with the grid.
-- of the generators that take many prompts one is built, 3D convolutions (`fastgen/threed/generators.py`).
+- the networks for many prompts are small forms of the authors' (`fastgen/threed/generator_networks.py`).
 """
 
 from typing import Literal

@@ -16,7 +16,10 @@ swiftbrush is the same for networks, with a weighted critic's loss and prompts d
 
 Differs
 - the critic starts as the teacher with a zero camera embedding; threestudio takes a v-prediction network.
-- the stages for geometry and texture are not built.
+- geometry (by SDS on normals, w of 101) and texture are stages of a config (`stages.N.asset`), over a signed
+  distance that is there from the first stage on (VolSDF); the authors make a mesh of the density (DMTet).
+  Normals are rendered through the volume, in the axes of the world and over the backgrounds of colours;
+  nothing keeps a mesh smooth. The critic of the first stage goes on in the third.
 - times are drawn from the schedule's grid as everywhere here, not as whole steps.
 """
 

@@ -25,6 +25,9 @@ class Asset(nn.Module):
     """
 
     UNITS: dict[str, float] = {}
+    colours_in: tuple[str, ...] = ()
+    """beginnings of the names of parameters that hold colours alone; the others hold none. Empty where no
+    parameters are apart"""
 
     def value(self, name: str) -> Tensor:
         """A parameter as the renderer reads it."""
@@ -38,6 +41,10 @@ class Asset(nn.Module):
     def render(self, cameras: Cameras, size: int, background: Tensor) -> Render:
         """Seen from cameras [B], size x size pixels, over one colour [B, 3] each."""
         raise NotImplementedError
+
+    def render_normals(self, cameras: Cameras, size: int, background: Tensor) -> Render:
+        """The same with (n + 1) / 2 of the outward unit normals n in the world in the place of colours."""
+        raise NotImplementedError(f"{type(self).__name__} has no surface")
 
     def settle(self, k: int) -> None:
         """After step k: representations with a budget of parts move those that do nothing."""

@@ -21,6 +21,13 @@ STEEPEST = 89.0
 """degrees of elevation: straight from above, no direction is up"""
 OVERHEAD = 60.0
 """degrees of elevation from which on a view is overhead"""
+BOUNDS = {
+    "azimuth": (-math.inf, math.inf, "give degrees"),
+    "elevation": (-math.inf, math.inf, f"give degrees; beyond {STEEPEST:g} it is {STEEPEST:g}"),
+    "distance": (0, math.inf, "give distances above 0"),
+    "fovy": (0, 180, "give degrees between 0 and 180"),
+}
+"""what lies between, by the entry of cameras, and what to do"""
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,10 @@ class Cameras:
     fovy: Tensor
 
     def __post_init__(self):
-        for key, low, high in (("distance", 0, math.inf), ("fovy", 0, 180)):
+        for key, (low, high, allowed) in BOUNDS.items():
             value = getattr(self, key)
             if not ((value > low) & (value < high)).all():
                 found = f"found {float(value.min()):g} to {float(value.max()):g}"
-                allowed = "give distances above 0" if key == "distance" else "give degrees between 0 and 180"
                 raise UserError(f"cameras.{key}", found, allowed)
 
     def __len__(self) -> int:

@@ -25,6 +25,7 @@ class GaussianAsset(Asset):
     """`num` Gaussians, at first a grey cloud in a ball of radius 0.6, drawn by `seed`."""
 
     UNITS = {"means": 0.25, "log_scales": 0.5, "quaternions": 0.5, "logits": 2.5, "sh": 2.0}
+    colours_in = ("sh",)
     means: Tensor
     """[N, 3], world units"""
     log_scales: Tensor

@@ -5,6 +5,7 @@ behind it; the camera is a condition. Everything that trains, checks and measure
 trains, checks and measures assets.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,6 +43,7 @@ class AssetStudent(Denoiser):
         self.assets = nn.ModuleList(assets)
         self.encode, self.schedule, self.size, self.background = encode, schedule, size, background
         self.seen: Render | None = None
+        self.moves, self.normals = True, False
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         z = x_t.flatten(1)[:, :4] / self.schedule.prior_std(float(t[0]))
@@ -76,19 +78,37 @@ class AssetStudent(Denoiser):
         """The assets that the noise picks, each row from its camera."""
         which, colour = self.particle(z), self.behind(z)
         if len(self.assets) == 1:
-            return self.scenes[0].render(cameras, self.size, colour)
+            return self._drawn(self.scenes[0], cameras, colour)
         found, places = [], []
         for i, asset in enumerate(self.scenes):
             rows = (which == i).nonzero()[:, 0]
             if len(rows):
-                found.append(asset.render(cameras[rows], self.size, colour[rows]))
+                found.append(self._drawn(asset, cameras[rows], colour[rows]))
                 places.append(rows)
         back = torch.cat(places).argsort()
         parts = zip(*((r.rgb, r.alpha, r.depth) for r in found))
         return Render(*(torch.cat(part)[back] for part in parts))
 
+    def _drawn(self, asset: Asset, cameras: Cameras, colour: Tensor) -> Render:
+        return (asset.render_normals if self.normals else asset.render)(cameras, self.size, colour)
+
+    def staged(self, train: str, view: str) -> "AssetStudent":
+        """The same assets as a stage trains and sees them. train: all, or geometry or colours with the other
+        as it is; view: colours or normals.
+        """
+        other = copy.copy(self)
+        other.moves, other.normals = train == "all", view == "normals"
+        if train != "all":
+            other.fixed = tuple(
+                f"assets.{i}.{name}"
+                for i, asset in enumerate(self.scenes)
+                for name, _ in asset.named_parameters()
+                if name.startswith(asset.colours_in) == (train == "geometry")
+            )
+        return other.requires_grad_(False)
+
     def settle(self, k: int) -> None:
-        for asset in self.scenes:
+        for asset in self.scenes if self.moves else []:
             asset.settle(k)
 
     def penalty(self, sparse: float, opaque: float) -> Tensor:

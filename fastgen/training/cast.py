@@ -370,6 +370,9 @@ class Cast:
             if name not in self.parts:
                 self.parts[name] = make_auxiliary(needs.auxiliaries[name], self)
         parts = {name: self._part(name) for name in needs.parts}
+        net = student.backbone
+        if stage.asset is not None and isinstance(net, AssetStudent):
+            parts["student"] = student.with_network(Role(net.staged(stage.asset.train, stage.asset.view)))
         return REGISTRY[stage.objective.name](stage.objective, parts, rng, self.teacher_cfg.guidance)
 
     def _part(self, name: str):

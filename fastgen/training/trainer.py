@@ -69,7 +69,8 @@ class Trainer:
             self.sequences.try_one(cast.teacher, accelerator.device)
         self.saver = Saver(folder, accelerator, train.sharded_checkpoints, train.async_checkpoints)
         self.student = cast.student
-        self.ema = EMA(self.student.trainable(), train.ema_decay)
+        self.averaged = self.student.trainable()  # also what a stage leaves as it is
+        self.ema = EMA(self.averaged, train.ema_decay)
         self.logs: dict[str, list[float | Tensor]] = defaultdict(list)
         self.best: dict = {}
         self.validated = True  # False where a signal cut this step's validation short
@@ -143,7 +144,7 @@ class Trainer:
                     self._micro_step(batch, k, micro, stage.max_train_steps)
             self.unchanged = False
             if self.ema.averages:
-                self.ema.update(self.objective.learned("student"), self.step)
+                self.ema.update(self.averaged, self.step)
             self._rotate()  # the checkpoint this step started from is proven good
             if self.saver.behind and self.step % self.train_cfg.log_steps == 0:
                 self._saved(wait=False)

@@ -102,7 +102,7 @@ PLAIN = {
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "student.causal": "block window",
     "student.guidance_adapter": "form width heads multiplier",
-    "student.asset": "kind num points degree move_every size surface samples background",
+    "student.asset": "kind num points degree move_every size surface apart samples background",
     "student.asset.generator": "width",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",
@@ -125,6 +125,7 @@ PLAIN = {
         "metrics weights against keep_by keep"
     ),
     "stages": "name limit",
+    "stages.asset": "train view",
 }
 ALONE = [f"{section}.{key}".lstrip(".") for section, keys in PLAIN.items() for key in keys.split()]
 """keys that decide alone, or whose check names the key they need (student.gamma and student.sampler)"""

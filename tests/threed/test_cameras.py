@@ -94,6 +94,9 @@ def test_views_by_their_words():
         ([0, 0, 2, 0], "fovy"),
         ([0, 0, 2, 180], "fovy"),
         ([0, 0, math.nan, 50], "distance"),
+        ([0, 0, math.inf, 50], "distance"),
+        ([math.nan, 0, 2, 50], "azimuth"),
+        ([0, math.inf, 2, 50], "elevation"),
     ],
 )
 def test_what_is_out_of_range_is_named(row, key):

@@ -26,7 +26,8 @@ from fastgen.objectives.sds import SDS, SDSConfig
 from fastgen.roles.roles import Student, StudentSpec
 from fastgen.threed.cameras import Ranges
 from fastgen.threed.fields import DenseGrid, FieldAsset
-from fastgen.threed.generators import PLAIN, TEXT, GeneratedAssets, GridGenerator
+from fastgen.threed.generator_networks import Generator, GridGenerator
+from fastgen.threed.generators import PLAIN, TEXT, GeneratedAssets
 from fastgen.threed.student import AssetStudent
 from fastgen.training import memory
 from tests.support.scenes import SIZE, SceneTeacher, blobs, role, run_assets, seen_from
@@ -35,7 +36,7 @@ from tests.support.toys import rng
 SIDE = 8
 
 
-class Table(torch.nn.Module):
+class Table(Generator):
     """In the place of the network a grid for each prompt, whose number is its text."""
 
     def __init__(self, num=3):
@@ -309,6 +310,7 @@ def test_other_methods_train_it_unchanged(tiny, tmp_path, name):
         ({"student": {"asset": {"kind": "gaussians", "generator": {}}}}, "generator: found kind gaussians"),
         ({"student": {"asset": {"kind": "grid", "num": 2, "generator": {}}}}, "generator"),
         ({"student": {"asset": {"kind": "grid", "size": 24, "generator": {}}}}, "size: found 24"),
+        ({"student": {"asset": {"kind": "triplane", "size": 9, "generator": {}}}}, "size: found 9"),
         ({"student": {"asset": {"kind": "grid", "generator": {"width": 0}}}}, "width"),
         ({"data": {"views": {"prompt": "a {red,blue} bag", "held_out": ["a green bag"]}}}, "held_out: found"),
         ({"data": {"views": {"prompt": "a bag", "held_out": ["a bag"]}}}, "held_out: found every prompt"),
