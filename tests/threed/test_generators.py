@@ -201,7 +201,7 @@ VALUES = {
     "student": {"asset": {"kind": "grid", "size": 8, "samples": 12, "generator": {"width": 4}}},
     "data": {"views": {"prompt": "a {red,blue} {bag,boot}", "held_out": ["a red boot"]}},
     "objective": {"name": "asd", "fall_steps": 4},
-    "optim": {"student": {"lr": 1e-2}},
+    "optim": {"student": {"lr": 1e-3}},
     "train": {"max_train_steps": 4, "train_batch_size": 3, "validation_steps": 0, "checkpointing_steps": 2},
     "eval": {"num_samples": 0, "grid": 4},
 }
