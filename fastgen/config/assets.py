@@ -38,7 +38,7 @@ class AssetConfig(Section):
     """points along each side of a field; of a hash grid, of its finest level"""
     surface: bool = False
     """the field holds a signed distance, from which the density follows (VolSDF), and not a density"""
-    apart: bool = False
+    separate: bool = False
     """geometry and colour of a field have parameters of their own, so that a stage may train one alone
     (stages.N.asset); those of Gaussians always have"""
     samples: int = Field(default=48, ge=2, le=4096)
@@ -52,8 +52,8 @@ class AssetConfig(Section):
     def _makes_fields(self):
         if self.generator is None:
             return self
-        if self.apart:
-            raise ValueError("apart: found true with a generator, which makes both at once; leave it out")
+        if self.separate:
+            raise ValueError("separate: found true with a generator, which makes both at once; leave it out")
         if self.kind == "gaussians" or self.num != 1:
             raise ValueError(
                 f"generator: found kind {self.kind}, num {self.num}; it makes one field: use grid, "
@@ -150,8 +150,8 @@ def check_asset_stages(asset: AssetConfig | None, stages: Iterable[Any]) -> None
             raise ValueError(f"{key}: found for {what}; leave it out")
         if getattr(stage.objective, "asset", None) is None:
             raise ValueError(f"{key}: found for {stage.objective.name}; use sds, vsd, asd or bsd")
-        if part != "all" and asset.kind != "gaussians" and not asset.apart:
-            raise ValueError(f"{key}.train: found {part} of a field; set student.asset.apart true")
+        if part != "all" and asset.kind != "gaussians" and not asset.separate:
+            raise ValueError(f"{key}.train: found {part} of a field; set student.asset.separate true")
         if stage.asset.view == "colours":
             continue
         if asset.kind == "gaussians" or not asset.surface:

@@ -27,7 +27,7 @@ class Asset(nn.Module):
     UNITS: dict[str, float] = {}
     colours_in: tuple[str, ...] = ()
     """beginnings of the names of parameters that hold colours alone; the others hold none. Empty where no
-    parameters are apart"""
+    parameters are separate"""
 
     def value(self, name: str) -> Tensor:
         """A parameter as the renderer reads it."""

@@ -12,7 +12,7 @@ def make_asset(settings: dict[str, Any], seed: int) -> Asset:
     if settings["kind"] == "gaussians":
         return GaussianAsset(settings["points"], settings["degree"], seed, settings["move_every"])
     size, surface, samples = (settings[name] for name in ("size", "surface", "samples"))
-    return FieldAsset(settings["kind"], size, surface, samples, seed, settings.get("apart", False))
+    return FieldAsset(settings["kind"], size, surface, samples, seed, settings.get("separate", False))
 
 
 def make_assets(settings: dict[str, Any], seed: int) -> list[Asset]:

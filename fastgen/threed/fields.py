@@ -127,17 +127,17 @@ class FieldAsset(Asset):
         surface: bool = False,
         samples: int = 48,
         seed: int = 0,
-        apart: bool = False,
+        separate: bool = False,
     ):
-        """surface: the first value is a signed distance and not a density; samples: of a ray; apart: density
-        or distance and colour have a `field` and a `paint` of their own, of that kind and size.
+        """surface: the first value is a signed distance and not a density; samples: of a ray; separate:
+        density or distance and colour have a `field` and a `paint` of their own, of that kind and size.
         """
         super().__init__()
         self.kind, self.size, self.surface, self.samples = kind, size, surface, samples
         generator = torch.Generator().manual_seed(seed)
-        self.field = KINDS[kind](size, generator, 1 if apart else 4)
-        self.paint = KINDS[kind](size, generator, 3) if apart else None
-        self.colours_in = ("paint",) if apart else ()
+        self.field = KINDS[kind](size, generator, 1 if separate else 4)
+        self.paint = KINDS[kind](size, generator, 3) if separate else None
+        self.colours_in = ("paint",) if separate else ()
 
     def at(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """(density [...], colour [..., 3] in 0 to 1) at points [..., 3]; nothing is outside the box."""

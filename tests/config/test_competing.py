@@ -102,7 +102,7 @@ PLAIN = {
     "student.lora": "rank lora_alpha use_rslora use_dora target_modules",
     "student.causal": "block window",
     "student.guidance_adapter": "form width heads multiplier",
-    "student.asset": "kind num points degree move_every size surface apart samples background",
+    "student.asset": "kind num points degree move_every size surface separate samples background",
     "student.asset.generator": "width",
     "critic": "kind",
     "critic.lora": "rank lora_alpha use_rslora use_dora target_modules",

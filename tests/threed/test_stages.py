@@ -32,7 +32,7 @@ def ball(kind="grid", size=12, **more):
 
 def egg(size=16):
     """An ellipsoid that stands upright, in colours that change along it."""
-    asset = ball("grid", size, apart=True)
+    asset = ball("grid", size, separate=True)
     line = torch.linspace(-1, 1, size)
     p = torch.stack(torch.meshgrid(line, line, line, indexing="ij")[::-1], -1)  # as tables hold it: z first
     axes = torch.tensor([0.38, 0.5, 0.68])
@@ -67,7 +67,7 @@ def test_p1_normals_of_a_ball_are_its_radii():
 def test_p1_gradients_flow_where_they_should():
     """Of geometry, shown as normals or not, into the distance alone, of colours into the paint alone."""
     schedule = VP.scaled_linear()
-    base = asset_student([FieldAsset("grid", 8, True, 12, seed=i, apart=True) for i in range(2)]).backbone
+    base = asset_student([FieldAsset("grid", 8, True, 12, seed=i, separate=True) for i in range(2)]).backbone
     t, batch = torch.tensor(schedule.steps(1)[0]).expand(6), seen_from(6, 0)
     noise = torch.linspace(-2, 2, 6)[:, None, None, None] + 0 * batch.noise
     for train, view, learned in (
@@ -120,7 +120,7 @@ def test_p2_the_stages_of_an_exact_scene():
     """SDS on normals brings normals nearer, VSD on the fixed geometry then colours; each leaves the other."""
     S, target = VP.scaled_linear(), egg()
     shaped = SimpleNamespace(render=target.render_normals)
-    asset = FieldAsset("grid", 16, True, 32, apart=True)
+    asset = FieldAsset("grid", 16, True, 32, separate=True)
     student = asset_student([asset])
     teachers = {view: SceneTeacher(S, [scene]) for view, scene in (("normals", shaped), ("colours", target))}
 
@@ -157,7 +157,7 @@ STAGES = [
     },
     {"name": "texture", "objective": {"name": "vsd"}, "max_train_steps": 2, "asset": {"train": "colours"}},
 ]
-ASSET = {"kind": "grid", "size": 8, "samples": 12, "surface": True, "apart": True}
+ASSET = {"kind": "grid", "size": 8, "samples": 12, "surface": True, "separate": True}
 VALUES = {
     "student": {"asset": ASSET},
     "critic": {"kind": "lora", "lora": {"rank": 2}},
@@ -211,7 +211,7 @@ def test_the_mesh_of_such_a_field_is_read_by_trimesh(tmp_path):
     mesh = trimesh.load(tmp_path / "asset.glb", force="mesh", process=False)
     assert mesh.extents.tolist() == pytest.approx([0.76, 1.0, 1.36], abs=0.06)
     assert mesh.visual.vertex_colors[:, :3].std(0).min() > 10
-    settings = {"kind": "grid", "size": 16, "surface": True, "samples": 48, "apart": True}
+    settings = {"kind": "grid", "size": 16, "surface": True, "samples": 48, "separate": True}
     again, grey = read_asset(tmp_path, "asset", settings), torch.full((2, 3), 0.5)
     assert torch.equal(again.render(turntable(2), 12, grey).rgb, asset.render(turntable(2), 12, grey).rgb)
 
@@ -219,12 +219,12 @@ def test_the_mesh_of_such_a_field_is_read_by_trimesh(tmp_path):
 @pytest.mark.parametrize(
     "student,stage,key",
     [
-        ({"apart": False}, {"train": "geometry"}, "stages.0.asset.train: found geometry"),
+        ({"separate": False}, {"train": "geometry"}, "stages.0.asset.train: found geometry"),
         ({"surface": False}, {"view": "normals"}, "stages.0.asset.view: found normals"),
         ({"kind": "gaussians"}, {"view": "normals"}, "stages.0.asset.view: found normals"),
         ({}, {"train": "colours", "view": "normals"}, "stages.0.asset.train: found colours"),
-        ({"apart": False, "generator": {}}, {}, "stages.0.asset: found for student.asset.generator"),
-        ({"generator": {}}, None, "apart: found true with a generator"),
+        ({"separate": False, "generator": {}}, {}, "stages.0.asset: found for student.asset.generator"),
+        ({"generator": {}}, None, "separate: found true with a generator"),
         (None, {"train": "geometry"}, "stages.0.asset: found for a student that is no asset"),
     ],
 )
