@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastgen.core.errors import UserError
@@ -49,14 +49,12 @@ def of_first(value: Any) -> Any:
     return held[0]
 
 
-def shard(backbones: Iterable[Denoiser], device: str | torch.device, group: int | None = None) -> None:
-    """Spread every network over the processes, block by block: over all of them, or over groups of `group`
-    neighbours that hold a copy each (HSDP). Weights are those of the first process. UserError where there is
-    one process alone, groups of that size do not come out even, or a network is no model of diffusers.
+def shard(backbones: Iterable[Denoiser], device: str | torch.device, mesh: DeviceMesh) -> None:
+    """Spread every network over a mesh of parts, or of copies by parts (HSDP), block by block. Weights are
+    those of the first process. UserError where a network is no model of diffusers.
     """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = _mesh(torch.device(device).type, group or processes())
     for backbone in backbones:
         if not isinstance(backbone, Backbone):
             raise UserError("train.sharding", "found fsdp for an exact teacher", "leave it out")
@@ -71,19 +69,6 @@ def shard(backbones: Iterable[Denoiser], device: str | torch.device, group: int 
             part.register_forward_hook(_part_again)
         _receive(backbone.net, given, device)
         backbone.spread = True
-
-
-def _mesh(device: str, group: int) -> DeviceMesh:
-    """Of one dimension, or of copies by parts of them."""
-    if processes() == 1:
-        way = "start it with `accelerate launch --num_processes N`, or leave it out"
-        raise UserError("train.sharding", "found fsdp for one process", way)
-    if processes() % group:
-        found = f"groups of {group} do not divide {processes()} processes"
-        raise UserError("train.shard_group", found, "choose a number that does")
-    if group == processes():
-        return init_device_mesh(device, (group,))
-    return init_device_mesh(device, (processes() // group, group), mesh_dim_names=("copy", "part"))
 
 
 def _tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -6,11 +6,12 @@ import time
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
+from fastgen.core.paths import asset
 from fastgen.training import checkpoint
 from tests.support.heavier import first_of
 from tests.training.test_two_process import assert_same, launch_two, state
@@ -165,6 +166,22 @@ def test_a_process_killed_while_saving_ends_the_other_and_the_run_resumes(tmp_pa
     launch_two(tmp_path, DRIVER, "--resume")
     assert_same(state(tmp_path / "one", 3), state(tmp_path / "two", 3), rtol=1e-3, atol=2e-5)
     assert not list((tmp_path / "two/checkpoints").glob("*.tmp")), "what was left half is gone"
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_end_both_processes(tmp_path):
+    """The first process alone reads them and says what is wrong; the other does not wait for it."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(asset("teachers/digits"), teacher)
+    file = next(teacher.rglob("*.safetensors"))
+    wrong = {k: v[:1].clone() if k == "conv_in.weight" else v for k, v in load_file(file).items()}
+    save_file(wrong, file)
+    values = settings(RUNS["adapters"], 4, {"sharding": "fsdp"}) | {"teacher": {"path": str(teacher)}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    began = time.monotonic()
+    said = launch_two(tmp_path, DRIVER, fails=True)
+    assert time.monotonic() - began < 120, "imports, and at most a minute of waiting"
+    assert "error: teacher.path: " in said and "conv_in.weight" in said
 
 
 @pytest.mark.parametrize(
