@@ -35,8 +35,8 @@ class SplitSequences:
         mesh = mesh["ring", "ulysses"]
         self.degree, self.ring = mesh.size(), mesh["ring"].size()
         self.nets = [net for backbone in backbones for net in _networks(backbone, self.degree)]
-        degrees = {"ring_degree": self.ring, "ulysses_degree": mesh["ulysses"].size()}
-        self.settings = ContextParallelConfig(**degrees, mesh=mesh)
+        ulysses = mesh["ulysses"].size()
+        self.settings = ContextParallelConfig(ring_degree=self.ring, ulysses_degree=ulysses, mesh=mesh)
         self.config = ParallelConfig(context_parallel_config=self.settings)
         self.config.setup(torch.distributed.get_rank(), processes(), device, mesh=mesh)
 
