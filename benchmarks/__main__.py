@@ -14,6 +14,7 @@
   python -m benchmarks data       a folder of 200,000 pictures: first step, memory, wait for a batch
   python -m benchmarks checkpoints  seconds that a checkpoint holds training up, at once and beside it, over
     those of writing its tensors alone
+  python -m benchmarks loading    memory of two processes that get ready, with whole networks and with parts
   python -m benchmarks scale      overhead, memory, checkpoints, data and sampling, one after the other
   python -m benchmarks tiles      attention in tiles of frames over the dense one on a CPU
   python -m benchmarks rendering  seconds of a render and its backward pass, splats and fields; --write puts
@@ -43,6 +44,7 @@ from benchmarks.faults import faults
 from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.gpu import gpu
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
+from benchmarks.loading import loading  # noqa: F401  (called by name)
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
 from benchmarks.page import put
@@ -277,6 +279,7 @@ NAMES = (
     "prompts",
     "data",
     "checkpoints",
+    "loading",
     "scale",
     "tiles",
     "rendering",

@@ -53,7 +53,6 @@ def _check_sharding(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> Non
 
 def _check_context_parallel(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> None:
     found = {
-        "train.sharding": cfg.train.sharding is not None,
         "train.compile": cfg.train.compile,
         "train.compile_blocks": cfg.train.compile_blocks,
         "train.gradient_accumulation_steps": cfg.train.gradient_accumulation_steps > 1,

@@ -71,6 +71,8 @@ class TeacherOptions:
     allow_download: bool = False
     weights: bool = True
     """False builds the networks on the meta device: shapes without weights"""
+    denoiser: bool = True
+    """False builds the denoiser alone on the meta device, where another process sends its weights"""
     encoders: bool = True
     """False leaves out the text encoders, where every prompt is encoded already"""
     family: dict | None = None
@@ -79,6 +81,11 @@ class TeacherOptions:
     width: int | None = None
     num_frames: int | None = None
     embedded_guidance: float | None = None
+
+    @property
+    def reads_denoiser(self) -> bool:
+        """Whether the denoiser gets its weights here."""
+        return self.weights and self.denoiser
 
     def family_of(self, index: dict, config: dict) -> Family:
         """The family that is declared, else the one of these configs."""
@@ -256,13 +263,13 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
     family = options.family_of(index, blueprint["net"])
     configs = {family.component: blueprint["net"], **blueprint.get("extra", {})}
     try:
-        with torch.device("cpu" if options.weights else "meta"):
+        with torch.device("cpu" if options.reads_denoiser else "meta"):
             parts = {k: network_class(c["_class_name"]).from_config(c) for k, c in configs.items()}
         parts = {k: cast_network(p, DTYPES[options.dtype]) for k, p in parts.items()}
     except Exception as error:  # constructors raise errors of many types
         found = f"{family.net_class} cannot be built from it ({first_line(error)})"
         raise UserError("teacher.blueprint.net", found, "correct the setting that it names") from None
-    if options.weights and blueprint.get("start"):
+    if options.reads_denoiser and blueprint.get("start"):
         _start_from(parts[family.component], blueprint["start"], family)
     info = dict(blueprint.get("info", {}))
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
@@ -308,7 +315,7 @@ def _from_folder(folder: Path, options: TeacherOptions) -> DenoiserParts:
     names = [family.component, *(e for e in family.extra if (folder / e).is_dir() or index.get(e, [None])[0])]
     parts = {}
     for name in names:
-        cls, given = component_class(folder / name), (options.weights, DTYPES[options.dtype])
+        cls, given = component_class(folder / name), (options.reads_denoiser, DTYPES[options.dtype])
         parts[name] = load_part(folder / name, "teacher.path", cls, *given, denoiser=True)
     return DenoiserParts(family, family.assemble(parts, index), scheduler, info, index)
 

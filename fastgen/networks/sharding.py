@@ -1,9 +1,10 @@
 """Networks spread over the processes of a run: torch's FSDP2, so that no process holds one of them whole.
 
 `fully_shard` keeps a part of every parameter on each process (a DTensor), gathers those of a block when it
-computes and averages gradients on the way back. What is trained of an adapter stays whole: it is small, and
-of another precision than its base. Everything that is written or read is whole, so that a run goes on with
-any number of processes.
+computes and averages gradients on the way back. Networks get their weights on the first process alone, on
+its CPU; the others make their shapes and are sent the weights, one tensor after the other. What is trained
+of an adapter stays whole: it is small, and of another precision than its base. Everything that is written or
+read is whole, so that a run goes on with any number of processes.
 """
 
 import copy
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastgen.core.errors import UserError
@@ -28,18 +29,37 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def shard(backbones: Iterable[Denoiser], device: str | torch.device, group: int | None = None) -> None:
-    """Spread every network over the processes, block by block: over all of them, or over groups of `group`
-    neighbours that hold a copy each (HSDP). UserError where there is one process alone, groups of that size
-    do not come out even, or a network is no model of diffusers.
+def is_first() -> bool:
+    """Whether this process is the one that reads networks and writes what is whole."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def before_sharding(device: str | torch.device) -> str | torch.device:
+    """Where networks are made that will be spread: on the first process's CPU, elsewhere without weights."""
+    if str(device) == "meta" or processes() == 1:
+        return device
+    return "cpu" if is_first() else "meta"
+
+
+def of_first(value: Any) -> Any:
+    """The first process's value, on all of them."""
+    held = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(held, 0)
+    return held[0]
+
+
+def shard(backbones: Iterable[Denoiser], device: str | torch.device, mesh: DeviceMesh) -> None:
+    """Spread every network over a mesh of parts, or of copies by parts (HSDP), block by block. Weights are
+    those of the first process. UserError where a network is no model of diffusers.
     """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = _mesh(torch.device(device).type, group or processes())
     for backbone in backbones:
         if not isinstance(backbone, Backbone):
             raise UserError("train.sharding", "found fsdp for an exact teacher", "leave it out")
         _shapes[backbone.net] = _without_weights(backbone.net)
+        given = _tensors(backbone.net)
         for part in backbone.family.parts(backbone.net).values():
             whole = {p for n, p in part.named_parameters() if of_adapter(n)}
             for module in [*backbone.repeated_blocks(part), part]:
@@ -47,20 +67,40 @@ def shard(backbones: Iterable[Denoiser], device: str | torch.device, group: int 
                 fully_shard(module, mesh=mesh, ignored_params=whole)
                 type(module).__name__ = kind.__name__  # what configs and messages call it
             part.register_forward_hook(_part_again)
+        _receive(backbone.net, given, device)
         backbone.spread = True
 
 
-def _mesh(device: str, group: int) -> DeviceMesh:
-    """Of one dimension, or of copies by parts of them."""
-    if processes() == 1:
-        way = "start it with `accelerate launch --num_processes N`, or leave it out"
-        raise UserError("train.sharding", "found fsdp for one process", way)
-    if processes() % group:
-        found = f"groups of {group} do not divide {processes()} processes"
-        raise UserError("train.shard_group", found, "choose a number that does")
-    if group == processes():
-        return init_device_mesh(device, (group,))
-    return init_device_mesh(device, (processes() // group, group), mesh_dim_names=("copy", "part"))
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and tensors that are plain attributes of a module, by name."""
+    found = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    for where, module in net.named_modules():
+        loose = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        found |= {f"{where}.{name}".lstrip("."): value for name, value in loose.items()}
+    return {name: value.detach() for name, value in found.items()}  # not moved when fully_shard moves them
+
+
+def _receive(net: nn.Module, given: dict[str, Tensor], device: str | torch.device) -> None:
+    """Give a network that is spread, or of which shapes alone are known, what the first process has."""
+    for name, tensor in given.items():
+        if is_first():
+            value = tensor.to(device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        torch.distributed.broadcast(value, 0)
+        where, _, leaf = name.rpartition(".")
+        _put(net.get_submodule(where), leaf, value)
+
+
+def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """A whole tensor in the place of a parameter (spread as that one is), buffer or plain attribute."""
+    old: Any = module._parameters.get(leaf)
+    if old is None:
+        (module._buffers if leaf in module._buffers else vars(module))[leaf] = value
+        return
+    if isinstance(old, DTensor):
+        value = distribute_tensor(value, old.device_mesh, old.placements, src_data_rank=None)
+    module._parameters[leaf] = nn.Parameter(value, old.requires_grad)
 
 
 def _part_again(net: Any, inputs: Any, outputs: Any) -> None:
@@ -80,7 +120,7 @@ def own_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     """What this process writes of tensors so that each number is written once: its parts of those that are
     spread, and where in the whole they begin; of whole ones all, on the first process.
     """
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = is_first()
     parts: dict[str, Tensor] = {}
     begins: dict[str, list[int]] = {}
     for name, tensor in tensors.items():

@@ -18,6 +18,7 @@ from fastgen.evaluation.metrics.metric import Kind
 from fastgen.evaluation.rewards import keep_apart
 from fastgen.evaluation.run_metrics import RunMetrics
 from fastgen.networks.rewards import Reward
+from fastgen.networks.sharding import of_first
 from fastgen.objectives import requirements_of
 from fastgen.objectives.requirements import RewardsSpec
 from fastgen.training import fingerprint
@@ -122,6 +123,8 @@ def make_trainer(
     found = fingerprint.of_run(
         fixed_settings(cfg), cast.teacher, data, cfg.data, accelerator.num_processes, accelerator.device
     )
+    if cfg.train.sharding:
+        found = of_first(found)  # the others have no weights yet
     return Trainer(cfg.train, cast, data, folder, accelerator, found, validate)
 
 

@@ -34,6 +34,7 @@ from fastgen.networks.codecs import TextCodec, switch_vae
 from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.load import TeacherOptions, load_teacher
 from fastgen.networks.quantization import quantize
+from fastgen.networks.sharding import before_sharding
 from fastgen.networks.teacher import Teacher
 from fastgen.objectives import REGISTRY, Objective, requirements_of
 from fastgen.objectives.requirements import ConceptSpec, base_name
@@ -48,18 +49,23 @@ from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits, check_quantized
 
 
-def load_configured(settings: TeacherConfig, device="cpu", null: Cond | None = None) -> Teacher:
+def load_configured(
+    settings: TeacherConfig, device="cpu", null: Cond | None = None, place: Any = None
+) -> Teacher:
     """The teacher of a config, on the device "meta" without weights; null: the null condition, where every
-    prompt is encoded already and no text encoder is needed.
+    prompt is encoded already and no text encoder is needed. place: the device of the denoiser, where it is
+    another one.
     """
+    place = device if place is None else place
     given = settings.model_dump(include={f.name for f in fields(TeacherOptions)})
-    teacher = load_teacher(**given, weights=str(device) != "meta", encoders=null is None)
+    weights, denoiser = str(device) != "meta", str(place) != "meta"
+    teacher = load_teacher(**given, weights=weights, denoiser=denoiser, encoders=null is None)
     if null is not None and isinstance(teacher.codec, TextCodec):
         teacher.codec.know_null(null)
     switch_vae(teacher.codec.vae, settings)
+    teacher.codec.to(device)
     if settings.quantization is None or str(device) == "meta":
-        return teacher.to(device)
-    teacher.codec.to(device)  # the denoiser follows layer by layer, when it has its adapters
+        teacher.backbone.to(place)  # else it follows layer by layer, when it has its adapters
     return teacher
 
 
@@ -87,6 +93,8 @@ class Cast:
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
+        spread = train.sharding and not is_analytic(teacher.path)
+        self.place = before_sharding(self.device) if spread else self.device  # of networks, as they are made
         torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
         self.teacher = self._load(null)
         check_fits(self.teacher, teacher, student, stages)
@@ -102,7 +110,7 @@ class Cast:
         self._prepare_networks()
 
     def _load(self, null: Cond | None) -> Teacher:
-        return load_configured(self.teacher_cfg, self.device, null)
+        return load_configured(self.teacher_cfg, self.device, null, self.place)
 
     def _make_roles(self) -> None:
         """Students, critics and targets that a stage needs, each under its name."""
@@ -214,7 +222,7 @@ class Cast:
             lora = self.critic_cfg.lora if name in ("critic", "path", "loser") else chosen.lora
             self._adapter(base, adapter, lora, span is not None, two_times)
         if self.teacher_cfg.quantization is None:
-            base.to(self.device)
+            base.to(self.place)
         role, guidance = Role(base, adapter), self.student_guidance if span else None
         if name == "student":
             how = chosen.sampler, chosen.gamma, 0, guidance, span, bool(counts)
@@ -227,7 +235,7 @@ class Cast:
                 raise UserError("student.trained", "found for an exact teacher", "leave it out")
             base.fix_all_but(chosen.trained, "student.trained")
         base.eval()
-        if name == "student" and chosen.init and str(self.device) != "meta":
+        if name == "student" and chosen.init and str(self.place) != "meta":
             from fastgen.export.load import init_student
 
             init_student(role, chosen.init, self.teacher.codec)
@@ -275,7 +283,7 @@ class Cast:
             found = f"{type(base.net).__name__} has no {unknown[0]!r}{suggest(unknown[0], config)}"
             raise UserError("student.net", found, "use keys of the teacher's own config.json")
         try:
-            with torch.device(self.device):
+            with torch.device(self.place):
                 net = type(base.net).from_config(changed_config(base.net, **changes))
         except Exception as error:  # whatever a network's constructor raises
             raise UserError(
@@ -315,7 +323,7 @@ class Cast:
     @contextmanager
     def _drawing(self, name: str) -> Iterator[None]:
         """Draw the first weights of an adapter inside the block: by the run's seed and its name alone."""
-        where = torch.device("meta") if str(self.device) == "meta" else nullcontext()
+        where = torch.device("meta") if str(self.place) == "meta" else nullcontext()
         with torch.random.fork_rng(devices=[]), where:
             torch.manual_seed((self.train_cfg.seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
             yield

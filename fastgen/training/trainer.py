@@ -25,7 +25,8 @@ from fastgen.core.rng import Rng
 from fastgen.core.threads import CpuShare
 from fastgen.data.loader import Data
 from fastgen.data.text import example_of
-from fastgen.networks.context_parallel import SplitSequences, sum_over_groups
+from fastgen.networks.context_parallel import SplitSequences, ring_size, sum_over_groups
+from fastgen.networks.mesh import Layout, make_mesh, of_parts
 from fastgen.networks.sharding import clip_gradients, everywhere, gathered, like, own_parts, shard, wholes
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
@@ -61,12 +62,17 @@ class Trainer:
         self.total = sum(s.max_train_steps for s in cast.stages)
         cast.divide(data)
         self.sharded = train.sharding == "fsdp"
-        if self.sharded:
-            shard(cast.backbones(), accelerator.device, train.shard_group)
         self.sequences: SplitSequences | None = None
+        if self.sharded or train.context_parallel:
+            layout = Layout(self.sharded, train.shard_group, group)
+            ring = ring_size(cast.backbones(), group) if train.context_parallel else 1
+            mesh = make_mesh(layout, accelerator.device, ring)
+        if self.sharded:
+            shard(cast.backbones(), accelerator.device, of_parts(mesh))
         if train.context_parallel:
-            self.sequences = SplitSequences(cast.backbones(), train.context_parallel, accelerator.device)
-            self.sequences.try_one(cast.teacher, accelerator.device)
+            self.sequences = SplitSequences(cast.backbones(), accelerator.device, mesh)
+            with accelerator.autocast():
+                self.sequences.try_one(cast.teacher, accelerator.device)
         self.saver = Saver(folder, accelerator, train.sharded_checkpoints, train.async_checkpoints)
         self.student = cast.student
         self.averaged = self.student.trainable()  # also what a stage leaves as it is

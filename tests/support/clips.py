@@ -8,7 +8,7 @@ import torch
 from fastgen.core.paths import asset
 
 
-def clip_teacher(folder: Path, first_frame: bool = False, patch: int = 0) -> Path:
+def clip_teacher(folder: Path, first_frame: bool = False, patch: int = 0, heads: int = 2) -> Path:
     """A teacher of 9 frames of 32 x 32, as a folder; with first_frame it is shown that, as Wan 2.2 5B is.
     patch: latent frames of a token, where another is wanted.
     """
@@ -25,7 +25,7 @@ def clip_teacher(folder: Path, first_frame: bool = False, patch: int = 0) -> Pat
     torch.manual_seed(5)
     net = WanTransformer3DModel(
         patch_size=(patch or (1 if first_frame else 3), 2, 2),
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=20,
         in_channels=12,
         out_channels=12,

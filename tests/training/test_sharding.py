@@ -6,17 +6,19 @@ import time
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastgen.cli.train import main
 from fastgen.config.run import validate
 from fastgen.core.errors import UserError
+from fastgen.core.paths import asset
 from fastgen.training import checkpoint
 from tests.support.heavier import first_of
 from tests.training.test_two_process import assert_same, launch_two, state
 
 DRIVER = """
-import sys, torch
+import os, sys, torch
+from diffusers import ModelMixin
 from torch.distributed.tensor import DTensor
 from fastgen.cli.train import main
 from fastgen.training.trainer import Trainer
@@ -29,6 +31,10 @@ def seen(self, stage):
             if isinstance(p, DTensor) and len(p) > 1:
                 assert p.to_local().numel() < p.numel(), name
 Trainer._begin = seen
+def read(*args, **kwargs):
+    raise AssertionError("the first process alone reads a denoiser's weights")
+if os.environ["RANK"] != "0":
+    ModelMixin.from_pretrained = read
 code = main(sys.argv[1:])
 assert spread and all(is_spread != is_adapter for is_adapter, is_spread in spread), spread
 sys.exit(code)
@@ -81,7 +87,9 @@ def settings(run: dict, batch: int, sharding: dict, steps: int = 4) -> dict:
 
 @pytest.mark.parametrize("name", first_of(RUNS))
 def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
-    """Checkpoint, averages and optimizer are whole and those of one process; so are results and export."""
+    """Checkpoint, averages and optimizer are whole and those of one process; so are results and export. The
+    driver lets no second process read weights.
+    """
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 8, {})))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings(RUNS[name], 4, SHARDING[name])))
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
@@ -158,6 +166,22 @@ def test_a_process_killed_while_saving_ends_the_other_and_the_run_resumes(tmp_pa
     launch_two(tmp_path, DRIVER, "--resume")
     assert_same(state(tmp_path / "one", 3), state(tmp_path / "two", 3), rtol=1e-3, atol=2e-5)
     assert not list((tmp_path / "two/checkpoints").glob("*.tmp")), "what was left half is gone"
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_end_both_processes(tmp_path):
+    """The first process alone reads them and says what is wrong; the other does not wait for it."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(asset("teachers/digits"), teacher)
+    file = next(teacher.rglob("*.safetensors"))
+    wrong = {k: v[:1].clone() if k == "conv_in.weight" else v for k, v in load_file(file).items()}
+    save_file(wrong, file)
+    values = settings(RUNS["adapters"], 4, {"sharding": "fsdp"}) | {"teacher": {"path": str(teacher)}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    began = time.monotonic()
+    said = launch_two(tmp_path, DRIVER, fails=True)
+    assert time.monotonic() - began < 120, "imports, and at most a minute of waiting"
+    assert "error: teacher.path: " in said and "conv_in.weight" in said
 
 
 @pytest.mark.parametrize(

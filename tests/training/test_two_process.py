@@ -39,8 +39,10 @@ METHODS = {
 }
 
 
-def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2, fails: bool = False) -> None:
-    """Run two.yaml into the folder `two` by two processes (or more) that the driver starts from."""
+def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2, fails: bool = False) -> str:
+    """Run two.yaml into the folder `two` by two processes (or more) that the driver starts from; what they
+    print to stderr.
+    """
     (tmp_path / "driver.py").write_text(driver)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -58,6 +60,7 @@ def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2, fails: bo
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit
     )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr
 
 
 def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
