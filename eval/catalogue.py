@@ -53,6 +53,11 @@ VARIANTS = {
         "Hyper-SD's last stage, from a TSCD student or after TSCD's own stages",
         lambda c: "_tscd/" in c.student.init or c.all_stages()[0].objective.name == "tscd",
     ),
+    "stages": Variant(
+        "ProlificDreamer's three stages: a field, its geometry, its colours",
+        lambda c: {s.asset.train for s in c.all_stages() if s.asset} == {"geometry", "colours"},
+    ),
+    "several": Variant("more than one class or word forgotten", lambda c: len(c.objective.forget) > 1),
     "whole": Variant(
         "all stages of a system in one run", lambda c: len({s.objective.name for s in c.all_stages()}) > 2
     ),

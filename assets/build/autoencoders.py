@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgen.data.bundled import WORDS, Images, load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 
-LR, FEATURE_WEIGHT, KL_WEIGHT, SIZE_WEIGHT, NOISE = 2e-3, 0.03, 3e-5, 1e-3, 0.05
+LR, KL_WEIGHT, SIZE_WEIGHT, NOISE = 2e-3, 3e-5, 1e-3, 0.05
 STEPS, BATCH_SIZE = {"kl": 4200, "dc": 5600}, {"kl": 32, "dc": 64}
 TEACHER = {"kl": "sd", "dc": "sana"}
 
@@ -75,7 +75,7 @@ def rebuild(vae: nn.Module, images: Tensor, batch_size: int = 500) -> tuple[Tens
     return torch.cat(latents), torch.cat(decoded)
 
 
-def train(kind: str, name: str, init: Path | None, steps: int, seed: int) -> nn.Module:
+def train(kind: str, name: str, init: Path | None, steps: int, seed: int, feature_weight: float) -> nn.Module:
     torch.manual_seed(seed)
     images, vae = load_images(name, "train").images, build(kind)
     if init is not None:
@@ -91,7 +91,7 @@ def train(kind: str, name: str, init: Path | None, steps: int, seed: int) -> nn.
             wanted = net.maps(x / 2 + 0.5)
         pixels = (out - x).abs().mean()
         features = sum((a - b).abs().mean() for a, b in zip(net.maps(out / 2 + 0.5), wanted))
-        loss = pixels + FEATURE_WEIGHT * features + penalty
+        loss = pixels + feature_weight * features + penalty
         update(optimizer, loss, LR * one_cycle(step, steps), clip=1.0)
         if step % 100 == 0:
             print(
@@ -129,8 +129,16 @@ def score(vae: nn.Module, name: str, train_images: Tensor, heldout: Images) -> d
     }
 
 
-def main(kind: str, out: Path, steps: int, seed: int, name: str = "tinted", init: Path | None = None) -> None:
-    vae = train(kind, name, init, steps, seed)
+def main(
+    kind: str,
+    out: Path,
+    steps: int,
+    seed: int,
+    name: str = "tinted",
+    init: Path | None = None,
+    feature_weight: float = 0.03,
+) -> None:
+    vae = train(kind, name, init, steps, seed, feature_weight)
     images, heldout = load_images(name, "train").images, load_images(name, "heldout")
     scale = 1 / rebuild(vae, images[:5000])[0].std().item()
     vae.register_to_config(scaling_factor=round(scale, 5))
@@ -149,6 +157,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="folder to write; the shipped one if not given")
     parser.add_argument("--steps", type=int, help="training steps; as recorded if not given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--feature_weight", type=float, default=0.03, help="weight of the measuring net's maps"
+    )
     args = parser.parse_args()
     folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}" / "vae"
-    main(args.kind, folder, args.steps or STEPS[args.kind], args.seed, args.set, args.init)
+    main(
+        args.kind, folder, args.steps or STEPS[args.kind], args.seed, args.set, args.init, args.feature_weight
+    )
