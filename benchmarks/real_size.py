@@ -286,10 +286,8 @@ def main() -> int:
     tiny, full = given.pop("tiny", False), given.pop("full", False)
     measured(settings(name, method, True, False, **given), device, 1)  # what is imported and kept anyway
     values = settings(name, method, tiny, full, **given)
-    if device == "cpu":
-        values["objective"]["student_every"] = (
-            2  # two steps: one of student and critic, one of the critic alone
-        )
+    if device == "cpu" and method == "dmd2":
+        values["objective"]["student_every"] = 2  # a step of student and critic, and one of the critic alone
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     print(json.dumps(measured(values, device, rounds, 0 if device == "cuda" else peak(device))))
