@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgen.data.bundled import WORDS, Images, load_images
 from fastgen.networks.feature_net import FeatureNet, measure
 
-LR, KL_WEIGHT, SIZE_WEIGHT, NOISE = 2e-3, 3e-5, 1e-3, 0.05
+LR, FEATURE_WEIGHT, KL_WEIGHT, SIZE_WEIGHT, NOISE = 2e-3, 0.03, 3e-5, 1e-3, 0.05
 STEPS, BATCH_SIZE = {"kl": 4200, "dc": 5600}, {"kl": 32, "dc": 64}
 TEACHER = {"kl": "sd", "dc": "sana"}
 
@@ -129,16 +129,11 @@ def score(vae: nn.Module, name: str, train_images: Tensor, heldout: Images) -> d
     }
 
 
-def main(
-    kind: str,
-    out: Path,
-    steps: int,
-    seed: int,
-    name: str = "tinted",
-    init: Path | None = None,
-    feature_weight: float = 0.03,
-) -> None:
-    vae = train(kind, name, init, steps, seed, feature_weight)
+def main(args: argparse.Namespace) -> None:
+    """args: as parsed below."""
+    kind, name, seed, steps = args.kind, args.set, args.seed, args.steps or STEPS[args.kind]
+    out = args.out or ASSETS / "teachers" / f"{name}-{TEACHER[kind]}" / "vae"
+    vae = train(kind, name, args.init, steps, seed, args.feature_weight)
     images, heldout = load_images(name, "train").images, load_images(name, "heldout")
     scale = 1 / rebuild(vae, images[:5000])[0].std().item()
     vae.register_to_config(scaling_factor=round(scale, 5))
@@ -158,10 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="training steps; as recorded if not given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--feature_weight", type=float, default=0.03, help="weight of the measuring net's maps"
+        "--feature_weight", type=float, default=FEATURE_WEIGHT, help="weight of the measuring net's maps"
     )
-    args = parser.parse_args()
-    folder = args.out or ASSETS / "teachers" / f"{args.set}-{TEACHER[args.kind]}" / "vae"
-    main(
-        args.kind, folder, args.steps or STEPS[args.kind], args.seed, args.set, args.init, args.feature_weight
-    )
+    main(parser.parse_args())
