@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import yaml
 
-from eval.evidence import teacher_name
+from eval.evidence import methods_of, teacher_name
 from eval.ladder import paper
 from eval.results_table import cell, distance, markdown, numbers, teacher_value
 from fastgen.config.catalogue import first_sentence, head_comment
@@ -153,8 +153,7 @@ def recipes(documents: list[dict]) -> str:
     for file in _files("recipes"):
         cfg = validate(read_files([str(file)]))
         group = [d for d in documents if d["recipe"] == file.stem]
-        methods = "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages()))
-        row = [_link(file), methods, cfg.student.kind, *_result(group, documents)]
+        row = [_link(file), methods_of(cfg), cfg.student.kind, *_result(group, documents)]
         tables.setdefault(teacher_name(cfg, file.stem), []).append(row)
     header = ("recipe", "method", "student", "steps", "fd_mini", "teacher", "of teacher", "evidence")
     lines = []

@@ -106,7 +106,7 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
     flag = f" --train.seed {cfg.train.seed}" if cfg.train.seed != wanted.train.seed else ""
     document = {
         "recipe": recipe,
-        "objective": "+".join(dict.fromkeys(s.objective.name for s in cfg.all_stages())),
+        "objective": methods_of(cfg),
         "teacher": teacher_name(cfg, recipe),
         "student": cfg.student.kind,
         "seed": cfg.train.seed,
@@ -120,6 +120,12 @@ def record(run_dir: str | Path, recipe: str, seed: int | None = None, folder: Pa
     if not suffix:  # one picture a recipe
         write_thumbnail(run, target.with_suffix(".webp"))
     return target
+
+
+def methods_of(cfg: RunConfig) -> str:
+    """The methods of a run's stages, each where it comes last: vsd, sds, vsd is "sds+vsd"."""
+    backwards = dict.fromkeys(s.objective.name for s in reversed(cfg.all_stages()))
+    return "+".join(reversed(backwards))
 
 
 FREE = ("output_dir", "train.num_threads", "train.seed")

@@ -65,10 +65,27 @@ def paper(method: str) -> str:
     return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
 
 
+def _credited(method: str, documents: list[dict]) -> list[dict]:
+    """Per teacher, the runs whose number is this method's: recipes that end in it, else variants of such
+    recipes, else those where it is an earlier stage.
+    """
+
+    def rank(document: dict) -> int:
+        if document["objective"].split("+")[-1] != method:
+            return 2
+        return int("+" in document["recipe"])
+
+    own = [d for d in documents if method in d["objective"].split("+")]
+    best: dict[str, int] = {}
+    for document in own:
+        best[document["teacher"]] = min(rank(document), best.get(document["teacher"], 2))
+    return [d for d in own if rank(d) == best[d["teacher"]]]
+
+
 def _reached(method: str, documents: list[dict]):
     """(mean distance over the seeds, NFE, metric, one of the documents) of every student of a method."""
     found: dict[tuple, list[tuple[float, dict]]] = {}
-    for document in (d for d in documents if method in d["objective"].split("+")):
+    for document in _credited(method, documents):
         metric = distance([document])
         for row in (r for r in _students(document) if metric in r):
             of = (document["teacher"], document["recipe"], row.get("nfe"), metric)

@@ -192,6 +192,22 @@ def test_the_ratio_is_to_a_teacher_of_as_many_samples():
     assert ladder._best("dmd2", [few, fair]).startswith("0.50")
 
 
+def test_a_method_is_credited_with_the_recipes_that_end_in_it():
+    def document(recipe, objective, value, teacher="digits"):
+        return {"recipe": recipe, "objective": objective, "teacher": teacher, "results": results(value)}
+
+    own, stages = document("a", "vsd", 4.0), document("b", "vsd+sds", 3.0)
+    variant, elsewhere = document("b+no_geometry", "vsd", 2.0), document("c", "vsd+sds", 5.0, "fashion")
+    shown = ladder._p3("vsd", [own, stages, variant, elsewhere])
+    assert shown.startswith("digits 4 at NFE 1") and "; fashion 5 at NFE 1" in shown
+    assert ladder._p3("vsd", [stages, variant]).startswith("digits 2 ")
+    assert ladder._p3("sds", [own, stages]).startswith("digits 3 ")
+
+
+def test_the_methods_of_a_run_end_with_that_of_its_last_stage():
+    assert evidence.methods_of(evidence.load_recipe("solids-sd_vsd_stages")) == "sds+vsd"
+
+
 def test_ladder_reads_the_tests_that_exist(tmp_path):
     (tmp_path / "objectives").mkdir()
     own = "import pytest\ndef test_p1_a(): ...\n@pytest.mark.skip\ndef test_p2_b(): ...\n"
