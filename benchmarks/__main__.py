@@ -6,6 +6,7 @@
   python -m benchmarks sampling   seconds per image of teacher and student over their ratio of network calls
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
+  python -m benchmarks channels   seconds of a pass with convolutions channels-last over the usual order
   python -m benchmarks startup    seconds to `import fastgen` and to `train.py --help`
   python -m benchmarks frechet    a FID of 50,000 images with its interval: seconds and memory
   python -m benchmarks sqrtm      the distance of two Gaussians against scipy's matrix root
@@ -39,6 +40,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.channels import channels  # noqa: F401  (called by name)
 from benchmarks.data import data, table  # noqa: F401  (called by name)
 from benchmarks.faults import faults
 from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
@@ -275,6 +277,7 @@ NAMES = (
     "sampling",
     "jvp",
     "methods",
+    "channels",
     "startup",
     "prompts",
     "data",

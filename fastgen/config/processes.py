@@ -38,6 +38,7 @@ def _check_sharding(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> Non
     found = {
         "teacher.quantization": cfg.teacher.quantization is not None,
         "train.mixed_precision": cfg.train.mixed_precision == "fp16",
+        "train.channels_last": cfg.train.channels_last,
         "eval.keep": cfg.eval.keep == "best",
         "student.fuse": bool(cfg.student.fuse),
         "student.asset": cfg.student.asset is not None,

@@ -201,8 +201,8 @@ def check_copied(teacher: Teacher) -> None:
 
 def _save_net(net: Any, folder: Path, dtype) -> None:
     """save_pretrained in one dtype (it shards large models), without touching the network in use."""
-    before = {p.dtype for p in net.parameters()}
-    if before == {dtype}:
+    as_files = all(p.dtype == dtype and p.is_contiguous() for p in net.parameters())
+    if as_files:
         net.save_pretrained(folder, safe_serialization=True)
     else:
         copied = type(net).from_config(net.config)

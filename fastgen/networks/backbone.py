@@ -240,6 +240,12 @@ class Backbone(Denoiser):
             for block in self.repeated_blocks(part):
                 block.compile()
 
+    def channels_last(self) -> None:
+        """Put the weights of convolutions over images in channels-last order, without new parameters."""
+        for parameter in self.net.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
     def add_adapter(
         self, name: str, rank: int, alpha: float, targets: tuple[str, ...], rs: bool = False
     ) -> None:

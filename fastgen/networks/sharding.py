@@ -144,9 +144,11 @@ def everywhere(good: Tensor) -> Tensor:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole value, spread as the target is."""
+    """A whole value, spread and ordered in memory as the target is."""
     if not isinstance(target, DTensor):
-        return value
+        if value.stride() == target.stride():
+            return value
+        return torch.empty_like(target, dtype=value.dtype, device=value.device).copy_(value)
     placed = value.to(target.to_local().device)
     return distribute_tensor(placed, target.device_mesh, target.placements, src_data_rank=None)
 

@@ -133,15 +133,15 @@ class Cast:
             quantize(base.family, base.net, self.teacher_cfg.quantization, self.device)
 
     def _prepare_networks(self) -> None:
-        """Attention kernels, tiles of the autoencoder, compilation and gradient checkpointing."""
+        """Attention kernels, order of the weights, compilation and gradient checkpointing."""
         attention = self.teacher_cfg.attention
-        for backbone in self.backbones():
-            if isinstance(backbone, Backbone):
-                backbone.attention = check_attention(backbone.net, attention, self.device)
-        for backbone in self.backbones():
-            if isinstance(backbone, Backbone) and self.train_cfg.compile_blocks:
+        for backbone in (b for b in self.backbones() if isinstance(b, Backbone)):
+            backbone.attention = check_attention(backbone.net, attention, self.device)
+            if self.train_cfg.channels_last:
+                backbone.channels_last()
+            if self.train_cfg.compile_blocks:
                 backbone.compile_blocks()
-            elif isinstance(backbone, Backbone) and self.train_cfg.compile:
+            elif self.train_cfg.compile:
                 backbone.net.compile()  # in place: parameter names and hooks stay as they are
         if self.train_cfg.gradient_checkpointing:
             for backbone in self.backbones():

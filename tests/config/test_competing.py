@@ -116,8 +116,8 @@ PLAIN = {
     "data.sources": "images table dataset shards split image_column text_column label_column weight",
     "train": (
         "train_batch_size gradient_accumulation_steps seed mixed_precision gradient_checkpointing "
-        "compile compile_blocks ema_decay log_steps validation_steps checkpointing_steps export_dtype "
-        "checkpoints_total_limit sharding shard_group context_parallel sharded_checkpoints "
+        "compile compile_blocks channels_last ema_decay log_steps validation_steps checkpointing_steps "
+        "export_dtype checkpoints_total_limit sharding shard_group context_parallel sharded_checkpoints "
         "async_checkpoints num_threads report_to"
     ),
     "eval": (
