@@ -2,7 +2,7 @@
 
   python -m benchmarks overhead   a DMD2 training step over the raw passes and optimizer steps it needs
   python -m benchmarks memory     teacher + student + critic as adapters over one adapter being trained,
-    >= 100M parameters
+    >= 100M parameters; a cycle of DMD2 with its GAN above its networks
   python -m benchmarks sampling   seconds per image of teacher and student over their ratio of network calls
   python -m benchmarks methods    seconds per step of every method on one network, over its raw passes
   python -m benchmarks jvp        a continuous-time consistency step over a plain forward and backward pass
@@ -47,6 +47,7 @@ from benchmarks.frechet import frechet, sqrtm  # noqa: F401  (called by name)
 from benchmarks.gpu import gpu
 from benchmarks.jvp import jvp  # noqa: F401  (called by name)
 from benchmarks.loading import loading  # noqa: F401  (called by name)
+from benchmarks.memory import child, memory
 from benchmarks.methods import methods  # noqa: F401  (called by name)
 from benchmarks.mutations import mutated
 from benchmarks.page import put
@@ -118,111 +119,6 @@ def overhead(rounds: int = 12) -> dict:
         "raw_seconds": statistics.median(times["raw"]),
         "rounds": rounds,
         "clock": "process time, one thread",
-    }
-
-
-LARGE_NET = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [256, 512],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
-    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
-    "transformer_layers_per_block": 2,
-}
-LARGE = {
-    "net": LARGE_NET,
-    "scheduler": {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-    },
-}
-
-
-def _memory_child(mode: str) -> None:
-    """Peak resident megabytes above the libraries' own, of one LoRA being trained (one) or DMD2 with
-    three roles (three).
-    """
-    import tempfile
-
-    import psutil
-    import torch
-    from accelerate import Accelerator
-
-    from fastgen.config.run import validate
-    from fastgen.data.loader import Data
-    from fastgen.training.assembly import make_cast, make_trainer
-
-    torch.set_num_threads(2)
-    lora = {"rank": 16, "lora_alpha": 16}
-    objective = {"name": "sft"} if mode == "one" else {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
-    cfg = validate(
-        {
-            "teacher": {"path": "", "blueprint": LARGE},
-            "student": {"kind": "lora", "lora": lora},
-            "critic": {"kind": "lora", "lora": lora},
-            "objective": objective,
-            "data": {"name": "fashion"},
-            "train": {
-                "train_batch_size": 4,
-                "max_train_steps": 3,
-                "validation_steps": 0,
-                "checkpointing_steps": 0,
-                "ema_decay": [],
-            },
-        }
-    )
-    base = psutil.Process().memory_info().rss
-    cast = make_cast(cfg)
-    cond = {"encoder_hidden_states": torch.randn(4, 16, 768)}
-    rows = Data(
-        torch.randn(64, 4, 16, 16),
-        cond,
-        torch.arange(64) % 4,
-        {k: v[:1] for k, v in cond.items()},
-        (4, 16, 16),
-    )
-    trainer = make_trainer(cfg, cast, rows, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
-    trainer.total = 10**9  # no final checkpoint in the measured window
-    trainer._begin(cfg.all_stages()[0])
-    for k, window in zip(range(3), rows.batches(4, 0, 1, trainer.rng, "cpu")):
-        trainer._micro_step(window[0], k, 0, 3)
-    peak = (
-        int(
-            next(
-                x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
-            ).split()[1]
-        )
-        * 1024
-    )
-    parameters = sum(p.numel() for n, p in cast.teacher.backbone.named_parameters() if "lora_" not in n)
-    print(json.dumps({"megabytes": (peak - base) / 2**20, "base_parameters": parameters}))
-
-
-def memory() -> dict:
-    """Peak of teacher + student + critic over one frozen base, against one adapter trained on that base."""
-    found = {}
-    for mode in ("one", "three"):
-        out = subprocess.run(
-            [sys.executable, "-m", "benchmarks", "memory", "--child", mode],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        assert out.returncode == 0, out.stderr
-        found[mode] = json.loads(out.stdout.strip().splitlines()[-1])
-    ratio = found["three"]["megabytes"] / found["one"]["megabytes"]
-    return {
-        "ratio": ratio,
-        "one_adapter_trained_mb": found["one"]["megabytes"],
-        "teacher_student_critic_mb": found["three"]["megabytes"],
-        "base_parameters": found["one"]["base_parameters"],
     }
 
 
@@ -309,7 +205,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="gpu, real_size: tiny networks, on a CPU")
     args = parser.parse_args()
     if args.child:
-        return _memory_child(args.child)
+        return child(args.child)
     if args.name == "mutations":
         result = mutated(args.only, args.quick, args.write)
     elif args.name == "real_size":
