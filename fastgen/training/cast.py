@@ -135,14 +135,14 @@ class Cast:
     def _prepare_networks(self) -> None:
         """Attention kernels, order of the weights, compilation and gradient checkpointing."""
         attention = self.teacher_cfg.attention
-        for backbone in (b for b in self.backbones() if isinstance(b, Backbone)):
-            backbone.attention = check_attention(backbone.net, attention, self.device)
+        for built in (b for b in self.backbones() if isinstance(b, Backbone)):
+            built.attention = check_attention(built.net, attention, self.device)
             if self.train_cfg.channels_last:
-                backbone.channels_last()
+                built.channels_last()
             if self.train_cfg.compile_blocks:
-                backbone.compile_blocks()
+                built.compile_blocks()
             elif self.train_cfg.compile:
-                backbone.net.compile()  # in place: parameter names and hooks stay as they are
+                built.net.compile()  # in place: parameter names and hooks stay as they are
         if self.train_cfg.gradient_checkpointing:
             for backbone in self.backbones():
                 backbone.enable_gradient_checkpointing()
