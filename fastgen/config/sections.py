@@ -227,8 +227,8 @@ class TrainConfig(Section):
     compile_blocks: bool = False
     """compile each kind of repeated block once, not whole networks: starts in a fraction of the time"""
     channels_last: bool = False
-    """keep the weights of convolutions over images in channels-last order, which CPUs and tensor cores are
-    faster in; exports are as without it
+    """keep the weights of convolutions over images in channels-last order, that of tensor cores; exports are
+    as without it
     """
     ema_decay: tuple[Decay, ...] = (0.995,)
     """decay rates of moving averages of the student's weights; the first average is validated and exported;
