@@ -5,12 +5,13 @@ how long a step waits for its batch.
 import argparse
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.timing import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "assets:teachers/fashion"
@@ -86,7 +87,7 @@ def steps(images: str) -> dict:
 
     torch.set_num_threads(1)
     started = psutil.Process().create_time()
-    before = time.time() - started, _peak()
+    before = time.time() - started, peak_bytes() / 1e6
     source = {"images": images} if images else {"name": "fashion"}
     trainer, windows = ready_trainer(
         {
@@ -113,14 +114,10 @@ def steps(images: str) -> dict:
         "first_step_seconds": round(first[0], 1),
         "first_step_cpu_seconds": round(first[1], 1),
         "libraries_megabytes": round(before[1]),
-        "peak_megabytes": round(_peak()),
+        "peak_megabytes": round(peak_bytes() / 1e6),
         "step_seconds": round(sum(whole[1:]) / STEPS, 4),
         "wait_share": round(sum(waits[1:]) / sum(whole[1:]), 4),
     }
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 
 if __name__ == "__main__":

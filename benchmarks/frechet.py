@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.timing import peak_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM, DIM, CHUNK = 50_000, 2048, 2000
 
@@ -48,17 +50,11 @@ def child() -> None:
     reference = statistics_of(_features(CHUNK, 0) for _ in range(2))
     start = time.process_time()
     estimate = frechet_estimate(features, reference)
-    middle, peak = time.process_time(), _peak_mb()
+    middle, peak = time.process_time(), peak_bytes() / 2**20
     estimate.interval()
     found = {"fid_seconds": middle - start, "interval_seconds": time.process_time() - middle}
-    found |= {"fid_peak_mb": peak, "interval_peak_mb": _peak_mb()}
+    found |= {"fid_peak_mb": peak, "interval_peak_mb": peak_bytes() / 2**20}
     print(json.dumps({**found, "features": NUM, "dimensions": DIM, "threads": 2}))
-
-
-def _peak_mb() -> float:
-    """The most that this process has held."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def sqrtm() -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.page import ROOT
-from benchmarks.real_size import peak
+from benchmarks.timing import peak_bytes
 
 LARGE_NET = {
     "_class_name": "UNet2DConditionModel",
@@ -88,7 +88,7 @@ def adapters(mode: str) -> dict:
     for k, window in zip(range(3), rows.batches(4, 0, 1, trainer.rng, "cpu")):
         trainer._micro_step(window[0], k, 0, 3)
     parameters = sum(p.numel() for n, p in cast.teacher.backbone.named_parameters() if "lora_" not in n)
-    return {"megabytes": (peak("cpu") - base) / 2**20, "base_parameters": parameters}
+    return {"megabytes": (peak_bytes() - base) / 2**20, "base_parameters": parameters}
 
 
 def cycle(batch: int = 128) -> dict:
@@ -114,7 +114,7 @@ def cycle(batch: int = 128) -> dict:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-    return {"megabytes": (peak("cpu") - base - states) / 2**20, "batch": batch}
+    return {"megabytes": (peak_bytes() - base - states) / 2**20, "batch": batch}
 
 
 def memory() -> dict:

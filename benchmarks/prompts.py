@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.timing import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "assets:teachers/tinted-sd"
@@ -52,8 +53,7 @@ def load(file: str, cache_dir: str) -> dict:
 
 
 def _needed() -> dict:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return {"cpu_seconds": round(time.process_time(), 1), "peak_megabytes": round(peak / 1e6)}
+    return {"cpu_seconds": round(time.process_time(), 1), "peak_megabytes": round(peak_bytes() / 1e6)}
 
 
 if __name__ == "__main__":

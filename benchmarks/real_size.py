@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import peak_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "assets/results/benchmarks/real_size.json"
 LORA = {"rank": 16, "lora_alpha": 16}
@@ -245,8 +247,7 @@ def peak(device: str) -> int:
     """Most bytes held so far, on the device."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return peak_bytes()
 
 
 def forget_peak() -> None:

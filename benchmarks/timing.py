@@ -1,4 +1,4 @@
-"""What the benchmarks share: functions timed in turn, and a trainer that stands before its first step."""
+"""What the benchmarks share: functions timed in turn, the peak of memory, a trainer before its first step."""
 
 import tempfile
 import time
@@ -22,6 +22,12 @@ def alternate(
             if after:
                 after()
     return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has held (Linux)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def ready_trainer(values: dict):
