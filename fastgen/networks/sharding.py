@@ -49,6 +49,25 @@ def of_first(value: Any) -> Any:
     return held[0]
 
 
+def least_of_all(count: int) -> int:
+    """The smallest of the counts that the processes have."""
+    held = [count] * processes()
+    if len(held) > 1:
+        torch.distributed.all_gather_object(held, count)
+    return min(held)
+
+
+def mean_of_all(values: Mapping[str, float]) -> dict[str, float]:
+    """Each value's mean over the processes that have it."""
+    held: list[Any] = [None] * processes()
+    if len(held) == 1:
+        return dict(values)
+    torch.distributed.all_gather_object(held, dict(values))
+    names = dict.fromkeys(name for one in held for name in one)
+    found = {name: [one[name] for one in held if name in one] for name in names}
+    return {name: sum(many) / len(many) for name, many in found.items()}
+
+
 def shard(backbones: Iterable[Denoiser], device: str | torch.device, mesh: DeviceMesh) -> None:
     """Spread every network over a mesh of parts, or of copies by parts (HSDP), block by block. Weights are
     those of the first process. UserError where a network is no model of diffusers.

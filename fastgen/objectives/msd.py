@@ -17,7 +17,8 @@ Differs
   first principal axis.
 - regression pairs of a DMD host are made for a student's own conditions; the paper lets every student see all
   pairs with their own labels.
-- a part without a row in the batch sits the step out: keep the batch a good multiple of K.
+- a part without a row in the batch sits the step out: keep the batch a good multiple of K. Of several
+  processes each takes as many rows of a part as the one that has fewest, so that all take part or none.
 """
 
 from dataclasses import replace
@@ -30,6 +31,7 @@ from torch import Tensor
 from fastgen.core.batch import Batch
 from fastgen.core.rng import Rng
 from fastgen.diffusion import losses
+from fastgen.networks.sharding import least_of_all
 from fastgen.objectives.base import (
     REGISTRY,
     AnyObjective,
@@ -126,6 +128,7 @@ class MSD(Objective, config=MSDConfig):
         part, seed = self.router(batch.cond), self.rng.generator.initial_seed()
         for j, host in self.hosts.items():
             rows = (part == j).nonzero()[:, 0]
+            rows = rows[: least_of_all(len(rows))]
             if not len(rows):
                 continue
             self.rng.generator.manual_seed(seed + 7919 * j)  # a stream of its own

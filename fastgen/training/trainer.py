@@ -27,11 +27,20 @@ from fastgen.data.loader import Data
 from fastgen.data.text import example_of
 from fastgen.networks.context_parallel import SplitSequences, ring_size, sum_over_groups
 from fastgen.networks.mesh import Layout, make_mesh, of_parts
-from fastgen.networks.sharding import clip_gradients, everywhere, gathered, like, own_parts, shard, wholes
+from fastgen.networks.sharding import (
+    clip_gradients,
+    everywhere,
+    gathered,
+    like,
+    mean_of_all,
+    own_parts,
+    shard,
+    wholes,
+)
 from fastgen.roles.roles import Player
 from fastgen.training import checkpoint
 from fastgen.training.cast import Cast
-from fastgen.training.optimizers import average_gradients, lr_factor, make_optimizer
+from fastgen.training.optimizers import average_gradients, lr_factor, make_optimizer, set_rate
 from fastgen.training.saving import Saver
 
 __all__ = ["NotFinite", "Trainer"]
@@ -214,8 +223,7 @@ class Trainer:
         if not torch.isfinite(norm) and self.acc.scaler is None:
             raise NotFinite(f"step {self.step}: gradient of {player} is {float(norm)}")
         lr = cfg.lr * lr_factor(cfg, k, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, lr)
         self.unchanged = False
         optimizer.step()
         optimizer.zero_grad()
@@ -237,7 +245,7 @@ class Trainer:
         if not (self.step % self.train_cfg.log_steps == 0 or self.step == 1 or self.step == self.total):
             bar.update()
             return
-        means = {n: sum(map(float, v)) / len(v) for n, v in self.logs.items()}
+        means = mean_of_all({n: sum(map(float, v)) / len(v) for n, v in self.logs.items()})
         self.logs.clear()
         record = {"step": self.step, "stage": stage.name, "seconds": round(self.seconds, 2), **means}
         record["steps_per_second"] = self.step / max(self.seconds, 1e-9)

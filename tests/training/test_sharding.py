@@ -14,7 +14,7 @@ from fastgen.core.errors import UserError
 from fastgen.core.paths import asset
 from fastgen.training import checkpoint
 from tests.support.heavier import first_of
-from tests.training.test_two_process import assert_same, launch_two, state
+from tests.training.test_two_process import assert_same, assert_same_losses, launch_two, state
 
 DRIVER = """
 import os, sys, torch
@@ -104,6 +104,38 @@ def test_two_processes_with_a_part_each_equal_one(name, tmp_path):
     assert [f.name for f in files[0]] == [f.name for f in files[1]] and files[0]
     for a, b in zip(*files):
         assert_same(load_file(a), load_file(b), rtol=1e-3, atol=2e-5)
+
+
+RELATIVE = {"adapters": 1e-5}
+"""bounds where 1e-6 is less than the rounding of a small loss makes"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_of_twenty_steps_are_those_of_one_process(name, tmp_path):
+    slow = {"lr": 1e-4, "eps": 1e-3}
+    run = {**RUNS[name], "optim": {"student": slow, "critic": slow}, "eval": {"num_samples": 0}}
+    for file, batch, more in (("one", 8, {}), ("two", 4, {"sharding": "fsdp"})):
+        values = settings(run, batch, {"validation_steps": 0, "log_steps": 1, **more}, steps=20)
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
+    launch_two(tmp_path, DRIVER)
+    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=RELATIVE.get(name, 1e-6))
+
+
+@pytest.mark.slow
+def test_students_whose_conditions_one_process_lacks_sit_out_on_all(tmp_path):
+    """Three students, four rows a process: without agreement one would wait for the other for ever."""
+    host = {"name": "dmd2", "gan_weight": 0.0, "student_every": 2}
+    objective = {"name": "msd", "num_students": 3, "host": host}
+    run = {"objective": objective, "optim": {"student": EPS, "critic": EPS}, "eval": {"num_samples": 0}}
+    values = settings(run, 4, {"sharding": "fsdp", "validation_steps": 0, "log_steps": 1}, steps=8)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    launch_two(tmp_path, DRIVER)
+    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    trained = [{n for n in line if n.startswith("critic") and n.endswith("/loss")} for line in lines]
+    assert set().union(*trained) == {f"critic{j}/loss" for j in range(3)}
+    assert any(len(found) < 3 for found in trained)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Two gloo processes give the parameters of one process with twice the batch."""
 
+import json
 import os
 import socket
 import subprocess
@@ -68,6 +69,17 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return dict(checkpoint.load(folder / f"checkpoints/checkpoint-{step}")[0])
 
 
+def assert_same_losses(one: Path, two: Path, rel: float) -> None:
+    """Every line of metrics.jsonl has the same losses, means over the samples of all processes."""
+    found = []
+    for folder in (one, two):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append([{n: v for n, v in line.items() if n.endswith("/loss")} for line in lines])
+    assert any(found[0]) and len(found[0]) == len(found[1])
+    for a, b in zip(*found):
+        assert a == pytest.approx(b, rel=rel)
+
+
 def assert_same(one: dict, two: dict, rtol: float, atol: float) -> None:
     """The same tensors under the same names."""
     assert one.keys() == two.keys()
@@ -77,7 +89,7 @@ def assert_same(one: dict, two: dict, rtol: float, atol: float) -> None:
 
 @pytest.mark.parametrize("name", first_of(METHODS))
 def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
-    """In what they train, and in the pictures of a validation, which both draw."""
+    """In what they train and log, and in the pictures of a validation, which both draw."""
     values = {
         "teacher": {"path": "assets:teachers/digits", "num_steps": 2},
         "objective": METHODS[name],
@@ -93,6 +105,7 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tmp_path):
     assert main(["--config", str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / "one")]) == 0
     launch_two(tmp_path, COUNTED)
     assert_same(state(tmp_path / "one", 4), state(tmp_path / "two", 4), rtol=1e-3, atol=2e-5)
+    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=1e-3)
     for picture in ("teacher.png", "step_000000.png"):
         one, two = ((tmp_path / f / "samples" / picture).read_bytes() for f in ("one", "two"))
         assert one == two, picture
