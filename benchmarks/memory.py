@@ -1,11 +1,13 @@
 """Peaks of memory, each of a process of its own: three networks as adapters over one base beside one adapter
-being trained, and a cycle of DMD2 with its GAN above the networks it has built.
+being trained, that adapter with activations kept or recomputed in part or whole, and a cycle of DMD2 with its
+GAN above the networks it has built.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -37,14 +39,18 @@ LARGE = {
 }
 
 
+RECOMPUTED = {"none": False, "selective": "selective", "full": True}
+"""settings of train.gradient_checkpointing, by the name of the policy"""
+
+
 def child(mode: str) -> None:
-    """Print what a process of its own measures: "one", "three" or "cycle"."""
+    """Print what a process of its own measures: "one", "three", a policy of recomputation or "cycle"."""
     print(json.dumps(cycle() if mode == "cycle" else adapters(mode)))
 
 
 def adapters(mode: str) -> dict:
-    """Peak resident megabytes above the libraries' own, of one LoRA being trained (one) or DMD2 with three
-    roles (three).
+    """Peak resident megabytes above the libraries' own, and CPU seconds of a step, of one LoRA being trained
+    (one; none, selective and full at a larger batch) or DMD2 with three roles (three).
     """
     import torch
     from accelerate import Accelerator
@@ -55,7 +61,9 @@ def adapters(mode: str) -> dict:
 
     torch.set_num_threads(2)
     lora = {"rank": 16, "lora_alpha": 16}
-    objective = {"name": "sft"} if mode == "one" else {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
+    dmd2 = {"name": "dmd2", "gan_weight": 0.0, "student_every": 1}
+    objective = dmd2 if mode == "three" else {"name": "sft"}
+    batch = 24 if mode in RECOMPUTED else 4
     cfg = validate(
         {
             "teacher": {"path": "", "blueprint": LARGE},
@@ -64,7 +72,8 @@ def adapters(mode: str) -> dict:
             "objective": objective,
             "data": {"name": "fashion"},
             "train": {
-                "train_batch_size": 4,
+                "train_batch_size": batch,
+                "gradient_checkpointing": RECOMPUTED.get(mode, False),
                 "max_train_steps": 3,
                 "validation_steps": 0,
                 "checkpointing_steps": 0,
@@ -85,10 +94,14 @@ def adapters(mode: str) -> dict:
     trainer = make_trainer(cfg, cast, rows, Path(tempfile.mkdtemp()), Accelerator(cpu=True))
     trainer.total = 10**9  # no final checkpoint in the measured window
     trainer._begin(cfg.all_stages()[0])
-    for k, window in zip(range(3), rows.batches(4, 0, 1, trainer.rng, "cpu")):
+    spent = []
+    for k, window in zip(range(3), rows.batches(batch, 0, 1, trainer.rng, "cpu")):
+        before = time.process_time()
         trainer._micro_step(window[0], k, 0, 3)
+        spent.append(time.process_time() - before)
     parameters = sum(p.numel() for n, p in cast.teacher.backbone.named_parameters() if "lora_" not in n)
-    return {"megabytes": (peak_bytes() - base) / 2**20, "base_parameters": parameters}
+    megabytes = (peak_bytes() - base) / 2**20
+    return {"megabytes": megabytes, "base_parameters": parameters, "cpu_seconds": min(spent)}
 
 
 def cycle(batch: int = 128) -> dict:
@@ -120,7 +133,7 @@ def cycle(batch: int = 128) -> dict:
 def memory() -> dict:
     """Peak of teacher + student + critic over one base, against one adapter on that base; DMD2's cycle."""
     found = {}
-    for mode in ("one", "three", "cycle"):
+    for mode in ("one", "three", *RECOMPUTED, "cycle"):
         out = subprocess.run(
             [sys.executable, "-m", "benchmarks", "memory", "--child", mode],
             capture_output=True,
@@ -135,6 +148,10 @@ def memory() -> dict:
         "one_adapter_trained_mb": found["one"]["megabytes"],
         "teacher_student_critic_mb": found["three"]["megabytes"],
         "base_parameters": found["one"]["base_parameters"],
+        "recomputed_mb": {mode: found[mode]["megabytes"] for mode in RECOMPUTED},
+        "recomputed_seconds_over_none": {
+            mode: found[mode]["cpu_seconds"] / found["none"]["cpu_seconds"] for mode in RECOMPUTED
+        },
         "dmd2_cycle_mb": found["cycle"]["megabytes"],
         "dmd2_cycle_batch": found["cycle"]["batch"],
     }

@@ -20,7 +20,7 @@ class Optional(NamedTuple):
 
 OPTIONAL = (
     Optional("bitsandbytes", "quant", "teacher.quantization nf4; optim.student.name adamw8bit, on CUDA"),
-    Optional("torchao", "quant", "teacher.quantization int8, fp8"),
+    Optional("torchao", "quant", "teacher.quantization int8, fp8; optim.student.name adamw8bit_torchao"),
     Optional("xformers", "gpu", "teacher.attention xformers, on CUDA"),
     Optional("open_clip", "eval", "fastgen eval --metrics clip hps"),
     Optional("torch_fidelity", "eval", "fastgen eval --metrics fid kid"),

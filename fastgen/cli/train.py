@@ -351,6 +351,8 @@ def _check_libraries(cfg) -> None:
         for player, optim in stage.optim:
             if optim.name == "adamw8bit":
                 need("bitsandbytes", f"optim.{player}.name: adamw8bit", "gpu")
+            if optim.name == "adamw8bit_torchao":
+                need("torchao", f"optim.{player}.name: adamw8bit_torchao", "quant")
     if cfg.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError(
             "train.mixed_precision", "found 'fp16' without a GPU", "use no or bf16, which a CPU can compute"

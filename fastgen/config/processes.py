@@ -1,6 +1,8 @@
-"""What networks or samples that are spread over processes cannot be combined with, said at the start."""
+"""What networks that are spread over processes or kept in the machine's memory, and samples that are computed
+in parts, cannot be combined with; said at the start.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastgen.config.sections import EvalConfig, StudentConfig, TeacherConfig, TrainConfig
@@ -17,14 +19,19 @@ class Sections:
     eval: EvalConfig
 
 
-def check_processes(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> None:
-    """Raises ValueError, which names the key."""
+def check_processes(
+    cfg: Sections, objectives: Sequence[ObjectiveConfig], optimizers: Collection[str]
+) -> None:
+    """Raises ValueError, which names the key; `optimizers` by name."""
     if cfg.train.sharding:
         _check_sharding(cfg, objectives)
+        _refuse({"optim.name adamw8bit_torchao": "adamw8bit_torchao" in optimizers}, "train.sharding fsdp")
     else:
         for key in ("shard_group", "sharded_checkpoints"):
             if getattr(cfg.train, key):
                 raise ValueError(f"train.{key}: only with train.sharding fsdp; add it, or leave this out")
+    if cfg.teacher.offload:
+        _check_offload(cfg)
     if cfg.train.context_parallel:
         _check_context_parallel(cfg, objectives)
 
@@ -50,6 +57,16 @@ def _check_sharding(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> Non
                 f"objective.tangent.method: found exact for {one.name}, which train.sharding fsdp cannot "
                 "differentiate; use difference"
             )
+
+
+def _check_offload(cfg: Sections) -> None:
+    found = {
+        "teacher.quantization": cfg.teacher.quantization is not None,
+        "train.sharding": cfg.train.sharding is not None,
+        "train.compile": cfg.train.compile,
+        "train.compile_blocks": cfg.train.compile_blocks,
+    }
+    _refuse(found, "teacher.offload")
 
 
 def _check_context_parallel(cfg: Sections, objectives: Sequence[ObjectiveConfig]) -> None:

@@ -153,7 +153,8 @@ class RunConfig(Section):
         self._check_asset()
         self._check_causal()
         sections = Sections(self.train, self.teacher, self.student, self.eval)
-        check_processes(sections, [s.objective for s in self.all_stages()])
+        optimizers = {one.name for s in self.all_stages() for _, one in s.optim}
+        check_processes(sections, [s.objective for s in self.all_stages()], optimizers)
         self._check_accumulation()
         self._check_data()
         return self

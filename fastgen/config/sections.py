@@ -30,6 +30,10 @@ class TeacherConfig(Section):
     """store the linear layers of the frozen teacher in 8 bits (torchao) or 4 (bitsandbytes): a base for
     adapters that takes a half or a quarter of bf16's memory. Every role must be an adapter
     """
+    offload: bool = False
+    """keep the large frozen weights of networks and autoencoder in the machine's memory, each layer's on the
+    card for its own passes alone; with train.gradient_checkpointing a graph holds those of one block
+    """
     height: int | None = Field(default=None, ge=1, le=65_536)
     """image height in pixels; null is the size that the network was trained for"""
     width: int | None = Field(default=None, ge=1, le=65_536)
@@ -178,8 +182,10 @@ class PlayerOptim(Section):
     """epsilon of Adam"""
     weight_decay: float = Field(default=0.0, ge=0)
     """decoupled weight decay"""
-    name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
-    """optimizer; adamw8bit needs the package bitsandbytes and a CUDA GPU"""
+    name: Literal["adamw", "radam", "adamw8bit", "adamw8bit_torchao"] = "adamw"
+    """optimizer; adamw8bit keeps its states in 8 bits and needs the package bitsandbytes and a CUDA GPU,
+    adamw8bit_torchao the package torchao and any device
+    """
     fused: bool = False
     """update all weights in one kernel (adamw): faster, and rounded otherwise"""
     clip: float = Field(default=1.0, ge=0)
@@ -220,8 +226,10 @@ class TrainConfig(Section):
     """seed of all random numbers in training"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """precision of the networks' computations (autocast); losses and noise schedules are in float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """recompute the activations of each block in the backward pass: less memory, more time; selective keeps
+    what products, convolutions and attention gave, and recomputes what is cheap
+    """
     compile: bool = False
     """compile the networks with torch.compile"""
     compile_blocks: bool = False

@@ -25,6 +25,7 @@ from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.guidance_adapters import Control, GuidanceAdapter, attach, attention_layers
 from fastgen.networks.linear_attention import guard
 from fastgen.networks.lora_targets import adapter_layers
+from fastgen.networks.recomputing import keep_costly
 
 __all__ = ["Backbone", "Cond", "Family"]
 
@@ -345,11 +346,13 @@ class Backbone(Denoiser):
             for layer, scale in zip(layers, own):
                 layer.scaling[name] = scale
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, with the adapter that the forward pass used."""
+    def enable_gradient_checkpointing(self, selective: bool = False) -> None:
+        """Recompute activations in the backward pass, with the adapter that the forward pass used; selective
+        keeps those of costly operations.
+        """
         for part in self.family.parts(self.net).values():
             if not part._supports_gradient_checkpointing:
-                found = f"found true, which diffusers' {type(part).__name__} does not support"
+                found = f"found it on, which diffusers' {type(part).__name__} does not support"
                 raise UserError("train.gradient_checkpointing", found, "set it to false")
 
         def recompute(function, *args):
@@ -364,6 +367,7 @@ class Backbone(Denoiser):
                 with self.using(adapter), again, over, kernel(self.attention):
                     return function(*inputs)
 
-            return checkpoint(run, *args, use_reentrant=False)
+            contexts: dict[str, Any] = {"context_fn": keep_costly} if selective else {}
+            return checkpoint(run, *args, use_reentrant=False, **contexts)
 
         self.net.enable_gradient_checkpointing(recompute)

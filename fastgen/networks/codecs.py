@@ -335,22 +335,21 @@ def _token_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
 
 def encode_latents(family: Family, vae, images: Tensor) -> Tensor:
     """x0 of images in [-1, 1]; differentiable."""
-    with _no_overflow(vae):
+    with _no_overflow(vae, images.device.type):
         return family.normalise(vae, family.to_latents(vae, images.to(vae.dtype)).float()).contiguous()
 
 
 def decode_latents(family: Family, vae, x0: Tensor) -> Tensor:
     """Images in [0, 1] of x0."""
-    with _no_overflow(vae):
+    with _no_overflow(vae, x0.device.type):
         latents = family.denormalise(vae, x0).to(vae.dtype)
         return (family.decode(vae, latents).float() / 2 + 0.5).clamp(0, 1)
 
 
-def _no_overflow(vae) -> AbstractContextManager[Any]:
+def _no_overflow(vae, device: str) -> AbstractContextManager[Any]:
     """Without autocast where that is to float16 and the autoencoder would overflow it: its config says
     force_upcast, or it has linear attention.
     """
-    device = vae.device.type
     if not float16_autocast(device):
         return nullcontext()
     upcast = getattr(getattr(vae, "config", None), "force_upcast", False) or linear_attention(vae)

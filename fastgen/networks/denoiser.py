@@ -93,7 +93,7 @@ class Denoiser(nn.Module):
     def add_camera(self, adapter: str | None) -> None:
         """Make the camera, cond["c2w"] [B, 16], an input; networks that have no place for it go without."""
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, selective: bool = False) -> None:
         """Recompute activations in the backward pass; networks without blocks keep them."""
 
     def named_weights(self) -> dict[str, nn.Parameter]:

@@ -28,7 +28,6 @@ from fastgen.diffusion.schedules import VP, Schedule
 from fastgen.export.assets import shown_prompts
 from fastgen.export.scheduler import scheduler_setup
 from fastgen.families.parts import changed_config
-from fastgen.networks.attention import check as check_attention
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import TextCodec, switch_vae
 from fastgen.networks.denoiser import Denoiser
@@ -47,6 +46,7 @@ from fastgen.threed.generators import generated, text_width
 from fastgen.threed.student import AssetStudent
 from fastgen.training.auxiliaries import make_auxiliary
 from fastgen.training.checks import check_fits, check_quantized
+from fastgen.training.preparing import offload_frozen, prepare_networks
 
 
 def load_configured(
@@ -93,8 +93,7 @@ class Cast:
         self.teacher_cfg, self.student_cfg, self.critic_cfg, self.train_cfg = teacher, student, critic, train
         self.stages = stages
         self.device = "cpu" if is_analytic(teacher.path) and str(device) == "meta" else device
-        spread = train.sharding and not is_analytic(teacher.path)
-        self.place = before_sharding(self.device) if spread else self.device  # of networks, as they are made
+        self.place = self._place()  # of networks, as they are made
         torch.manual_seed(train.seed)  # an untrained blueprint draws its weights here
         self.teacher = self._load(null)
         check_fits(self.teacher, teacher, student, stages)
@@ -107,7 +106,14 @@ class Cast:
         self.parts: dict[str, Part] = {"teacher": Role(self.teacher.backbone)}
         self.teacher.backbone.requires_grad_(False).eval()
         self._make_roles()
-        self._prepare_networks()
+        prepare_networks(self.backbones(), teacher, train, self.device)
+        if teacher.offload and str(self.device) not in ("cpu", "meta"):
+            offload_frozen(self.backbones(), self.teacher.codec.vae, self.parts, self.device)
+
+    def _place(self) -> Any:
+        if self.train_cfg.sharding and not is_analytic(self.teacher_cfg.path):
+            return before_sharding(self.device)
+        return "cpu" if self.teacher_cfg.offload and str(self.device) != "meta" else self.device
 
     def _load(self, null: Cond | None) -> Teacher:
         return load_configured(self.teacher_cfg, self.device, null, self.place)
@@ -131,21 +137,6 @@ class Cast:
         if self.teacher_cfg.quantization and str(self.device) != "meta":
             base = self.teacher.network
             quantize(base.family, base.net, self.teacher_cfg.quantization, self.device)
-
-    def _prepare_networks(self) -> None:
-        """Attention kernels, order of the weights, compilation and gradient checkpointing."""
-        attention = self.teacher_cfg.attention
-        for built in (b for b in self.backbones() if isinstance(b, Backbone)):
-            built.attention = check_attention(built.net, attention, self.device)
-            if self.train_cfg.channels_last:
-                built.channels_last()
-            if self.train_cfg.compile_blocks:
-                built.compile_blocks()
-            elif self.train_cfg.compile:
-                built.net.compile()  # in place: parameter names and hooks stay as they are
-        if self.train_cfg.gradient_checkpointing:
-            for backbone in self.backbones():
-                backbone.enable_gradient_checkpointing()
 
     @property
     def student(self) -> Student:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastgen.core.errors import UserError, warn
 from fastgen.core.files import disk_error, sha256, sync_folder, to_json, write_text
 from fastgen.networks.sharding import like
 from fastgen.training import fingerprint
+from fastgen.training.optimizers import coded_again, plain_tensors
 from fastgen.training.stored_tensors import TENSORS, StoredTensors, is_tensors, write
 
 STATE, SUMS = "state.json", "checksums.json"
@@ -250,11 +252,12 @@ def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: list[str], prefix: str
 ) -> tuple[dict[str, Tensor], dict]:
     """Optimizer state as named tensors and a JSON rest."""
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{prefix}/{names[index]}/{key}"] = value
+                tensors |= {f"{prefix}/{names[index]}/{k}": v for k, v in plain_tensors(key, value).items()}
             else:
                 rest[f"{prefix}/{names[index]}/{key}"] = value
     return tensors, rest
@@ -277,4 +280,6 @@ def restore_optimizer(
             if isinstance(value, Tensor) and value.shape == parameters[name].shape:
                 value = like(value, parameters[name])
             state.setdefault(index[name], {})[key] = value
+    types = [p.dtype for p in parameters.values()]
+    state = {i: coded_again(found, types[i]) for i, found in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -38,6 +38,7 @@ FREE = (
     "channels_last",
     "sharding",
     "shard_group",
+    "offload",
     "version",
 )
 """last or first words of keys whose change is reported and never refused"""

@@ -6,12 +6,16 @@ python -m fastgen.training.memory --write    into docs/memory.md (a test holds i
 
 import math
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgen.config.parse import merge, read_files
 from fastgen.config.run import StageConfig, validate
@@ -20,12 +24,16 @@ from fastgen.core.paths import config
 from fastgen.families.parts import compute_dtype
 from fastgen.networks.backbone import Backbone
 from fastgen.networks.codecs import TextCodec
+from fastgen.networks.offload import layers_to_offload
 from fastgen.networks.quantization import layers_to_quantize, quantized_bytes, stored_tensors
+from fastgen.networks.recomputing import is_costly
 from fastgen.objectives import requirements_of
-from fastgen.roles.roles import Role
+from fastgen.roles.roles import Role, learned
 from fastgen.threed.generators import TEXT, GeneratedAssets
 from fastgen.training.assembly import make_cast
 from fastgen.training.cast import Cast
+from fastgen.training.optimizers import state_bytes
+from fastgen.training.preparing import trained
 
 BYTES = 4  # gradients, optimizer states and averages are float32
 GIB = 2**30
@@ -64,11 +72,7 @@ def estimate(cast: Cast, train: TrainConfig) -> Memory:
     """Weights, gradients, Adam's two states and averages exactly; activations as autograd keeps them."""
     codec = cast.teacher.codec
     vae, whole = _bytes(codec.vae), _bytes(codec)
-    trained = sum(
-        sum(p.numel() for p in r.trainable().values())
-        for n, r in cast.parts.items()
-        if n != "teacher" and isinstance(r, Role)
-    )
+    counts = _learned(cast)
     heads = sum(p.numel() for m in cast.parts.values() if isinstance(m, nn.Module) for p in m.parameters())
     size, passes = _activations(cast, train.gradient_checkpointing)
     batch, student = train.train_batch_size, cast.student
@@ -77,14 +81,28 @@ def estimate(cast: Cast, train: TrainConfig) -> Memory:
     rows = {
         "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
         - saved_by(cast, cast.teacher_cfg.quantization)
+        - saved_by_offload(cast)
         + vae
         + heads * BYTES,
-        "gradients": (trained + heads) * BYTES,
-        "Adam states": 2 * (trained + heads) * BYTES,
+        "gradients": sum(counts.values()) * BYTES,
+        "Adam states": 2 * sum(num * _state_bytes(cast, name) for name, num in counts.items()),
         "EMA": len(train.ema_decay) * averaged * BYTES,
         f"activations (estimate: one pass x {passes} x batch {batch})": size * passes * batch * half,
     }
     return Memory(rows, whole - vae)
+
+
+def _learned(cast: Cast) -> dict[str, int]:
+    """Numbers of trained weights by part: roles, and modules that are no denoiser, such as heads."""
+    parts = {n: p for n, p in cast.parts.items() if n != "teacher" and isinstance(p, Role | nn.Module)}
+    return {n: sum(p.numel() for p in learned(part).values()) for n, part in parts.items()}
+
+
+def _state_bytes(cast: Cast, part: str) -> float:
+    """Bytes of one of Adam's states of a weight of this part, which the last stage's optimizer moves."""
+    optim = cast.stages[-1].optim
+    player = part.rstrip("0123456789")
+    return state_bytes(getattr(optim, player if player in type(optim).model_fields else "critic"))
 
 
 def _bytes(module: nn.Module | None) -> int:
@@ -100,6 +118,20 @@ def saved_by(cast: Cast, kind: str | None) -> float:
     base = cast.teacher.network
     layers = layers_to_quantize(base.family, base.net).values()
     return sum(v.weight.numel() * v.weight.element_size() - quantized_bytes(v, kind) for v in layers)
+
+
+def saved_by_offload(cast: Cast) -> float:
+    """What frozen weights take less where one layer of them is on the card at a time."""
+    if not cast.teacher_cfg.offload:
+        return 0.0
+    kept = trained(cast.parts)
+    nets = [(b, kept) for b in cast.backbones()] + [(vae, set()) for vae in [cast.teacher.codec.vae] if vae]
+    sizes = [
+        sum(p.numel() * p.element_size() for p in weights)
+        for net, own in nets
+        for _, weights in layers_to_offload(net, own)
+    ]
+    return float(sum(sizes) - max(sizes, default=0))
 
 
 def _dtype(role: Role):
@@ -118,14 +150,36 @@ class _Fused(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch would choose the kernel that keeps every attention weight."""
+    """On the meta device PyTorch would choose the kernel that keeps every attention weight. `seen` is given
+    the results.
+    """
+
+    def __init__(self, seen: Callable[[Tensor], Any] = lambda out: None):
+        super().__init__()
+        self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
             if given["query"].is_meta:
-                return _Fused.apply(given["query"], given["key"], given["value"])
+                out = _Fused.apply(given["query"], given["key"], given["value"])
+                self.seen(out)
+                return out
         return func(*args, **(kwargs or {}))
+
+
+class _CostlyResults(TorchDispatchMode):
+    """Gives `seen` what selective checkpointing keeps."""
+
+    def __init__(self, seen: Callable[[Tensor], Any]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if is_costly(func, args):
+            self.seen(out[0] if isinstance(out, tuple) else out)
+        return out
 
 
 class _Kept:
@@ -144,11 +198,11 @@ class _Kept:
         return sum(v.untyped_storage().nbytes() for k, v in self.tensors.items() if k not in self.own)
 
 
-def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
+def _activations(cast: Cast, checkpointing: bool | str) -> tuple[int, int]:
     """(bytes autograd keeps for one sample's pass through the student, passes with a graph in one turn).
 
-    With gradient checkpointing: what enters each block, and the inside of the largest, alive while it is
-    recomputed.
+    With gradient checkpointing: what enters each block, of selective one also what is costly to compute, and
+    the inside of the largest block, alive while it is recomputed.
     """
     codec, device = cast.teacher.codec, cast.device
     student: Role = cast.student
@@ -167,7 +221,9 @@ def _activations(cast: Cast, checkpointing: bool) -> tuple[int, int]:
             if isinstance(arg, Tensor):
                 kept(arg)
         inner = _Kept(own | set(kept.tensors))
-        with torch.autograd.graph.saved_tensors_hooks(inner, lambda x: x):
+        selective = checkpointing == "selective"
+        fused, others = (_FusedAttention(kept), _CostlyResults(kept)) if selective else (nullcontext(),) * 2
+        with torch.autograd.graph.saved_tensors_hooks(inner, lambda x: x), fused, others:
             out = function(*args)
         inside[0] = max(inside[0], inner.size)
         return out

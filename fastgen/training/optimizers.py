@@ -14,20 +14,16 @@ from fastgen.core.errors import UserError
 
 def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Optimizer:
     """The optimizer of one player."""
-    if cfg.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                "optim.name", "adamw8bit needs bitsandbytes", 'pip install "fastgen-distill[gpu]"'
-            ) from None
-        return AdamW8bit(parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay)
     given: dict[str, Any] = {
         "lr": cfg.lr,
         "betas": cfg.betas,
         "eps": cfg.eps,
         "weight_decay": cfg.weight_decay,
     }
+    if cfg.name == "adamw8bit":
+        return _bitsandbytes().AdamW8bit(parameters, **given)
+    if cfg.name == "adamw8bit_torchao":
+        return _torchao().AdamW8bit(parameters, **given)
     if cfg.name == "radam":
         return torch.optim.RAdam(parameters, **given)
     spread = {isinstance(p, DTensor) for p in parameters}
@@ -72,3 +68,58 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(part.view_as(g))
             bucket, size = [], 0
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.optim
+    except ImportError:
+        instruction = 'pip install "fastgen-distill[gpu]"'
+        raise UserError("optim.name", "adamw8bit needs bitsandbytes", instruction) from None
+    return bitsandbytes.optim
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.optim
+    except ImportError:
+        instruction = 'pip install "fastgen-distill[quant]"'
+        raise UserError("optim.name", "adamw8bit_torchao needs torchao", instruction) from None
+    return torchao.optim
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next update; some optimizers keep it in a tensor of theirs."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def state_bytes(cfg: PlayerOptim) -> float:
+    """Bytes of one of Adam's two states of a weight: float32, or 8 bits with a scale for each 256."""
+    return 1 + 4 / 256 if cfg.name.startswith("adamw8bit") else 4
+
+
+# -- states in files -----------------------------------------------------------------------------------------
+CODED = "codes", "scale", "qmap"
+"""what torchao keeps an 8-bit state as"""
+
+
+def plain_tensors(key: str, state: Tensor) -> dict[str, Tensor]:
+    """A state of an optimizer as the tensors that a file can hold: itself, or the parts of a coded one."""
+    if isinstance(state, DTensor) or not hasattr(state, "__tensor_flatten__"):
+        return {key: state}
+    return {f"{key}.{part}": getattr(state, part) for part in CODED}
+
+
+def coded_again(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A weight's states, with those that `plain_tensors` took apart put together again."""
+    coded = {key.removesuffix(".codes") for key in state if key.endswith(".codes")}
+    rest = {key: value for key, value in state.items() if key.rpartition(".")[0] not in coded}
+    for key in coded:
+        parts = (state[f"{key}.{part}"] for part in CODED)
+        signed = key != "exp_avg_sq"  # squares have no sign
+        rest[key] = _torchao().subclass_8bit.OptimState8bit(*parts, signed, dtype)
+    return rest

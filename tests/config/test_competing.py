@@ -92,7 +92,7 @@ def test_one_sample_is_refused_before_anything_runs(key):
 PLAIN = {
     "": "output_dir",
     "teacher": (
-        "guidance num_steps prediction allow_download dtype quantization height width num_frames "
+        "guidance num_steps prediction allow_download dtype quantization offload height width num_frames "
         "embedded_guidance attention vae_tiling vae_slicing family"
     ),
     "student": (

@@ -154,7 +154,7 @@ def test_checkpointed_gradients_are_the_plain_ones(name, tiny):
     pass.
     """
     grads = []
-    for on in (False, True):
+    for on in (False, True, "selective"):
         _, cast, objective = make(name, tiny("sd"), "lora", gradient_checkpointing=on)
         for role in ("student", "critic"):
             if role in cast.parts:
@@ -167,6 +167,7 @@ def test_checkpointed_gradients_are_the_plain_ones(name, tiny):
     assert all(g is not None for g in grads[0].values())
     for key, plain in grads[0].items():
         torch.testing.assert_close(grads[1][key], plain, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(grads[2][key], plain, rtol=1e-4, atol=1e-7)
 
 
 def test_shared_base_equals_full_copies_at_the_start(tiny):
