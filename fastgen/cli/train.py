@@ -341,6 +341,8 @@ def _check_libraries(cfg) -> None:
     """Optional libraries and hardware that a config needs, before anything is loaded."""
     import torch
 
+    from fastgen.training.optimizers import EIGHT_BIT
+
     def need(library: str, key: str, extra: str) -> None:
         if importlib.util.find_spec(library) is None:
             raise UserError(key, f"{library} is not installed", f'pip install "fastgen-distill[{extra}]"')
@@ -349,10 +351,9 @@ def _check_libraries(cfg) -> None:
         need(name, "train.report_to", name)
     for stage in cfg.all_stages():
         for player, optim in stage.optim:
-            if optim.name == "adamw8bit":
-                need("bitsandbytes", f"optim.{player}.name: adamw8bit", "gpu")
-            if optim.name == "adamw8bit_torchao":
-                need("torchao", f"optim.{player}.name: adamw8bit_torchao", "quant")
+            if optim.name in EIGHT_BIT:
+                package, extra = EIGHT_BIT[optim.name]
+                need(package, f"optim.{player}.name: {optim.name}", extra)
     if cfg.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError(
             "train.mixed_precision", "found 'fp16' without a GPU", "use no or bf16, which a CPU can compute"

@@ -1,5 +1,6 @@
 """What moves the weights of a player: its optimizer, its learning rate, and its gradients over processes."""
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from torch.distributed.tensor import DTensor
 from fastgen.config.sections import PlayerOptim
 from fastgen.core.errors import UserError
 
+EIGHT_BIT = {"adamw8bit": ("bitsandbytes", "gpu"), "adamw8bit_torchao": ("torchao", "quant")}
+"""package of each optimizer with states in eight bits, and the extra that installs it"""
+
 
 def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Optimizer:
     """The optimizer of one player."""
@@ -20,10 +24,8 @@ def make_optimizer(parameters: list[Tensor], cfg: PlayerOptim) -> torch.optim.Op
         "eps": cfg.eps,
         "weight_decay": cfg.weight_decay,
     }
-    if cfg.name == "adamw8bit":
-        return _bitsandbytes().AdamW8bit(parameters, **given)
-    if cfg.name == "adamw8bit_torchao":
-        return _torchao().AdamW8bit(parameters, **given)
+    if cfg.name in EIGHT_BIT:
+        return _library(cfg.name).AdamW8bit(parameters, **given)
     if cfg.name == "radam":
         return torch.optim.RAdam(parameters, **given)
     spread = {isinstance(p, DTensor) for p in parameters}
@@ -70,22 +72,14 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             bucket, size = [], 0
 
 
-def _bitsandbytes() -> Any:
+def _library(name: str) -> Any:
+    """The module of the package that an optimizer with states in eight bits comes from."""
+    package, extra = EIGHT_BIT[name]
     try:
-        import bitsandbytes.optim
+        return importlib.import_module(f"{package}.optim")
     except ImportError:
-        instruction = 'pip install "fastgen-distill[gpu]"'
-        raise UserError("optim.name", "adamw8bit needs bitsandbytes", instruction) from None
-    return bitsandbytes.optim
-
-
-def _torchao() -> Any:
-    try:
-        import torchao.optim
-    except ImportError:
-        instruction = 'pip install "fastgen-distill[quant]"'
-        raise UserError("optim.name", "adamw8bit_torchao needs torchao", instruction) from None
-    return torchao.optim
+        instruction = f'pip install "fastgen-distill[{extra}]"'
+        raise UserError("optim.name", f"{name} needs {package}", instruction) from None
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -99,7 +93,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def state_bytes(cfg: PlayerOptim) -> float:
     """Bytes of one of Adam's two states of a weight: float32, or 8 bits with a scale for each 256."""
-    return 1 + 4 / 256 if cfg.name.startswith("adamw8bit") else 4
+    return 1 + 4 / 256 if cfg.name in EIGHT_BIT else 4
 
 
 # -- states in files -----------------------------------------------------------------------------------------
@@ -121,5 +115,5 @@ def coded_again(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     for key in coded:
         parts = (state[f"{key}.{part}"] for part in CODED)
         signed = key != "exp_avg_sq"  # squares have no sign
-        rest[key] = _torchao().subclass_8bit.OptimState8bit(*parts, signed, dtype)
+        rest[key] = _library("adamw8bit_torchao").subclass_8bit.OptimState8bit(*parts, signed, dtype)
     return rest

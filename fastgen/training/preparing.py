@@ -39,8 +39,9 @@ def offload_frozen(
     backbones: Sequence[Denoiser], vae: nn.Module | None, parts: Mapping[str, Part], device: Any
 ) -> None:
     """Frozen weights of every network and of the autoencoder stay on the CPU between their passes."""
+    kept = trained(parts)
     for backbone in backbones:
-        offload(backbone, trained(parts), device)
+        offload(backbone, kept, device)
     if vae is not None:
         offload(vae, set(), device)
 
