@@ -2,7 +2,6 @@
 or a device leads to.
 """
 
-import fnmatch
 import os
 import shutil
 import stat
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgen.core.paths import lies_inside
+from fastgen.core.patterns import matches
 
 
 def files_inside(folder: Path, root: Path) -> Iterator[tuple[Path, str]]:
@@ -44,7 +44,7 @@ def copy_inside(source: Path, target: Path, root: Path, ignore: tuple[str, ...] 
     for path, why in files_inside(source, root):
         if why:
             left_out.append(f"{path} ({why})")
-        elif not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignore):
+        elif not matches(path.name, ignore):
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.exists() and os.path.samefile(place, path):

@@ -7,7 +7,6 @@ choice of output channels are hidden inside it.
 """
 
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.core.patterns import matches
 from fastgen.diffusion.schedules import Schedule
 from fastgen.families.parts import (
     DiffusersModel,
@@ -375,10 +375,10 @@ class Family:
 
     def reads_kohya(self, layers: Iterable[str]) -> bool:
         """Whether diffusers reads all these layers from a LoRA file of the kohya format."""
-        known = all(any(fnmatch(name, pattern) for pattern in self.kohya_layers) for name in layers)
+        known = all(matches(name, self.kohya_layers) for name in layers)
         return self.kohya_prefix is not None and known
 
     def is_unreached(self, name: str, net: DiffusersModel) -> bool:
         """Whether a parameter is documented (in `unreached`) to get no gradient."""
         last = str(len(self.taps(net)) - 1)
-        return any(fnmatch(name, pattern.replace("{last}", last)) for pattern in self.unreached)
+        return matches(name, (pattern.replace("{last}", last) for pattern in self.unreached))

@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatch
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgen.core.batch import Cond
 from fastgen.core.errors import UserError
+from fastgen.core.patterns import matches
 from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
@@ -160,7 +160,7 @@ class Backbone(Denoiser):
     def fix_all_but(self, patterns: tuple[str, ...], key: str) -> None:
         """Exclude every parameter of the network whose name matches none of these from training."""
         weights = dict(self.net.named_parameters())
-        kept = {name for name in weights if any(fnmatch(name, pattern) for pattern in patterns)}
+        kept = {name for name in weights if matches(name, patterns)}
         if not kept:
             found = f"none of the {len(weights):,} parameters matches {', '.join(patterns)}"
             raise UserError(key, found, f"give patterns of names such as {next(iter(weights))}")

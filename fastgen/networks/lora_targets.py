@@ -1,10 +1,9 @@
 """The layers that a LoRA adapts: endings of names, matched with the layers of a network."""
 
-from fnmatch import fnmatch
-
 from torch import nn
 
 from fastgen.core.errors import UserError
+from fastgen.core.patterns import matches
 from fastgen.families.base import Family
 from fastgen.families.parts import Parts
 
@@ -48,7 +47,7 @@ def _layers(net: nn.Module, inside: tuple[str, ...]) -> set[str]:
 
 def _is_final(family: Family, name: str, inside: list[str]) -> bool:
     part = next((p for p in inside if name.startswith(p)), "")
-    return any(fnmatch(name.removeprefix(part), pattern) for pattern in family.final_layers)
+    return matches(name.removeprefix(part), family.final_layers)
 
 
 def _missing(family: Family, ending: str, layers: set[str]) -> UserError:

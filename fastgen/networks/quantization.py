@@ -6,13 +6,13 @@ the dtype that they had. Adapters, normalisation, the first, time and last layer
 """
 
 import importlib.util
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastgen.core.errors import UserError
+from fastgen.core.patterns import matches
 from fastgen.families.base import Family
 from fastgen.families.parts import Parts, kept_in_float32, of_adapter
 
@@ -44,7 +44,7 @@ def layers_to_quantize(family: Family, net: nn.Module) -> dict[str, nn.Linear]:
                 continue
             if any(k in plain.split(".") for k in left_out):
                 continue
-            if not any(fnmatch(plain, pattern) for pattern in family.final_layers):
+            if not matches(plain, family.final_layers):
                 found[prefix + name] = layer
     return found
 
