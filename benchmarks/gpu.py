@@ -28,6 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "nf4 base": {"quantization": "nf4"},
     "fp8 base": {"quantization": "fp8"},
+    "all activations kept": {"gradient_checkpointing": False},
+    "selective recomputation": {"gradient_checkpointing": "selective"},
+    "offloaded base": {"offload": True},
 }
 """against the plain run of the same model"""
 

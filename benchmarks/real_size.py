@@ -85,8 +85,15 @@ QUANTIZED = {"sdxl-int8": ("sdxl", "int8")}
 TINY_SIZE = {"height": 64, "width": 64}
 
 
-def settings(name: str, method: str, tiny: bool, full: bool, compile: bool = False, **teacher: Any) -> dict:
-    """The config of a run: LoRA student and critic over a frozen base in bf16, batch 1, checkpointed."""
+TRAINED = ("compile", "gradient_checkpointing")
+"""what `settings` takes for `train`; the rest is for the teacher"""
+
+
+def settings(name: str, method: str, tiny: bool, full: bool, **change: Any) -> dict:
+    """The config of a run: LoRA student and critic over a frozen base in bf16, batch 1, checkpointed unless
+    the change says otherwise.
+    """
+    train = {key: change.pop(key) for key in TRAINED if key in change}
     from fastgen.config.parse import read_files
 
     given = read_files([f"configs:teachers/{name}.yaml", f"configs:objectives/{method}.yaml"])
@@ -97,7 +104,7 @@ def settings(name: str, method: str, tiny: bool, full: bool, compile: bool = Fal
     if tiny:
         layout = {**layout, "net": {**layout["net"], **MODELS[name].tiny}}
     blueprint = {"net": layout["net"], "scheduler": layout["scheduler"], "index": layout["index"]}
-    base = {**given["teacher"], **size, "path": "", "dtype": "bf16", "blueprint": blueprint, **teacher}
+    base = {**given["teacher"], **size, "path": "", "dtype": "bf16", "blueprint": blueprint, **change}
     return {
         "teacher": base,
         "student": {"kind": "lora", "num_steps": 4, "lora": LORA},
@@ -108,7 +115,7 @@ def settings(name: str, method: str, tiny: bool, full: bool, compile: bool = Fal
             "train_batch_size": 1,
             "mixed_precision": "bf16",
             "gradient_checkpointing": True,
-            "compile": compile,
+            **train,
             "max_train_steps": 10_000,
             "validation_steps": 0,
             "checkpointing_steps": 0,
@@ -164,7 +171,8 @@ def prepared(values: dict, device: str):
 
     class RandomCast(Cast):
         def _load(self, null):
-            return random_teacher(self.teacher_cfg, "cpu" if self.teacher_cfg.quantization else device)
+            waits = self.teacher_cfg.quantization or self.teacher_cfg.offload  # on the CPU, for its passes
+            return random_teacher(self.teacher_cfg, "cpu" if waits else device)
 
     cfg = validate(values)
     cast = RandomCast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device)

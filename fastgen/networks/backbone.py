@@ -25,7 +25,7 @@ from fastgen.networks.denoiser import Denoiser
 from fastgen.networks.guidance_adapters import Control, GuidanceAdapter, attach, attention_layers
 from fastgen.networks.linear_attention import guard
 from fastgen.networks.lora_targets import adapter_layers
-from fastgen.networks.recomputing import keep_costly
+from fastgen.networks.recomputing import keep_costly, same_casts
 
 __all__ = ["Backbone", "Cond", "Family"]
 
@@ -364,7 +364,8 @@ class Backbone(Denoiser):
             def run(*inputs):
                 again = control.reading(reading) if control else nullcontext()
                 over = causal.acting(now) if causal else nullcontext()
-                with self.using(adapter), again, over, kernel(self.attention):
+                casts = same_casts() if selective else nullcontext()
+                with self.using(adapter), again, over, casts, kernel(self.attention):
                     return function(*inputs)
 
             contexts: dict[str, Any] = {"context_fn": keep_costly} if selective else {}

@@ -5,7 +5,8 @@ and the products of adapters, whose rank is small, make most of what autograd ke
 activation checkpointing).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,3 +46,16 @@ def _policy(_context: Any, operation: Any, *args: Any, **_kwargs: Any) -> Checkp
 
 keep_costly = partial(create_selective_checkpoint_contexts, _policy)
 """`context_fn` of torch.utils.checkpoint"""
+
+
+@contextmanager
+def same_casts() -> Iterator[None]:
+    """Let autocast cast a weight at every use. What it remembers of a pass it has forgotten in the backward
+    pass, and a block must do the same operations in both.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
