@@ -1,4 +1,4 @@
-"""Attention kernels by name, and the one that forward-mode derivatives need.
+"""Attention kernels by name, and the one that forward-mode and second derivatives need.
 
 A kernel is in use while a network runs (and while a checkpointed block is recomputed), never globally. math,
 flash, efficient and cudnn are PyTorch's own and work with every network; flex, xformers and sage need
@@ -6,8 +6,8 @@ diffusers' attention dispatcher. On older networks, which do not call it, they w
 user error.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -28,8 +28,8 @@ _exact: ContextVar[bool] = ContextVar("exact_attention", default=False)
 
 @contextmanager
 def exact_attention() -> Iterator[None]:
-    """Run attention with PyTorch's math kernel, the only one with forward-mode derivatives, whichever kernel
-    the network is set to.
+    """Run attention with PyTorch's math kernel, the only one with forward-mode and with second derivatives,
+    whichever kernel the network is set to.
     """
     token = _exact.set(True)
     try:
@@ -37,6 +37,11 @@ def exact_attention() -> Iterator[None]:
             yield
     finally:
         _exact.reset(token)
+
+
+def as_now() -> Callable[[], AbstractContextManager[None]]:
+    """What lets attention be as exact in a pass later on as it is now."""
+    return exact_attention if _exact.get() else nullcontext
 
 
 @contextmanager

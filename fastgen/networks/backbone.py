@@ -18,7 +18,7 @@ from fastgen.diffusion.schedules import EDM, VP, Schedule, TrigFlow, expand
 from fastgen.families.base import Family
 from fastgen.families.parts import FLOW_TIMES, DiffusersModel, compute_dtype
 from fastgen.networks import block_causal, tile_attention
-from fastgen.networks.attention import kernel
+from fastgen.networks.attention import as_now, kernel
 from fastgen.networks.camera_embedding import CameraEmbedding
 from fastgen.networks.camera_embedding import attach as attach_camera
 from fastgen.networks.denoiser import Denoiser
@@ -360,12 +360,13 @@ class Backbone(Denoiser):
             reading = control.readings[-1] if control else None
             causal = self.net.__dict__.get(block_causal.ATTRIBUTE)
             now = causal.now if causal else None
+            exact = as_now()
 
             def run(*inputs):
                 again = control.reading(reading) if control else nullcontext()
                 over = causal.acting(now) if causal else nullcontext()
                 casts = same_casts() if selective else nullcontext()
-                with self.using(adapter), again, over, casts, kernel(self.attention):
+                with self.using(adapter), again, over, casts, exact(), kernel(self.attention):
                     return function(*inputs)
 
             contexts: dict[str, Any] = {"context_fn": keep_costly} if selective else {}

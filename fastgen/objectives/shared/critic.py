@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.core.batch import Batch, Cond
 from fastgen.diffusion import losses
+from fastgen.networks.attention import exact_attention
 from fastgen.objectives.base import (
     Objective,
     ObjectiveConfig,
@@ -255,7 +255,7 @@ def real_side(
     distance for a larger one, None for None.
     """
     exact = step == 0
-    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():  # only this kernel differentiates twice
+    with exact_attention() if exact else nullcontext():  # which differentiates twice
         logits = obj.disc(x_t.requires_grad_(exact), t, cond)
         if exact:
             return logits, losses.r1(logits, x_t)
