@@ -117,6 +117,10 @@ class Family:
     """patterns of full names of the input, time and output layers, which the default LoRA targets leave out
     and a user's must name in full
     """
+    added_layers: tuple[str, ...] = ()
+    """patterns of layers that the image network lacks which it may begin as (`teacher.blueprint.start`)"""
+    added_at_zero: tuple[str, ...] = ()
+    """those of them that then begin at zero, so that it makes of each frame what that network makes of it"""
     frame_times: bool = False
     """whether each frame may have a time of its own, [B, F], and attention may go block by block"""
     lora_loader: bool = True

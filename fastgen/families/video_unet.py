@@ -48,6 +48,7 @@ class AnimateDiff(VideoUNet):
     default_grid = (16, 64, 64)
     # without proj_in and proj_out, which motion modules call with a keyword that peft's layers do not take
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+    added_layers, added_at_zero = ("*motion_modules*",), ("*motion_modules.*.proj_out.*",)
 
     def call(self, net: DiffusersModel, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         states = self.inputs(x, cond)["encoder_hidden_states"].repeat_interleave(x.shape[2], 0)

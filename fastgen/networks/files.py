@@ -73,12 +73,14 @@ def _build_on_meta(folder: Path, cls: Any) -> Any:
         return cls(cls.config_class.from_pretrained(folder, local_files_only=True)).eval()
 
 
-def component_class(folder: Path) -> type:
-    """The class of diffusers or transformers that a component's config.json names."""
+def component_class(folder: Path, key: str = "teacher.path") -> type:
+    """The class of diffusers or transformers that a component's config.json names; `key` is the setting that
+    an error names.
+    """
     import diffusers
     import transformers
 
-    config = read_json(folder / "config.json", "teacher.path")
+    config = read_json(folder / "config.json", key)
     library: ModuleType = diffusers
     name: object = config.get("_class_name", "")
     kind: type = diffusers.ModelMixin
@@ -90,7 +92,7 @@ def component_class(folder: Path) -> type:
     if cls is None:
         short = str(name)[:80]
         found = f"{folder / 'config.json'} names the class {short!r}, which is no model of {library.__name__}"
-        raise UserError("teacher.path", found, f"correct the name, or install another {library.__name__}")
+        raise UserError(key, found, f"correct the name, or install another {library.__name__}")
     return cls
 
 

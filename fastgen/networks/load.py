@@ -9,6 +9,7 @@ import torch
 
 from fastgen.core.errors import UserError, first_line
 from fastgen.core.paths import ANALYTIC, is_analytic
+from fastgen.core.patterns import matches
 from fastgen.core.reading import COPY, check_types, read_json, readable, reads_model
 from fastgen.families.base import Family
 from fastgen.families.factors import check_frames, spatial_factor, temporal_factor
@@ -277,17 +278,19 @@ def _from_blueprint(options: TeacherOptions, blueprint: dict) -> DenoiserParts:
 
 @torch.no_grad()
 def _start_from(net, start: str, family: Family) -> None:
-    """Give an untrained network the weights of a trained one that differs at most in reading fewer channels:
-    further ones begin at zero.
+    """Give an untrained network the weights of a trained one that differs at most in reading fewer channels,
+    further ones begin at zero, and in lacking the layers that the family adds.
     """
     key = "teacher.blueprint.start"
     folder = hub_folder(start, False) / family.component
-    known = load_part(folder, key, component_class(folder), denoiser=True).state_dict()
+    known = load_part(folder, key, component_class(folder, key), denoiser=True).state_dict()
     for name, value in net.state_dict().items():
         from_it = known.get(name)
         narrower = from_it is not None and from_it.ndim == 4 and from_it.shape[1] < value.shape[1]
         if narrower and from_it.shape[:1] + from_it.shape[2:] == value.shape[:1] + value.shape[2:]:
             value.zero_()[:, : from_it.shape[1]] = from_it
+        elif from_it is None and matches(name, family.added_layers):
+            value.mul_(not matches(name, family.added_at_zero))
         elif from_it is None or from_it.shape != value.shape:
             raise UserError(key, f"{start} has no {name} of shape {tuple(value.shape)}", "give a model alike")
         else:

@@ -22,8 +22,9 @@ def gradient(world, change=lambda backbone: None, trained: bool = False, precisi
     t = world.times(2)
     x_t = world.schedule.noise(world.x0, world.noise, t).requires_grad_(True)
     with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
-        with torch.no_grad():  # as a step does that samples first: autocast then knows all casts
-            backbone(x_t, t, world.cond)
+        if precision is not torch.float32:  # as in a step that samples first: autocast then knows all casts
+            with torch.no_grad():
+                backbone(x_t, t, world.cond)
         out = backbone(x_t, t, world.cond)
     (out * world.noise).sum().backward()
     return x_t.grad, backbone
