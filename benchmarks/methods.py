@@ -12,9 +12,11 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -140,13 +142,14 @@ def recording():
             setattr(cls, name, original)
 
 
-def replay(turns: list, objective, optimizers: dict) -> None:
-    """The same passes, backwards and optimizer steps by hand."""
+def replay(turns: list, objective, optimizers: dict, around: Callable[[], Any] = nullcontext) -> None:
+    """The same passes, backwards and optimizer steps by hand; the passes of each turn inside `around()`."""
     for name, calls in turns:
         for player in objective.players.values():
             player.requires_grad_(player.name == name)
-        for call in calls:
-            _pass(call)
+        with around():
+            for call in calls:
+                _pass(call)
         optimizers[name].step()
         optimizers[name].zero_grad()
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,7 @@ def measured(values: dict, device: str, rounds: int, before: int = 0) -> dict[st
         wait(device)
 
     def raw() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            replay(turns, objective, trainer.optimizers)
+        replay(turns, objective, trainer.optimizers, partial(torch.autocast, device, torch.bfloat16))
         wait(device)
 
     framework()
