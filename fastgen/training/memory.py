@@ -46,13 +46,15 @@ student, critic), batch 1, frozen weights in half precision, what is trained in 
 one average, gradient checkpointing, fused attention, the adapter ranks of the config. *Shared LoRA*
 keeps one frozen base under all three roles, *full copies* a frozen teacher, a student and a critic.
 Weights, gradients, optimizer states and averages are exact, activations (the second addend) an
-estimate. *Over an nf4 base* is the same with `teacher.quantization nf4`; int8 and fp8 lie halfway
-between. A card counts as enough at {usable:.0%} of its size. Encoders are needed until prompts are
-cached, before anything is trained. What fits no card needs sharding.
+estimate. *Over an nf4 base* is shared LoRA with `teacher.quantization nf4`; int8 and fp8 lie halfway
+between. *Offloaded* is shared LoRA with `teacher.offload true`: the frozen base waits in the machine's
+memory and costs time, one layer of it at a time is on the card. A card counts as enough at {usable:.0%}
+of its size. Encoders are needed until prompts are cached, before anything is trained. What fits no card
+needs sharding.
 
 | model | parameters | x0 | guidance | {num}-step times | encoders \
-| shared LoRA | fits | over an nf4 base | fits | full copies | fits |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| shared LoRA | fits | over an nf4 base | fits | offloaded | fits | full copies | fits |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -81,7 +83,7 @@ def estimate(cast: Cast, train: TrainConfig) -> Memory:
     rows = {
         "weights (all roles, shared ones once)": sum(_bytes(b) for b in cast.backbones())
         - saved_by(cast, cast.teacher_cfg.quantization)
-        - saved_by_offload(cast)
+        - (saved_by_offload(cast) if cast.teacher_cfg.offload else 0.0)
         + vae
         + heads * BYTES,
         "gradients": sum(counts.values()) * BYTES,
@@ -122,8 +124,6 @@ def saved_by(cast: Cast, kind: str | None) -> float:
 
 def saved_by_offload(cast: Cast) -> float:
     """What frozen weights take less where one layer of them is on the card at a time."""
-    if not cast.teacher_cfg.offload:
-        return 0.0
     kept = trained(cast.parts)
     nets = [(b, kept) for b in cast.backbones()] + [(vae, set()) for vae in [cast.teacher.codec.vae] if vae]
     sizes = [
@@ -286,8 +286,8 @@ def row(name: str) -> str:
         if kind == "lora":
             whole = found[kind].rows
             first = next(iter(whole))
-            rounded = whole | {first: whole[first] - saved_by(cast, "nf4")}
-            found["nf4"] = Memory(rounded, found[kind].encoders)
+            for less, saved in (("nf4", saved_by(cast, "nf4")), ("offload", saved_by_offload(cast))):
+                found[less] = Memory(whole | {first: whole[first] - saved}, found[kind].encoders)
     codec, times = cast.teacher.codec, cast.student.times
     guidance = f"{cfg.teacher.guidance:g}" if codec.guidance is None else f"{codec.guidance:g} as an input"
     num = sum(p.numel() for p in cast.teacher.backbone.parameters())
@@ -295,7 +295,7 @@ def row(name: str) -> str:
         f"| [{name}](../configs/teachers/{name}.yaml) | {num / 1e9:.2f}B | {'x'.join(map(str, codec.shape))} "
     )
     text += f"| {guidance} | {', '.join(f'{t:.4g}' for t in times)} | {found['lora'].encoders / GIB:.1f} "
-    return text + "".join(_cells(found[kind]) for kind in ("lora", "nf4", "full")) + "|"
+    return text + "".join(_cells(found[kind]) for kind in ("lora", "nf4", "offload", "full")) + "|"
 
 
 def _cells(memory: Memory) -> str:
