@@ -3,15 +3,12 @@ without fastgen, and a library is taken apart as it should be.
 """
 
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastgen.cli import export, sample
 from fastgen.config.assets import ViewsConfig, expanded
@@ -30,6 +27,9 @@ from fastgen.threed.generator_networks import Generator, GridGenerator
 from fastgen.threed.generators import PLAIN, TEXT, GeneratedAssets
 from fastgen.threed.student import AssetStudent
 from fastgen.training import memory
+from tests.support.heavier import first_of
+from tests.support.plain import run_plain
+from tests.support.plain_generators import LOADERS
 from tests.support.scenes import SIZE, SceneTeacher, blobs, role, run_assets, seen_from
 from tests.support.toys import rng
 
@@ -211,49 +211,23 @@ def run(tiny, folder, *more, **changes):
     return run_assets(tiny, folder, VALUES | changes, *more)
 
 
-LOADER = """
-import sys, torch, numpy as np, torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
-teacher, export, out, prompt = sys.argv[1:]
-w = load_file(export + "/generator.safetensors")
-tokens = CLIPTokenizer.from_pretrained(teacher + "/tokenizer")(
-    prompt, padding="max_length", truncation=True, return_tensors="pt"
-)
-with torch.no_grad():
-    text = CLIPTextModel.from_pretrained(teacher + "/text_encoder")(tokens.input_ids)[0]
-    z = text.mean(1) @ w["told.0.weight"].T + w["told.0.bias"]
-    z = F.silu(F.layer_norm(z, z.shape[1:], w["told.1.weight"], w["told.1.bias"]))
-    h = F.linear(z, w["start.weight"], w["start.bias"]).view(1, -1, 4, 4, 4)
-    for i in range(sum(k.endswith("conv.weight") for k in w)):
-        at = f"blocks.{i}."
-        h = F.group_norm(F.conv3d(h, w[at + "conv.weight"], w[at + "conv.bias"], padding=1), 8)
-        a, b = F.linear(z, w[at + "style.weight"], w[at + "style.bias"])[..., None, None, None].chunk(2, 1)
-        h = F.interpolate(F.silu((1 + a) * h + b), scale_factor=2, mode="trilinear")
-    grid = 4 * F.conv3d(h, w["out.weight"], w["out.bias"], padding=1)
-    size, samples, distance, fovy = 64, 12, 2.2, 47.5  # a camera on the x axis, z up
-    f = 0.5 * size / np.tan(np.radians(fovy) / 2)
-    v, u = torch.meshgrid(*[torch.arange(size) + 0.5 - size / 2] * 2, indexing="ij")
-    way = F.normalize(torch.stack([-torch.ones_like(u), u / f, -v / f], -1), dim=-1)
-    step = 2.6 / samples
-    along = distance - 1.3 + step * (torch.arange(samples) + 0.5)
-    p = torch.tensor([distance, 0.0, 0.0]) + along[:, None] * way[..., None, :]
-    found = F.grid_sample(grid, p.view(1, -1, 1, 1, 3), align_corners=True, padding_mode="border")
-    found = found[0, :, :, 0, 0].T.view(size, size, samples, 4)
-    density = F.softplus(found[..., 0] + 10 * (1 - p.norm(dim=-1) / 0.5)) * (p.abs() <= 1).all(-1)
-    alpha = 1 - torch.exp(-density * step)
-    left = torch.cat([torch.ones_like(alpha[..., :1]), (1 - alpha).cumprod(-1)], -1)
-    image = ((alpha * left[..., :-1])[..., None] * found[..., 1:].sigmoid()).sum(-2) + 0.5 * left[..., -1:]
-Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy()).save(out)
-assert not any(m.startswith("fastgen") for m in sys.modules)
-"""
+KINDS = {
+    "grid": VALUES["student"]["asset"],
+    "hash": {"kind": "hash", "size": 16, "samples": 12, "generator": {"width": 4}},
+    "triplane": {"kind": "triplane", "size": 8, "samples": 12, "generator": {"width": 16}},
+}
 
 
-def test_p4_a_plain_loader_renders_what_sample_py_does(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("kind", first_of(KINDS))
+def test_p4_a_plain_loader_renders_what_sample_py_does(tiny, tmp_path, capsys, kind):
     """From the text encoder and the exported weights alone, within a grey level."""
-    assert run(tiny, tmp_path / "a") == 0
+    assert run(tiny, tmp_path / "a", student={"asset": KINDS[kind]}) == 0
     folder = tmp_path / "a" / "export"
+    if kind == "hash":  # which begins grey on grey
+        weights = load_file(folder / "generator.safetensors")
+        save_file(
+            weights | {"tables.tables": 50 * weights["tables.tables"]}, folder / "generator.safetensors"
+        )
     info = read_info(folder)
     assert info.generates and info.held_out == ("a red boot",) and len(info.prompts) == 3
     page = (tmp_path / "a" / "report" / "index.html").read_text()
@@ -261,9 +235,9 @@ def test_p4_a_plain_loader_renders_what_sample_py_does(tiny, tmp_path, capsys):
     prompt, out = "a green boot", tmp_path / "views"
     flags = ["--prompt", prompt, "--camera", "0", "0", "2.2", "47.5", "--out", str(out)]
     assert sample.main(["--model", str(folder), *flags]) == 0
-    (tmp_path / "load.py").write_text(textwrap.dedent(LOADER))
-    argv = [sys.executable, tmp_path / "load.py", tiny("sd"), folder, tmp_path / "plain.png", prompt]
-    subprocess.run([str(a) for a in argv], check=True, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    (tmp_path / "load.py").write_text(LOADERS[kind])
+    done = run_plain(tmp_path / "load.py", tiny("sd"), folder, tmp_path / "plain.png", prompt, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     ours, plain = (
         np.asarray(Image.open(f)).astype(int) for f in (out / "00000_0.png", tmp_path / "plain.png")
     )
