@@ -100,8 +100,14 @@ def check_stages(values: dict, over: dict) -> None:
             raise UserError(flag, found, f"set stages.0.{key} and so on")
 
 
-def competing(data) -> str:
-    """What is wrong with a data section that names two sources in one place, or an empty text."""
+def competing(data, stages=()) -> str:
+    """What is wrong with a data section that names two sources in one place, or with a stage that takes the
+    first examples of several, or an empty text.
+    """
+    for i, stage in enumerate(stages):
+        if stage.limit and data.sources:
+            there = f"stages.{i}.limit: found {stage.limit} beside data.sources, whose weights it would lose"
+            return f"{there}; set data.limit, which is of each source"
     for i, source in enumerate(data.sources):
         if len(keys := [key for key in OWN if getattr(source, key)]) != 1:
             some = " and ".join(keys) or "none"

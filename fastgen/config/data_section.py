@@ -99,7 +99,7 @@ class DataConfig(SourceConfig):
     appearance: AppearanceConfig | None = None
     """for mcm: pictures whose look frames take over; null takes that of the clips' own frames"""
     limit: int = Field(default=0, ge=0)
-    """use only this many examples, the first; 0 is all"""
+    """use only this many examples, the first, of each source; 0 is all"""
     on_bad_image: Literal["skip", "error"] = "skip"
     """at an image that cannot be read or lacks its caption or label: skip it with a warning, or stop with an
     error

@@ -114,7 +114,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"{key}.lora.use_dora: found true; set it to false: readers of LoRA files drop its magnitudes"
             )
-        if clash := competing(self.data):
+        if clash := competing(self.data, self.stages):
             raise ValueError(clash)
         self._check_buckets()
         times = self.student.timesteps
@@ -385,7 +385,7 @@ def shortened(cfg: RunConfig, most: int) -> RunConfig:
     least = lambda count, bound: min(count, bound) if count else bound  # noqa: E731  (0 is all)
     for stage in values["stages"]:
         stage["max_train_steps"] = min(stage["max_train_steps"], most)
-        stage["limit"] = least(stage["limit"], used)
+        stage["limit"] = 0 if cfg.data.sources else least(stage["limit"], used)
     if not values["stages"]:
         train["max_train_steps"] = min(train["max_train_steps"], most)
         values["data"]["limit"] = least(values["data"]["limit"], used)

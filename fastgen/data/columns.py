@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastgen.core.errors import UserError, suggest
+from fastgen.data.text import whole
 
 USUAL = {
     "image": ("image", "file_name", "file", "path", "jpg"),
@@ -52,7 +53,7 @@ def as_caption(value: object) -> str | None:
     """The caption in a cell; the first of several."""
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
-    return value.strip() if isinstance(value, str) else None
+    return whole(value).strip() if isinstance(value, str) else None
 
 
 def as_label(value: object) -> str | int | None:

@@ -36,13 +36,14 @@ class Listing:
     metadata: list[Path] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)  # files of other kinds by suffix
+    frames: set[Path] = field(default_factory=set)  # of the files: folders with the frames of a clip
 
 
 def natural(path: Path | str) -> tuple:
     """Sorting key under which numbers in names count as numbers."""
     name = str(path)
     parts = re.split(r"([0-9]+)", name)
-    return tuple((1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts), name
+    return tuple((1, int(p), "") if p.isdigit() and len(p) < 1000 else (0, 0, p) for p in parts), name
 
 
 def named(path: Path | str) -> str:
@@ -101,6 +102,7 @@ def _gather_frames(found: Listing) -> None:
         numbered = len(files) > 1 and len(names) == 1 and all(p.stem[-1:].isdigit() for p in files)
         if folder != found.folder and numbered and not _moves(files[0]):
             found.files.append(folder)
+            found.frames.add(folder)
             continue
         for path in files:
             if path.suffix.lower() in CLIPS:
@@ -229,15 +231,17 @@ class Samples:
         return [file for file in self.files if isinstance(file, Path)]
 
 
-def gather(listing: Listing) -> Samples:
-    """Captions and labels of a folder's files: metadata first, then .txt files and class folders."""
-    entries = read_metadata(listing.metadata)
+def gather(listing: Listing, key: str = "data.images") -> Samples:
+    """Captions and labels of a folder's files: metadata first, then .txt files and class folders; key: what a
+    UserError names.
+    """
+    entries = read_metadata(listing.metadata, key)
     captions: list[str | None] = []
     for path in listing.files:
         text = entries[path].text if path in entries else None
-        side = listing.texts.get(path.with_suffix(""))
+        side = listing.texts.get(path if path in listing.frames else path.with_suffix(""))
         if text is None and side is not None:
-            text = read_text(side, "data.images", "a text file with the caption").strip()
+            text = read_text(side, key, "a text file with the caption").strip()
         captions.append(text)
     labels: list[str | int | None] = [entries[p].label if p in entries else None for p in listing.files]
     origin = ", ".join(p.name for p in listing.metadata) if any(v is not None for v in labels) else ""

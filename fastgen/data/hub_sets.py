@@ -2,6 +2,7 @@
 from the disk, so that only those in use take memory.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from fastgen.core.errors import UserError, first_line, warn
 from fastgen.data.columns import as_caption, as_label, columns_of
 from fastgen.data.folders import Listing, Member, Samples
 from fastgen.data.packages import needed
+from fastgen.data.pictures import check_regular
 
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""names of splits that a file may begin with; the first is the usual one"""
 COPY = "copy the file again, or set data.on_bad_shard skip"
 
 
@@ -30,6 +34,7 @@ class RowPicture(Member):
         if isinstance(value, dict):  # {"bytes", "path"} of an image feature
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str):
+            check_regular(value)
             value = Path(value).read_bytes()
         if not value:
             raise OSError("the row has no picture")
@@ -60,11 +65,23 @@ def set_samples(source, data, key: str) -> Samples:
             raise _unreadable(folder, error, key) from None
         return _samples(_split(found, source, key), source, str(folder), key, Listing(folder))
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".arrow"))
-    own = [p for p in files if p.name.startswith(source.split) or p.parent.name == source.split]
     if not files:
         found = f"{folder} holds neither a saved data set nor parquet or arrow files"
         raise UserError(key, found, "give a folder that `save_to_disk` wrote, or a hub id")
-    return parquet_samples(own or files, source, data, key)
+    return parquet_samples(_of_split(folder, files, source.split, key), source, data, key)
+
+
+def _of_split(folder: Path, files: list[Path], split: str, key: str) -> list[Path]:
+    """The files of a split, by their names or that of a sub-folder; all where no name says one and the split
+    is the usual one.
+    """
+    names = {p: {re.split(r"[-_.]", p.name)[0], *p.relative_to(folder).parts[:-1]} for p in files}
+    own = [p for p in files if split in names[p]]
+    others = sorted({name for found in names.values() for name in found if name in SPLITS} - {split})
+    if not own and (others or split != SPLITS[0]):
+        there = f"there are {', '.join(others)}" if others else f"no file's name says one; use {SPLITS[0]}"
+        raise UserError(f"{key.rpartition('.')[0]}.split", f"found {split!r}", there)
+    return own or files
 
 
 def _split(found: Any, source, key: str) -> Any:
@@ -109,8 +126,10 @@ def parquet_samples(files: list[Path], source, data, key: str) -> Samples:
         listing.skipped.append(f"{file.name} ({reason})")
     if not sound:
         raise UserError(key, f"none of {len(files)} files in {listing.folder} can be read", "copy them again")
-    kind = "parquet" if sound[0].endswith(".parquet") else "arrow"
-    sound = [file for file in sound if file.endswith(kind)]
+    kind = sound[0].rpartition(".")[2]
+    if others := [file for file in sound if not file.endswith(kind)]:
+        found = f"{sound[0]} and {others[0]} are of two kinds"
+        raise UserError(key, found, "keep the parquet files or the arrow files")
     try:
         found = datasets.load_dataset(kind, data_files=sound, split="train", cache_dir=data.cache_dir or None)
     except Exception as error:  # files of different columns, a full disk
@@ -129,7 +148,9 @@ def _damage(file: Path) -> str:
             parquet.read_metadata(file)
         else:
             with pyarrow.memory_map(str(file)) as opened:
-                pyarrow.ipc.open_stream(opened).schema  # noqa: B018
+                whole = opened.read(6) == b"ARROW1"  # a file of its own, not a stream
+                opened.seek(0)
+                (pyarrow.ipc.open_file if whole else pyarrow.ipc.open_stream)(opened).schema  # noqa: B018
     except (OSError, ValueError) as error:
         return first_line(error)[:80]
     return ""

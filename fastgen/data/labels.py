@@ -48,18 +48,18 @@ def class_rows(samples: Samples, codec) -> Tensor:
     return torch.tensor([where[str(label)] for label in samples.labels]).long()
 
 
-def unlabelled_rows(num: int, codec, pixels: bool) -> Tensor:
+def unlabelled_rows(num: int, codec, pixels: bool, key: str = KEY) -> Tensor:
     """Rows of pictures without a label: the null class of the teacher, if it has one. Where no picture is
-    read, as without any set, classes are drawn evenly.
+    read, as without any set, classes are drawn evenly. key: what a message names.
     """
     if not pixels:
         print(f"data: no picture is read and none has a label: all {codec.num_classes} classes, evenly")
         return torch.arange(num) % codec.num_classes
     if not codec.has_null:
         found = f"no labels for a teacher of {codec.num_classes} classes"
-        raise UserError(KEY, found, "one folder a class, or metadata.jsonl with file_name and label")
+        raise UserError(key, found, "one folder a class, or metadata.jsonl with file_name and label")
     print(
-        f"warning: data.images: no labels for a teacher of {codec.num_classes} classes, so every picture is "
+        f"warning: {key}: no labels for a teacher of {codec.num_classes} classes, so every picture is "
         "of the null class and no class is learned; give one folder a class, or labels in metadata.jsonl"
     )
     return torch.full((num,), codec.num_classes)

@@ -24,6 +24,7 @@ from fastgen.core.reading import read_json
 from fastgen.data import tables
 from fastgen.data.batches import Data
 from fastgen.data.digest import encoders_digest
+from fastgen.data.order import Order
 from fastgen.data.streaming import Reader, Rows, Stream, StreamedData
 from fastgen.networks.files import hub_folder
 from fastgen.networks.teacher import Teacher
@@ -153,7 +154,11 @@ def open_latents(cfg, teacher: Teacher, pixels: bool = True) -> Data:
     folder, found = Path(cfg.latents).expanduser(), check_latents(cfg, teacher)
     if pixels and not found["images"]:
         raise UserError(KEY, f"{folder} holds prompts alone", "precompute images, which this method needs")
-    files, counts = [], []
+    weights = found.get("weights", [])
+    if weights and cfg.limit:
+        wrong = f"found {cfg.limit} beside encodings of {len(weights)} sources, whose weights it would lose"
+        raise UserError("data.limit", wrong, "leave it out, or give it to `fastgen precompute`")
+    files, counts, sizes = [], [], [0] * len(weights)
     for shard in found["shards"]:
         file, count = folder / shard["file"], shard["count"]
         if reason := damage(file, count):
@@ -163,6 +168,7 @@ def open_latents(cfg, teacher: Teacher, pixels: bool = True) -> Data:
         elif count:
             files.append(file)
             counts.append(count)
+            sizes = [a + b for a, b in zip(sizes, shard.get("of_sources", []))]
     if not files:
         raise UserError(KEY, f"{folder} holds no shard that can be read", AGAIN)
     reader = LatentReader(files, counts, pixels, cfg.limit)
@@ -170,7 +176,9 @@ def open_latents(cfg, teacher: Teacher, pixels: bool = True) -> Data:
     uncond = read_null(cfg.latents)
     stream = Stream(reader, cfg.workers, cfg.on_bad_image, KEY)
     given = (reader.cond(index), index, uncond, teacher.codec.shape, reader.texts(index))
-    data = StreamedData(stream, None, *given, later=reader)
+    there = [(size, weight) for size, weight in zip(sizes, weights) if size]
+    order = Order([size for size, _ in there], [weight for _, weight in there]) if there else None
+    data = StreamedData(stream, None, *given, later=reader, order=order)
     if not pixels:
         data.x0 = None
     return data

@@ -104,9 +104,8 @@ def shape_of(file: Path | Member) -> tuple[int, int]:
         ) as image:
             check_size(image)
             width, height = image.size
-            whole = (
-                image.format == "PNG" and "exif" not in image.info
-            )  # Pillow would decode it to look behind
+            # a TIFF's header has been turned already; a PNG Pillow would decode to look behind its pixels
+            whole = image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info)
             turned = not whole and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastgen.core.errors import UserError
-from fastgen.data.text import read_text, shorten
+from fastgen.data.text import read_text, shorten, whole
 
 KEY = "data.images"
 WANTED = 'each line like {"file_name": "0.png", "text": "a red dress"}, or with "label"'
@@ -27,21 +27,22 @@ class Entry:
     line: int
 
 
-def read_metadata(files: list[Path]) -> dict[Path, Entry]:
-    """Entries by the path of the file they are about."""
+def read_metadata(files: list[Path], key: str = KEY) -> dict[Path, Entry]:
+    """Entries by the path of the file they are about; key: what a UserError names."""
     folders: dict[Path, Path] = {}
     found: dict[Path, Entry] = {}
     for file in files:
         if file.parent in folders:
             both = f"{folders[file.parent].name} and {file.name} are both in {file.parent}"
-            raise UserError(KEY, both, "keep one of the two")
+            raise UserError(key, both, "keep one of the two")
         folders[file.parent] = file
-        rows = csv_rows if file.suffix == ".csv" else json_rows
-        for line, row in rows(file, KEY, WANTED):
-            path, entry = _entry(file, line, row)
+        table = file.suffix == ".csv"
+        rows = csv_rows(file, key, WANTED, "file_name") if table else json_rows(file, key, WANTED)
+        for line, row in rows:
+            path, entry = _entry(file, line, row, key)
             if path in found:
                 first = f"{shorten(row['file_name'])} was already on line {found[path].line}"
-                raise _mistake(file, line, first, "name each file once")
+                raise _mistake(file, line, first, "name each file once", key)
             found[path] = entry
     return found
 
@@ -75,16 +76,16 @@ def json_rows(file: Path, key: str, wanted: str) -> Iterator[tuple[int, dict]]:
         yield line, row
 
 
-def csv_rows(file: Path, key: str, wanted: str) -> Iterator[tuple[int, dict]]:
+def csv_rows(file: Path, key: str, wanted: str, column: str = "") -> Iterator[tuple[int, dict]]:
     """Rows of a comma-separated file with a header; an empty text is a caption, an empty label is none.
 
-    key and wanted are those of a UserError; metadata needs a column file_name.
+    key and wanted are those of a UserError; column: one that the header must have.
     """
     reader = csv.reader(io.StringIO(read_text(file, key, wanted), newline=""), strict=True)
     wanted = "a header line such as file_name,text and as many fields on every line"
     try:
         header = [name.strip() for name in next(reader, [])]
-        if (key == KEY and "file_name" not in header) or len(set(header)) < len(header):
+        if (column and column not in header) or len(set(header)) < len(header):
             raise _mistake(file, 1, f"header {shorten(','.join(header))}", wanted, key)
         for row in reader:
             if not row:
@@ -100,20 +101,24 @@ def csv_rows(file: Path, key: str, wanted: str) -> Iterator[tuple[int, dict]]:
         raise _mistake(file, reader.line_num, f"not usable ({error})", wanted, key) from None
 
 
-def _entry(file: Path, line: int, row: dict) -> tuple[Path, Entry]:
+def _entry(file: Path, line: int, row: dict, key: str) -> tuple[Path, Entry]:
     """The file a row is about, which must be there, and what it says of it."""
+
+    def wrong(found: str, wanted: str = WANTED) -> UserError:
+        return _mistake(file, line, found, wanted, key)
+
     name, text, label = row.get("file_name"), row.get("text"), row.get("label")
     if not isinstance(name, str) or not name.strip():
-        raise _mistake(file, line, "no file_name")
+        raise wrong("no file_name")
     if os.path.isabs(name) or ".." in Path(name).parts:
-        raise _mistake(file, line, f"{shorten(name)} leaves the folder", "a path inside the folder")
-    path = Path(os.path.normpath(file.parent / name))
+        raise wrong(f"{shorten(name)} leaves the folder", "a path inside the folder")
+    path = file.parent / os.path.normpath(name)
     if not os.path.lexists(path):
-        raise _mistake(file, line, f"{shorten(name)} does not exist", "take the line out, or add the file")
+        raise wrong(f"{shorten(name)} does not exist", "take the line out, or add the file")
     if text is not None and not isinstance(text, str):
-        raise _mistake(file, line, f"text is {shorten(repr(text), 40)}", "a caption in quotes")
+        raise wrong(f"text is {shorten(repr(text), 40)}", "a caption in quotes")
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        raise _mistake(file, line, f"label is {shorten(repr(label), 40)}", "a class number or name")
+        raise wrong(f"label is {shorten(repr(label), 40)}", "a class number or name")
     if text is None and label is None:
-        raise _mistake(file, line, f"neither text nor label, but {shorten(', '.join(map(str, row)))}")
-    return path, Entry(text and text.strip(), label.strip() if isinstance(label, str) else label, line)
+        raise wrong(f"neither text nor label, but {shorten(', '.join(map(str, row)))}")
+    return path, Entry(text and whole(text).strip(), label.strip() if isinstance(label, str) else label, line)

@@ -173,7 +173,7 @@ def as_shown(image, mode: str):
         flat.paste(_srgb(image.convert("RGB"), image.info), mask=image.getchannel("A"))
         image = flat
     else:
-        image = _srgb(image, image.info)
+        image = _srgb(image.convert("RGB") if image.mode == "P" else image, image.info)
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -5,9 +5,12 @@ of processes share them out, and after a kill or a full disk the same command ma
 """
 
 import json
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """of x0 and of the encoded prompts, where they are numbers with fractions"""
 BATCH = 8
 """images that are encoded together"""
+DECIDES = ("name", "dataset", "split", "image_column", "text_column", "label_column", "fps")
+"""settings of a source that decide what its samples are, beside the content of its files"""
 UNREADABLE = "unreadable"
 """key of a shard's header that holds the names of pictures left out"""
 
@@ -59,6 +64,8 @@ class Precompute:
             raise UserError("data.buckets", "given", "leave it out: what is encoded once is of one size")
         self.found = read_source(cfg.model_copy(update={"stream": "always"}), codec, device, not cfg.prompts)
         self.num = self.found.num or 0
+        self.sizes = self.found.order.sizes if self.found.order else [self.num]
+        self.weights = [cfg.weight, *(source.weight for source in cfg.sources)]
         if not self.num:
             raise UserError("data", "nothing to encode is named", "set data.images or another source")
         self.captions, self.labels = _conditions(self.found, codec, self.num)
@@ -72,6 +79,7 @@ class Precompute:
             "samples": self.num,
             "images": not cfg.prompts,
             "data": data_digest(cfg),
+            "settings": _deciding(cfg),
         }
 
     @property
@@ -121,10 +129,16 @@ class Precompute:
         """Write the whole manifest if every shard is there: the samples in them, None if some are missing."""
         if self.missing():
             return None
-        shards = [{"file": self.file(i).name, "count": self._count(i)} for i in range(self.shards)]
+        shards: list[dict] = [
+            {"file": self.file(i).name, "count": self._count(i)} for i in range(self.shards)
+        ]
+        several = len(self.sizes) > 1
+        for i, one in enumerate(shards if several else []):
+            one["of_sources"] = json.loads(self._header(i)["of_sources"])
         skipped = [name for i in range(self.shards) for name in json.loads(self._header(i)[UNREADABLE])]
         count = sum(int(str(one["count"])) for one in shards)
-        more = {"count": count, "skipped": skipped, "shards": shards, "complete": True}
+        more: dict = {"count": count, "skipped": skipped, "shards": shards, "complete": True}
+        more |= {"weights": self.weights} if several else {}
         write_json(self.out / MANIFEST, {**self.plan, **more})
         if skipped:
             warn(f"data: {len(skipped)} pictures cannot be read and are left out: {', '.join(skipped[:5])}")
@@ -152,6 +166,9 @@ class Precompute:
         if x0 is not None:
             tensors["x0"] = self._stored(x0)
         header = {"count": str(len(index)), "captions": json.dumps(captions), UNREADABLE: json.dumps(bad)}
+        ends = list(accumulate(self.sizes))
+        counts = Counter(bisect_right(ends, i) for i in index)
+        header["of_sources"] = json.dumps([counts[source] for source in range(len(ends))])
         write_tensors(self.file(i), tensors, header)
 
     def _stored(self, value: Tensor) -> Tensor:
@@ -170,9 +187,11 @@ class Precompute:
             sound = [(i, one["images"]) for i, one in zip(some, read) if not isinstance(one, str)]
             if bad and self.cfg.on_bad_image == "error":
                 way = "repair or remove it; data.on_bad_image skip leaves it out"
-                raise UserError("data.images", f"{bad[0]} cannot be read", way)
+                raise UserError(self._key(every[0]), f"{bad[0]} cannot be read", way)
             if len(bad) >= IN_A_ROW and not index:
-                raise UserError("data.images", f"{len(bad)} in a row cannot be read: {bad[0]}", "repair them")
+                raise UserError(
+                    self._key(every[0]), f"{len(bad)} in a row cannot be read: {bad[0]}", "repair them"
+                )
             if sound:
                 images = torch.stack([image for _, image in sound]).to(self.device)
                 parts.append(codec.encode(images.float() / 127.5 - 1).float().cpu())
@@ -188,6 +207,12 @@ class Precompute:
             return self.found.reader.load(i)
         except OSError as error:
             return str(error)
+
+    def _key(self, i: int) -> str:
+        """The setting that sample i comes from."""
+        reader = self.found.reader
+        source = bisect_right(list(accumulate(self.sizes)), i)
+        return reader.sets[source].key if isinstance(reader, PictureReader) else "data"
 
     def _name(self, i: int) -> str:
         reader = self.found.reader
@@ -205,6 +230,12 @@ class Precompute:
         table = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
         where = {text: row for row, text in enumerate(texts)}
         return table, torch.tensor([where[self.captions[i]] for i in index]).long(), texts
+
+
+def _deciding(cfg) -> list[dict]:
+    """What decides the samples of each source, where it is set."""
+    every = [{key: getattr(one, key, None) for key in DECIDES} for one in (cfg, *cfg.sources)]
+    return [{key: value for key, value in one.items() if value} for one in every]
 
 
 def _conditions(found: Found, codec, num: int) -> tuple[list[str] | None, Tensor | None]:

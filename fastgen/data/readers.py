@@ -22,7 +22,9 @@ def gathered(source, data, key: str, clips: bool) -> Samples:
     if kind != "images" and clips:
         raise UserError(key, "given for a teacher of clips", "clips are read from a folder: data.images")
     folder = kind == "images"
-    samples = gather(scan(Path(source.images), clips, key)) if folder else READERS[kind](source, data, key)
+    samples = (
+        gather(scan(Path(source.images), clips, key), key) if folder else READERS[kind](source, data, key)
+    )
     samples.fps = data.fps
     samples.key = key
     return samples

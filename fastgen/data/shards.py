@@ -55,6 +55,8 @@ def shard_files(text: str, key: str) -> list[Path]:
     path = Path(text).expanduser()
     if path.is_dir():
         return sorted(path.glob("*.tar"), key=natural)
+    if path.is_file():  # whatever its name
+        return [path]
     if span := SPAN.search(text):
         first, last = span.groups()
         numbers = range(int(first), int(last) + 1)
@@ -133,7 +135,7 @@ def said(
             label = next((v for k in labels if (v := as_label(values.get(k))) is not None), None)
     if (text := content(".txt")) is not None:
         caption = text.decode("utf-8", "replace").strip()
-    if (number := (content(".cls") or b"").strip()).isdigit():
+    if (number := (content(".cls") or b"").strip()).isdigit() and len(number) < 1000:
         label = int(number)
     return caption, label
 

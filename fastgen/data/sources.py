@@ -15,7 +15,7 @@ from fastgen.data.buckets import parsed, sorted_in
 from fastgen.data.bundled import NAMES, load_images, load_labels
 from fastgen.data.folders import Listing, Samples, check_folder, named, scan, some
 from fastgen.data.kinds import kind_of_source
-from fastgen.data.labels import class_rows, drop_missing
+from fastgen.data.labels import class_rows, drop_missing, unlabelled_rows
 from fastgen.data.latents import read_manifest
 from fastgen.data.media import describe, read_files
 from fastgen.data.order import Order
@@ -206,7 +206,8 @@ def _own(cfg, codec, device, pixels: bool) -> Found:
     founds = []
     for one, key in zip(sets, keys):
         founds.append(_one_set(cfg, codec, one, "" if named_once else f"{key}: ", (size, stream), pixels))
-    found = founds[0] if named_once else _together(founds, [one.weight for one, _ in sources])
+    weights = [one.weight for one, _ in sources]
+    found = founds[0] if named_once else _together(founds, weights, keys, codec)
     found.own, found.total = True, sum(totals)
     if stream and found.reader is None:
         found.reader = PictureReader([one.samples for one in founds if one.samples], size)
@@ -247,15 +248,25 @@ def _one_set(cfg, codec, samples: Samples, label: str, how: tuple[tuple, bool], 
     return Found(images, labels, captions or None, samples, reader=reader if stream else None)
 
 
-def _together(founds: list[Found], weights: list[float]) -> Found:
-    """Several sources as one, in their order; captions or labels that one of them lacks are none."""
+def _together(founds: list[Found], weights: list[float], keys: list[str], codec) -> Found:
+    """Several sources as one, in their order. One without captions beside others is an error, one without
+    labels is of the null class.
+    """
     images = [one.images for one in founds if one.images is not None]
-    labels = [one.labels for one in founds if one.labels is not None]
     captions = [one.captions for one in founds if one.captions is not None]
     sizes = [len(one.samples.files) for one in founds if one.samples]
+    if takes_text(codec) and 0 < len(captions) < len(founds):
+        bare = next(key for one, key in zip(founds, keys) if one.captions is None)
+        raise UserError(bare, "no captions, and other sources have them", "add them, or leave the source out")
+    labels = [one.labels for one in founds]
+    if any(found is not None for found in labels):
+        labels = [
+            unlabelled_rows(size, codec, True, key) if found is None else found
+            for found, size, key in zip(labels, sizes, keys)
+        ]
     return Found(
         torch.cat(images) if images else None,
-        torch.cat(labels) if len(labels) == len(founds) else None,
+        torch.cat([found for found in labels if found is not None]) if labels[0] is not None else None,
         [text for part in captions for text in part] if len(captions) == len(founds) else None,
         order=Order(sizes, weights),
     )

@@ -43,7 +43,8 @@ def table_samples(source, data, key: str) -> Samples:
     lines = list(read(path, key, WANTED))
     if not lines:
         raise UserError(key, f"{path} has no rows", WANTED)
-    return _paths(path, iter(lines), columns_of(source, list(lines[0][1]), path.name, key), key)
+    names = list(dict.fromkeys(name for _, row in lines for name in row))  # a line may lack some
+    return _paths(path, iter(lines), columns_of(source, names, path.name, key), key)
 
 
 def _paths(table: Path, rows: Iterator[tuple[int, dict]], columns: Columns, key: str) -> Samples:

@@ -60,3 +60,8 @@ def example_of(texts: Sequence[str] | None) -> str:
     """The first of the run's prompts that a shell and a card show on one line, or the first one cut short."""
     shown = [t for t in texts or () if t.strip() and t.isprintable()]
     return next((t for t in shown if len(t) <= 80), shown[0][:80].rpartition(" ")[0] if shown else "")
+
+
+def whole(text: str) -> str:
+    """Text without halves of characters, as JSON can hold them (cut emoji) and no tokenizer takes them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
