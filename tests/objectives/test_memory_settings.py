@@ -52,4 +52,4 @@ def test_they_leave_the_losses_as_they_are(name, family, kind, precision, tiny):
     wanted = losses(name, tiny(family), kind, precision, {})
     for setting, train in SETTINGS.items():
         found = losses(name, tiny(family), kind, precision, train)
-        assert found == pytest.approx(wanted, rel=tolerance, abs=tolerance / 50), setting
+        assert found == pytest.approx(wanted, rel=tolerance, abs=tolerance / 25), setting

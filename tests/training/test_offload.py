@@ -72,7 +72,7 @@ def test_the_estimate_counts_one_layer_at_a_time():
         (("--teacher.quantization", "int8", "--student.kind", "lora"), "teacher.quantization"),
         (("--train.compile", "true"), "train.compile"),
         (("--train.compile_blocks", "true"), "train.compile_blocks"),
-        (("--train.sharding", "fsdp"), "train.sharding"),
+        (("--train.sharding", "fsdp", "--train.channels_last", "false"), "train.sharding"),
     ],
 )
 def test_what_it_does_not_go_with(given, named, capsys):
