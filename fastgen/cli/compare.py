@@ -90,7 +90,7 @@ def entries(args) -> list[Entry]:
     found = []
     for i, text in enumerate(args.contenders):
         path, at, steps = text.rpartition("@")
-        if not (at and steps.isdigit()):
+        if not (at and steps.isdecimal()):
             path, steps = text, "0"
         path = expand(path)
         line = Path(path.removesuffix("/export")).name or path

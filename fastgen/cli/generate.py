@@ -111,7 +111,7 @@ class Drawing:
         if self.takes_text or not texts:
             return
         for text in texts:
-            if not (text.isdigit() and int(text) < num):
+            if not (text.isdecimal() and int(text) < num):
                 raise UserError(
                     "--prompts", f"found {text[:40]!r}", f"give class labels 0 to {num - 1}, one per line"
                 )
@@ -272,7 +272,7 @@ def read_shard(text: str) -> tuple[int, int]:
     if not text:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first, _, of = text.partition("/")
-    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
         raise UserError("--shard", f"found {text!r}", "give I/N, from 1/N to N/N")
     return int(first) - 1, int(of)
 

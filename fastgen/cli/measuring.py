@@ -27,7 +27,7 @@ def open_material(args, asked):
 
     kind = kind_of(asked)
     source, encoders = open_source(args.images, kind=kind), open_encoders(args)
-    prompts = prompts_of(source, args.prompts)
+    prompts = prompts_of(source, args.prompts, args.group_size)
     resolution = getattr(args, "resolution", 0)
     known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
     against = mixture = None

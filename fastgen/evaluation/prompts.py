@@ -16,11 +16,13 @@ MOST_BYTES = 2**30
 """of it: a million images"""
 
 
-def read_prompts(file: str | Path, num: int, drawn: bool = False, key: str = "--prompts") -> list[str]:
+def read_prompts(
+    file: str | Path, num: int, drawn: bool = False, key: str = "--prompts", group_size: int = 1
+) -> list[str]:
     """The line of each of num images: as many lines as images, blank ones in their places.
 
-    Fewer lines are repeated in turn where they divide the images, or where sample.py has `drawn` them; other
-    counts are refused.
+    Fewer lines are repeated in turn where they divide the images, or where sample.py has `drawn` them, each
+    for `group_size` images that follow each other; other counts are refused.
     """
     text = read_text(file, key, "a text file with one prompt or label a line")
     lines = split_lines(text)
@@ -35,17 +37,17 @@ def read_prompts(file: str | Path, num: int, drawn: bool = False, key: str = "--
         return filled
     if drawn or (len(filled) < num and num % len(filled) == 0):
         warn(f"{key}: {len(filled)} lines for {num} images, repeated in order, as sample.py does")
-        return [filled[i % len(filled)] for i in range(num)]
+        return [filled[i // max(1, group_size) % len(filled)] for i in range(num)]
     raise UserError(
         key, f"{len(lines)} lines in {file} for {num} images", "give one line per image, in the same order"
     )
 
 
-def prompts_of(source: Source, file: str = "") -> list[str] | None:
+def prompts_of(source: Source, file: str = "", group_size: int = 1) -> list[str] | None:
     """From the file, or else what sample.py, an archive or a bundled set says; None where nothing does."""
     drawn = isinstance(source, Folder) and (source.folder / SAMPLES).is_file()
     if file:
-        return read_prompts(file, len(source), drawn)
+        return read_prompts(file, len(source), drawn, group_size=group_size)
     return _drawn(source) if drawn and isinstance(source, Folder) else source.captions
 
 
@@ -68,6 +70,6 @@ def labels_of(source: Source, prompts: list[str] | None, mini_set: str = "") -> 
         from fastgen.evaluation.metrics.fd_mini import attributes_from
 
         return attributes_from(mini_set, prompts)
-    if prompts and all(p.isdigit() for p in prompts):
+    if prompts and all(p.isdecimal() for p in prompts):
         return {"class": torch.tensor([int(p) for p in prompts])}
     return {"class": torch.tensor(source.labels)} if source.labels is not None else {}

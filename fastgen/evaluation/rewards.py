@@ -120,7 +120,7 @@ def _attributes(
 def _named(heads: set[str], text: str) -> dict[str, int]:
     """What a prompt asks for: a class by its number, or the attributes that a caption names."""
     if heads == {"class"}:
-        return {"class": int(text)} if text.isdigit() else {}
+        return {"class": int(text)} if text.isdecimal() else {}
     try:
         return moving.attributes_of(text) if "motion" in heads else attributes_of(text)
     except ValueError as error:

@@ -77,9 +77,12 @@ class Validator:
             scores |= self.evaluator.score(images)
         trainer.write_metrics({"step": trainer.step, **{f"validation/{k}": v for k, v in scores.items()}})
         score = scores.get(self.keep_by)
+        best = self.cfg.keep == "best"
+        if best and not trainer.step:  # what was not trained is not kept, however good
+            return
         if score is not None and self._is_better(score, trainer.best.get("score")):
             trainer.best = {"score": score, "step": trainer.step}
-            if self.cfg.keep == "best" and trainer.step:
+            if best:
                 write_tensors(self.folder / "best.safetensors", trainer.student.trainable())
 
     def _beside_teacher(self, images: Tensor) -> dict[str, float]:

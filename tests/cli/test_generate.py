@@ -12,7 +12,7 @@ from fastgen.cli import generate as module
 from fastgen.cli.evaluate import main
 from fastgen.core import interrupt
 from fastgen.evaluation.inputs import open_source
-from fastgen.evaluation.prompts import prompts_of
+from fastgen.evaluation.prompts import prompts_of, read_prompts
 from fastgen.training.exporting import export_run
 from tests.export.test_plain_diffusers import make_run
 
@@ -108,3 +108,11 @@ def test_a_model_that_is_shown_a_picture_is_refused(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red dress\n")
     assert draw(tmp_path / "model", tmp_path / "out", "--prompts", tmp_path / "prompts.txt") == 2
     assert "is shown a picture" in capsys.readouterr().err and not list(tmp_path.glob("out/*.png"))
+
+
+def test_prompts_are_spread_over_groups(tmp_path):
+    """As `generate --group_size 2` draws them."""
+    (tmp_path / "p.txt").write_text("red\ngreen\n")
+    found = read_prompts(tmp_path / "p.txt", 8, group_size=2)
+    assert found == ["red", "red", "green", "green"] * 2
+    assert read_prompts(tmp_path / "p.txt", 4) == ["red", "green"] * 2

@@ -214,6 +214,7 @@ def test_inception_score_of_known_posteriors():
     wanted = math.exp(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5))
     assert variety.inception_score(p.log()).value == pytest.approx(wanted, rel=1e-9)
     assert variety.inception_score_splits(sure, 5)[0] <= 8 + 1e-9
+    assert variety.inception_score_splits(5 * torch.eye(8)[torch.arange(91) % 8])[0] > 2, "no part of one"
 
 
 def test_inception_score_agrees_with_torchmetrics():

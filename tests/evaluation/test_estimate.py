@@ -27,6 +27,15 @@ def test_the_interval_of_a_mean_covers_it_also_when_skewed():
     assert 0.4 < share_covered(narrow, 1.0) < 0.6, "another level, another share"
 
 
+def test_few_values_have_wide_intervals():
+    """Of two and of three, most of whose resamples have no spread: Student's t."""
+    for num in (2, 3):
+        found = [mean_interval(x) for x in draw(600, num, seed=4)]
+        assert 0.92 < share_covered(found, 0.0) < 0.98, num
+    low, high = mean_interval(torch.tensor([0.5, 1.0]))
+    assert (high - low) / 2 == pytest.approx(12.706 * 0.25, rel=1e-3)
+
+
 def test_shares_have_wilsons_interval():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-3)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 from fastgen.cli.evaluate import main as evaluate
 from fastgen.cli.train import main
+from fastgen.config.sections import EvalConfig
 from fastgen.core.paths import asset
 from fastgen.data.loader import Data
+from fastgen.training.validation import Validator
 
 SHORT = {
     "max_train_steps": 4,
@@ -179,3 +182,18 @@ def test_the_last_stage_decides_how_the_student_is_sampled(tmp_path):
     assert results["student"]["nfe"] == 1 and "untrained_student" in results
     export = json.loads((tmp_path / "run" / "export" / "fastgen.json").read_text())["export"]
     assert export["times"] and export["steps"] == 1
+
+
+def test_what_was_not_trained_is_not_kept(tmp_path):
+    """A student that starts best: the best of the trained weights are kept, not the last ones."""
+    scores = iter([5.0, 7.0, 9.0])
+    student = SimpleNamespace(trainable=lambda: {"w": torch.tensor([float(trainer.step)])})
+    trainer = SimpleNamespace(step=0, best={}, student=student, write_metrics=lambda values: None)
+    evaluator = SimpleNamespace(
+        better=lambda: {"fd_mini": "lower"}, score=lambda images: {"fd_mini": next(scores)}, label_free=False
+    )
+    validator = Validator(EvalConfig(keep="best"), evaluator, tmp_path)
+    for trainer.step in (0, 100, 200):
+        validator._look(trainer, torch.zeros(1), torch.zeros(1))
+    assert trainer.best == {"score": 7.0, "step": 100}
+    assert load_file(tmp_path / "best.safetensors")["w"] == 100

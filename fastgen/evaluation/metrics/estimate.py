@@ -79,10 +79,17 @@ def mean_interval(x: Tensor, level: float = LEVEL, seed: int = 0) -> Interval:
     mean, std = float(x.mean()), float(x.std())
     if std == 0:
         return Interval(mean, mean)
+    if n in FEW:  # of which many resamples have no spread at all
+        half = FEW[n](level) * std / math.sqrt(n)
+        return Interval(mean - half, mean + half)
     t = _studentised(x, seed)
     tail = (1 - level) / 2
     low, high = (float(torch.quantile(t, q)) for q in (1 - tail, tail))
     return Interval(mean - low * std / math.sqrt(n), mean - high * std / math.sqrt(n))
+
+
+FEW = {2: lambda level: math.tan(math.pi * level / 2), 3: lambda level: level * math.sqrt(2 / (1 - level**2))}
+"""quantile of Student's t by the number of values, of one and two degrees of freedom"""
 
 
 def _studentised(x: Tensor, seed: int) -> Tensor:

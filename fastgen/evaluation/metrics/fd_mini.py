@@ -192,7 +192,7 @@ def attributes_from(name: str, lines: list[str]) -> dict[str, Tensor]:
             raise UserError("--prompts", str(error), "name each attribute once") from None
         return {k: torch.tensor([f.get(k, -1) for f in found]) for k in known}
     names = load_images(name, "heldout").class_names
-    wanted = [int(line) if line.isdigit() else names.index(line) if line in names else -1 for line in lines]
+    wanted = [int(line) if line.isdecimal() else names.index(line) if line in names else -1 for line in lines]
     if bad := [line for line, k in zip(lines, wanted) if not 0 <= k < len(names)]:
         raise UserError("--prompts", f"found {bad[0]!r}", f"0 to {len(names) - 1} or {', '.join(names)}")
     return {"class": torch.tensor(wanted)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen.evaluation.metrics.estimate import Estimate, around
+from fastgen.evaluation.metrics.neighbours import evenly
 
 CHUNK, MOST = 1000, 5000
 """rows of a kernel's matrix at a time; samples that contributions of KID look at"""
@@ -107,7 +108,7 @@ def kid_estimate(a: Tensor, b: Tensor) -> Estimate:
     """KID, with contributions."""
     if same(a, b):
         return around(0.0, lambda: torch.zeros(len(a)))
-    return around(kid(a, b)[0], lambda: 1000 * influence(polynomial, a[:MOST], b[:MOST]))
+    return around(kid(a, b)[0], lambda: 1000 * influence(polynomial, evenly(a, MOST), evenly(b, MOST)))
 
 
 def cmmd_estimate(a: Tensor, b: Tensor, sigma: float = 10.0) -> Estimate:

@@ -31,7 +31,9 @@ def inception_score_splits(logits: Tensor, num_splits: int = 10, seed: int = 0) 
     scores lower than all of them.
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-    parts = [inception_score(part).value for part in logits[order].chunk(min(num_splits, len(logits) // 2))]
+    parts = [
+        inception_score(part).value for part in logits[order].tensor_split(min(num_splits, len(logits) // 2))
+    ]
     found = torch.tensor(parts, dtype=torch.float64)
     return float(found.mean()), float(found.std(correction=0))
 
