@@ -172,8 +172,7 @@ def prepared(values: dict, device: str):
 
     class RandomCast(Cast):
         def _load(self, null):
-            waits = self.teacher_cfg.quantization or self.teacher_cfg.offload  # on the CPU, for its passes
-            return random_teacher(self.teacher_cfg, "cpu" if waits else device)
+            return random_teacher(self.teacher_cfg, "cpu" if self.teacher_cfg.quantization else self.place)
 
     cfg = validate(values)
     cast = RandomCast(cfg.teacher, cfg.student, cfg.critic, cfg.train, cfg.all_stages(), device)

@@ -42,8 +42,10 @@ class Listing:
 def natural(path: Path | str) -> tuple:
     """Sorting key under which numbers in names count as numbers."""
     name = str(path)
-    parts = re.split(r"([0-9]+)", name)
-    return tuple((1, int(p), "") if p.isdigit() and len(p) < 1000 else (0, 0, p) for p in parts), name
+    parts = re.split(r"([0-9]+)", name)  # every second one is a number, told by its length and its digits
+    numbers = [part.lstrip("0") for part in parts]
+    ranks = ((1, len(n), n) if i % 2 else (0, 0, p) for i, (p, n) in enumerate(zip(parts, numbers)))
+    return tuple(ranks), name
 
 
 def named(path: Path | str) -> str:

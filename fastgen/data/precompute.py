@@ -64,7 +64,8 @@ class Precompute:
             raise UserError("data.buckets", "given", "leave it out: what is encoded once is of one size")
         self.found = read_source(cfg.model_copy(update={"stream": "always"}), codec, device, not cfg.prompts)
         self.num = self.found.num or 0
-        self.sizes = self.found.order.sizes if self.found.order else [self.num]
+        sizes = self.found.order.sizes if self.found.order else [self.num]
+        self.ends = list(accumulate(sizes))  # of the samples of each source
         self.weights = [cfg.weight, *(source.weight for source in cfg.sources)]
         if not self.num:
             raise UserError("data", "nothing to encode is named", "set data.images or another source")
@@ -132,7 +133,7 @@ class Precompute:
         shards: list[dict] = [
             {"file": self.file(i).name, "count": self._count(i)} for i in range(self.shards)
         ]
-        several = len(self.sizes) > 1
+        several = len(self.ends) > 1
         for i, one in enumerate(shards if several else []):
             one["of_sources"] = json.loads(self._header(i)["of_sources"])
         skipped = [name for i in range(self.shards) for name in json.loads(self._header(i)[UNREADABLE])]
@@ -166,9 +167,8 @@ class Precompute:
         if x0 is not None:
             tensors["x0"] = self._stored(x0)
         header = {"count": str(len(index)), "captions": json.dumps(captions), UNREADABLE: json.dumps(bad)}
-        ends = list(accumulate(self.sizes))
-        counts = Counter(bisect_right(ends, i) for i in index)
-        header["of_sources"] = json.dumps([counts[source] for source in range(len(ends))])
+        counts = Counter(bisect_right(self.ends, i) for i in index)
+        header["of_sources"] = json.dumps([counts[source] for source in range(len(self.ends))])
         write_tensors(self.file(i), tensors, header)
 
     def _stored(self, value: Tensor) -> Tensor:
@@ -211,8 +211,7 @@ class Precompute:
     def _key(self, i: int) -> str:
         """The setting that sample i comes from."""
         reader = self.found.reader
-        source = bisect_right(list(accumulate(self.sizes)), i)
-        return reader.sets[source].key if isinstance(reader, PictureReader) else "data"
+        return reader.sets[bisect_right(self.ends, i)].key if isinstance(reader, PictureReader) else "data"
 
     def _name(self, i: int) -> str:
         reader = self.found.reader

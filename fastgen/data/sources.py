@@ -258,15 +258,16 @@ def _together(founds: list[Found], weights: list[float], keys: list[str], codec)
     if takes_text(codec) and 0 < len(captions) < len(founds):
         bare = next(key for one, key in zip(founds, keys) if one.captions is None)
         raise UserError(bare, "no captions, and other sources have them", "add them, or leave the source out")
-    labels = [one.labels for one in founds]
-    if any(found is not None for found in labels):
-        labels = [
-            unlabelled_rows(size, codec, True, key) if found is None else found
-            for found, size, key in zip(labels, sizes, keys)
+    labels = None
+    if any(one.labels is not None for one in founds):
+        rows = [
+            unlabelled_rows(size, codec, True, key) if one.labels is None else one.labels
+            for one, size, key in zip(founds, sizes, keys)
         ]
+        labels = torch.cat(rows)
     return Found(
         torch.cat(images) if images else None,
-        torch.cat([found for found in labels if found is not None]) if labels[0] is not None else None,
+        labels,
         [text for part in captions for text in part] if len(captions) == len(founds) else None,
         order=Order(sizes, weights),
     )

@@ -60,8 +60,7 @@ def test_max_steps_shortens_every_stage():
     assert [s.max_train_steps for s in short.stages] == [5, 5]
     assert all(s.limit == 5 * cfg.train.train_batch_size for s in short.stages)
     assert short.eval.num_samples == 100 and short.eval.teacher_samples == 0
-    whole = [s.max_train_steps for s in cfg.stages]
-    assert [s.max_train_steps for s in shortened(cfg, 10_000).stages] == whole, "never longer"
+    assert shortened(cfg, 10_000).stages[0].max_train_steps == 300, "never longer"
     flat = shortened(load_flat("--data.limit", "8", "--eval.num_samples", "0"), 2)
     assert (flat.train.max_train_steps, flat.data.limit, flat.eval.num_samples) == (2, 8, 0)
 

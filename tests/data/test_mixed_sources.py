@@ -189,6 +189,7 @@ def test_an_archive_may_have_a_bracket_in_its_path(tmp_path):
     file.write_bytes(b"")
     assert shard_files(str(file), "data.shards") == [file]
     assert natural("9" * 5000)[1] == "9" * 5000, "no number of thousands of digits"
+    assert natural("2b") < natural("010a") < natural("10b") < natural("a\u00b2"), "which is no number either"
 
 
 def test_a_row_that_names_a_pipe_is_not_read(tmp_path):

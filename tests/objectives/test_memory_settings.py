@@ -1,12 +1,14 @@
 """Settings that save memory or time leave the losses of every method as they are."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastgen.objectives import REGISTRY
 from tests.objectives.test_contract import NETWORKS, make
 from tests.support.heavier import some_of
-from tests.support.play import batch
+from tests.support.play import batch, play
 
 SETTINGS = {
     "recomputed": {"gradient_checkpointing": True},
@@ -27,22 +29,9 @@ def losses(name, teacher, kind, precision, train):
     """Of two steps, each turn under an autocast of its own as in the trainer."""
     torch.manual_seed(0)
     _, cast, objective = make(name, teacher, kind, **train)
-    one, found = batch(cast), []
-    for k in (0, 1):
-        turns = objective.step(one, k)
-        while True:
-            with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
-                item = next(turns, None)
-            if item is None:
-                break
-            item[0].backward()
-            found.append(float(item[0].detach()))
-            for player in objective.players.values():
-                for parameter in player.trainable().values():
-                    if parameter.grad is not None:
-                        parameter.data -= 0.01 * parameter.grad
-                        parameter.grad = None
-    return found
+    one = batch(cast)
+    cast_down = partial(torch.autocast, "cpu", precision, enabled=precision is not torch.float32)
+    return [loss for k in (0, 1) for _, loss in play(objective, one, k, around=cast_down)]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

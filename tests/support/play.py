@@ -1,5 +1,7 @@
 """A step of a method on a cast of networks, played with plain SGD."""
 
+from contextlib import nullcontext
+
 import torch
 
 from fastgen.core.batch import Batch
@@ -16,11 +18,15 @@ def batch(cast, num=2):
     return Batch(x0, cond, codec.null(num), noise, torch.arange(num))
 
 
-def play(objective, one, k, check=False):
-    """One step with plain SGD; the losses by player."""
-    losses = []
-    for loss, _ in objective.step(one, k):
-        active = objective.active
+def play(objective, one, k, check=False, around=nullcontext):
+    """One step with plain SGD, each turn's losses computed inside `around()`; the losses by player."""
+    losses, turns = [], objective.step(one, k)
+    while True:
+        with around():
+            item = next(turns, None)
+        if item is None:
+            break
+        loss, active = item[0], objective.active
         loss.backward()
         losses.append((active, float(loss.detach())))
         for player in objective.players.values():
