@@ -24,7 +24,7 @@ import torch
 
 from fastgen.cli import sample
 from fastgen.cli.generate import PROMPTS, Drawing, Request, generate
-from fastgen.cli.measuring import open_encoders, open_material
+from fastgen.cli.measuring import at_least, open_encoders, open_material
 from fastgen.cli.pictures import grid
 from fastgen.core.console import documented
 from fastgen.core.errors import UserError
@@ -126,9 +126,7 @@ def run(args) -> int:
     from fastgen.evaluation.comparison_page import page
     from fastgen.evaluation.registry import wanted
 
-    for name, least in (("num_samples", 2), ("seeds", 1), ("seed", 0), ("repeats", 0), ("group_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {least} or more")
+    at_least(args, num_samples=2, seeds=1, seed=0, repeats=0, group_size=1, batch_size=1)
     found, out = entries(args), Path(args.out)
     if out.is_file():
         raise UserError("--out", f"{out} is a file", "give a folder")
@@ -238,24 +236,30 @@ def _measured(args, found: list[Entry], asked, mini: str, drawn: dict[str, Drawn
             raise UserError("--metrics", f"{label} needs a model, {entry.name} is a set", instruction)
         by_seed = []
         for seed in range(args.seeds if model else 1):
-            place = str(_folder(out, entry, seed)) if model else entry.path
-            material, shared = _material(args, place, mini, asked, shared)
+            drawn_to = _folder(out, entry, seed) if model else None
+            material, shared = _material(args, entry, drawn_to, mini, asked, shared)
             by_seed.append((model.estimates if model else {}) | measure(material, of_images))
         nfe, seconds = (model.nfe, model.seconds) if model else (0, 0.0)
-        contenders.append(Contender(entry.name, by_seed, nfe, seconds, entry.line))
+        about = {"num_images": len(material.source)}
+        contenders.append(Contender(entry.name, by_seed, nfe, seconds, entry.line, about))
         protocol = material.describe()
     protocol.pop("images_sha256", None)
-    protocol = {"num_samples": args.num_samples, "seeds": args.seeds, "seed": args.seed, **protocol}
+    if drawn:
+        drawn_by = {"num_samples": args.num_samples, "seeds": args.seeds, "seed": args.seed}
+        protocol = drawn_by | protocol
     return contenders, {w.label: w.metric.better for w in asked}, protocol
 
 
-def _material(args, place: str, mini: str, asked, shared):
-    """The material of one set; encoders and reference features are shared with the sets before it."""
+def _material(args, entry: Entry, drawn_to: Path | None, mini: str, asked, shared):
+    """The material of one set, that of a model in the folder it has drawn to; encoders and reference features
+    are shared with the sets before it.
+    """
     own = SimpleNamespace(
-        images=place,
+        images=str(drawn_to or entry.path),
+        first=args.num_samples if drawn_to else 0,
         against=args.against or mini,
         extractor=args.extractor or mini,
-        prompts="" if (Path(place) / "samples.json").is_file() else args.prompts,
+        prompts="" if drawn_to else args.prompts,
         weights=args.weights,
         clip=args.clip,
         device=args.device,

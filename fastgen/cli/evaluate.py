@@ -20,7 +20,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from fastgen.cli.measuring import open_encoders, open_material
+from fastgen.cli.measuring import at_least, open_encoders, open_material
 from fastgen.core import interrupt
 from fastgen.core.console import documented, exit_code, program, quiet
 from fastgen.core.errors import UserError
@@ -30,6 +30,15 @@ from fastgen.core.paths import expand
 COMMANDS = ("measure", "statistics", "card", "metrics")
 OWN_FLAGS = ("generate", "compare", "protocol", "view", "votes")
 """commands with flags of their own: modules of this folder with `flags` and `run`, imported when called"""
+TAKEN = {
+    "run": ("run", "num_samples", "device"),
+    "images": ("images", "against", "metrics", "extractor", "weights", "prompts", "clip", "group_size")
+    + ("forgotten", "cache", "device"),
+    "statistics": ("images", "encoder", "out", "weights", "extractor", "clip", "device"),
+    "card": ("teacher", "guidance", "num_samples", "device"),
+    "metrics": (),
+}
+"""flags of each command; measuring is of a run or of images"""
 FORMATS = "a folder (without its grid*.png), .npz, .safetensors, webdataset .tar"
 
 
@@ -84,7 +93,24 @@ def main(argv: list[str] | None = None) -> int:
             return interrupt.REQUEUE
 
 
+def _check_flags(args) -> None:
+    """Refuse a flag that the command does not take: it would be passed over in silence."""
+    mode = args.command
+    if mode == "measure":
+        if bool(args.run) == bool(args.images):
+            raise UserError("--run", "give either --run DIR or --images SOURCE", "see --help")
+        mode = "run" if args.run else "images"
+    plain = flags().parse_args([])
+    for name, value in vars(args).items():
+        if name != "command" and name not in TAKEN[mode] and value != getattr(plain, name):
+            takes = ", ".join(f"--{n}" for n in TAKEN[mode]) or "no flags"
+            asked = f"--{mode}" if mode in ("run", "images") else f"`fastgen-eval {mode}`"
+            raise UserError(f"--{name}", f"{asked} does not take it", f"leave it out; it takes {takes}")
+
+
 def _run(args) -> int:
+    _check_flags(args)
+    at_least(args, num_samples=0)
     if args.command == "card":
         _card(args)
     elif args.command == "metrics":
@@ -93,8 +119,6 @@ def _run(args) -> int:
         print(table())
     elif args.command == "statistics":
         _statistics(args)
-    elif bool(args.run) == bool(args.images):
-        raise UserError("--run", "give either --run DIR or --images SOURCE", "see --help")
     elif args.run:
         from fastgen.cli.remeasure import remeasure
 

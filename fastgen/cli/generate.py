@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgen.cli import sample
+from fastgen.cli.measuring import at_least
 from fastgen.core import interrupt
 from fastgen.core.console import documented
 from fastgen.core.errors import UserError
@@ -281,9 +282,7 @@ def run(args) -> int:
     """The command; its exit code."""
     from fastgen.data.text import read_lines
 
-    for name, least in (("num_samples", 1), ("batch_size", 1), ("group_size", 1), ("seed", 0), ("steps", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {least} or more")
+    at_least(args, num_samples=1, batch_size=1, group_size=1, seed=0, steps=0)
     texts = read_lines(args.prompts, "--prompts", PROMPTS) if args.prompts else []
     known = {k: getattr(args, k) for k in ("seed", "steps", "guidance", "batch_size", "group_size", "dtype")}
     request = Request(args.model, args.num_samples, texts, device=args.device, **known)

@@ -3,6 +3,15 @@
 from pathlib import Path
 
 
+def at_least(args, **least: int) -> None:
+    """Refuse flags below their smallest value."""
+    from fastgen.core.errors import UserError
+
+    for name, lowest in least.items():
+        if getattr(args, name) < lowest:
+            raise UserError(f"--{name}", f"found {getattr(args, name)}", f"give {lowest} or more")
+
+
 def open_encoders(args):
     """Encoders by the flags --weights, --extractor, --clip and --device."""
     from fastgen.data.bundled import NAMES
@@ -23,10 +32,14 @@ def open_material(args, asked):
     from fastgen.evaluation.material import Material
     from fastgen.evaluation.prompts import labels_of, prompts_of
     from fastgen.evaluation.registry import kind_of
-    from fastgen.evaluation.sources import Squared
+    from fastgen.evaluation.sources import Folder, Squared
 
     kind = kind_of(asked)
+    at_least(args, group_size=0)
     source, encoders = open_source(args.images, kind=kind), open_encoders(args)
+    if num := getattr(args, "first", 0):
+        assert isinstance(source, Folder), "what a model has drawn"
+        source = source.first(num)
     prompts = prompts_of(source, args.prompts, args.group_size)
     resolution = getattr(args, "resolution", 0)
     known = Path(args.against) if args.against and is_statistics(Path(args.against)) else None
@@ -42,6 +55,7 @@ def open_material(args, asked):
     cache = Path(args.cache) if args.cache else None
     material = Material(source, encoders, against, known, prompts, labels, args.group_size, cache)
     material.mixture, material.forgotten = mixture, getattr(args, "forgotten", -1)
+    material.equal_counts = getattr(args, "equal_counts", True)
     return material
 
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from fastgen.cli import sample
 from fastgen.cli.generate import PROMPTS, Request, generate
-from fastgen.cli.measuring import open_material
+from fastgen.cli.measuring import at_least, open_material
 from fastgen.core.console import documented
 from fastgen.core.errors import UserError, warn
 from fastgen.core.files import to_json, write_json
@@ -53,6 +53,7 @@ def run(args) -> int:
     """The command; its exit code."""
     from fastgen.evaluation import protocols
 
+    at_least(args, num_samples=0, seed=0, steps=0, batch_size=1)
     if not args.protocol:
         print(protocols.table())
         return 0
@@ -85,9 +86,10 @@ def _measure(protocol, args) -> dict:
     if any("reference" in w.metric.needs for w in asked) and not (args.against or bundled):
         raise UserError("--against", "none given", f"give {protocol.reference}")
     texts = read_lines(args.prompts, "--prompts", PROMPTS) if args.prompts else []
-    images = args.images or str(_draw(protocol, args, texts))
     own = SimpleNamespace(
-        images=images,
+        images=args.images or str(_draw(protocol, args, texts)),
+        first=0 if args.images else args.num_samples or protocol.num_samples,
+        equal_counts=protocol.equal_counts,
         against=args.against or bundled,
         extractor=bundled,
         prompts=args.prompts if args.images else "",
@@ -139,7 +141,7 @@ def _lay_out(protocol, args) -> int:
         args.num_samples = args.num_samples or len(items) * protocol.group_size
         folder = _draw(protocol, args, [prompt for prompt, _ in items])
     out = Path(args.out) / protocol.layout
-    num = layouts.export(protocol.layout, folder, items, out)
+    num = layouts.export(protocol.layout, folder, items, out, protocol.group_size)
     print(f"wrote {num} samples of {len(items)} prompts to {out}, as {protocol.title} takes them")
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen.core.errors import UserError
 from fastgen.core.files import sha256
 from fastgen.data.folders import named
-from fastgen.data.pictures import decode_picture, kind_of, to_tensor
+from fastgen.data.pictures import decode_picture, is_picture, kind_of, to_tensor
 from fastgen.data.shards import Members, check_end, picture_of, said, samples_in, shard_files
 from fastgen.evaluation.sources import Source, joined, warn_converted
 
@@ -23,7 +23,7 @@ def is_archive(text: str) -> bool:
     if text.endswith(".tar"):
         return True
     folder = Path(text).expanduser()
-    return folder.is_dir() and any(folder.glob("*.tar"))
+    return folder.is_dir() and any(folder.glob("*.tar")) and not any(map(is_picture, folder.iterdir()))
 
 
 class Archives(Source):

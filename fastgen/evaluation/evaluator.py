@@ -201,6 +201,10 @@ class Evaluator:
         chosen = self.metrics.better if self.metrics else {}
         return {**{k: v for k, v in chosen.items() if v != "none"}, **own}
 
+    def least(self) -> dict[str, float]:
+        """Samples that metrics of `better` need, where that is more than one."""
+        return self.metrics.least(len(self.requests.rows)) if self.metrics else {}
+
     def features(self, images: Tensor) -> Tensor:
         """[N, C], the teacher's own features."""
         null = {k: v[:1] for k, v in self.requests.null(torch.arange(1)).items()}

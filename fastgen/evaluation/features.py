@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgen.core.errors import UserError, warn
 from fastgen.core.files import placed, write_tensors
 from fastgen.evaluation.encoders.base import Encoder, Outputs
+from fastgen.evaluation.metrics.distributions import named
 from fastgen.evaluation.metrics.frechet import Moments, Statistics
 from fastgen.evaluation.sources import BATCH, Source
 
@@ -41,6 +42,8 @@ def computed(encoder: Encoder, source: Source, batch_size: int = BATCH) -> Itera
 
 def outputs(encoder: Encoder, source: Source, cache: Path | None = None, keep: str = "") -> Outputs:
     """All of a source, [N, d] each; `keep` is the beginning of the names that are held in memory."""
+    if cache and cache.exists() and not cache.is_dir():
+        raise UserError("--cache", f"{cache} is a file", "give a folder")
     file = cache / f"{encoder.key}-{source.digest()[:16]}.safetensors" if cache else None
     if file and file.is_file():
         return _cached(file, encoder, len(source))
@@ -85,7 +88,7 @@ def statistics(encoder: Encoder, source: Source) -> Statistics:
     """Mean and covariance of a source's features, in memory of d x d."""
     moments = Moments()
     for batch in computed(encoder, source):
-        moments.add(batch["features"])
+        moments.add(named(batch, "features", encoder.name))
     if moments.num < 2:
         raise UserError(
             source.key, f"{source.name} holds one image", "give two or more: a covariance needs them"

@@ -10,10 +10,12 @@ VBench:   PROMPT-I.gif (or .mp4); sixteen dimensions, each scaled by fixed bound
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from fastgen.core.errors import UserError
 from fastgen.core.files import placed, write_text
+from fastgen.core.paths import inside
 from fastgen.core.reading import read_json
 from fastgen.data.text import read_text, split_lines
 from fastgen.evaluation.prompts import MOST_BYTES, SAMPLES
@@ -78,22 +80,47 @@ def _prompt(item: object, key: str, path: Path) -> str:
     return text
 
 
-def export(layout: str, folder: Path, items: list[tuple[str, dict]], out: Path) -> int:
+def export(layout: str, folder: Path, items: list[tuple[str, dict]], out: Path, group_size: int = 1) -> int:
     """Lay out the samples of a folder (with its samples.json) for the tool; how many samples were placed.
 
-    Samples are taken by their prompt, in order; a UserError of a prompt that has none.
+    Samples are taken by their prompt, in order; a UserError of a prompt that has none. A prompt that stands
+    several times has `group_size` samples each time, where so many were drawn.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError("--out", f"{out} is not empty", "give another folder")
     by_prompt: dict[str, list[Path]] = {}
-    for entry in read_json(folder / SAMPLES, "--images", limit=MOST_BYTES)["images"]:
-        by_prompt.setdefault(entry["condition"], []).append(folder / entry["file"])
+    for prompt, file in _samples(folder):
+        by_prompt.setdefault(prompt, []).append(file)
     missing = [prompt for prompt, _ in items if prompt not in by_prompt]
     if missing:
         found = f"{folder} has no sample of {missing[0][:60]!r} and {len(missing) - 1} more"
         raise UserError("--images", found, "draw them with --prompts of the same file")
+    if layout == "vbench":  # which finds clips by their prompt alone
+        items = list({prompt: (prompt, item) for prompt, item in items}.values())
     place = {"geneval": _geneval, "dpg": _dpg, "vbench": _vbench}[layout]
-    return sum(place(out, i, item, by_prompt[prompt], prompt) for i, (prompt, item) in enumerate(items))
+    times, before = Counter(prompt for prompt, _ in items), Counter[str]()
+    num = 0
+    for i, (prompt, item) in enumerate(items):
+        samples, k = by_prompt[prompt], before[prompt]
+        if times[prompt] > 1 and len(samples) >= times[prompt] * group_size:
+            samples = samples[k * group_size : (k + 1) * group_size]
+        before[prompt] += 1
+        num += place(out, i, item, samples, prompt)
+    return num
+
+
+def _samples(folder: Path) -> list[tuple[str, Path]]:
+    """(prompt, file) of each sample, as samples.json says; a UserError where it does not."""
+    images = read_json(folder / SAMPLES, "--images", limit=MOST_BYTES).get("images")
+    found = []
+    for entry in images if isinstance(images, list) else [None]:
+        prompt, file = (entry.get(k) if isinstance(entry, dict) else None for k in ("condition", "file"))
+        path = inside(folder, file, "--images")
+        if not (isinstance(prompt, str) and path.is_file()):
+            said = f"{SAMPLES} has {str(entry)[:60]}" if images else f"{SAMPLES} names no images"
+            raise UserError("--images", said, "give a folder that sample.py or `generate` has written")
+        found.append((prompt, path))
+    return found
 
 
 def _geneval(out: Path, i: int, item: dict, samples: list[Path], prompt: str) -> int:
@@ -108,6 +135,9 @@ def _geneval(out: Path, i: int, item: dict, samples: list[Path], prompt: str) ->
 def _dpg(out: Path, i: int, item: dict, samples: list[Path], prompt: str) -> int:
     from PIL import Image
 
+    if len(samples) < 4:
+        found = f"{len(samples)} samples of {prompt[:60]!r}"
+        raise UserError("--images", found, "draw four of each prompt, which the tool looks at")
     tiles = [Image.open(path).convert("RGB") for path in samples[:4]]
     width, height = tiles[0].size
     sheet = Image.new("RGB", (2 * width, 2 * height))

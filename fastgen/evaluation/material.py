@@ -19,6 +19,7 @@ from fastgen.evaluation.encoders.base import Outputs
 from fastgen.evaluation.encoders.catalogue import Encoders
 from fastgen.evaluation.items import Items
 from fastgen.evaluation.metrics import agreement
+from fastgen.evaluation.metrics.distributions import named
 from fastgen.evaluation.metrics.estimate import Estimate
 from fastgen.evaluation.metrics.fd_mini import NOTE
 from fastgen.evaluation.metrics.frechet import Statistics, statistics_of
@@ -57,6 +58,8 @@ class Material:
     generator: Any = None
     mixture: Any = None
     forgotten: int = -1
+    equal_counts: bool = True
+    """whether precision and its companions take equally many images of both sets"""
     _outputs: dict[tuple[str, str], Outputs] = field(default_factory=dict)
     _statistics: dict[str, Statistics] = field(default_factory=dict)
     _texts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -93,9 +96,9 @@ class Material:
             opened = self.encoders.open(encoder)
             if self.known is not None:
                 found = features.read_statistics(self.known, opened)
-                features.check_width(self.outputs(encoder)["features"], found, opened)
+                features.check_width(named(self.outputs(encoder), "features", encoder), found, opened)
             elif ("reference", encoder) in self._outputs or self.cache:
-                found = statistics_of([self.reference(encoder)["features"]])
+                found = statistics_of([named(self.reference(encoder), "features", encoder)])
             else:
                 assert self.against is not None
                 found = features.statistics(opened, self.against)
@@ -167,6 +170,9 @@ def check(material: Material, wanted: list[Wanted]) -> None:
         if len(material.source) < metric.least:
             found = f"{material.source.name} holds {_images(len(material.source))}"
             raise UserError("--images", found, f"give more: {label} needs {metric.least} or more")
+        if "groups" in metric.needs and len(material.source) < material.group_size:
+            found = f"{material.group_size} for {_images(len(material.source))}"
+            raise UserError("--group_size", found, f"give as many as each prompt has, which {label} needs")
         if material.against is not None and "reference" in metric.needs:
             least = max(2, metric.least)
             if len(material.against) < least:

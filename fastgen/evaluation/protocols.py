@@ -27,6 +27,8 @@ class Protocol(BaseModel):
     resolution: int = Field(default=0, ge=0)
     """both sets are cropped to the middle square and brought to this size (Lanczos); 0: as they are"""
     metrics: tuple[str, ...] = ()
+    equal_counts: bool = True
+    """whether precision and its companions take equally many images of both sets; false: all there are"""
     clip: str = "vit-g-14"
     layout: Literal["", "geneval", "dpg", "vbench"] = ""
     """of the tool that measures in our place"""

@@ -5,6 +5,7 @@ Everything they need is opened and checked before the run starts: a missing weig
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,13 @@ class RunMetrics:
     def better(self) -> dict[str, Better]:
         """Which way is better, by label."""
         return {w.label: w.metric.better for w in self.wanted}
+
+    def least(self, period: int) -> dict[str, float]:
+        """Samples that each metric needs, by label, where `period` samples answer different requests (0: all
+        do).
+        """
+        groups = 2 * period or math.inf
+        return {w.label: groups if "groups" in w.metric.needs else w.metric.least for w in self.wanted}
 
     def _check_kinds(self) -> None:
         for label, metric, _ in self.wanted:

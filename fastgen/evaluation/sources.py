@@ -107,6 +107,11 @@ class Folder(Source):
     def digest(self) -> str:
         return joined(sha256(path) for path in self.files)
 
+    def first(self, num: int) -> Folder:
+        """This folder as if it held its first `num` pictures alone."""
+        self.files = self.files[:num]
+        return self
+
 
 class Arrays(Source):
     """Images in memory, uint8 [N, 1 or 3, H, W]."""
@@ -180,8 +185,19 @@ def from_npz(path: Path, key: str) -> Arrays:
         found = f"{path} holds {images.dtype} {list(images.shape)}"
         raise UserError(key, found, "give images as uint8 [N, H, W, 3]")
     made = Arrays(torch.from_numpy(images).permute(0, 3, 1, 2), str(path), key)
-    made.labels = None if labels is None else [int(v) for v in labels.flatten()]
+    made.labels = None if labels is None else _labels(labels, made, "arr_1")
     return made
+
+
+def _labels(values: np.ndarray, images: Arrays, name: str) -> list[int]:
+    """One class for each image; a UserError where they are something else."""
+    if values.size != len(images):
+        found = f"{images.name} has {values.size} labels in {name} for {len(images)} images"
+        raise UserError(images.key, found, "give one class for each image, or leave them out")
+    whole = values.dtype.kind in "iub" or (values.dtype.kind == "f" and bool((values % 1 == 0).all()))
+    if not whole:
+        raise UserError(images.key, f"{images.name}: {name} holds no whole numbers", "give classes from 0 on")
+    return [int(v) for v in values.flatten()]
 
 
 def from_safetensors(path: Path, key: str) -> Arrays:
@@ -200,7 +216,7 @@ def from_safetensors(path: Path, key: str) -> Arrays:
         held = ", ".join(names) if images is None else f"images {images.dtype} {list(images.shape)}"
         raise UserError(key, f"{path} holds {held}", "give a tensor `images`, uint8 [N, 3, H, W]")
     made = Arrays(images, str(path), key)
-    made.labels = None if labels is None else labels.flatten().tolist()
+    made.labels = None if labels is None else _labels(labels.float().numpy(), made, "labels")
     return made
 
 

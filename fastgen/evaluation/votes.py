@@ -19,7 +19,7 @@ import torch
 from fastgen.core.errors import UserError
 from fastgen.core.reading import read_json
 from fastgen.evaluation.human_view import KEY_FORMAT
-from fastgen.evaluation.metrics.estimate import mean_interval
+from fastgen.evaluation.metrics.estimate import mean_of, share_of
 from fastgen.export.markdown import table
 
 CHOICES = ("left", "right", "tie")
@@ -149,7 +149,8 @@ def _rate(votes: list[Vote], scores: list[float]) -> dict[str, Any]:
     for vote, score in zip(votes, scores):
         by_pair.setdefault(vote.pair, []).append(score)
     means = torch.tensor([sum(s) / len(s) for s in by_pair.values()], dtype=torch.float64)
-    low, high = mean_interval(means)
+    decided = bool(((means == 0) | (means == 1)).all())  # a share of pairs: no tie, and all voters agree
+    low, high = (share_of(means) if decided else mean_of(means)).interval()
     rate = {"win_rate": float(means.mean()), "low": max(low, 0.0), "high": min(high, 1.0)}
     return {**rate, "pairs": len(means), "votes": len(votes)}
 

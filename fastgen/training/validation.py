@@ -1,6 +1,7 @@
 """Validation during a run, and what follows it: export, the final table, results.json and report."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ class Validator:
     def __init__(self, cfg: EvalConfig, evaluator: Evaluator, folder: Path):
         self.cfg, self.evaluator, self.folder = cfg, evaluator, folder
         self.better = evaluator.better()
-        self.keep_by = choose_metric(cfg, self.better)
+        self.keep_by = choose_metric(cfg, self.better, evaluator.least())
 
     def __call__(self, trainer) -> None:
         """A signal cuts it short between two batches of samples; a resumed run validates this step again."""
@@ -117,8 +118,10 @@ def refresh_report(folder: Path, running: bool) -> None:
         warn(f"report: not refreshed ({first_line(error)})")
 
 
-def choose_metric(cfg: EvalConfig, better: dict) -> str:
-    """The validation metric that decides which weights are best; a UserError where `keep: best` has none."""
+def choose_metric(cfg: EvalConfig, better: dict, least: dict[str, float]) -> str:
+    """The validation metric that decides which weights are best; a UserError where `keep: best` has none, or
+    one that needs more samples (`least`, by metric) than validation draws.
+    """
     if cfg.keep_by and cfg.keep_by not in better:
         known = ", ".join(better) or "none; give eval.metrics"
         raise UserError(
@@ -127,7 +130,14 @@ def choose_metric(cfg: EvalConfig, better: dict) -> str:
     if cfg.keep == "best" and not better:
         found = "no metric says which weights are best"
         raise UserError("eval.keep", found, "give eval.metrics, or set it to last")
-    return cfg.keep_by or next(iter(better), "")
+    num = max(cfg.grid, cfg.validation_samples)
+    fits = [name for name in better if least.get(name, 0) <= num]
+    chosen = cfg.keep_by or next(iter(fits or better), "")
+    if cfg.keep == "best" and chosen not in fits:
+        asked = f"{least[chosen]} samples" if least[chosen] < math.inf else "several samples of each prompt"
+        found = f"found {cfg.validation_samples}; {chosen}, which says what is best, needs {asked}"
+        raise UserError("eval.validation_samples", found, "give as many, or another eval.keep_by")
+    return chosen
 
 
 def finish(trainer, validator: Validator) -> dict:

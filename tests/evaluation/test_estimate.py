@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from fastgen.evaluation.metrics import frechet, mmd, neighbours, variety
-from fastgen.evaluation.metrics.estimate import Estimate, difference, mean_interval, mean_of, pooled, wilson
+from fastgen.evaluation.metrics.estimate import (
+    Estimate,
+    difference,
+    mean_interval,
+    mean_of,
+    pooled,
+    share_of,
+    wilson,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,7 +48,7 @@ def test_shares_have_wilsons_interval():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
     assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-3)
     assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)
-    assert mean_of(torch.ones(10)).interval() == wilson(10, 10)
+    assert share_of(torch.ones(10)).interval() == wilson(10, 10)
     assert mean_of(torch.full((10,), 3.0)).interval() == (3.0, 3.0)
     assert math.isnan(mean_of(torch.ones(1)).interval().low)
 

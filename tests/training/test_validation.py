@@ -190,7 +190,10 @@ def test_what_was_not_trained_is_not_kept(tmp_path):
     student = SimpleNamespace(trainable=lambda: {"w": torch.tensor([float(trainer.step)])})
     trainer = SimpleNamespace(step=0, best={}, student=student, write_metrics=lambda values: None)
     evaluator = SimpleNamespace(
-        better=lambda: {"fd_mini": "lower"}, score=lambda images: {"fd_mini": next(scores)}, label_free=False
+        better=lambda: {"fd_mini": "lower"},
+        least=dict,
+        score=lambda images: {"fd_mini": next(scores)},
+        label_free=False,
     )
     validator = Validator(EvalConfig(keep="best"), evaluator, tmp_path)
     for trainer.step in (0, 100, 200):

@@ -2,9 +2,14 @@
 
 The module takes uint8 images [B, 3, H, W] and returns features [B, d], or a dict of named outputs
 ("features", "logits").
+
+A cache knows it by its weights and by the files that define it, so features of an edited one are not reused.
 """
 
+import hashlib
 import importlib
+import sys
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -34,6 +39,25 @@ def load(name: str, where: str) -> Encoder:
 
     def run(module: nn.Module, x: Tensor) -> Outputs:
         found = module(x)
-        return found if isinstance(found, dict) else {"features": found}
+        found = found if isinstance(found, dict) else {"features": found}
+        for key, value in found.items():
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != len(x):
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                wrong = f"{name}: {key} of {len(x)} images is {shape}"
+                raise UserError("--weights", wrong, "return a tensor [B, d]")
+        return found
 
-    return Encoder(name, net, lambda images: images, "the module's own", state_checksum(net), run)
+    known = hashlib.sha256(f"{where} {state_checksum(net)}".encode())
+    for file in _sources(net, module):
+        known.update(Path(file).read_bytes())
+    return Encoder(name, net, lambda images: images, "the module's own", known.hexdigest(), run)
+
+
+def _sources(net: nn.Module, module: str) -> list[str]:
+    """Files of the user's that say what a network computes: that of the function, and those of the classes of
+    its parts that are no part of torch.
+    """
+    names = {module} | {type(part).__module__ for part in net.modules()}
+    own = [sys.modules[n] for n in sorted(names) if n in sys.modules and n.partition(".")[0] != "torch"]
+    files = [getattr(one, "__file__", None) for one in own]
+    return [file for file in files if file and Path(file).is_file()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen.core.errors import UserError
-from fastgen.evaluation.metrics.estimate import Estimate, around, mean_of
+from fastgen.evaluation.metrics.estimate import Estimate, around, share_of
 from fastgen.evaluation.metrics.metric import Metric
 from fastgen.threed.cameras import VIEWS
 
@@ -85,7 +85,7 @@ def _agreement(material: Any, encoder: str) -> Estimate:
         raise UserError(
             "--metrics", f"agreement:{encoder}: {found}", "give an encoder whose module returns logits"
         )
-    return mean_of(torch.stack(list(each.values())).all(0).double())
+    return share_of(torch.stack(list(each.values())).all(0))
 
 
 def _predicted(material: Any, encoder: str) -> tuple[Tensor, Tensor]:
@@ -121,8 +121,8 @@ def unlearning(hit: Tensor, gone: Tensor) -> dict[str, Estimate]:
         return moved
 
     return {
-        "unlearning_accuracy": mean_of(missed),
-        "retained_accuracy": mean_of(kept),
+        "unlearning_accuracy": share_of(missed),
+        "retained_accuracy": share_of(kept),
         "unlearning_h": around(2 * ua * ra / both if both else 0.0, influence),
     }
 

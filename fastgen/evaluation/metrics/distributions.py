@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgen.core.errors import UserError
 from fastgen.evaluation.metrics import mmd, neighbours
 from fastgen.evaluation.metrics.estimate import Estimate, around
 from fastgen.evaluation.metrics.frechet import extrapolated, frechet_estimate
@@ -14,23 +15,37 @@ from fastgen.evaluation.metrics.metric import Metric
 from fastgen.evaluation.metrics.variety import inception_score, inception_score_splits, vendi_score
 
 
+def named(outputs: dict[str, Tensor], name: str, encoder: str) -> Tensor:
+    """One of an encoder's outputs, [N, d]; a UserError that says which it has."""
+    if name not in outputs:
+        found = f"{encoder} gives no {name}" + (f" but {', '.join(outputs)}" if outputs else "")
+        raise UserError("--metrics", found, f"ask for this metric on an encoder that gives {name}")
+    return outputs[name]
+
+
+def _features(material: Any, encoder: str) -> Tensor:
+    return named(material.outputs(encoder), "features", encoder)
+
+
 def frechet_distance(material: Any, encoder: str) -> Estimate:
-    return frechet_estimate(material.outputs(encoder)["features"], material.statistics(encoder))
+    return frechet_estimate(_features(material, encoder), material.statistics(encoder))
 
 
 def frechet_extrapolated(material: Any, encoder: str) -> Estimate:
     """Contributions are those of the distance at the full count."""
-    features, reference = material.outputs(encoder)["features"], material.statistics(encoder)
+    features, reference = _features(material, encoder), material.statistics(encoder)
     value, _ = extrapolated(features, reference)
     return around(value, frechet_estimate(features, reference).contributions)
 
 
 def _of_features(score: Callable[[Tensor, Tensor], Estimate], even: bool = False):
-    """A function of generated and reference features; even: of equally many of both."""
+    """A function of generated and reference features; even: of equally many of both, unless a protocol takes
+    all.
+    """
 
     def compute(material: Any, encoder: str) -> Estimate:
-        fake, real = material.outputs(encoder)["features"], material.reference(encoder)["features"]
-        if even:
+        fake, real = _features(material, encoder), named(material.reference(encoder), "features", encoder)
+        if even and material.equal_counts:
             num = min(len(fake), len(real))
             fake, real = neighbours.evenly(fake, num), neighbours.evenly(real, num)
         return score(fake, real)
@@ -40,13 +55,13 @@ def _of_features(score: Callable[[Tensor, Tensor], Estimate], even: bool = False
 
 def inception(material: Any, encoder: str) -> Estimate:
     """The mean over ten splits, as papers quote it; contributions are those of the score of all samples."""
-    logits = material.outputs(encoder)["logits"]
+    logits = named(material.outputs(encoder), "logits", encoder)
     whole = inception_score(logits)
     return around(inception_score_splits(logits)[0], whole.contributions)
 
 
 def vendi(material: Any, encoder: str) -> Estimate:
-    return vendi_score(material.outputs(encoder)["features"])
+    return vendi_score(_features(material, encoder))
 
 
 METRICS = (

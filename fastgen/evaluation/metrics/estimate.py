@@ -5,8 +5,8 @@ itself, or the influence function of a distance (Hampel 1974), which says how th
 sample gets more weight. So one rule gives the interval of any metric, and two metrics of the same requests
 and noise are compared by the differences of their contributions, sample by sample.
 
-Intervals: bootstrap-t over the contributions (Efron & Tibshirani 1993, ch. 12.5), Wilson's interval where all
-of them are 0 or 1. They cover what other samples of the same generator, equally many, would give; a bias that
+Intervals: bootstrap-t over the contributions (Efron & Tibshirani 1993, ch. 12.5), Wilson's interval where the
+value is a share. They cover what other samples of the same generator, equally many, would give; a bias that
 depends on the count alone (Frechet distances) is part of the value and not of the interval.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,16 +41,26 @@ class Estimate:
     contributions: Callable[[], Tensor]
     over: str = "samples"
     """what a contribution belongs to: samples, groups, references or generators"""
+    share: bool = False
+    """whether the value is a share, of which each contribution is 0 or 1"""
 
     def interval(self, level: float = LEVEL, seed: int = 0) -> Interval:
         """Where the metric lies for other samples, with this confidence."""
-        return mean_interval(self.contributions(), level, seed)
+        found = self.contributions()
+        if self.share and len(found) > 1:
+            return wilson(float(found.sum()), len(found), level)
+        return mean_interval(found, level, seed)
 
 
 def mean_of(scores: Tensor, over: str = "samples") -> Estimate:
     """The mean of one score per sample."""
     kept = scores.detach().double().flatten().cpu()
     return Estimate(float(kept.mean()), lambda: kept, over)
+
+
+def share_of(hits: Tensor, over: str = "samples") -> Estimate:
+    """The share of samples for which something holds, hits being 0 or 1 (or boolean)."""
+    return replace(mean_of(hits, over), share=True)
 
 
 def around(value: float, influence: Callable[[], Tensor], over: str = "samples") -> Estimate:
@@ -74,8 +84,6 @@ def mean_interval(x: Tensor, level: float = LEVEL, seed: int = 0) -> Interval:
     n = len(x)
     if n < 2:
         return Interval(math.nan, math.nan)
-    if bool(((x == 0) | (x == 1)).all()):
-        return wilson(float(x.sum()), n, level)
     mean, std = float(x.mean()), float(x.std())
     if std == 0:
         return Interval(mean, mean)
@@ -171,4 +179,5 @@ def pooled(estimates: list[Estimate]) -> Estimate:
         found = [e.contributions() for e in estimates]
         return torch.stack(found).mean(0) if estimates[0].over == "references" else torch.cat(found)
 
-    return Estimate(value, contributions, estimates[0].over)
+    share = estimates[0].share and estimates[0].over != "references"
+    return Estimate(value, contributions, estimates[0].over, share)

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from fastgen.evaluation.encoders.base import needs, unreadable
 from fastgen.evaluation.metrics.estimate import Estimate, mean_of
 from fastgen.evaluation.metrics.metric import Metric
+from fastgen.evaluation.metrics.pixels import check_side
 from fastgen.evaluation.metrics.variety import within_groups
 
 WANTED = "alexnet-owt-7be5be79.pth, vgg16-397923af.pth or squeezenet1_1-b8a52dc0.pth (torchvision)"
 COUNTS = {16: "alex", 32: "vgg", 52: "squeeze"}
 """tensors in the file of each backbone"""
+SIDES = {"alex": 31, "vgg": 16, "squeeze": 17}
+"""smallest pictures that each backbone takes"""
 
 
 @lru_cache(maxsize=2)
@@ -72,21 +75,24 @@ def _distance(net: nn.Module, device, a: Tensor, b: Tensor, batch_size: int = 16
     return torch.cat(found)
 
 
-def _net(material: Any) -> nn.Module:
+def _net(material: Any) -> Any:
     return load(material.encoders.path("lpips", WANTED)).to(material.encoders.device)
 
 
 def lpips(material: Any, encoder: str) -> Estimate:
     """Of pairs."""
-    net, device = _net(material), material.encoders.device
-    return mean_of(torch.cat([_distance(net, device, a, b) for a, b in material.pairs()]))
+    net, device, found = _net(material), material.encoders.device, []
+    for a, b in material.pairs():
+        check_side(a, SIDES[net.pnet_type])
+        found.append(_distance(net, device, a, b))
+    return mean_of(torch.cat(found))
 
 
 def diversity(material: Any, encoder: str) -> Estimate:
     """Within the images of a prompt."""
-    images = torch.cat(list(material.images()))
-    net = partial(_distance, _net(material), material.encoders.device)
-    return within_groups(images, material.group_size, net)
+    net, images = _net(material), torch.cat(list(material.images()))
+    check_side(images, SIDES[net.pnet_type])
+    return within_groups(images, material.group_size, partial(_distance, net, material.encoders.device))
 
 
 METRICS = (

@@ -16,7 +16,7 @@ from fastgen.evaluation.metrics.estimate import Estimate, around
 from fastgen.evaluation.metrics.neighbours import evenly
 
 CHUNK, MOST = 1000, 5000
-"""rows of a kernel's matrix at a time; samples that contributions of KID look at"""
+"""rows of a kernel's matrix at a time; samples that each contribution of KID is a mean over"""
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -66,10 +66,16 @@ def biased(kernel: Kernel, a: Tensor, b: Tensor) -> float:
     return max(float(own - 2 * _row_means(kernel, a, b).mean()), 0.0)
 
 
-def influence(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
-    """How the squared MMD moves with the weight of each row of a: 2 (E k(x, a') - E k(x, b)), centred."""
+def influence(kernel: Kernel, a: Tensor, b: Tensor, most: int = 0) -> Tensor:
+    """How the squared MMD moves with the weight of each row of a: 2 (E k(x, a') - E k(x, b)), centred. Where
+    there are more than `most` rows, expectations are over so many of them.
+    """
     a, b = a.double(), b.double()
-    found = 2 * (_others(kernel, a) - _row_means(kernel, a, b))
+    if most and len(a) > most:
+        own = _row_means(kernel, a, evenly(a, most))
+    else:
+        own = _others(kernel, a)
+    found = 2 * (own - _row_means(kernel, a, evenly(b, most) if most else b))
     return found - found.mean()
 
 
@@ -108,7 +114,7 @@ def kid_estimate(a: Tensor, b: Tensor) -> Estimate:
     """KID, with contributions."""
     if same(a, b):
         return around(0.0, lambda: torch.zeros(len(a)))
-    return around(kid(a, b)[0], lambda: 1000 * influence(polynomial, evenly(a, MOST), evenly(b, MOST)))
+    return around(kid(a, b)[0], lambda: 1000 * influence(polynomial, a, b, MOST))
 
 
 def cmmd_estimate(a: Tensor, b: Tensor, sigma: float = 10.0) -> Estimate:

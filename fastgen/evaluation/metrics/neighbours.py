@@ -11,7 +11,7 @@ Counts should be equal: recall and coverage depend on them.
 import torch
 from torch import Tensor
 
-from fastgen.evaluation.metrics.estimate import Estimate, mean_of
+from fastgen.evaluation.metrics.estimate import Estimate, mean_of, share_of
 
 CHUNK = 1000
 
@@ -43,13 +43,13 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 def precision(fake: Tensor, real: Tensor, k: int = 3) -> Estimate:
     """Over generated samples."""
     fake, real = fake.double(), real.double()
-    return mean_of((_counts(fake, real, _radii(real, k)) > 0).double())
+    return share_of(_counts(fake, real, _radii(real, k)) > 0)
 
 
 def recall(fake: Tensor, real: Tensor, k: int = 3) -> Estimate:
     """Over real samples."""
     fake, real = fake.double(), real.double()
-    return mean_of((_counts(real, fake, _radii(fake, k)) > 0).double(), "references")
+    return share_of(_counts(real, fake, _radii(fake, k)) > 0, "references")
 
 
 def density(fake: Tensor, real: Tensor, k: int = 5) -> Estimate:
@@ -61,7 +61,7 @@ def density(fake: Tensor, real: Tensor, k: int = 5) -> Estimate:
 def coverage(fake: Tensor, real: Tensor, k: int = 5) -> Estimate:
     """Over real samples."""
     fake, real = fake.double(), real.double()
-    return mean_of(_holding(real, _radii(real, k), fake).double(), "references")
+    return share_of(_holding(real, _radii(real, k), fake), "references")
 
 
 def evenly(x: Tensor, num: int) -> Tensor:

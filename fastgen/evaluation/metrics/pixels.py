@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from fastgen.core.errors import UserError
 from fastgen.evaluation.metrics.estimate import Estimate, mean_of
 from fastgen.evaluation.metrics.metric import Metric
 
@@ -78,12 +79,24 @@ def _of_images(score: Callable[[Tensor], Tensor]) -> Callable[[Any, str], Estima
     return lambda material, encoder: _scores(material.images(), score)
 
 
-def _of_pairs(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, str], Estimate]:
+def _of_pairs(score: Callable[[Tensor, Tensor], Tensor], side: int = 1) -> Callable[[Any, str], Estimate]:
+    """The mean over pairs of a score of images of `side` pixels or more."""
+
     def compute(material: Any, encoder: str) -> Estimate:
-        pairs = material.pairs()
-        return mean_of(torch.cat([score(a.double() / 255, b.double() / 255) for a, b in pairs]))
+        found = []
+        for a, b in material.pairs():
+            check_side(a, side)
+            found.append(score(a.double() / 255, b.double() / 255))
+        return mean_of(torch.cat(found))
 
     return compute
+
+
+def check_side(images: Tensor, least: int, key: str = "--images") -> None:
+    """Refuse images [B, C, H, W] with a side that is too short for a metric."""
+    if min(images.shape[2:]) < least:
+        found = f"images of {images.shape[3]} x {images.shape[2]} pixels"
+        raise UserError(key, found, f"give {least} or more a side, or leave that metric out")
 
 
 def drift(own: dict[str, float], teacher: dict[str, float]) -> dict[str, float]:
@@ -110,5 +123,5 @@ METRICS = (
     Metric("contrast", "deviation of luminance", "none", "own", _of_images(contrast), (), "", 1),
     Metric("sharpness", "mean Laplacian of luminance", "none", "own", _of_images(sharpness), (), "", 1),
     Metric("psnr", "signal to noise, dB", "higher", "definition", _of_pairs(psnr), ("pairs",), "", 1),
-    Metric("ssim", "structural similarity", "higher", "Wang 2004", _of_pairs(ssim), ("pairs",), "", 1),
+    Metric("ssim", "structural similarity", "higher", "Wang 2004", _of_pairs(ssim, 11), ("pairs",), "", 1),
 )

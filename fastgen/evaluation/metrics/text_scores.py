@@ -17,13 +17,14 @@ from torch.nn.functional import normalize
 
 from fastgen.evaluation.encoders.base import unreadable
 from fastgen.evaluation.encoders.catalogue import HEAD_WANTED
+from fastgen.evaluation.metrics.distributions import named
 from fastgen.evaluation.metrics.estimate import Estimate, mean_of
 from fastgen.evaluation.metrics.metric import Metric
 
 
 def cosines(material: Any, encoder: str, prefix: str = "") -> Tensor:
     """cos of image i with prompt i, [N]."""
-    images = normalize(material.outputs(encoder)["features"], dim=-1)
+    images = normalize(named(material.outputs(encoder), "features", encoder), dim=-1)
     return (images * material.texts(encoder, prefix)).sum(-1)
 
 
@@ -68,7 +69,7 @@ def affine_head(path: Path) -> tuple[Tensor, Tensor]:
 
 def aesthetic(material: Any, encoder: str) -> Estimate:
     row, offset = affine_head(material.encoders.path("aesthetic", HEAD_WANTED))
-    unit = normalize(material.outputs(encoder)["features"].double(), dim=-1)
+    unit = normalize(named(material.outputs(encoder), "features", encoder).double(), dim=-1)
     return mean_of(unit @ row + offset)
 
 
