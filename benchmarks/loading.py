@@ -4,7 +4,6 @@ whole networks and when they hold a part each (train.sharding fsdp).
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -50,10 +49,7 @@ def _teacher(folder: Path) -> int:
 
 def _two_processes(folder: Path, layout: str) -> dict[str, float]:
     """Megabytes by rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "benchmarks.loading", str(folder), layout]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -112,12 +112,6 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def shoot(address: str, file: Path, height: int, act=None) -> None:
     """A picture of a page, `height` pixels of it, after act(page)."""
     from tests.support.browser import browser
@@ -133,6 +127,8 @@ def shoot(address: str, file: Path, height: int, act=None) -> None:
 
 def demo(hour: Hour, model: str) -> None:
     """Serve an export, type a prompt, wait for the pictures."""
+    from tests.support.ports import free_port
+
     port, start = free_port(), time.monotonic()
     command = [str(hour.bin / "fastgen"), "demo", "--model", model, "--port", str(port)]
     log = hour.folder / "demo.log"

@@ -17,6 +17,7 @@ from fastgen.training.exporting import export_run
 from tests.cli.test_train import ROOT
 from tests.export.test_plain_diffusers import make_run, ours
 from tests.support.browser import CHROMIUM, WIDER, browser
+from tests.support.ports import free_port
 from tests.support.tiny import PROMPTS
 
 WAIT = 120
@@ -119,9 +120,7 @@ def test_it_draws_once_before_the_first_click(kind, exports, tmp_path, monkeypat
 # -- the command ---------------------------------------------------------------------------------------------
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.mark.parametrize("argv", [("--model", "nowhere/at/all"), ("--model", "{tmp}"), ("--port", "70000")])

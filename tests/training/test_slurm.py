@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from fastgen.training import checkpoint
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "configs/accelerate/slurm.sh"
@@ -32,10 +32,8 @@ def start(folder, *flags, **more):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     shutil.copy(ROOT / "train.py", folder / "train.py")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "MASTER_PORT": port}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2"}
+    job["MASTER_PORT"] = str(free_port())
     paths = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     environment = os.environ | paths | job | {"ACCELERATE_USE_CPU": "true"} | more
     command = ["bash", str(SCRIPT), "--config", "run.yaml", "--output_dir", "run", *flags]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +44,9 @@ def launch_two(tmp_path, driver: str, *flags: str, processes: int = 2, fails: bo
     print to stderr.
     """
     (tmp_path / "driver.py").write_text(driver)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = ["driver.py", "--config", "two.yaml", "--output_dir", "two", *flags]
-    command = [*launch, "--master-port", port, *run]
+    command = [*launch, "--nproc-per-node", str(processes), *run]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "ACCELERATE_USE_CPU": "true",
