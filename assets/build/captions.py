@@ -9,13 +9,17 @@ import common  # noqa: F401  makes fastgen importable
 import torch
 from torch import Tensor
 
+from fastgen.data import moving
 from fastgen.data.bundled import BACKGROUNDS, COLOURS, GARMENTS, WORDS, all_captions, attributes_of
 from fastgen.threed.cameras import VIEWS
 from fastgen.threed.solids import SHAPES
 
 LENGTH = 16
+TINTED = ("photo", "of", "with", *GARMENTS, "on", "background", *COLOURS, *BACKGROUNDS)
+MOTIONS = tuple(dict.fromkeys(word for phrase in moving.PHRASES.values() for word in phrase.split()))
 TOKENS = {
-    "tinted": ("photo", "of", "with", *GARMENTS, "on", "background", *COLOURS, *BACKGROUNDS),
+    "tinted": TINTED,
+    "moving": (*TINTED, *MOTIONS),
     "solids": ("photo", "of", *SHAPES, *COLOURS, *VIEWS, "view"),
 }
 LAST = ("of", "on", "red", "top")  # their merges would cut up longer words if they came first

@@ -1,5 +1,6 @@
-"""Train the text encoder of a small Wan pipeline on the moving clips, a UMT5EncoderModel: the mean of a
-caption's states must tell garment, colour, background and motion. Writes text_encoder/ and tokenizer/.
+"""Train the text encoder of a small video pipeline on the moving clips: --kind t5 (Wan, a UMT5EncoderModel) or
+clip (AnimateDiff). The mean of a caption's states must tell garment, colour, background and motion. Writes
+text_encoder/ and tokenizer/.
 """
 
 from __future__ import annotations
@@ -8,22 +9,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from captions import LENGTH, gemma_tokenizer, tokens_of
+from captions import LENGTH, MOTIONS, gemma_tokenizer, tokens_of
 from common import ASSETS, Rows, one_cycle, readable, seconds, update, write_card
+from text_encoders import build as build_still
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgen.data import moving
 
 LR, STEPS, BATCH_SIZE, SEED = 2e-3, 400, 180, 13
-WORDS = tuple(dict.fromkeys(word for phrase in moving.PHRASES.values() for word in phrase.split()))
+TEACHER = {"t5": "moving-wan", "clip": "moving-animatediff"}
 
 
-def build() -> tuple[nn.Module, object]:
+def build(kind: str) -> tuple[nn.Module, object]:
     """An untrained text encoder of the shipped shape, with its tokenizer."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tokenizer = gemma_tokenizer(WORDS)
+    if kind == "clip":
+        return build_still("clip", "moving")
+    tokenizer = gemma_tokenizer(MOTIONS)
     shape = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = UMT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **shape, **ids)
@@ -44,15 +48,16 @@ class Told(nn.Module):
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
-def main(out: Path, steps: int, seed: int) -> None:
+def main(kind: str, out: Path, steps: int, seed: int) -> None:
     torch.manual_seed(seed)
-    encoder, tokenizer = build()
+    encoder, tokenizer = build(kind)
     plain = moving.all_captions()
     captions = [*plain, *("a photo of " + text.replace(" on a ", " with a ") for text in plain)]
     named = [moving.attributes_of(text) for text in captions]
     wanted = {key: torch.tensor([row[key] for row in named]) for key in moving.VOCABULARY}
     tokens = tokens_of(tokenizer, captions)
-    words = [len(text.split()) + 1 for text in captions]
+    ends = {"t5": 1, "clip": 2}[kind]
+    words = [len(text.split()) + ends for text in captions]
     assert tokens["attention_mask"].sum(1).tolist() == words and max(words) <= LENGTH, "a token for each word"
     told = Told(encoder)
     optimizer = torch.optim.AdamW(told.parameters(), lr=LR, weight_decay=0.01)
@@ -78,8 +83,9 @@ def main(out: Path, steps: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ASSETS / "teachers" / "moving-wan")
+    parser.add_argument("--kind", choices=TEACHER, default="t5")
+    parser.add_argument("--out", type=Path, help="teacher folder to write into; the shipped one if not given")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
-    main(args.out, args.steps, args.seed)
+    main(args.kind, args.out or ASSETS / "teachers" / TEACHER[args.kind], args.steps, args.seed)

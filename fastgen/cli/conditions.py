@@ -53,7 +53,7 @@ def read_images(args, codec: Codec, num: int):
     [num, 3, 2, H, W] for one that takes both; None for others.
     """
     if not isinstance(codec, TextCodec | PictureCodec) or not codec.needs_image:
-        for flag in (f for f in ("image", "last_image") if getattr(args, f)):
+        for flag in (f for f in ("image", "last_image", "scale") if getattr(args, f, None)):
             raise UserError(f"--{flag}", "this model takes no image", "leave it out")
         return None
     if len(args.image) not in (1, num):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fastgen.cli.measuring import at_least, open_encoders, open_material
 from fastgen.core import interrupt
-from fastgen.core.console import documented, exit_code, program, quiet
+from fastgen.core.console import documented, exit_code, passed_over, program, quiet
 from fastgen.core.errors import UserError
 from fastgen.core.files import to_json
 from fastgen.core.paths import expand
@@ -100,12 +100,10 @@ def _check_flags(args) -> None:
         if bool(args.run) == bool(args.images):
             raise UserError("--run", "give either --run DIR or --images SOURCE", "see --help")
         mode = "run" if args.run else "images"
-    plain = flags().parse_args([])
-    for name, value in vars(args).items():
-        if name != "command" and name not in TAKEN[mode] and value != getattr(plain, name):
-            takes = ", ".join(f"--{n}" for n in TAKEN[mode]) or "no flags"
-            asked = f"--{mode}" if mode in ("run", "images") else f"`fastgen-eval {mode}`"
-            raise UserError(f"--{name}", f"{asked} does not take it", f"leave it out; it takes {takes}")
+    for flag in passed_over(args, flags().parse_args([]), ("command", *TAKEN[mode])):
+        takes = ", ".join(f"--{n}" for n in TAKEN[mode]) or "no flags"
+        asked = f"--{mode}" if mode in ("run", "images") else f"`fastgen-eval {mode}`"
+        raise UserError(flag, f"{asked} does not take it", f"leave it out; it takes {takes}")
 
 
 def _run(args) -> int:

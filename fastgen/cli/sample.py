@@ -23,14 +23,15 @@ from fastgen.cli.sample_limits import (
     asked_size,
     check_blocks,
     check_clip,
+    check_companions,
     check_numbers,
     check_size,
     load_sized,
     put_fidelity,
 )
-from fastgen.cli.views import add_views, draw_views
+from fastgen.cli.views import TAKEN, add_views, draw_views
 from fastgen.core import interrupt
-from fastgen.core.console import documented, exit_code, program, quiet
+from fastgen.core.console import documented, exit_code, passed_over, program, quiet
 from fastgen.core.errors import NotFinite, UserError, warn
 from fastgen.core.paths import expand
 
@@ -178,7 +179,7 @@ def contenders(args, loaded, device) -> list[Generator]:
     if args.base_steps:
         from fastgen.cli.hybrid import with_base
 
-        generators[0] = with_base(generators[0], generators[-1], args.base_steps, args.handover)
+        generators[0] = with_base(generators[0], generators[-1], args.base_steps, args.handover or 1)
         return generators[: 1 + args.compare_teacher]
     return generators
 
@@ -225,9 +226,12 @@ def run(args) -> int:
     from fastgen.networks.device import open_device
 
     check_numbers(args)
+    check_companions(args)
     out = open_folder(Path(args.out), args.overwrite)
     folder = locate(args.model)
     if folder is not None and (asset := read_info(folder)) is not None:
+        for flag in passed_over(args, flags().parse_args(["--model", args.model]), TAKEN):
+            warn(f"{flag} has no effect: {args.model} is a 3D asset, which is rendered")
         return draw_views(args, folder, asset, out)
     for flag in (f for f in ("camera", "turntable") if vars(args)[f]):
         raise UserError(f"--{flag}", f"found for {args.model}, which is no 3D asset", "leave it out")

@@ -46,6 +46,18 @@ def check_numbers(args) -> None:
         )
 
 
+def check_companions(args) -> None:
+    """Refuse a flag that says something of another one that was not given."""
+    compared = args.compare_teacher or args.base_steps
+    for flag, alone, other in (
+        ("handover", args.handover is not None and not args.base_steps, "--base_steps, which it follows"),
+        ("teacher_steps", args.teacher_steps and not compared, "--compare_teacher, which draws them"),
+    ):
+        if alone:
+            found = f"found {getattr(args, flag)} alone"
+            raise UserError(f"--{flag}", found, f"give {other}, or leave it out")
+
+
 def check_size(out: Path, num: int, batch_size: int, shape, generators) -> None:
     """Refuse a call that needs far more memory, disk or time than there is; --insist draws all the same."""
     import psutil
@@ -137,7 +149,8 @@ def add_control(flags) -> None:
     add = flags.add_argument
     more = "steps of its base model's own grid, which takes the first ones; default: none (hybrid sampling)"
     add("--base_steps", type=int, default=0, metavar="N", help=more)
-    add("--handover", type=int, default=1, metavar="I", help="the student's first step after those, from 0")
+    first = "the student's first step after those, from 0; default: 1"
+    add("--handover", type=int, default=None, metavar="I", help=first)
     kept = "also write dt.png: the denoised estimate at every step of the first samples"
     add("--visualize_dt", action="store_true", help=kept)
     control = "LoRA file of the base model or another student of it, added to every network; may be repeated"

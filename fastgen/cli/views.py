@@ -8,6 +8,8 @@ from fastgen.core.files import write_json, write_text
 
 MOST = 2048
 """pixels of a side, and frames"""
+TAKEN = ("model", "prompt", "prompts", "height", "width", "camera", "turntable", "out", "overwrite", "insist")
+"""flags of sample.py that say something of an asset"""
 
 
 def add_views(found) -> None:
@@ -34,6 +36,10 @@ def draw_views(args, folder: Path, info, out: Path) -> int:
     from fastgen.threed.files import cameras_json, write_asset, write_gif
     from fastgen.threed.splats import splat_bytes
 
+    if args.height and args.width and args.height != args.width:
+        raise UserError("--width", f"found {args.width} beside --height {args.height}", "views are square")
+    if args.camera and args.turntable:
+        raise UserError("--turntable", f"found {args.turntable} beside --camera", "give one of the two")
     size = args.height or args.width or max(64, info.size)
     for key, value, most in (("--height", size, MOST), ("--turntable", args.turntable, MOST)):
         if not 0 <= value <= most:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NoReturn
 
 from fastgen.core.errors import NotFinite, UserError
@@ -45,6 +45,12 @@ def documented(name: str, text: str | None) -> CommandFlags:
     """Flags of a command whose --help begins with a text that is laid out already: its module's docstring."""
     layout = argparse.RawDescriptionHelpFormatter
     return CommandFlags(name, description=text, formatter_class=layout, allow_abbrev=False)
+
+
+def passed_over(args: argparse.Namespace, plain: argparse.Namespace, taken: Container[str]) -> list[str]:
+    """Flags that were given and are none of those taken, with their dashes; `plain` has every default."""
+    given = {k for k, v in vars(args).items() if v != getattr(plain, k)}
+    return [f"--{name}" for name in vars(plain) if name in given and name not in taken]
 
 
 def program(name: str) -> str:

@@ -53,11 +53,19 @@ def test_a_run_ends_in_files_that_open_and_resumes_where_it_was(tiny, tmp_path, 
     assert read_info(kept).training_steps == 2 and not torch.equal(early.means, one.means)
 
     out = tmp_path / "views"
-    assert sample.main(["--model", str(tmp_path / "a"), "--out", str(out), "--turntable", "6"]) == 0
+    argv = ["--model", str(tmp_path / "a"), "--out", str(out), "--turntable", "6", "--steps", "3"]
+    assert sample.main(argv) == 0 and "--steps has no effect" in capsys.readouterr().err
     assert (out / "asset0.gif").exists() and len(
         json.loads((out / "cameras.json").read_text())["frames"]
     ) == 6
     capsys.readouterr()
+    both = ["--turntable", "6", "--camera", "0", "0", "2", "50"]
+    for wrong, said in (
+        (both, "--turntable: found 6"),
+        (["--height", "64", "--width", "32"], "--width: found 32"),
+    ):
+        assert sample.main(["--model", str(folder), "--out", str(tmp_path / "no"), *wrong]) == 2
+        assert said in capsys.readouterr().err
     inside = ["--camera", "0", "0", "0.01", "50"]
     assert sample.main(["--model", str(folder), "--out", str(tmp_path / "no"), *inside]) == 2
     assert "inside the asset" in capsys.readouterr().err
