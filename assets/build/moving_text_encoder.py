@@ -1,5 +1,5 @@
-"""Train the text encoder of a small video pipeline on the moving clips: --kind t5 (Wan, a UMT5EncoderModel) or
-clip (AnimateDiff). The mean of a caption's states must tell garment, colour, background and motion. Writes
+"""Train the text encoder of a small video pipeline on the moving clips: --kind t5 (Wan, a UMT5EncoderModel)
+or clip (AnimateDiff). The mean of a caption's states must tell garment, colour, background and motion. Writes
 text_encoder/ and tokenizer/.
 """
 

@@ -50,7 +50,8 @@ def open_adapter(file: Path, key: str = KEY) -> Adapter:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise UserError(key, f"{file} does not exist", "give a LoRA .safetensors file")
+        wrong = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(key, f"{file} {wrong}", "give a LoRA .safetensors file")
     try:
         with safe_open(file, "pt") as handle:
             names = list(handle.keys())

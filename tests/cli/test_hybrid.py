@@ -149,6 +149,7 @@ def test_mistakes_are_one_line(exports, tiny, tmp_path, capsys):
         (sd, (*ask, "--lora", gone), ("--lora", "has no layer", "another base")),
         (flow, (*ASK["flow"], "--lora", file), ("--lora", "has no layer")),
         (sd, (*ask, "--lora", tmp_path / "none.safetensors"), ("--lora", "does not exist")),
+        (sd, (*ask, "--lora", tmp_path), ("--lora", "is a folder")),
         (sd, (*ask, "--lora", file, *("--lora_scale", 1) * 3), ("--lora_scale", "found 3 for 1")),
         (sd, (*ask, "--lora_scale", 1), ("--lora_scale", "without --lora")),
         (sd, (*ask, "--lora", file, "--lora_scale", "nan"), ("--lora_scale", "nan")),

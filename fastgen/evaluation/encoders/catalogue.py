@@ -69,7 +69,8 @@ class Encoders:
             raise UserError("--weights", f"none given for {name}", f"pass --weights {name}=PATH of {wanted}")
         path = Path(expand(self.weights[name]))
         if not (path.exists() if folder else path.is_file()):
-            raise UserError("--weights", f"{name}: {path} does not exist", f"give the local file {wanted}")
+            wrong = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError("--weights", f"{name}: {path} {wrong}", f"give the local file {wanted}")
         return path
 
     def open(self, name: str) -> Encoder:
