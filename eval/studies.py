@@ -4,6 +4,7 @@ assets/results/benchmarks/.
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from eval.evidence import results_folder
@@ -111,14 +112,14 @@ def stages(documents: list[dict]) -> str:
 def look(_: list[dict], folder: Path | None = None) -> str:
     """What each student took over of a look, beside its teacher, real clips and the pictures."""
     rows, last = [], None
-    for study in _studies("look", folder):
-        taken = f"{100 * study['taken_over']:.0f}"
-        rows.append([f"`{study['model']}`", *_look_cells(study["student"]), taken])
-        last = study
+    for _, group in groupby(_studies("look", folder), lambda study: study["model"].partition("_")[0]):
+        for last in group:
+            taken = f"{100 * last['taken_over']:.0f}"
+            rows.append([f"`{last['model']}`", *_look_cells(last["student"]), taken])
+        rows.append(["the teacher", *_look_cells(last["teacher"]), ""])
     if last is None:
         return "No study yet."
-    for name, key in (("the teacher", "teacher"), ("real clips", "floor")):
-        rows.append([name, *_look_cells(last[key]), ""])
+    rows.append(["real clips", *_look_cells(last["floor"]), ""])
     rows.append(["the pictures", f"{last['pictures']['contrast']:.3f}", "", "", "", ""])
     header = ("run", "contrast", "motion %", "pixels a frame", "fvd_mini", "taken over %")
     return "\n".join(markdown(header, rows))

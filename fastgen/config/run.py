@@ -11,7 +11,7 @@ from fastgen.config.competing import check_stages, competing, replaced
 from fastgen.config.data_section import DataConfig
 from fastgen.config.parse import as_user_error, merge, overrides, read_files, run_folder
 from fastgen.config.processes import Sections, check_processes
-from fastgen.config.section import Section, UserPath, check_numbers
+from fastgen.config.section import Section, UserPath, check_booleans, check_numbers
 from fastgen.config.sections import (
     CriticConfig,
     EvalConfig,
@@ -348,9 +348,11 @@ class RunConfig(Section):
 def validate(values: dict) -> RunConfig:
     """A RunConfig, or a UserError that names every offending key."""
     try:
-        return RunConfig.model_validate(values)
+        made = RunConfig.model_validate(values)
     except ValidationError as error:
         raise as_user_error(error, RunConfig) from None
+    check_booleans(values, made)
+    return made
 
 
 def dump(cfg: RunConfig) -> str:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from fastgen.core.errors import UserError
 from fastgen.core.paths import expand
 
 UserPath = Annotated[str, AfterValidator(expand)]
@@ -32,6 +33,18 @@ class Section(BaseModel):
             k: [v] if k in lists and not isinstance(v, (list, tuple, type(None))) else v
             for k, v in (values | whole).items()
         }
+
+
+def check_booleans(given: Any, kept: Any, key: str = "") -> None:
+    """A UserError where a config gave true, false, yes or no for what is kept as a number: 1 is not meant."""
+    if isinstance(given, bool) and type(kept) in (int, float):
+        raise UserError(key, f"found {str(given).lower()}", "give a number")
+    if isinstance(given, dict) and isinstance(kept, BaseModel):
+        for name in type(kept).model_fields.keys() & given.keys():
+            check_booleans(given[name], getattr(kept, name), f"{key}.{name}" if key else name)
+    elif isinstance(given, (list, tuple)) and isinstance(kept, tuple):
+        for i, pair in enumerate(zip(given, kept)):
+            check_booleans(*pair, f"{key}.{i}")
 
 
 def check_numbers(section: BaseModel, prefix: str = "") -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from fastgen.cli.train import main
 from fastgen.config.parse import merge, read_files
-from fastgen.config.run import load
+from fastgen.config.run import load, validate
 from fastgen.core.errors import UserError
 from fastgen.core.paths import config
 
@@ -192,3 +192,27 @@ def test_the_students_that_recipes_start_from_are_where_recipes_put_them():
         recipe, *more = name.split("+")
         files = [config(f"recipes/{recipe}.yaml"), *(config(f"ablations/{m}.yaml") for m in more)]
         assert load([str(f) for f in files], []).output_dir == f"{runs}/{name}" and export == "export"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optim": {"student": {"lr": True}}}, "optim.student.lr: found true; give a number"),
+        ({"eval": {"num_samples": False}}, "eval.num_samples: found false"),
+        ({"train": {"ema_decay": [True]}}, "train.ema_decay"),
+        (
+            {"stages": [{"name": "one", "objective": {"name": "dmd2"}, "max_train_steps": True}]},
+            "stages.0.max_train_steps: found true",
+        ),
+    ],
+)
+def test_yes_and_no_are_no_numbers(values, said):
+    """YAML reads `lr: yes` as true, which Python takes for 1."""
+    with pytest.raises(UserError, match=said):
+        validate({"objective": {"name": "dmd2"}, **values} if "stages" not in values else values)
+
+
+def test_a_switch_may_be_a_switch():
+    """A key that is a switch or a word is given as either."""
+    kept = validate({"objective": {"name": "dmd2"}, "train": {"gradient_checkpointing": True}})
+    assert kept.train.gradient_checkpointing is True
