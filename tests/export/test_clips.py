@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastgen.config.parse import read_files
 from fastgen.config.run import validate
@@ -47,6 +48,37 @@ def test_p4_a_student_of_clips_is_sampled_by_plain_diffusers(tmp_path, kind):
     folder = export_run(run, tmp_path / "export", {})
     under = base if kind == "lora" else ""
     theirs = plainly(f"PROMPTS, BASE = {PROMPTS!r}, {under!r}\n" + PLAIN, folder)
+    assert theirs.shape == (2, 3, moving.FRAMES, moving.SIZE, moving.SIZE)
+    assert_drawn_as(theirs, folder, base, PROMPTS)
+
+
+MOVING = """
+import json, torch, diffusers
+pipe = diffusers.AnimateDiffPipeline.from_pretrained(".", torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.alphas_cumprod[-1] == 0
+seeds = [torch.Generator().manual_seed(s) for s in (11, 12)]
+call = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "num_frames": 9}
+images = pipe(PROMPTS, generator=seeds, output_type="pt", **call).frames.float().transpose(1, 2)
+"""
+
+
+def test_p4_motion_modules_on_a_schedule_that_ends_in_noise(tmp_path):
+    """The first of four steps begins where nothing of the clip is left."""
+    base = "assets:teachers/moving-animatediff"
+    values = {
+        "teacher": {"path": base},
+        "student": {"num_steps": 4, "trained": ["*motion_modules*"]},
+        "objective": {"name": "mcm", "grid_steps": 20, "gan_weight": 0.0},
+        "data": {"name": "moving"},
+    }
+    cfg = validate(values)
+    cast = moved(make_cast(cfg), 0.02)
+    first = torch.tensor(cast.student.times[0])
+    assert first == 999 and float(cast.teacher.schedule.alpha(first)) < 1e-6
+    run = SimpleNamespace(cast=cast, train_cfg=cfg.train, step=1, example="", folder=tmp_path, enlarges=0)
+    folder = export_run(run, tmp_path / "export", {})
+    theirs = plainly(f"PROMPTS = {PROMPTS!r}\n" + MOVING, folder)
     assert theirs.shape == (2, 3, moving.FRAMES, moving.SIZE, moving.SIZE)
     assert_drawn_as(theirs, folder, base, PROMPTS)
 
