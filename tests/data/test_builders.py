@@ -122,7 +122,7 @@ def test_the_moving_autoencoder_is_a_projection(builder):
     assert (untrained - wanted).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "measure"])
+@pytest.mark.parametrize("part", ["t5", "clip", "measure"])
 def test_the_moving_nets_have_the_shipped_shapes(builder, part):
     from fastgen.data import moving
     from fastgen.networks.clip_net import ClipNet
@@ -131,8 +131,9 @@ def test_the_moving_nets_have_the_shipped_shapes(builder, part):
         heads = {k: len(v) for k, v in moving.VOCABULARY.items()}
         net, file = ClipNet(3, moving.FRAMES, moving.SIZE, heads), ASSETS / "measure/moving/model.safetensors"
     else:
-        net, _ = builder("moving_text_encoder").build()
-        file = ASSETS / "teachers/moving-wan/text_encoder/model.safetensors"
+        module = builder("moving_text_encoder")
+        net, _ = module.build(part)
+        file = ASSETS / "teachers" / module.TEACHER[part] / "text_encoder/model.safetensors"
     found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     assert shapes(file).items() <= found.items()
 
